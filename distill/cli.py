@@ -1,0 +1,129 @@
+"""The command line: command, experiment file, overrides. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+
+from distill import __version__
+from distill.errors import UserError, did_you_mean
+
+COMMANDS = {
+    "cache-teacher": "phase 1: the teacher reads the corpus once, its answers go to disk",
+    "train-student": "phase 2: the student learns from the cache",
+    "evaluate": "the student beside its teacher, on held-out text",
+    "run": "all three, skipping what is done",
+    "inspect": "what is in a cache",
+}
+
+_EPILOG = "\n".join(f"  distill {name:<14} {text}" for name, text in COMMANDS.items())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command. Exit status 0: done; 1: a check found a difference; 2: the user can mend it; 130: interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = _dispatch(arguments)
+    except UserError as error:
+        print(f"distill: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distill",
+        usage="distill COMMAND FILE [--section.key value ...]",
+        description="Distil a large language model into a small one on one small card.",
+        epilog=f"commands:\n{_EPILOG}\n\nEvery key of the experiment file can be given as an option: "
+        "--cache.threshold 0.01\n`distill COMMAND --help` lists them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", metavar="COMMAND", help="one of those below")
+    if not arguments or arguments[0].startswith("-"):
+        parser.parse_args(arguments or ["--help"])
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        raise UserError(f"{command}: unknown command{did_you_mean(command, COMMANDS)}")
+    if command == "inspect":
+        return _inspect(rest)
+    if any(argument in ("-h", "--help") for argument in rest):
+        _print_options(command)
+        return 0
+    if not rest or rest[0].startswith("--"):
+        raise UserError(f"{command}: which experiment file? For example: distill {command} configs/demo.yaml")
+    return _run_recipe(command, rest[0], rest[1:])
+
+
+def _print_options(command: str) -> None:
+    from distill.experiment_file import print_options
+
+    print(f"distill {command} FILE [--section.key value ...]: {COMMANDS[command]}\n")
+    print_options()
+
+
+def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
+    from distill import interrupt
+    from distill.experiment_file import load_experiment
+
+    overrides = _spelled_out(overrides)
+    experiment = load_experiment(path, overrides)
+    interrupt.install()
+    _quiet_libraries()
+    sys.path.insert(0, os.getcwd())  # a student of the user's own lies beside the experiment
+    steps = [command]
+    if command == "run":
+        steps = ["cache-teacher", "train-student", "evaluate"]
+        # What an earlier `run` left unfinished is what this one is for.
+        experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
+    try:
+        for step in steps:
+            importlib.import_module(f"distill.recipes.{step.replace('-', '_')}").main(experiment)
+        return 0
+    except interrupt.Interrupted:
+        resume = " --resume" if command == "train-student" and "--train.resume" not in overrides else ""
+        again = " ".join(["distill", command, path, *overrides])
+        print(f"\nstopped; everything so far is kept. To go on: {again}{resume}", file=sys.stderr)
+        return 130
+
+
+def _spelled_out(overrides: list[str]) -> list[str]:
+    """Flags without a value get one: `--resume` is `--train.resume true`, `--cache.overwrite` is `... true`."""
+    result: list[str] = []
+    for position, argument in enumerate(overrides):
+        argument = "--train.resume" if argument == "--resume" else argument
+        result.append(argument)
+        following = overrides[position + 1] if position + 1 < len(overrides) else "--"
+        if argument.startswith("--") and "=" not in argument and following.startswith("--"):
+            result.append("true")
+    return result
+
+
+def _inspect(rest: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="distill inspect", description=COMMANDS["inspect"])
+    parser.add_argument("cache", metavar="CACHE", help="folder of the cache")
+    parser.add_argument("--verify", action="store_true", help="read everything and compare every hash")
+    options = parser.parse_args(rest)
+    from distill.recipes import inspect
+
+    return inspect.main(options.cache, verify=options.verify)
+
+
+def _quiet_libraries() -> None:
+    """Progress and warnings of the libraries below would bury ours."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|bitsandbytes)\b.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "transformers", "bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

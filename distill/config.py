@@ -1,0 +1,179 @@
+"""The experiment file as typed dataclasses: every key, its unit and its default. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The text the teacher reads and the student learns from."""
+
+    path: str
+    """A text, jsonl, jsonl.gz, parquet or csv file, a folder of such files, or a Hugging Face data set name."""
+    name: str | None = None
+    """Configuration name of a hub data set (for example `sample-10BT`)."""
+    split: str = "train"
+    """Split of a hub data set."""
+    text_field: str = "text"
+    """Column that holds plain text."""
+    messages_field: str = "messages"
+    """Column that holds conversations (lists of `role` and `content`); used when the file has it."""
+    sequence_length: int = 1024
+    """Tokens a sample."""
+    pack: bool = True
+    """Several documents a sample, isolated from one another; false: one document a sample, padded and masked."""
+    held_out: float = 0.05
+    """Share of the documents, chosen by a hash of their content, that is never trained on (0 to 0.5)."""
+    seed: int = 0
+    """Seed of the order of the documents."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The large model, frozen and quantised."""
+
+    model: str
+    """A hub name, a local folder, a GGUF file, or `smollm2-135m-demo`."""
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    """4-bit NF4 with double quantisation, 8-bit, or the checkpoint as it is (bitsandbytes)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of activations and unquantised weights; auto: the best the device can do."""
+    tokenizer: str | None = None
+    """A tokenizer folder or a SentencePiece `.model` file; default: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Only for sources you trust."""
+    class_path: str = "huggingface"
+    """A built-in's short name, `package.module:Class`, or `file.py:Class`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of a teacher plug-in."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What is kept of the teacher's distributions, and where."""
+
+    dir: str | None = None
+    """Folder of the cache; default: `cache` in `run_dir`."""
+    scheme: Literal["varopt", "top_k", "random"] = "varopt"
+    """How a distribution becomes a sparse target: unbiased threshold sampling, the k largest, random draws."""
+    threshold: float = 0.02
+    """varopt: probabilities from here up are kept exactly; the rest is sampled in steps of about this size."""
+    entries: int = 50
+    """top_k: entries a position; random: draws a position."""
+    temperature: float = 1.0
+    """Temperature of the teacher's distribution."""
+    seed: int = 0
+    """Seed of the sampling."""
+    batch_size: int = 8
+    """Samples a forward pass of the teacher."""
+    shard_samples: int = 64
+    """Samples a shard file: what an interruption can cost at most."""
+    chunk_size: int = 256
+    """Positions whose logits exist at one time."""
+    max_samples: int | None = None
+    """At most this many training samples; default: the whole corpus."""
+    held_out_samples: int = 64
+    """At most this many held-out samples, cached too, to watch the student while it trains."""
+    overwrite: bool = False
+    """Delete a cache that was made from something else, and begin anew."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The small model."""
+
+    class_path: str = "pruned"
+    """A built-in's short name (pruned, compact, huggingface), `package.module:Class`, or `file.py:Class`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the student's class, checked against its signature."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: `(1 - alpha) * KL(teacher || student) + alpha * cross-entropy with the true token`."""
+
+    alpha: float = 0.0
+    """Weight of the true token: 0 only the teacher, 1 only the text."""
+    chunk_size: int = 256
+    """Positions whose logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the student is trained."""
+
+    epochs: int = 1
+    """Passes over the cache."""
+    max_steps: int | None = None
+    """Optimiser steps at most; default: all of the epochs."""
+    batch_size: int = 8
+    """Samples a forward pass on each device (the micro-batch)."""
+    accumulate_grad_batches: int = 1
+    """Forward passes an optimiser step."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed"
+    """Lightning's precision: mixed keeps float32 weights."""
+    learning_rate: float = 6e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine, or stable and then a linear decay (warm-up-stable-decay)."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises."""
+    decay_fraction: float = 0.2
+    """wsd: share of the steps in which the learning rate falls."""
+    final_learning_rate: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's first momentum."""
+    beta2: float = 0.95
+    """AdamW's second momentum."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    seed: int = 0
+    """Seed of weights and order."""
+    accelerator: str = "auto"
+    """Lightning's accelerator: auto, cpu, cuda, mps."""
+    devices: int = 1
+    """Devices to train on."""
+    num_workers: int = 0
+    """Processes that read the cache."""
+    log_every_steps: int = 10
+    """Optimiser steps between two log lines."""
+    validate_every_steps: int = 200
+    """Optimiser steps between two measurements of the held-out KL, each followed by a checkpoint."""
+    resume: bool = False
+    """Continue from the last checkpoint of this run (`--resume`)."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How the student is held against its teacher."""
+
+    control: bool = False
+    """Also train and measure a control: the same student and steps, learning from the text alone (alpha 1)."""
+    max_samples: int | None = None
+    """Held-out samples to measure on at most; default: all."""
+    batch_size: int = 8
+    """Samples a forward pass."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: everything the commands need to know."""
+
+    corpus: CorpusConfig
+    teacher: TeacherConfig
+    student: StudentConfig = field(default_factory=StudentConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run_dir: str = "runs/experiment"
+    """Folder in which the experiment leaves everything it makes."""

@@ -1,0 +1,131 @@
+"""Turn rows of any source into one table of documents: plain texts, or conversations as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+
+from distill.corpus.reading import Source
+from distill.errors import UserError, did_you_mean
+
+READER_VERSION = 1
+"""Part of the key of stored tables: raise it when the same file gives another table."""
+
+MAX_DOCUMENT_BYTES = 32 << 20
+"""A document is tokenised in one piece, which takes a hundred times its size in memory; more is refused."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+FEATURES = datasets.Features(
+    {
+        "document": datasets.Value("large_string"),  # the text, or the messages as JSON; "" when there is nothing
+        "conversation": datasets.Value("bool"),
+        "digest": datasets.Value("binary"),  # sha256 of the content; empty for an empty document
+        "share": datasets.Value("float64"),  # the digest as a number in [0, 1]; 2 for an empty document
+        "source": datasets.Value("int32"),
+        "row": datasets.Value("int64"),
+    }
+)
+
+
+def load_documents(sources: Sequence[Source], text_field: str, messages_field: str) -> datasets.Dataset:
+    """The documents of all `sources` in order, empty ones among them, as a memory-mapped table (see `FEATURES`).
+
+    The table is kept in the cache folder of `datasets` under a hash of the files' bytes and read from there next time.
+    """
+    key = json.dumps([READER_VERSION, text_field, messages_field, [source.content_key() for source in sources]])
+    try:
+        return datasets.Dataset.from_generator(
+            lambda: _documents(sources, text_field, messages_field),
+            features=FEATURES,
+            fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+            writer_batch_size=64,  # documents held in memory at one time
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, (UserError, OSError)):
+            raise error.__cause__ from None
+        raise
+
+
+def corpus_fingerprint(documents: datasets.Dataset) -> str:
+    """sha256 (hex) of the content of the documents in order; empty documents leave it as it is."""
+    kind = b"messages" if documents[0]["conversation"] else b"text"
+    digest = hashlib.sha256(kind)
+    for batch in documents.select_columns(["digest"]).iter(batch_size=4096):
+        digest.update(b"".join(batch["digest"]))
+    return digest.hexdigest()
+
+
+def _documents(sources: Sequence[Source], text_field: str, messages_field: str) -> Iterator[dict[str, Any]]:
+    first = None
+    for index, source in enumerate(sources):
+        for number, row in source.rows():
+            where = f"{source.label}: row {number}"
+            conversation = messages_field in row
+            if not conversation and text_field not in row:
+                raise UserError(
+                    f"{where}: no column '{text_field}' or '{messages_field}'{did_you_mean(text_field, row)}: "
+                    "name the column with corpus.text_field or corpus.messages_field"
+                )
+            first = first or (conversation, where)
+            if conversation != first[0]:
+                kinds = ("a conversation", "plain text") if conversation else ("plain text", "a conversation")
+                raise UserError(f"{where} is {kinds[0]} but {first[1]} is {kinds[1]}: make two corpora of them")
+            value = row[messages_field if conversation else text_field]
+            content = _messages(value, where) if conversation else _text(value, where, text_field)
+            yield _document(content, where) | {"conversation": conversation, "source": index, "row": number}
+    if first is None:
+        raise UserError(
+            f"{', '.join(source.label for source in sources[:3])}: no document in it, not even an empty one"
+        )
+
+
+def _text(value: Any, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        found = "null" if value is None else type(value).__name__
+        raise UserError(f"{where}: column '{field}' is {found}, not text: mend or remove the row")
+    return value if value.strip() else ""
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """The messages without keys that are null: tables fill them in, and a template may ask whether a key is there."""
+    if not isinstance(value, list):
+        raise UserError(f"{where}: messages are a {type(value).__name__}, not a list of objects with role and content")
+    messages = []
+    for position, message in enumerate(value, start=1):
+        place = f"{where}: message {position}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            keys = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
+            raise UserError(f"{place}: needs a role and a content, both text (found: {keys})")
+        if message["role"] not in ROLES:
+            raise UserError(f"{place}: unknown role '{message['role']}'{did_you_mean(message['role'], ROLES)}")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise UserError(f"{place}: content is {type(message.get('content')).__name__}, not text")
+        messages.append({key: entry for key, entry in message.items() if entry is not None})
+    return messages
+
+
+def _document(content: str | list[dict[str, Any]], where: str) -> dict[str, Any]:
+    if not content:
+        return {"document": "", "digest": b"", "share": 2.0}
+    try:
+        if isinstance(content, str):
+            document = canonical = content
+        else:
+            # Stored with the keys in the user's order (a template may print them), hashed with the keys sorted.
+            document = json.dumps(content, ensure_ascii=False)
+            canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        encoded = canonical.encode("utf-8")
+    except (TypeError, UnicodeEncodeError) as error:
+        raise UserError(f"{where}: holds what is not text: {error}") from error
+    if len(encoded) > MAX_DOCUMENT_BYTES:
+        raise UserError(
+            f"{where}: a document of {len(encoded) / 2**20:.0f} MiB (at most {MAX_DOCUMENT_BYTES >> 20}): cut it into "
+            "documents, for example one a line of a .jsonl file"
+        )
+    digest = hashlib.sha256(encoded).digest()
+    return {"document": document, "digest": digest, "share": int.from_bytes(digest[:8], "big") / 2**64}

@@ -1,0 +1,113 @@
+"""Tokenise documents once, into a memory-mapped table of token ids and loss masks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from distill.corpus.templates import ChatTemplate, tokens_in_spans
+
+ENCODER_VERSION = 1
+"""Part of the key of stored tables: raise it when the same document gives other tokens or another mask."""
+
+BATCH_BYTES = 4 << 20
+"""Text that is tokenised at one time; the tokenizer needs about a hundred times that in memory."""
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "loss_mask": datasets.List(datasets.Value("bool")),  # True where the document's next token is to be learned
+        "learned": datasets.Value("int64"),  # number of True in loss_mask
+    }
+)
+
+Batch = dict[str, list[Any]]
+
+
+def encode(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> datasets.Dataset:
+    """A row of tokens (see `FEATURES`) for every row of `documents`; an empty document has no tokens.
+
+    The table is kept beside that of the documents, under a hash of both and of everything the tokenizer saves.
+    `labels` are the sources' names, for messages to the user.
+    """
+    batch_size = max(1, min(512, BATCH_BYTES * len(documents) // max(1, documents.data.nbytes)))
+    function = _encode_conversations(tokenizer, labels) if documents[0]["conversation"] else _encode_texts(tokenizer)
+    key = f"{ENCODER_VERSION} {documents._fingerprint} {_tokenizer_key(tokenizer)}"
+    return documents.map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        writer_batch_size=batch_size,
+        remove_columns=documents.column_names,
+        features=FEATURES,
+        new_fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+    )
+
+
+def _encode_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Batch], Batch]:
+    """Plain text: the tokenizer's own special tokens, and an end-of-text token where the text does not end in one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def function(batch: Batch) -> Batch:
+        texts = [text for text in batch["document"] if text]
+        encoded = iter(_token_ids(tokenizer, texts)["input_ids"]) if texts else iter(())
+        ids = [next(encoded) if text else [] for text in batch["document"]]
+        ids = [row + end if row and row[-1:] != end else row for row in ids]
+        return _table([np.asarray(row, dtype=np.int32) for row in ids], [np.ones(len(row), dtype=bool) for row in ids])
+
+    return function
+
+
+def _encode_conversations(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Callable[[Batch], Batch]:
+    """Conversations: the template's text as it is, with loss on the assistant's tokens alone."""
+    template = ChatTemplate.of(tokenizer)
+
+    def function(batch: Batch) -> Batch:
+        rendered = [
+            template.render(json.loads(document), f"{labels[source]}: row {row}") if document else ("", [])
+            for document, source, row in zip(batch["document"], batch["source"], batch["row"], strict=True)
+        ]
+        encoded = _token_ids(
+            tokenizer, [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
+        )
+        answers = [
+            tokens_in_spans(offsets, spans)
+            for offsets, (_, spans) in zip(encoded["offset_mapping"], rendered, strict=True)
+        ]
+        return _table([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]], answers)
+
+    return function
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> Any:
+    """`verbose=False`: that a document is longer than the model's context is what packing is there for."""
+    return tokenizer(texts, padding=False, truncation=False, verbose=False, **options)
+
+
+def _table(ids: list[np.ndarray], to_learn: list[np.ndarray]) -> Batch:
+    """Shift "this token is to be learned" by one place, to the position that predicts it; the last one has none."""
+    masks = [np.append(row[1:], False) if len(row) else row for row in to_learn]
+    return {"input_ids": ids, "loss_mask": masks, "learned": [int(mask.sum()) for mask in masks]}
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that the tokenizer writes when it is saved (vocabulary, rules, chat template) and of its code."""
+    digest = hashlib.sha256()
+    digest.update(f"{type(tokenizer).__qualname__} {transformers.__version__} {tokenizers.__version__}".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""From the user's path to samples, ready to be indexed: the one entry point of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from distill.corpus.documents import corpus_fingerprint, load_documents
+from distill.corpus.encoding import encode
+from distill.corpus.packing import Samples
+from distill.corpus.reading import find_sources
+from distill.corpus.splitting import check_sides, split_rows
+from distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class SampleSets:
+    """A corpus as samples, in two sets that share no document."""
+
+    train: Samples
+    """To train on; documents shuffled."""
+    held_out: Samples
+    """Never trained on; documents in file order. Empty when none was asked for."""
+    fingerprint: str
+    """sha256 (hex) of the documents' content in file order, before tokenising: the same for every tokenizer."""
+    empty_documents: int = 0
+    """Documents left out because they hold nothing but white space (conversations: no message)."""
+    unlearnable_documents: int = 0
+    """Documents left out because no position in them carries loss: conversations without an answer, single tokens."""
+
+
+def open_corpus(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    name: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    messages_field: str = "messages",
+    pack: bool = True,
+    held_out: float = 0.05,
+    seed: int = 0,
+) -> SampleSets:
+    """Read, tokenise, split and pack a corpus; the arguments are those of `distill.config.CorpusConfig`.
+
+    Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`), keyed by the files'
+    bytes and the tokenizer's content, so that a second opening is quick and never stale.
+    Raises UserError for whatever is wrong with the corpus.
+    """
+    if not 0 <= held_out <= 0.5:
+        raise UserError(f"corpus.held_out: {held_out} is not a share from 0 to 0.5")
+    if sequence_length < 2:
+        raise UserError(f"corpus.sequence_length: {sequence_length} is too short; a sample needs 2 tokens at least")
+    if seed < 0:
+        raise UserError(f"corpus.seed: {seed} is negative; give 0 or more")
+    sources = find_sources(path, name, split, text_field, messages_field)
+    with _no_progress_bars():
+        documents = load_documents(sources, text_field, messages_field)
+        shares = _numbers(documents, "share")
+        empty = int((shares > 1).sum())
+        if empty == len(shares):
+            raise UserError(f"{path}: no document with any text in it ({empty} empty ones)")
+        train_rows, held_rows = split_rows(shares, held_out, seed)
+        check_sides(path, train_rows, held_rows, held_out)
+        encoded = encode(documents, tokenizer, [source.label for source in sources])
+    learnable = _numbers(encoded, "learned") > 0
+    if not learnable.any():
+        lacking = "an answer of the assistant" if documents[0]["conversation"] else "a second token"
+        raise UserError(f"{path}: nothing to learn: none of the {len(shares) - empty} documents has {lacking}")
+    train_rows, held_rows = train_rows[learnable[train_rows]], held_rows[learnable[held_rows]]
+    check_sides(path, train_rows, held_rows, held_out)
+    train, held = (
+        Samples(encoded, rows, sequence_length=sequence_length, pack=pack, pad_token_id=_pad_token_id(tokenizer))
+        for rows in (train_rows, held_rows)
+    )
+    unlearnable = len(shares) - empty - train.documents - held.documents
+    return SampleSets(train, held, corpus_fingerprint(documents), empty, unlearnable)
+
+
+def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:
+    return table.data.column(column).to_numpy()
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills a short sample; never learned, and isolated from the text by its own positions."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The command draws its own progress; leave the user's setting as it was."""
+    if datasets.utils.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -1,0 +1,107 @@
+"""Samples: the documents' tokens cut into rows of one length, read from disk when asked for.
+
+Shapes: L sequence length.
+"""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+from torch import Tensor
+
+
+class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """A map-style data set of samples; `samples[i]` is a dict of tensors of length L:
+
+    * `input_ids` int64: tokens, padded on the right where a sample is short
+    * `position_ids` int64: from 0 at each sample's start, at each document's start, and at the padding's start
+    * `loss_mask` bool: True where the next token (of the same document and sample) is to be learned
+
+    With `pack` the documents form one stream that is cut every L tokens, so only the last sample may be short;
+    without, each document is cut by itself into ceil(length / L) samples. No token is lost or doubled: the unpadded
+    tokens of all samples, one after another, are the documents, one after another.
+
+    A sample may carry no loss at all (the middle of a long question; one last token): it keeps its place, so that the
+    numbering depends on nothing but the documents' lengths. Sums over positions with loss are right with it.
+
+    In memory are 16 bytes a document (24 without `pack`); the tokens stay in the memory-mapped table.
+    """
+
+    def __init__(
+        self, encoded: datasets.Dataset, rows: np.ndarray, *, sequence_length: int, pack: bool, pad_token_id: int
+    ) -> None:
+        lengths = document_lengths(encoded)[rows]
+        assert np.all(lengths > 0), "empty documents have no place in a sample"
+        self.sequence_length = sequence_length
+        """Tokens a sample, padding included."""
+        self.pad_token_id = pad_token_id
+        self._encoded = encoded.select_columns(["input_ids", "loss_mask"]).with_format("arrow")
+        self._rows = rows
+        self._begins = np.concatenate([[0], np.cumsum(lengths)])  # each document's first token in the stream
+        # Without packing: each document's first sample.
+        self._first_samples = None if pack else np.concatenate([[0], np.cumsum(-(-lengths // sequence_length))])
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self._rows)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, without padding."""
+        return int(self._begins[-1])
+
+    def __len__(self) -> int:
+        if self._first_samples is not None:
+            return int(self._first_samples[-1])
+        return -(-self.tokens // self.sequence_length)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        begin, end = self._stream_span(index % len(self))
+        ids_L = np.full(self.sequence_length, self.pad_token_id, dtype=np.int64)
+        positions_L = np.empty(self.sequence_length, dtype=np.int64)
+        mask_L = np.zeros(self.sequence_length, dtype=bool)
+        document = int(np.searchsorted(self._begins, begin, side="right")) - 1
+        filled = 0
+        while begin < end:
+            stop = min(end, int(self._begins[document + 1]))
+            part = slice(filled, filled + stop - begin)
+            ids_L[part], mask_L[part] = self._read(document, begin, stop)
+            positions_L[part] = np.arange(stop - begin)
+            mask_L[part.stop - 1] = False  # the next token is in another sample, or another document's
+            filled, begin, document = part.stop, stop, document + 1
+        positions_L[filled:] = np.arange(self.sequence_length - filled)
+        return {
+            "input_ids": torch.from_numpy(ids_L),
+            "position_ids": torch.from_numpy(positions_L),
+            "loss_mask": torch.from_numpy(mask_L),
+        }
+
+    def _stream_span(self, index: int) -> tuple[int, int]:
+        """First and last-but-one token of a sample in the stream of all documents."""
+        if self._first_samples is None:
+            begin = index * self.sequence_length
+            return begin, min(begin + self.sequence_length, self.tokens)
+        document = int(np.searchsorted(self._first_samples, index, side="right")) - 1
+        begin = int(self._begins[document]) + (index - int(self._first_samples[document])) * self.sequence_length
+        return begin, min(begin + self.sequence_length, int(self._begins[document + 1]))
+
+    def _read(self, document: int, begin: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and loss mask of a part of a document; of a long document only that part is read from disk."""
+        row = self._encoded[int(self._rows[document])]  # one row, so one chunk a column: views of the file, no copy
+        start = begin - int(self._begins[document])
+        ids, mask = (
+            row.column(name).chunk(0).flatten().slice(start, stop - begin).to_numpy(zero_copy_only=False)
+            for name in ("input_ids", "loss_mask")
+        )
+        return ids, mask
+
+
+def document_lengths(encoded: datasets.Dataset) -> np.ndarray:
+    """int64 [documents]: tokens of each row of the table that `encode` makes."""
+    column = encoded.select_columns(["input_ids"]).data.column("input_ids")
+    return pyarrow.compute.list_value_length(column).to_numpy().astype(np.int64)

@@ -1,0 +1,219 @@
+"""Find the corpus (files of several formats, or a hub data set) and read its rows one at a time."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import logging
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TextIO
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from distill.errors import UserError
+
+KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+KNOWN_KINDS = f"{', '.join(KINDS)}; all but parquet also with .gz behind"
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+Row = tuple[int, Mapping[str, Any]]
+"""The row's number in its file, from 1, and its columns."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One local file; every format becomes numbered rows of named columns."""
+
+    path: Path
+    text_field: str
+    messages_field: str
+
+    @property
+    def label(self) -> str:
+        """What error messages call it."""
+        return str(self.path)
+
+    def content_key(self) -> str:
+        """A hash of the file's bytes and format, never of its date: an edited file is never mistaken for its past."""
+        digest = hashlib.sha256(f"{kind_of(self.path)} {self.path.suffix} {self.text_field}\n".encode())
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in file order. A text file is one row; its only column takes the name `text_field`.
+
+        Text is UTF-8 (a byte order mark is dropped) and its line ends arrive as "\\n".
+        """
+        kind = kind_of(self.path)
+        try:
+            if kind == ".parquet":
+                yield from _parquet_rows(self.path, self.text_field, self.messages_field)
+                return
+            with _open_text(self.path) as file:
+                if kind == ".txt":
+                    yield 1, {self.text_field: file.read()}
+                elif kind == ".csv":
+                    yield from _csv_rows(file, self.label)
+                else:
+                    yield from _json_rows(file, self.label)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: not UTF-8 text ({error.reason}): convert the file to UTF-8") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{self.path}: damaged or incomplete gzip file ({error})") from error
+        except (pa.ArrowInvalid, csv.Error) as error:
+            raise UserError(f"{self.path}: cannot be read as {kind}: {error}") from error
+        except PermissionError as error:
+            raise UserError(f"{self.path}: no permission to read it") from error
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One split of a data set of the Hugging Face hub."""
+
+    label: str
+    data: datasets.Dataset
+    text_field: str
+    messages_field: str
+
+    def content_key(self) -> str:
+        """The fingerprint that `datasets` gives to this split of this revision."""
+        return f"hub {self.data._fingerprint}"
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in the data set's order."""
+        wanted = _wanted(self.data.column_names, self.text_field, self.messages_field)
+        yield from enumerate(self.data.select_columns(wanted), start=1)
+
+
+Source = CorpusFile | HubDataset
+
+
+def find_sources(path: str, name: str | None, split: str, text_field: str, messages_field: str) -> list[Source]:
+    """The files at `path` (a folder's files recursively, sorted by name), or the hub data set of that name.
+
+    The hub is asked only when nothing on this machine has the name. Files of other formats in a folder are left out
+    with one logged line; hidden files and folders are left out.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return [CorpusFile(file, text_field, messages_field) for file in _files_in(local, path)]
+    if local.exists():
+        if kind_of(local) is None:
+            raise UserError(f"{path}: not a format that can be read (known: {KNOWN_KINDS})")
+        return [CorpusFile(local, text_field, messages_field)]
+    looks_like_path = not HUB_NAME.fullmatch(path) or kind_of(local) is not None or Path(local.parts[0]).exists()
+    if looks_like_path:
+        raise UserError(f"{path}: no such file or folder{_nearest(local)} (and not a hub data set's name, owner/name)")
+    return [HubDataset(path, _load_from_hub(path, name, split), text_field, messages_field)]
+
+
+def kind_of(path: Path) -> str | None:
+    """The format that a file's name promises, without `.gz`, or None when it is none that can be read."""
+    kind = path.suffix.lower()
+    if kind == ".gz":
+        kind = Path(path.stem).suffix.lower()
+        return kind if kind in KINDS and kind != ".parquet" else None
+    return kind if kind in KINDS else None
+
+
+def _files_in(folder: Path, path: str) -> list[Path]:
+    visible = [
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    visible.sort(key=lambda file: file.relative_to(folder).parts)
+    files = [file for file in visible if kind_of(file)]
+    if not files:
+        raise UserError(f"{path}: no corpus file in this folder (known: {KNOWN_KINDS})")
+    if others := [file.name for file in visible if not kind_of(file)]:
+        log.warning("%s: read %d files, left out %d of other formats: %s", path, len(files), len(others), others[:5])
+    return files
+
+
+def _nearest(missing: Path) -> str:
+    """The nearest name beside the first part of `missing` that does not exist."""
+    while not missing.parent.exists():
+        missing = missing.parent
+    near = get_close_matches(missing.name, [entry.name for entry in missing.parent.iterdir()], n=1, cutoff=0.5)
+    return f"; did you mean '{missing.parent / near[0]}'?" if near else ""
+
+
+def _load_from_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
+    try:
+        data = datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # `datasets` says in the first line what is wrong (unknown name, configuration or split; no network).
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: neither a file or folder here nor a hub data set that can be loaded "
+            f"(configuration {name}, split {split}): {reason}"
+        ) from error
+    assert isinstance(data, datasets.Dataset)
+    return data
+
+
+def _open_text(path: Path) -> TextIO:
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
+def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
+    """Rows of a file with one object a line, or of one list of objects (which is held in memory whole)."""
+    line = file.readline()
+    while line and not line.strip():
+        line = file.readline()
+    rows: Iterator[tuple[int, Any]]
+    if line.lstrip().startswith("["):
+        rows = enumerate(_parse(line + file.read(), label), start=1)
+    else:
+        file.seek(0)
+        lines = ((number, text) for number, text in enumerate(file, start=1) if text.strip())
+        rows = ((number, _parse(text, f"{label}: line {number}")) for number, text in lines)
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{label}: row {number}: a {type(row).__name__}, not an object with named columns")
+        yield number, row
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); expected one object a line, or one list of objects") from error
+
+
+def _csv_rows(file: TextIO, label: str) -> Iterator[Row]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB, which articles exceed
+    for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+        if None in row:
+            raise UserError(f"{label}: row {number}: more fields than the header has: quote fields that hold a comma")
+        yield number, row
+
+
+def _parquet_rows(path: Path, *fields: str) -> Iterator[Row]:
+    number = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=256, columns=_wanted(file.schema_arrow.names, *fields)):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _wanted(columns: list[str], *fields: str) -> list[str]:
+    """The columns to read; all of them where none is wanted, so that an error can name them."""
+    return [column for column in columns if column in fields] or columns

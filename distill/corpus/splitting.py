@@ -1,0 +1,34 @@
+"""Choose which documents are never trained on, and the order of the others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distill.errors import UserError
+
+
+def split_rows(shares: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training documents, shuffled with `seed`, and of the held-out documents, in file order.
+
+    `shares` is float64 [documents]: a hash of each document's content as a number in [0, 1]; 2 for an empty document,
+    which is on neither side. A document is held out when its share is below `held_out`: the same text is always on the
+    same side, whatever the order, the file or the rest of the corpus.
+    """
+    held_rows = np.flatnonzero(shares < held_out)
+    train_rows = np.flatnonzero((shares >= held_out) & (shares <= 1))
+    return np.random.default_rng(seed).permutation(train_rows), held_rows
+
+
+def check_sides(path: str, train_rows: np.ndarray, held_rows: np.ndarray, held_out: float) -> None:
+    """Raise UserError where one of the two sides, if asked for, has no document."""
+    documents = len(train_rows) + len(held_rows)
+    if len(train_rows) == 0:
+        raise UserError(
+            f"{path}: all {documents} documents are held out, none is left to train on: lower corpus.held_out "
+            f"(now {held_out}; 0: none) or give more documents"
+        )
+    if held_out > 0 and len(held_rows) == 0:
+        raise UserError(
+            f"{path}: none of the {documents} documents falls into the held-out share of {held_out}: raise "
+            "corpus.held_out, give more or shorter documents (say, one passage a line of a .jsonl file), or set it to 0"
+        )

@@ -1,0 +1,115 @@
+"""Render a conversation with the tokenizer's chat template, and find the assistant's answers in the rendering."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from distill.errors import UserError
+
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+REMEDY = "mark the answers in the chat template with {% generation %} and {% endgeneration %}"
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template, as a function from messages to text and the answers' character spans in it."""
+
+    source: str
+    special_tokens: dict[str, str]
+    added_tokens: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """The default chat template of `tokenizer`. Raises UserError without one, or without character offsets."""
+        if not tokenizer.chat_template:
+            raise UserError(
+                "the corpus holds conversations, but the tokenizer has no chat template: take the instruction-tuned "
+                "version of the teacher, or a corpus of plain text"
+            )
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"the corpus holds conversations, but {type(tokenizer).__name__} cannot tell which characters a token "
+                "stands for, so the answers cannot be found: take a tokenizer folder with a tokenizer.json"
+            )
+        added = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace())
+        return cls(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map), added)
+
+    def render(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
+        """The conversation as text, and where in it the answers are, each with its end-of-turn token.
+
+        A template with `{% generation %}` says itself what is learned. Otherwise an answer is what the template adds
+        for the assistant's message to the prompt that it renders of the messages before.
+        """
+        if GENERATION.search(self.source):
+            return self._rendered(messages, where)
+        text, _ = self._rendered(messages, where)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return text, [self._answer_span(text, messages, i, where) for i in answers]
+
+    def _answer_span(self, text: str, messages: Sequence[Message], i: int, where: str) -> Span:
+        if i == 0:
+            raise UserError(f"{where}: the conversation begins with the assistant; nothing asks for that answer")
+        prompt, _ = self._rendered(messages[:i], where, add_generation_prompt=True)
+        answered, _ = self._rendered(messages[: i + 1], where)
+        if not (text.startswith(prompt) and answered.startswith(prompt)):
+            raise UserError(
+                f"{where}: message {i + 1}: the chat template renders the conversation so far in another way once it "
+                f"goes on, so the answer cannot be told from the prompt: {REMEDY}"
+            )
+        answer = answered[len(prompt) :]
+        if not text.startswith(answer, len(prompt)):
+            answer = self._without_trimmings(answer, messages[i])
+            if not answer or not text.startswith(answer, len(prompt)):
+                raise UserError(
+                    f"{where}: message {i + 1}: the chat template renders this answer in another way once the "
+                    f"conversation goes on: {REMEDY}"
+                )
+        # A separator behind the end-of-turn token ("\n" in ChatML) is never generated, so it is not learned either.
+        ended = answer.rstrip()
+        return len(prompt), len(prompt) + len(ended if ended.endswith(self.added_tokens) else answer)
+
+    @staticmethod
+    def _without_trimmings(answer: str, message: Message) -> str:
+        """The bare content and what follows it: Qwen3 puts an empty `<think>` block before the last answer only."""
+        content = str(message.get("content", "")).strip()
+        return answer[answer.rindex(content) :] if content and content in answer else ""
+
+    def _rendered(
+        self, messages: Sequence[Message], where: str, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        render: Any = render_jinja_template  # its annotations leave no room for the special tokens
+        try:
+            texts, spans = render(
+                conversations=[list(messages)],
+                chat_template=self.source,
+                return_assistant_tokens_mask=bool(GENERATION.search(self.source)),
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error
+        return texts[0], [(start, end) for start, end in spans[0]] if spans else []
+
+
+def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+    """bool [tokens]: which tokens share at least one character with a span.
+
+    transformers' own mask is not used: it looks up the span's first character alone, and where no token claims that
+    character (a blank that the tokenizer trims off) it gives up the conversation's remaining answers in silence.
+    """
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(starts), dtype=bool)
+    for start, end in spans:
+        inside |= (ends > start) & (starts < end)
+    return inside

@@ -1,0 +1,185 @@
+"""Reading an experiment file: YAML and overrides to checked dataclasses, and every mistake to one short message."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from distill import config
+from distill.config import Experiment
+from distill.errors import UserError, did_you_mean
+
+
+def load_experiment(path: str, overrides: list[str]) -> Experiment:
+    """The experiment of a YAML file with overrides such as `["--cache.threshold", "0.01"]`.
+
+    Raises UserError for a missing or broken file, an unknown key (with the nearest known one), a wrong type or value.
+    """
+    import yaml
+
+    file = Path(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [str(other) for other in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
+        raise UserError(f"{path}: no such experiment file" + (did_you_mean(path, near) if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: an experiment file is a mapping of corpus, teacher, student, …")
+    _check_keys(content, Experiment, path, prefix="")
+    _check_overrides(overrides)
+    experiment = _parse(path, overrides)
+    _check_ranges(experiment)
+    return experiment
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as plain values, for writing it down."""
+    return dataclasses.asdict(experiment)
+
+
+def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> None:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in content.items():
+        if key not in known:
+            raise UserError(f"{path}: {prefix}{key}: unknown key{did_you_mean(str(key), known)}")
+        section = _section(known[key])
+        if section is not None:
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {prefix}{key}: must be a mapping, got {value!r}")
+            _check_keys(value, section, path, f"{prefix}{key}.")
+
+
+def _section(entry: dataclasses.Field) -> type | None:
+    """The dataclass of a field that is a section of the file, None for a plain value."""
+    kind = getattr(config, str(entry.type), None)
+    return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    for argument in overrides:
+        if not argument.startswith("--"):
+            continue
+        kind: type | None = Experiment
+        walked = ""
+        for key in argument[2:].split("=", 1)[0].split("."):
+            if kind is None:
+                break  # inside a free mapping such as student.options, or behind a plain value: jsonargparse says
+            known = {field.name: field for field in dataclasses.fields(kind)}
+            if key not in known:
+                raise UserError(f"--{walked}{key}: unknown option{did_you_mean(key, known)}")
+            walked, kind = f"{walked}{key}.", _section(known[key])
+
+
+def print_options() -> None:
+    """Every key with its documentation, type and default."""
+    for section in dataclasses.fields(Experiment):
+        kind = _section(section)
+        if kind is None:
+            continue
+        print(f"{section.name}: {(kind.__doc__ or '').strip()}")
+        documentation = _field_documentation(kind)
+        for entry in dataclasses.fields(kind):
+            default = "required" if entry.default is dataclasses.MISSING else f"default {entry.default}"
+            if entry.default_factory is not dataclasses.MISSING:
+                default = f"default {entry.default_factory()}"
+            print(f"  --{section.name}.{entry.name}  ({entry.type}; {default})\n      {documentation[entry.name]}")
+        print()
+    print(f"  --run_dir  (str; default {Experiment.run_dir})\n      {_field_documentation(Experiment)['run_dir']}")
+
+
+def _field_documentation(kind: type) -> dict[str, str]:
+    """The string below each field of a dataclass."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    documentation = {}
+    for entry, following in itertools.pairwise(body):
+        if isinstance(entry, ast.AnnAssign) and isinstance(following, ast.Expr):
+            documentation[entry.target.id] = ast.literal_eval(following.value)  # type: ignore[union-attr]
+    return documentation
+
+
+def _parse(path: str, overrides: list[str]) -> Experiment:
+    import argparse
+
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--experiment_file", action="config")
+    parser.add_class_arguments(Experiment, None)
+    try:
+        namespace = parser.parse_args(["--experiment_file", path, *overrides])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            values = parser.instantiate_classes(namespace)
+    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {_plain(str(error))}") from None
+    names = [field.name for field in dataclasses.fields(Experiment)]
+    return Experiment(**{name: getattr(values, name) for name in names})
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message in one line, without the names of Python's types."""
+    line = " ".join(message.split())
+    line = re.sub(r'^Parser key "([^"]+)":', r"\1:", line)
+    line = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", line)
+    line = re.sub(r"<class '(\w+)'>", r"\1", line)
+    return line.replace("Expected a one of", "expected one of").replace("Expected a", "expected")
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "corpus.sequence_length": (2, 2**20),
+    "corpus.held_out": (0, 0.5),
+    "cache.threshold": (1e-4, 1),
+    "cache.entries": (1, 65_535),
+    "cache.temperature": (1e-2, 100),
+    "cache.seed": (0, 2**63),
+    "cache.batch_size": (1, 2**16),
+    "cache.shard_samples": (1, 2**20),
+    "cache.chunk_size": (1, 2**20),
+    "cache.max_samples": (1, 2**40),
+    "cache.held_out_samples": (0, 2**40),
+    "loss.alpha": (0, 1),
+    "loss.chunk_size": (1, 2**20),
+    "train.epochs": (1, 10**6),
+    "train.max_steps": (1, 10**9),
+    "train.batch_size": (1, 2**16),
+    "train.accumulate_grad_batches": (1, 2**16),
+    "train.learning_rate": (0, 10),
+    "train.warmup_fraction": (0, 1),
+    "train.decay_fraction": (0, 1),
+    "train.final_learning_rate": (0, 1),
+    "train.weight_decay": (0, 10),
+    "train.beta1": (0, 1),
+    "train.beta2": (0, 1),
+    "train.gradient_clip": (0, 10**6),
+    "train.seed": (0, 2**31),
+    "train.devices": (1, 1024),
+    "train.num_workers": (0, 256),
+    "train.log_every_steps": (1, 10**9),
+    "train.validate_every_steps": (1, 10**9),
+    "evaluate.max_samples": (1, 2**40),
+    "evaluate.batch_size": (1, 2**16),
+}
+
+
+def _check_ranges(experiment: Experiment) -> None:
+    """All values that are out of their range, in one message."""
+    wrong = []
+    for key, (low, high) in _RANGES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(experiment, section), name)
+        if value is not None and not low <= value <= high:
+            wrong.append(f"{key}: {value} is not between {low:g} and {high:g}")
+    if wrong:
+        raise UserError("; ".join(wrong))

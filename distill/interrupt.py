@@ -1,0 +1,52 @@
+"""Ctrl-C and SIGTERM: at once while nothing is at stake, at the end of the current batch while work is under way."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Interrupted(BaseException):
+    """The user (or the machine) asked to stop. Not an Exception, so that nothing swallows it."""
+
+
+_deferred = False
+_asked = False
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    global _asked
+    if _deferred and not _asked:
+        _asked = True
+        return
+    raise Interrupted(signal.Signals(signum).name)
+
+
+def install() -> None:
+    """Take over Ctrl-C and SIGTERM for this process."""
+    signal.signal(signal.SIGINT, _handle)
+    signal.signal(signal.SIGTERM, _handle)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a first signal waits for `stop_if_asked`; a second one stops at once."""
+    global _deferred, _asked
+    _deferred, _asked = True, False
+    try:
+        yield
+    finally:
+        _deferred = False
+
+
+def asked() -> bool:
+    """Whether a signal is waiting."""
+    return _asked
+
+
+def stop_if_asked() -> None:
+    """Raise Interrupted when a signal is waiting."""
+    if _asked:
+        raise Interrupted("interrupted")

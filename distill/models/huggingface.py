@@ -1,0 +1,166 @@
+"""Body and head of any Hugging Face causal language model, with a check that they make the model's own logits.
+
+Shapes: B batch, L sequence length, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.models.checkpoints import Checkpoint, first_line, weight_files
+from distill.models.language_model import Head
+
+
+class HuggingFaceLanguageModel(torch.nn.Module):
+    """A `transformers` causal language model as body and head.
+
+    Documents packed in one row stay apart when no attention mask is given and `position_ids` restart: transformers
+    then builds the block mask itself. `distill.models.isolation` measures whether a family really does.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        prefix = getattr(model, "base_model_prefix", "")
+        if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is None:
+            raise ValueError(f"{type(model).__name__} is not a causal language model with a base model and a head")
+        self.model = model
+        self._base_name = prefix
+        forward = inspect.signature(getattr(model, prefix).forward).parameters
+        self._takes_positions = "position_ids" in forward  # state-space families know no positions
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        """Hidden states `[B, L, D]` behind the last norm."""
+        positions = {"position_ids": position_ids_BL} if self._takes_positions else {}
+        base = getattr(self.model, self._base_name)
+        return base(input_ids=input_ids_BL, use_cache=False, **positions).last_hidden_state
+
+    @property
+    def head(self) -> Head:
+        """The output embedding, and the family's transformation as its configuration names it."""
+        output = self.model.get_output_embeddings()
+        if not output.weight.is_floating_point():
+            raise ValueError(
+                "the head of this checkpoint is quantized itself; use a checkpoint that keeps it unquantized"
+            )
+        return Head(output.weight, getattr(output, "bias", None), **transformation(self.model.config))
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise ValueError when `head(body(x))` is not what the model itself answers: a family made another way.
+
+        The tolerance is the rounding of the model's own dtype, relative to the norm of its logits.
+        """
+        weight = self.model.get_output_embeddings().weight
+        ids_BL = torch.arange(8, device=weight.device)[None] * 7 % weight.shape[0]
+        positions_BL = torch.arange(8, device=weight.device)[None]
+        training = self.training
+        self.eval()
+        try:
+            given = {"position_ids": positions_BL} if self._takes_positions else {}
+            own_BLV = self.model(input_ids=ids_BL, use_cache=False, **given).logits.float()
+            ours_BLV = self.head(self.body(ids_BL, positions_BL)).float()
+        finally:
+            self.train(training)
+        family = type(self.model).__name__
+        if own_BLV.shape != ours_BLV.shape:
+            raise ValueError(
+                f"{family} makes logits of another shape than its head's {tuple(ours_BLV.shape)}: not supported"
+            )
+        error = torch.linalg.vector_norm(own_BLV - ours_BLV) / torch.linalg.vector_norm(own_BLV)
+        if not error <= max(torch.finfo(weight.dtype).eps, 1e-5):
+            raise ValueError(
+                f"{family} makes its logits in a way this adapter does not know (relative error {error:.1e}): "
+                "not supported; write a plug-in with its own `body` and `head`"
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an ordinary Hugging Face folder (safetensors)."""
+        with quiet():
+            self.model.save_pretrained(folder)
+
+
+def transformation(config: Any) -> dict[str, float]:
+    """The head's `scale` and `soft_cap` of a configuration; a multimodal one is asked for its text part.
+
+    Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere multiplies by `logit_scale`, and Gemma 2
+    caps with `final_logit_softcapping`. Whatever this table does not know, `check` finds.
+    """
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None)
+    scaling = getattr(text, "logits_scaling", None)
+    if scale is None and scaling is not None:
+        scale = scaling if text.model_type.startswith("hyperclovax") else 1.0 / scaling
+    soft_cap = getattr(text, "final_logit_softcapping", None)
+    found: dict[str, float] = {} if scale is None else {"scale": float(scale)}
+    return found if soft_cap is None else {**found, "soft_cap": float(soft_cap)}
+
+
+def load_pretrained(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    quantization_config: Any = None,
+    device_map: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The `transformers` model of a checkpoint, from safetensors or GGUF (which is dequantised); never from pickle."""
+    import transformers
+
+    weight_files(checkpoint)  # refuses pickle, and a folder without weights
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    if checkpoint.gguf_file is not None:
+        assert quantization_config is None, "a GGUF file is dequantised first"
+        options["gguf_file"] = checkpoint.gguf_file
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+    with quiet():
+        try:
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, output_loading_info=True, **options
+            )
+        except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{checkpoint.name}: cannot be loaded as a causal language model: {first_line(error)}"
+            ) from error
+    model, report = loaded
+    complain_about_missing(report, checkpoint.name)
+    return model
+
+
+def complain_about_missing(report: Any, name: str) -> None:
+    """Raise UserError when a loading report names weights that the checkpoint lacks: they would stay random."""
+    info = report if isinstance(report, dict) else vars(report)
+    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        what = f"lacks {missing[0]}" if missing else f"has another shape of {mismatched[0]}"
+        more = len(missing) + len(mismatched) - 1
+        raise UserError(f"{name}: the checkpoint {what}" + (f" and {more} more weights" if more else ""))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' log lines and progress bars inside: the pipeline draws its own."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    verbosity, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gguf.tqdm = logging.tqdm  # that module draws its bar past the switch
+    try:
+        yield
+    finally:
+        gguf.tqdm = gguf_bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,61 @@
+"""The one contract that teachers and students meet: a language model is a body and a head.
+
+Shapes: B batch, L sequence length, N positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states to logits: `soft_cap * tanh(z / soft_cap)` of `z = scale * (hidden @ weight.T + bias)`.
+
+    The two transformations are those that published families use: `scale` (Granite divides, Cohere multiplies) and
+    `soft_cap` (Gemma 2). Families without them leave `scale` at 1 and `soft_cap` at None.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., D]`, in the dtype of the product."""
+        return self.transform(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
+
+    def transform(self, product_NV: Tensor) -> Tensor:
+        """The part of the head behind the matrix product (and bias): scale, then soft cap."""
+        logits = product_NV if self.scale == 1.0 else product_NV * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def with_rows(self, vocab_size: int) -> Head:
+        """The same head over the first `vocab_size` rows: padded rows take no part in any distribution.
+
+        Raises ValueError when the head has fewer rows than the vocabulary.
+        """
+        rows = self.weight_VD.shape[0]
+        if vocab_size > rows:
+            raise ValueError(f"the head has {rows} rows, the vocabulary {vocab_size} tokens: not the same vocabulary")
+        bias = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return replace(self, weight_VD=self.weight_VD[:vocab_size], bias_V=bias)
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What teachers and students have in common; any `torch.nn.Module` with these two members is one.
+
+    `head` is read anew at every use, so a property that wraps the current parameters is right.
+    """
+
+    @property
+    def head(self) -> Head: ...
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        """Hidden states `[B, L, D]` of token ids `[B, L]`; `position_ids` restart at 0 where a document begins."""
+        ...

@@ -1,0 +1,140 @@
+"""Open a checkpoint's tokenizer, or the user's own (a folder or a SentencePiece model), and fingerprint it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from distill.models.checkpoints import Checkpoint
+
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+CONTROL, USER_DEFINED = 3, 4  # SentencePiece's types of pieces
+PROBES = (  # what SentencePiece models differ in: prefix, runs of blanks, normalisation, unknown characters, digits
+    "The cat sat on the mat.",
+    "  two blanks  before, between and after  ",
+    "naïve café ﬁne ½",
+    "line\nbreak\tand tab",
+    "日本語 😀 x²",
+    "1234567890 3.14",
+    "def f(x):\n    return x",
+    "a",
+)
+
+
+def load_tokenizer(checkpoint: Checkpoint, override: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint, or of `override`: a tokenizer folder or a SentencePiece `.model` file."""
+    if override is None:
+        return _from_pretrained(checkpoint.folder, checkpoint.gguf_file, checkpoint.name, trust_remote_code)
+    path = Path(override).expanduser()
+    if path.is_dir():
+        return _from_pretrained(path, None, override, trust_remote_code)
+    if path.is_file() and path.suffix == ".model":
+        return from_sentencepiece(path)
+    if path.exists():
+        raise UserError(f"{override}: a tokenizer is a folder or a SentencePiece .model file")
+    siblings = [str(Path(override).parent / file.name) for file in path.parent.glob("*")]
+    raise UserError(f"{override}: no such tokenizer folder or .model file" + did_you_mean(override, siblings[:20]))
+
+
+def _from_pretrained(folder: Path, gguf_file: str | None, name: str, trust_remote_code: bool) -> Any:
+    import transformers
+
+    # Without any of these files transformers answers with an empty vocabulary instead of an error.
+    if gguf_file is None and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise UserError(f"{name}: no tokenizer in {folder} (looked for {', '.join(TOKENIZER_FILES)})")
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: the tokenizer cannot be read: {reason}") from error
+
+
+def from_sentencepiece(path: Path) -> Any:
+    """A fast tokenizer that encodes as the SentencePiece model does; UserError when a probe text says otherwise.
+
+    Built here because transformers' generic conversion leaves out the dummy prefix and the collapsing of blanks.
+    """
+    import sentencepiece
+    import transformers
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        proto = SentencePieceExtractor(str(path)).proto
+    except (RuntimeError, OSError, ImportError, ValueError) as error:
+        raise UserError(f"{path}: not a readable SentencePiece model: {error}") from error
+    ids = {"unk": processor.unk_id(), "bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
+    specials = {f"{kind}_token": processor.id_to_piece(index) for kind, index in ids.items() if index >= 0}
+    backend = _backend(proto)
+    tokenizer = transformers.TokenizersBackend(tokenizer_object=backend, **specials)
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    for text in (*PROBES, *(f"the {symbol} cat" for symbol in user_defined[:8])):
+        if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):
+            raise UserError(
+                f"{path}: this SentencePiece model uses something the fast tokenizer cannot imitate "
+                f"(it encodes {text!r} otherwise): convert it to a Hugging Face tokenizer folder"
+            )
+    return tokenizer
+
+
+def _backend(proto: Any) -> Any:
+    """The `tokenizers` pipeline of a SentencePiece model: the model, its normalisation, its control pieces."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from transformers.tokenization_utils_base import generate_merges
+
+    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    scores = [(piece.piece, piece.score) for piece in proto.pieces]
+    model: Any
+    if trainer.model_type == 1:
+        model = models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    elif trainer.model_type == 2:
+        vocabulary = {piece: index for index, (piece, _) in enumerate(scores)}
+        merges = generate_merges(vocabulary, dict(scores))
+        model = models.BPE(
+            vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
+        )
+    else:
+        raise UserError("a SentencePiece model of type word or char is not supported: use unigram or bpe")
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend(" ")] if spec.add_dummy_prefix else []
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    ends: list[Any] = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
+    added = [piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(p.piece, normalized=False, special=p.type == CONTROL) for p in added])
+    return tokenizer
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """The real size of the vocabulary: the highest id of any token, added ones included, plus one."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of what the tokenizer does and of its chat template: content, the same on every machine."""
+    if getattr(tokenizer, "is_fast", False):
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for state in ("truncation", "padding"):  # left behind by the last call, not part of the tokenizer
+            content.pop(state, None)
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    specials = {kind: str(token) for kind, token in tokenizer.special_tokens_map.items()}
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "tokenizer": _sha256({"content": content, "specials": specials}),
+        "chat_template": _sha256(template),
+    }
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

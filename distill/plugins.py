@@ -1,0 +1,187 @@
+"""Find a teacher or student by name (built-in, `package.module:Class`, `file.py:Class`), check its options, make it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from distill.errors import UserError, did_you_mean
+
+Kind = Literal["student", "teacher"]
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "teacher": {"huggingface": "teachers.huggingface:load_teacher"},
+    "student": {
+        "compact": "students.compact:CompactDecoder",
+        "huggingface": "students.huggingface:load_student",
+        "pruned": "students.pruned:prune_teacher",
+    },
+}
+FORMS = "package.module:Class or path/file.py:Class"
+
+
+def load(reference: str, kind: Kind) -> Callable[..., Any]:
+    """The callable that `reference` names: a built-in's short name, `package.module:Class`, or `path/file.py:Class`."""
+    table = BUILT_IN[kind]
+    full = table.get(reference, reference)
+    module_name, colon, attribute = full.rpartition(":")
+    if not colon or not module_name or not attribute:
+        raise UserError(f"{kind}.class_path '{reference}': unknown{did_you_mean(reference, table)}, or give {FORMS}")
+    module = _from_file(module_name, kind) if module_name.endswith(".py") else _from_package(module_name, kind)
+    found = getattr(module, attribute, None)
+    if found is None:
+        own = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"{kind}.class_path: {module_name} has no '{attribute}'{did_you_mean(attribute, own)}")
+    if not callable(found):
+        raise UserError(f"{kind}.class_path: {full} is not a class or function")
+    return typing.cast("Callable[..., Any]", found)
+
+
+def _from_package(name: str, kind: Kind) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # last, so that a file of the user's hides no installed module
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise UserError(f"{kind}.class_path: importing {name} failed: {error}") from error
+        parent = Path(*name.split(".")[:-1])
+        near = [".".join((*parent.parts, file.stem)) for file in parent.glob("*.py") if file.stem != "__init__"]
+        raise UserError(
+            f"{kind}.class_path: no module '{name}' here or installed" + (did_you_mean(name, near) if near else "")
+        ) from error
+    except Exception as error:  # a stranger's module may fail in any way while it is imported
+        raise UserError(f"{kind}.class_path: importing {name} failed: {type(error).__name__}: {error}") from error
+
+
+def _from_file(name: str, kind: Kind) -> ModuleType:
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        near = [str(Path(name).parent / file.name) for file in path.parent.glob("*.py")]
+        raise UserError(f"{kind}.class_path: no file '{name}'" + (did_you_mean(name, near) if near else ""))
+    module_name = f"_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up while it runs
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a stranger's file may fail in any way while it is imported
+        del sys.modules[module_name]
+        raise UserError(f"{kind}.class_path: importing {name} failed: {type(error).__name__}: {error}") from error
+    return module
+
+
+def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the plug-in's call: the user's `options`, checked, and of `offered` what the signature asks for.
+
+    Text that a command line gave for a number is read as one. UserError for an unknown, missing or ill-typed option.
+    """
+    factory = load(reference, kind)
+    where = f"{kind}.options of {reference}"
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
+    hints = _hints(factory)
+    chosen: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in parameters and not takes_any:
+            raise UserError(f"{where}: unknown option '{name}'{did_you_mean(name, parameters)}")
+        chosen[name] = _checked(value, hints.get(name, Any), f"{where}: {name}")
+    chosen.update({name: offered[name] for name in parameters if name in offered and name not in chosen})
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in chosen]
+    if missing:
+        raise UserError(f"{where}: missing {', '.join(missing)} (known: {', '.join(sorted(parameters))})")
+    return chosen
+
+
+def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str, Any]) -> Any:
+    """Call the plug-in with its `arguments`; the result is a `torch.nn.Module` with the two members of the contract."""
+    chosen = arguments(reference, kind, options, offered)
+    factory = load(reference, kind)
+    try:
+        model = factory(**chosen)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{kind} {getattr(factory, '__name__', reference)}: {error}") from error
+    _check_contract(model, reference, kind)
+    return model
+
+
+def _check_contract(model: Any, reference: str, kind: Kind) -> None:
+    import torch
+
+    from distill.models.language_model import Head
+
+    where = f"{kind} {reference}"
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"{where}: made a {type(model).__name__}, not a torch.nn.Module")
+    if not callable(getattr(model, "body", None)):
+        raise UserError(f"{where}: {type(model).__name__} has no method 'body(input_ids_BL, position_ids_BL)'")
+    if not hasattr(model, "head"):
+        raise UserError(f"{where}: {type(model).__name__} has no 'head' (a distill.models.language_model.Head)")
+    if not isinstance(model.head, Head):
+        raise UserError(
+            f"{where}: 'head' is a {type(model.head).__name__}, not a distill.models.language_model.Head "
+            "(make it a property: return Head(self.lm_head.weight))"
+        )
+
+
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Type hints of the call; none when a stranger's annotations cannot be evaluated."""
+    target = factory.__init__ if inspect.isclass(factory) else factory
+    try:
+        return typing.get_type_hints(target)
+    except Exception:  # an annotation may name anything, for example a type imported for checkers only
+        return {}
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    if _fits(value, hint):
+        return value
+    if isinstance(value, str):  # `--student.options.layers 4`, or `1e-3`, which YAML 1.1 reads as text
+        try:
+            number = json.loads(value)
+        except json.JSONDecodeError:
+            number = None
+        if number is not None and _fits(number, hint):
+            return number
+    name = getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")
+    raise UserError(f"{where}: expected {name}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain YAML value agrees with a type hint; hints this does not know are left to the constructor."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if (origin or hint) in (list, dict):
+        inner = args[0] if origin is list else Any
+        return isinstance(value, origin or hint) and (origin is not list or all(_fits(v, inner) for v in value))
+    return True

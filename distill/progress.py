@@ -1,0 +1,85 @@
+"""Progress of long work: a bar in a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+LINE_SECONDS = 15.0
+"""Seconds between two log lines where there is no terminal."""
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal or the reader of the log."""
+    print(message, flush=True)
+
+
+class Progress:
+    """Shows `done` of `total` units with rate, remaining time and the latest values; use as a context manager."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self._start_done = done
+        self._values = ""
+        self._started = self._last_line = time.monotonic()
+        self._bar = self._make_bar() if sys.stdout.isatty() else None
+
+    def _make_bar(self):  # type: ignore[no-untyped-def]  # rich is imported only where there is a terminal
+        from rich import progress
+
+        bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[rate]} {task.fields[unit]}/s"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[values]}"),
+        )
+        self._task = bar.add_task(
+            self.title, total=self.total, completed=self.done, unit=self.unit, values="", rate="-"
+        )
+        return bar
+
+    def start(self, done: int) -> None:
+        """Begin to count here: what took place before (loading, earlier runs) is not part of the rate."""
+        self.done = self._start_done = done
+        self._started = self._last_line = time.monotonic()
+        if self._bar:
+            self._bar.reset(self._task, total=self.total, completed=done)
+
+    def __enter__(self) -> Progress:
+        self.start(self.done)
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif self.done > self._start_done:
+            self._line()
+
+    def advance(self, amount: int, **values: object) -> None:
+        """`amount` more units are done; `values` are shown beside them."""
+        self.done += amount
+        self._values = "  ".join(f"{name} {value}" for name, value in values.items())
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, values=self._values, rate=f"{self.rate():,.0f}")
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._line()
+
+    def rate(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self._start_done) / max(time.monotonic() - self._started, 1e-9)
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        left = (self.total - self.done) / max(self.rate(), 1e-9)
+        share = 100 * self.done // max(self.total, 1)
+        say(
+            f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share} %), "
+            f"{self.rate():,.0f} {self.unit}/s, {left:,.0f} s left  {self._values}".rstrip()
+        )

@@ -1,0 +1,1 @@
+"""What the teacher says about a position, made small: schemes, their stored form, and the walk over hidden states."""

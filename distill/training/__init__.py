@@ -1,0 +1,1 @@
+"""Training a student from a cache under Lightning."""

@@ -1,0 +1,210 @@
+"""From an experiment to the things it names: folders, tokenizer, samples, models. What several recipes need."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill import plugins
+from distill.cache.format import Manifest, differences
+from distill.config import Experiment
+from distill.corpus import SampleSets, open_corpus
+from distill.errors import UserError
+from distill.models import checkpoints, devices, tokenizers
+from distill.models.isolation import isolates_documents
+from distill.targets import schemes
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where an experiment keeps what it makes."""
+
+    run: Path
+    cache: Path
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Folders:
+        run = Path(experiment.run_dir)
+        return cls(run, Path(experiment.cache.dir) if experiment.cache.dir else run / "cache")
+
+    @property
+    def evaluation(self) -> Path:
+        return self.run / "evaluation.json"
+
+    def model(self, role: str) -> Path:
+        """The finished `student` or `control`."""
+        return self.run / role
+
+    def checkpoints(self, role: str) -> Path:
+        return self.run / "checkpoints" / role
+
+    def logs(self, role: str) -> Path:
+        return self.run / "logs" / role
+
+
+def make_run_folder(folders: Folders) -> None:
+    """Raises UserError when the run folder cannot be written."""
+    try:
+        folders.run.mkdir(parents=True, exist_ok=True)
+        probe = folders.run / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir {folders.run}: cannot be written ({error.strerror}): choose another") from None
+
+
+class Teacher:
+    """The experiment's teacher: what is cheap to know at once, the model itself when it is asked for."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.config = experiment.teacher
+        self.checkpoint = checkpoints.resolve(self.config.model, self.config.revision, self.config.trust_remote_code)
+        self.tokenizer = tokenizers.load_tokenizer(
+            self.checkpoint, self.config.tokenizer, self.config.trust_remote_code
+        )
+        self.vocab_size = tokenizers.vocab_size(self.tokenizer)
+        self.device = devices.pick_device(experiment.train.accelerator)
+        self.compute_dtype = devices.compute_dtype(self.config.compute_dtype, self.device)
+        self._check_length(experiment.corpus.sequence_length)
+
+    def _check_length(self, sequence_length: int) -> None:
+        config = checkpoints.load_config(self.checkpoint, self.config.trust_remote_code)
+        limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+        if limit is not None and sequence_length > limit:
+            raise UserError(
+                f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {self.checkpoint.name}"
+            )
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """teacher_config, teacher_weights, quantization, tokenizer, chat_template."""
+        weights = checkpoints.fingerprints(self.checkpoint)
+        return {
+            "teacher_config": weights["config"],
+            "teacher_weights": weights["weights"],
+            "quantization": f"{self.config.quantization}, {self.compute_dtype}",
+            **tokenizers.tokenizer_fingerprint(self.tokenizer),
+        }
+
+    def load(self, pack: bool) -> Any:
+        """The model on its device; checked that it can read the vocabulary and, packed, keeps documents apart."""
+        offered = {
+            "model": self.config.model,
+            "quantization": self.config.quantization,
+            "compute_dtype": self.compute_dtype,
+            "device": str(self.device),
+            "revision": self.config.revision,
+            "trust_remote_code": self.config.trust_remote_code,
+        }
+        model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
+        check_model(model, f"teacher {self.config.model}", self.vocab_size, self.device, pack)
+        return model
+
+
+def check_model(model: Any, name: str, vocab_size: int, device: torch.device, pack: bool) -> None:
+    """Raises UserError when the head lacks tokens, or documents packed into one sample see one another."""
+    rows = model.head.weight_VD.shape[0]
+    if rows < vocab_size:
+        raise UserError(f"{name}: its head has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
+    if pack and not isolates_documents(model, vocab_size, device):
+        raise UserError(
+            f"{name}: packed documents see one another in this model (its state runs across position_ids that restart "
+            "at 0): cache and train with --corpus.pack false"
+        )
+
+
+def open_samples(experiment: Experiment, teacher: Teacher) -> SampleSets:
+    """The corpus as samples of the teacher's tokens."""
+    corpus = experiment.corpus
+    return open_corpus(
+        corpus.path,
+        teacher.tokenizer,
+        sequence_length=corpus.sequence_length,
+        name=corpus.name,
+        split=corpus.split,
+        text_field=corpus.text_field,
+        messages_field=corpus.messages_field,
+        pack=corpus.pack,
+        held_out=corpus.held_out,
+        seed=corpus.seed,
+    )
+
+
+def make_scheme(experiment: Experiment) -> schemes.Scheme:
+    """The scheme of the experiment's cache."""
+    cache = experiment.cache
+    parameters = {"threshold": cache.threshold} if cache.scheme == "varopt" else {"entries": cache.entries}
+    return schemes.make(cache.scheme, **parameters)
+
+
+def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> Manifest:
+    """What the experiment's cache must be."""
+    corpus, cache = experiment.corpus, experiment.cache
+    held_out = min(len(samples.held_out), cache.held_out_samples)
+    train = len(samples.train) if cache.max_samples is None else min(len(samples.train), cache.max_samples)
+    scheme = make_scheme(experiment)
+    return Manifest(
+        scheme=scheme.name,
+        scheme_parameters=scheme.parameters,
+        temperature=cache.temperature,
+        seed=cache.seed,
+        vocab_size=teacher.vocab_size,
+        sequence_length=corpus.sequence_length,
+        pack=corpus.pack,
+        shard_samples=cache.shard_samples,
+        splits={"held_out": [0, held_out], "train": [held_out, held_out + train]},
+        fingerprints={
+            **teacher.fingerprints,
+            "corpus": samples.fingerprint,
+            "packing": f"held out {corpus.held_out}, seed {corpus.seed}",
+        },
+        made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")},
+    )
+
+
+def check_cache_settings(experiment: Experiment, found: Manifest, folder: Path) -> None:
+    """Raises UserError when the experiment asks for a cache other than `found`, as far as its own settings tell."""
+    scheme = make_scheme(experiment)
+    expected = Manifest(
+        **{
+            **found.__dict__,
+            "scheme": scheme.name,
+            "scheme_parameters": scheme.parameters,
+            "temperature": experiment.cache.temperature,
+            "seed": experiment.cache.seed,
+            "sequence_length": experiment.corpus.sequence_length,
+            "pack": experiment.corpus.pack,
+        }
+    )
+    different = differences(expected, found)
+    if different:
+        raise UserError(
+            f"cache {folder} was made with other settings ({'; '.join(different)}): "
+            "give the settings it was made with, or point --cache.dir elsewhere"
+        )
+
+
+def build_student(experiment: Experiment, vocab_size: int) -> tuple[Any, dict[str, Any]]:
+    """A fresh student from the experiment's seed, and the complete options it was made with."""
+    offered = {
+        "vocab_size": vocab_size,
+        "sequence_length": experiment.corpus.sequence_length,
+        "teacher": experiment.teacher.model,
+    }
+    student = experiment.student
+    options = plugins.arguments(student.class_path, "student", student.options, offered)
+    torch.manual_seed(experiment.train.seed)
+    return plugins.build(student.class_path, "student", options, {}), options
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content`, readable, all of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,160 @@
+"""Every format gives the same rows; whatever cannot be read is answered with the file's name and what to do."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from distill.corpus import reading
+from distill.corpus.reading import find_sources
+from distill.errors import UserError
+
+Write = Callable[..., str]
+TEXTS = ['one, "two"\nthree', "", "naïve \u2028 café"]
+ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+
+
+def texts(path: str) -> list[str]:
+    return [row["text"] for source in find_sources(path, None, "train", "text", "messages") for _, row in source.rows()]
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["id", "text"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+FORMATS: dict[str, str | bytes] = {
+    "a.jsonl": LINES,
+    "a.jsonl.gz": LINES,
+    "windows.jsonl": b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode(),
+    "blank-lines.json": "\n\n" + LINES.replace("\n", "\n\n"),
+    "list.json": json.dumps(ROWS, indent=1),
+    "list.JSON.gz": json.dumps(ROWS),
+    "a.csv": as_csv(ROWS),
+    "a.csv.gz": as_csv(ROWS),
+    "a.parquet": as_parquet(ROWS),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows(write: Write, name: str) -> None:
+    if name.endswith(".gz"):
+        path = write(name, FORMATS[name])
+        assert Path(path).read_bytes()[:2] == b"\x1f\x8b"
+    assert texts(write(name, FORMATS[name])) == TEXTS
+
+
+def test_a_text_file_is_one_document(write: Write) -> None:
+    assert texts(write("a.txt", "one\n\ntwo\r\n")) == ["one\n\ntwo\n"]
+
+
+def test_long_csv_field(write: Write) -> None:
+    assert texts(write("a.csv", as_csv([{"id": 0, "text": "word " * 50_000}]))) == ["word " * 50_000]
+
+
+def test_folder_recursively_in_order_of_names(write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b.txt", "sub/a.txt", "a/z.txt", ".hidden/x.txt", ".x.txt"):
+        write(name, name)
+    write("c.jsonl", [{"text": "c1"}, {"text": "c2"}])
+    write("README.md", "left out")
+    assert texts(str(tmp_path)) == ["a/z.txt", "b.txt", "c1", "c2", "sub/a.txt"]
+    assert "README.md" in caplog.text and "left out 1" in caplog.text
+
+
+BAD = {
+    "bad.jsonl": ('{"text": "a"}\n\n{"text": \n', r"bad\.jsonl: line 3: not JSON"),
+    "object.json": ('{\n "text": "a"\n}', r"line 1: not JSON.*one object a line, or one list"),
+    "number.jsonl": ("3\n", r"row 1: a int, not an object"),
+    "latin.txt": ("café".encode("latin-1"), r"latin\.txt: not UTF-8"),
+    "latin.jsonl": ('{"text": "café"}'.encode("latin-1"), r"latin\.jsonl: not UTF-8"),
+    "not.parquet": (b"PAR1 no", r"not\.parquet: cannot be read as \.parquet"),
+    "quote.csv": ('id,text\n1,"open', r"quote\.csv: cannot be read as \.csv"),
+    "wide.csv": ("id,text\n1,a,b\n", r"row 1: more fields than the header"),
+    "a.docx": ("x", r"a\.docx: not a format.*\.parquet"),
+    "a.parquet.gz": ("x", r"not a format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_unreadable_files(write: Write, name: str) -> None:
+    content, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        texts(write(name, content))
+
+
+@pytest.mark.parametrize("damage", [b"not gzip at all", gzip.compress(LINES.encode())[:-9]])
+def test_damaged_gzip(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: damaged or incomplete gzip"):
+        texts(str(path))
+
+
+def test_folder_without_a_corpus(write: Write, tmp_path: Path) -> None:
+    write("README.md", "x")
+    with pytest.raises(UserError, match="no corpus file in this folder"):
+        texts(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("data/sotu", r"no such file or folder; did you mean 'data/sotu\.jsonl'\? .*not a hub"),
+        ("data/sotu.json", r"did you mean 'data/sotu\.jsonl'"),
+        ("dta/sotu.jsonl", r"did you mean 'data'"),
+        ("./nothing/like/it", r"no such file or folder \("),
+        ("nowhere.jsonl", "no such file or folder"),
+    ],
+)
+def test_missing_paths_never_reach_the_hub(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
+) -> None:
+    write("data/sotu.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match=message):
+        texts(path)
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
+    (source,) = find_sources("owner/data-set_1.0", "tiny", "validation", "text", "messages")
+    assert asked == [("owner/data-set_1.0", "tiny", "validation")]
+    assert list(source.rows()) == [(i, {"text": text}) for i, text in enumerate(TEXTS, start=1)]
+
+
+def test_hub_failure_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ValueError("Unknown split 'trian'. Should be one of ['train'].\nmore")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"owner/name: neither .*split trian\): Unknown split 'trian'.*\]\.$"):
+        find_sources("owner/name", None, "trian", "text", "messages")
