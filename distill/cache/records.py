@@ -1,8 +1,7 @@
-"""One sample as bytes: token ids, documents, loss mask and targets, each field packed by pcodec on its own.
+"""One sample as bytes: token ids, documents, loss mask and targets, each field packed on its own.
 
-A record is `crc32 | count of fields | length of each field | fields`, numbers little-endian u32; a field is a pcodec
-standalone stream. It can be read without any other record. Shapes: L sequence length, N positions with loss,
-K entries (padded), T entries of all positions, C codes of all positions.
+A record is a crc32, some sizes and its fields, as this folder's README lists them; it can be read without any other.
+Shapes: L sequence length, N positions with loss, K entries (padded), T entries of all positions, C codes of all.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pcodec import ChunkConfig, standalone
 
+from distill.cache.packing import DamagedRecord, compress, decompress, read_sizes, write_sizes
 from distill.targets.schemes import Scheme
 from distill.targets.stored import StoredTargets
 
-_CONFIG = ChunkConfig(compression_level=8)
+FIELDS = 15
+"""Packed arrays of a record."""
 
 
 @dataclass(frozen=True)
@@ -32,122 +32,153 @@ class Record:
     targets: StoredTargets
 
 
-class DamagedRecord(Exception):
-    """The bytes are not a record: cut off, or changed after they were written."""
-
-
 def pack(record: Record, scheme: Scheme) -> bytes:
     """The record as bytes."""
-    fields = [standalone.simple_compress(np.ascontiguousarray(field), _CONFIG) for field in _fields(record, scheme)]
-    lengths = struct.pack(f"<{1 + len(fields)}I", len(fields), *map(len, fields))
-    body = lengths + b"".join(fields)
+    document_lengths, mask_runs = _document_lengths(record.position_ids_L), _runs(record.loss_mask_L)
+    arrays = [document_lengths, mask_runs, *_target_fields(record.targets, scheme), *_token_fields(record)]
+    assert len(arrays) == FIELDS
+    fields = [compress(array) for array in arrays]
+    sizes = write_sizes([len(document_lengths), len(mask_runs), *map(len, fields)])
+    body = sizes + b"".join(fields)
     return struct.pack("<I", zlib.crc32(body)) + body
 
 
 def unpack(data: bytes, sequence_length: int, scheme: Scheme) -> Record:
     """The record that `pack` wrote. Raises DamagedRecord when a bit of it has changed."""
-    if len(data) < 8 or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
+    if len(data) < 4 or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
         raise DamagedRecord("its checksum does not match")
-    count = struct.unpack_from("<I", data, 4)[0]
-    lengths = struct.unpack_from(f"<{count}I", data, 8)
-    start = 8 + 4 * count
-    fields: list[bytes] = []
-    for length in lengths:
-        fields.append(data[start : start + length])
-        start += length
-    stream = iter(fields)
+    (documents, runs, *lengths), start = read_sizes(data, 4, 2 + FIELDS)
+    if documents > sequence_length or runs > sequence_length + 1 or start + sum(lengths) != len(data):
+        raise DamagedRecord("its sizes do not fit")
+    ends = start + np.cumsum([0, *lengths])
+    fields = iter([data[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)])
 
-    input_ids_L = _read(stream, sequence_length, np.uint32)
-    restarts = _read(stream, 1, np.uint32)
-    document_lengths = _read(stream, int(restarts[0]), np.uint32)
-    runs = _read(stream, 1, np.uint32)
-    mask_runs = _read(stream, int(runs[0]), np.uint32)
+    document_lengths = decompress(next(fields), documents, "u32")
+    mask_runs = decompress(next(fields), runs, "u32")
+    if document_lengths.sum() != sequence_length or mask_runs.sum() != sequence_length:
+        raise DamagedRecord("its documents do not fill the sample")
     loss_mask_L = np.repeat(np.arange(len(mask_runs)) % 2 == 1, mask_runs)
     position_ids_L = np.concatenate([np.arange(length, dtype=np.uint32) for length in document_lengths])
-    targets = _read_targets(stream, int(loss_mask_L.sum()), scheme)
+    targets = _read_targets(fields, int(loss_mask_L.sum()), scheme)
+    input_ids_L = _read_tokens(fields, loss_mask_L, targets)
     return Record(input_ids_L, position_ids_L, loss_mask_L, targets)
 
 
-def _fields(record: Record, scheme: Scheme) -> Iterator[NDArray]:
-    """The fields in their order; what they hold is written down in this folder's README."""
-    targets = record.targets
-    starts = np.flatnonzero(record.position_ids_L == 0)
-    document_lengths = np.diff(np.append(starts, len(record.position_ids_L)))
-    changes = np.flatnonzero(np.diff(record.loss_mask_L.astype(np.int8), prepend=0))
-    mask_runs = np.diff(np.concatenate([[0], changes, [len(record.loss_mask_L)]]))
-    yield record.input_ids_L
-    yield np.array([len(document_lengths)], dtype=np.uint32)
-    yield document_lengths.astype(np.uint32)
-    yield np.array([len(mask_runs)], dtype=np.uint32)
-    yield mask_runs.astype(np.uint32)
+def _document_lengths(position_ids_L: NDArray) -> NDArray[np.uint32]:
+    starts = np.flatnonzero(position_ids_L == 0)
+    return np.diff(np.append(starts, len(position_ids_L))).astype(np.uint32)
+
+
+def _runs(mask_L: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """Lengths of the runs of equal values, the first run being False (perhaps of length 0)."""
+    changes = np.flatnonzero(np.diff(mask_L.astype(np.int8), prepend=0))
+    return np.diff(np.concatenate([[0], changes, [len(mask_L)]])).astype(np.uint32)
+
+
+# Tokens. At a position with loss the next token is most often one of the heads there: then its rank says which.
+
+
+def _token_fields(record: Record) -> Iterator[NDArray]:
+    """Rank of the true next token among the heads of each position (the number of heads: not there); other tokens."""
+    heads_N, counts_N = record.targets.split()
+    _, entries_NK, is_head_NK = _places(heads_N, counts_N)
+    ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
+    ids_NK[entries_NK] = record.targets.ids_T
+    next_L = np.flatnonzero(record.loss_mask_L) + 1
+    found_NK = is_head_NK & (ids_NK == record.input_ids_L[next_L][:, None])
+    rank_N = np.where(found_NK.any(axis=1), found_NK.argmax(axis=1) if found_NK.size else 0, heads_N)
+    told_L = np.ones(len(record.input_ids_L), dtype=bool)
+    told_L[next_L[rank_N < heads_N]] = False
+    yield rank_N.astype(np.uint16)
+    yield record.input_ids_L[told_L].astype(np.uint32)
+
+
+def _read_tokens(fields: Iterator[bytes], loss_mask_L: NDArray[np.bool_], targets: StoredTargets) -> NDArray[np.uint32]:
+    heads_N, counts_N = targets.split()
+    rank_N = decompress(next(fields), len(heads_N), "u16").astype(np.int64)
+    known_N = rank_N < heads_N
+    first_entry_N = np.cumsum(counts_N) - counts_N
+    input_ids_L = np.empty(len(loss_mask_L), dtype=np.uint32)
+    told_L = np.ones(len(loss_mask_L), dtype=bool)
+    known_L = (np.flatnonzero(loss_mask_L) + 1)[known_N]
+    told_L[known_L] = False
+    input_ids_L[known_L] = targets.ids_T[(first_entry_N + rank_N)[known_N]]
+    input_ids_L[told_L] = decompress(next(fields), int(told_L.sum()), "u32")
+    return input_ids_L
+
+
+# Targets.
+
+
+def _target_fields(targets: StoredTargets, scheme: Scheme) -> Iterator[NDArray]:
     yield targets.heads_N
     yield targets.atoms_N
-
     heads_N, counts_N = targets.split()
     place_NK, entries_NK, is_head_NK = _places(heads_N, counts_N)
     ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
     ids_NK[entries_NK] = targets.ids_T
     # Atoms stand in order of rising id: their distances are smaller numbers than their ids.
-    before_NK = np.where(place_NK == heads_N[:, None], 0, np.roll(ids_NK, 1, axis=1))
-    atom_steps_NK = ids_NK - before_NK
-    first_atom_NK = entries_NK & (place_NK == heads_N[:, None])
-    yield ids_NK[is_head_NK & (place_NK == 0)].astype(np.uint32)
-    yield ids_NK[is_head_NK & (place_NK > 0)].astype(np.uint32)
-    yield atom_steps_NK[first_atom_NK].astype(np.uint32)
-    yield atom_steps_NK[entries_NK & ~is_head_NK & ~first_atom_NK].astype(np.uint32)
+    steps_NK = ids_NK - np.where(place_NK == heads_N[:, None], 0, np.roll(ids_NK, 1, axis=1))
+    id_masks = _id_masks(place_NK, heads_N, entries_NK, is_head_NK)
+    for mask_NK, values_NK in zip(id_masks, (ids_NK, ids_NK, steps_NK, steps_NK), strict=True):
+        yield values_NK[mask_NK].astype(np.uint32)
 
     coded_NK, first_NK, atom_NK = _code_masks(heads_N, counts_N, entries_NK, scheme)
     codes_NK = np.zeros(entries_NK.shape, dtype=np.int64)
     codes_NK[coded_NK] = targets.codes_C
     # Head codes are in the order of their weights: a code is stored as its distance from the one before.
-    steps_NK = codes_NK - np.where(first_NK, 0, np.roll(codes_NK, 1, axis=1))
+    differences_NK = codes_NK - np.roll(codes_NK, 1, axis=1)
     yield codes_NK[first_NK].astype(np.int32)
-    yield steps_NK[coded_NK & ~first_NK & ~atom_NK].astype(np.int32)
+    yield differences_NK[coded_NK & ~first_NK & ~atom_NK].astype(np.int32)
     yield codes_NK[atom_NK].astype(np.int32)
     yield targets.entropy_N
     yield targets.surprisal_N
 
 
-def _read_targets(stream: Iterator[bytes], positions: int, scheme: Scheme) -> StoredTargets:
-    heads = _read(stream, positions, np.uint16)
-    atoms = _read(stream, positions, np.uint16)
+def _read_targets(fields: Iterator[bytes], positions: int, scheme: Scheme) -> StoredTargets:
+    heads = decompress(next(fields), positions, "u16")
+    atoms = decompress(next(fields), positions, "u16")
     heads_N = heads.astype(np.int64)
     counts_N = heads_N + atoms
     place_NK, entries_NK, is_head_NK = _places(heads_N, counts_N)
-
     ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
-    first_atom_NK = entries_NK & (place_NK == heads_N[:, None])
-    for mask_NK in (
-        is_head_NK & (place_NK == 0),
-        is_head_NK & (place_NK > 0),
-        first_atom_NK,
-        entries_NK & ~is_head_NK & ~first_atom_NK,
-    ):
-        ids_NK[mask_NK] = _read(stream, int(mask_NK.sum()), np.uint32)
-    atom_ids_NK = np.where(is_head_NK, 0, ids_NK).cumsum(axis=1)
-    ids_NK = np.where(is_head_NK, ids_NK, atom_ids_NK)
+    for mask_NK in _id_masks(place_NK, heads_N, entries_NK, is_head_NK):
+        ids_NK[mask_NK] = decompress(next(fields), int(mask_NK.sum()), "u32")
+    ids_NK = np.where(is_head_NK, ids_NK, np.where(is_head_NK, 0, ids_NK).cumsum(axis=1))
 
     coded_NK, first_NK, atom_NK = _code_masks(heads_N, counts_N, entries_NK, scheme)
     codes_NK = np.zeros(entries_NK.shape, dtype=np.int64)
     for mask_NK in (first_NK, coded_NK & ~first_NK & ~atom_NK):
-        codes_NK[mask_NK] = _read(stream, int(mask_NK.sum()), np.int32)
+        codes_NK[mask_NK] = decompress(next(fields), int(mask_NK.sum()), "i32")
     codes_NK = np.where(coded_NK & ~atom_NK, codes_NK.cumsum(axis=1), 0)
-    codes_NK[atom_NK] = _read(stream, int(atom_NK.sum()), np.int32)
+    codes_NK[atom_NK] = decompress(next(fields), int(atom_NK.sum()), "i32")
     return StoredTargets(
         heads_N=heads,
         atoms_N=atoms,
         ids_T=ids_NK[entries_NK].astype(np.uint32),
         codes_C=codes_NK[coded_NK].astype(np.uint16),
-        entropy_N=_read(stream, positions, np.uint16),
-        surprisal_N=_read(stream, positions, np.uint16),
+        entropy_N=decompress(next(fields), positions, "u16"),
+        surprisal_N=decompress(next(fields), positions, "u16"),
     )
 
 
 def _places(heads_N: NDArray, counts_N: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    place_NK = np.broadcast_to(
-        np.arange(int(counts_N.max(initial=0)))[None, :], (len(counts_N), counts_N.max(initial=0))
-    )
+    """Of `[N, K]`: the place in the row, whether there is an entry, whether it is a head."""
+    width = int(counts_N.max(initial=0))
+    place_NK = np.broadcast_to(np.arange(width)[None, :], (len(counts_N), width))
     return place_NK, place_NK < counts_N[:, None], place_NK < heads_N[:, None]
+
+
+def _id_masks(place_NK: NDArray, heads_N: NDArray, entries_NK: NDArray, is_head_NK: NDArray) -> list[NDArray]:
+    """First heads, other heads, first atoms, other atoms: ids of each kind are alike."""
+    first_atom_NK = entries_NK & (place_NK == heads_N[:, None])
+    first_head_NK = is_head_NK & (place_NK == 0)
+    return [
+        first_head_NK,
+        is_head_NK & ~first_head_NK,
+        first_atom_NK,
+        entries_NK & ~is_head_NK & ~first_atom_NK,
+    ]
 
 
 def _code_masks(
@@ -159,12 +190,3 @@ def _code_masks(
     head_code_NK = coded_NK & ~atom_NK
     first_NK = head_code_NK & (head_code_NK.cumsum(axis=1) == 1)
     return coded_NK, first_NK, atom_NK
-
-
-def _read(stream: Iterator[bytes], count: int, dtype: type[np.generic]) -> NDArray:
-    """The next field, which must hold `count` numbers: no size is taken from the stream itself."""
-    values = np.empty(count, dtype=dtype)
-    progress = standalone.simple_decompress_into(next(stream), values)
-    if progress.n_processed != count or not progress.finished:
-        raise DamagedRecord(f"a field has {progress.n_processed} numbers where {count} were expected")
-    return values
