@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import shlex
 import sys
 
 from distill import __version__
@@ -70,11 +71,10 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
     from distill import interrupt
     from distill.experiment_file import load_experiment
 
+    interrupt.install()
     overrides = _spelled_out(overrides)
     experiment = load_experiment(path, overrides)
-    interrupt.install()
     _quiet_libraries()
-    sys.path.insert(0, os.getcwd())  # a student of the user's own lies beside the experiment
     steps = [command]
     if command == "run":
         steps = ["cache-teacher", "train-student", "evaluate"]
@@ -82,11 +82,12 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
         experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
     try:
         for step in steps:
+            interrupt.stop_if_asked()  # the step before may have been in its last batch
             importlib.import_module(f"distill.recipes.{step.replace('-', '_')}").main(experiment)
         return 0
     except interrupt.Interrupted:
         resume = " --resume" if command == "train-student" and "--train.resume" not in overrides else ""
-        again = " ".join(["distill", command, path, *overrides])
+        again = shlex.join(["distill", command, path, *overrides])
         print(f"\nstopped; everything so far is kept. To go on: {again}{resume}", file=sys.stderr)
         return 130
 

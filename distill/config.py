@@ -58,12 +58,16 @@ class CacheConfig:
 
     dir: str | None = None
     """Folder of the cache; default: `cache` in `run_dir`."""
-    scheme: Literal["varopt", "top_k", "random"] = "varopt"
-    """How a distribution becomes a sparse target: unbiased threshold sampling, the k largest, random draws."""
+    scheme: Literal["varopt", "top_k", "random", "hidden"] = "varopt"
+    """What is kept: unbiased threshold sampling, the k largest and a bucket, random draws, hidden states (exact)."""
     threshold: float = 0.02
     """varopt: probabilities from here up are kept exactly; the rest is sampled in steps of about this size."""
     entries: int = 50
     """top_k: entries a position; random: draws a position."""
+    exponent: float = 1.0
+    """random: draws are made from p^exponent and importance weighted; 1 is unbiased."""
+    draws: int = 1
+    """varopt: independent targets a position, used in turn by the epochs of a training of several."""
     temperature: float = 1.0
     """Temperature of the teacher's distribution."""
     seed: int = 0

@@ -142,6 +142,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "corpus.held_out": (0, 0.5),
     "cache.threshold": (1e-4, 1),
     "cache.entries": (1, 65_535),
+    "cache.exponent": (1e-2, 1),
+    "cache.draws": (1, 64),
     "cache.temperature": (1e-2, 100),
     "cache.seed": (0, 2**63),
     "cache.batch_size": (1, 2**16),

@@ -25,7 +25,9 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Take over Ctrl-C and SIGTERM for this process."""
+    """Take over Ctrl-C and SIGTERM for this process; none is waiting yet."""
+    global _asked
+    _asked = False
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
 
@@ -33,8 +35,8 @@ def install() -> None:
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Inside, a first signal waits for `stop_if_asked`; a second one stops at once."""
-    global _deferred, _asked
-    _deferred, _asked = True, False
+    global _deferred
+    _deferred = True
     try:
         yield
     finally:

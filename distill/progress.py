@@ -67,7 +67,7 @@ class Progress:
         self.done += amount
         self._values = "  ".join(f"{name} {value}" for name, value in values.items())
         if self._bar:
-            self._bar.update(self._task, completed=self.done, values=self._values, rate=f"{self.rate():,.0f}")
+            self._bar.update(self._task, completed=self.done, values=self._values, rate=_shown(self.rate()))
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._line()
 
@@ -77,9 +77,15 @@ class Progress:
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        left = (self.total - self.done) / max(self.rate(), 1e-9)
+        rate = self.rate()
+        left = f"{(self.total - self.done) / rate:,.0f}" if rate else "?"
         share = 100 * self.done // max(self.total, 1)
         say(
             f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share} %), "
-            f"{self.rate():,.0f} {self.unit}/s, {left:,.0f} s left  {self._values}".rstrip()
+            f"{_shown(rate)} {self.unit}/s, {left} s left  {self._values}".rstrip()
         )
+
+
+def _shown(rate: float) -> str:
+    """Two decimals below ten: steps of a large student take seconds."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"

@@ -71,11 +71,12 @@ class Teacher:
         self.vocab_size = tokenizers.vocab_size(self.tokenizer)
         self.device = devices.pick_device(experiment.train.accelerator)
         self.compute_dtype = devices.compute_dtype(self.config.compute_dtype, self.device)
-        self._check_length(experiment.corpus.sequence_length)
-
-    def _check_length(self, sequence_length: int) -> None:
         config = checkpoints.load_config(self.checkpoint, self.config.trust_remote_code)
-        limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+        config = getattr(config, "text_config", config)
+        self.hidden_size: int = config.hidden_size
+        self._check_length(experiment.corpus.sequence_length, getattr(config, "max_position_embeddings", None))
+
+    def _check_length(self, sequence_length: int, limit: int | None) -> None:
         if limit is not None and sequence_length > limit:
             raise UserError(
                 f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {self.checkpoint.name}"
@@ -119,6 +120,14 @@ def check_model(model: Any, name: str, vocab_size: int, device: torch.device, pa
         )
 
 
+def check_length(model: Any, name: str, sequence_length: int) -> None:
+    """Raises UserError when samples are longer than a Hugging Face model says it can read."""
+    config = getattr(getattr(model, "model", None), "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and sequence_length > limit:
+        raise UserError(f"{name}: it reads {limit} tokens, the cache has samples of {sequence_length} tokens")
+
+
 def open_samples(experiment: Experiment, teacher: Teacher) -> SampleSets:
     """The corpus as samples of the teacher's tokens."""
     corpus = experiment.corpus
@@ -136,11 +145,18 @@ def open_samples(experiment: Experiment, teacher: Teacher) -> SampleSets:
     )
 
 
-def make_scheme(experiment: Experiment) -> schemes.Scheme:
-    """The scheme of the experiment's cache."""
+def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
+    """The scheme of the experiment's cache. Raises UserError for an option that the scheme does not have."""
     cache = experiment.cache
-    parameters = {"threshold": cache.threshold} if cache.scheme == "varopt" else {"entries": cache.entries}
-    return schemes.make(cache.scheme, **parameters)
+    if cache.draws > 1 and cache.scheme != "varopt":
+        raise UserError(f"cache.draws: {cache.draws} draws go with scheme varopt, not {cache.scheme}")
+    parameters: dict[str, dict[str, Any]] = {
+        "varopt": {"threshold": cache.threshold, "draws": cache.draws},
+        "top_k": {"entries": cache.entries},
+        "random": {"entries": cache.entries, "exponent": cache.exponent},
+        "hidden": {"size": hidden_size},
+    }
+    return schemes.make(cache.scheme, **parameters[cache.scheme])
 
 
 def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> Manifest:
@@ -148,10 +164,10 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets)
     corpus, cache = experiment.corpus, experiment.cache
     held_out = min(len(samples.held_out), cache.held_out_samples)
     train = len(samples.train) if cache.max_samples is None else min(len(samples.train), cache.max_samples)
-    scheme = make_scheme(experiment)
+    scheme = make_scheme(experiment, teacher.hidden_size)
     return Manifest(
         scheme=scheme.name,
-        scheme_parameters=scheme.parameters,
+        scheme_parameters=schemes.parameters(scheme),
         temperature=cache.temperature,
         seed=cache.seed,
         vocab_size=teacher.vocab_size,
@@ -170,12 +186,12 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets)
 
 def check_cache_settings(experiment: Experiment, found: Manifest, folder: Path) -> None:
     """Raises UserError when the experiment asks for a cache other than `found`, as far as its own settings tell."""
-    scheme = make_scheme(experiment)
+    scheme = make_scheme(experiment, found.scheme_parameters.get("size", 0))
     expected = Manifest(
         **{
             **found.__dict__,
             "scheme": scheme.name,
-            "scheme_parameters": scheme.parameters,
+            "scheme_parameters": schemes.parameters(scheme),
             "temperature": experiment.cache.temperature,
             "seed": experiment.cache.seed,
             "sequence_length": experiment.corpus.sequence_length,

@@ -19,7 +19,7 @@ from distill.cache.writer import CacheWriter
 from distill.models.language_model import LanguageModel
 from distill.progress import Progress
 from distill.targets.extract import extract
-from distill.targets.schemes import Scheme
+from distill.targets.schemes import AnyScheme
 
 
 class ShardBatches:
@@ -52,7 +52,7 @@ class TeacherModule(pl.LightningModule):
         self,
         teacher: LanguageModel,
         vocab_size: int,
-        scheme: Scheme,
+        scheme: AnyScheme,
         *,
         seed: int,
         temperature: float = 1.0,

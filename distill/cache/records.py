@@ -10,16 +10,14 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.cache.packing import DamagedRecord, compress, decompress, read_sizes, write_sizes
-from distill.targets.schemes import Scheme
-from distill.targets.stored import StoredTargets
-
-FIELDS = 15
-"""Packed arrays of a record."""
+from distill.targets.schemes import AnyScheme, Hidden, Scheme
+from distill.targets.stored import StoredHidden, StoredTargets
 
 
 @dataclass(frozen=True)
@@ -29,29 +27,39 @@ class Record:
     input_ids_L: NDArray[np.uint32]
     position_ids_L: NDArray[np.uint32]
     loss_mask_L: NDArray[np.bool_]
-    targets: StoredTargets
+    targets: StoredTargets | StoredHidden
 
 
-def pack(record: Record, scheme: Scheme) -> bytes:
+def pack(record: Record, scheme: AnyScheme) -> bytes:
     """The record as bytes."""
     document_lengths, mask_runs = _document_lengths(record.position_ids_L), _runs(record.loss_mask_L)
-    arrays = [document_lengths, mask_runs, *_target_fields(record.targets, scheme), *_token_fields(record)]
-    assert len(arrays) == FIELDS
+    arrays: list[NDArray] = [document_lengths, mask_runs]
+    if isinstance(record.targets, StoredHidden):
+        arrays += [record.input_ids_L, record.targets.entropy_N, record.targets.surprisal_N]
+    else:
+        assert not isinstance(scheme, Hidden)
+        arrays += [
+            *_target_fields(record.targets, scheme),
+            *_token_fields(record.input_ids_L, record.loss_mask_L, record.targets),
+        ]
     fields = [compress(array) for array in arrays]
+    if isinstance(record.targets, StoredHidden):
+        fields.append(record.targets.bits_ND.astype("<u2").tobytes())
+    assert len(fields) == _field_count(scheme)
     sizes = write_sizes([len(document_lengths), len(mask_runs), *map(len, fields)])
     body = sizes + b"".join(fields)
     return struct.pack("<I", zlib.crc32(body)) + body
 
 
-def unpack(data: bytes, sequence_length: int, scheme: Scheme) -> Record:
+def unpack(data: bytes, sequence_length: int, scheme: AnyScheme) -> Record:
     """The record that `pack` wrote. Raises DamagedRecord when a bit of it has changed."""
     if len(data) < 4 or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
         raise DamagedRecord("its checksum does not match")
-    (documents, runs, *lengths), start = read_sizes(data, 4, 2 + FIELDS)
+    (documents, runs, *lengths), start = read_sizes(data, 4, 2 + _field_count(scheme))
     if documents > sequence_length or runs > sequence_length + 1 or start + sum(lengths) != len(data):
         raise DamagedRecord("its sizes do not fit")
     ends = start + np.cumsum([0, *lengths])
-    fields = iter([data[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)])
+    fields = iter([data[begin:end] for begin, end in pairwise(ends)])
 
     document_lengths = decompress(next(fields), documents, "u32")
     mask_runs = decompress(next(fields), runs, "u32")
@@ -59,9 +67,24 @@ def unpack(data: bytes, sequence_length: int, scheme: Scheme) -> Record:
         raise DamagedRecord("its documents do not fill the sample")
     loss_mask_L = np.repeat(np.arange(len(mask_runs)) % 2 == 1, mask_runs)
     position_ids_L = np.concatenate([np.arange(length, dtype=np.uint32) for length in document_lengths])
+    if isinstance(scheme, Hidden):
+        input_ids_L = decompress(next(fields), sequence_length, "u32")
+        return Record(input_ids_L, position_ids_L, loss_mask_L, _read_hidden(fields, int(loss_mask_L.sum()), scheme))
     targets = _read_targets(fields, int(loss_mask_L.sum()), scheme)
-    input_ids_L = _read_tokens(fields, loss_mask_L, targets)
-    return Record(input_ids_L, position_ids_L, loss_mask_L, targets)
+    return Record(_read_tokens(fields, loss_mask_L, targets), position_ids_L, loss_mask_L, targets)
+
+
+def _field_count(scheme: AnyScheme) -> int:
+    return 6 if isinstance(scheme, Hidden) else 13 + 2 * scheme.draws
+
+
+def _read_hidden(fields: Iterator[bytes], positions: int, scheme: Hidden) -> StoredHidden:
+    entropy_N = decompress(next(fields), positions, "u16")
+    surprisal_N = decompress(next(fields), positions, "u16")
+    bits = np.frombuffer(next(fields), dtype="<u2")
+    if len(bits) != positions * scheme.size:
+        raise DamagedRecord("its states do not fit the positions")
+    return StoredHidden(bits.reshape(positions, scheme.size), entropy_N, surprisal_N)
 
 
 def _document_lengths(position_ids_L: NDArray) -> NDArray[np.uint32]:
@@ -78,19 +101,21 @@ def _runs(mask_L: NDArray[np.bool_]) -> NDArray[np.uint32]:
 # Tokens. At a position with loss the next token is most often one of the heads there: then its rank says which.
 
 
-def _token_fields(record: Record) -> Iterator[NDArray]:
+def _token_fields(
+    input_ids_L: NDArray[np.uint32], loss_mask_L: NDArray[np.bool_], targets: StoredTargets
+) -> Iterator[NDArray]:
     """Rank of the true next token among the heads of each position (the number of heads: not there); other tokens."""
-    heads_N, counts_N = record.targets.split()
+    heads_N, counts_N = targets.split()
     _, entries_NK, is_head_NK = _places(heads_N, counts_N)
     ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
-    ids_NK[entries_NK] = record.targets.ids_T
-    next_L = np.flatnonzero(record.loss_mask_L) + 1
-    found_NK = is_head_NK & (ids_NK == record.input_ids_L[next_L][:, None])
+    ids_NK[entries_NK] = targets.ids_T
+    next_L = np.flatnonzero(loss_mask_L) + 1
+    found_NK = is_head_NK & (ids_NK == input_ids_L[next_L][:, None])
     rank_N = np.where(found_NK.any(axis=1), found_NK.argmax(axis=1) if found_NK.size else 0, heads_N)
-    told_L = np.ones(len(record.input_ids_L), dtype=bool)
+    told_L = np.ones(len(input_ids_L), dtype=bool)
     told_L[next_L[rank_N < heads_N]] = False
     yield rank_N.astype(np.uint16)
-    yield record.input_ids_L[told_L].astype(np.uint32)
+    yield input_ids_L[told_L].astype(np.uint32)
 
 
 def _read_tokens(fields: Iterator[bytes], loss_mask_L: NDArray[np.bool_], targets: StoredTargets) -> NDArray[np.uint32]:
@@ -119,12 +144,12 @@ def _target_fields(targets: StoredTargets, scheme: Scheme) -> Iterator[NDArray]:
     ids_NK[entries_NK] = targets.ids_T
     # Atoms stand in order of rising id: their distances are smaller numbers than their ids.
     steps_NK = ids_NK - np.where(place_NK == heads_N[:, None], 0, np.roll(ids_NK, 1, axis=1))
-    id_masks = _id_masks(place_NK, heads_N, entries_NK, is_head_NK)
-    for mask_NK, values_NK in zip(id_masks, (ids_NK, ids_NK, steps_NK, steps_NK), strict=True):
+    masks = _id_masks(place_NK, heads_N, entries_NK, is_head_NK)
+    for mask_NK, values_NK in zip(masks, (ids_NK, ids_NK, steps_NK, steps_NK), strict=True):
         yield values_NK[mask_NK].astype(np.uint32)
 
-    coded_NK, first_NK, atom_NK = _code_masks(heads_N, counts_N, entries_NK, scheme)
-    codes_NK = np.zeros(entries_NK.shape, dtype=np.int64)
+    coded_NK, first_NK, atom_NK = _code_masks(heads_N, counts_N, scheme)
+    codes_NK = np.zeros(coded_NK.shape, dtype=np.int64)
     codes_NK[coded_NK] = targets.codes_C
     # Head codes are in the order of their weights: a code is stored as its distance from the one before.
     differences_NK = codes_NK - np.roll(codes_NK, 1, axis=1)
@@ -133,6 +158,11 @@ def _target_fields(targets: StoredTargets, scheme: Scheme) -> Iterator[NDArray]:
     yield codes_NK[atom_NK].astype(np.int32)
     yield targets.entropy_N
     yield targets.surprisal_N
+    for draw in range(1, scheme.draws):
+        ids_NK[entries_NK] = targets.draw(draw)
+        steps_NK = ids_NK - np.where(place_NK == heads_N[:, None], 0, np.roll(ids_NK, 1, axis=1))
+        for mask_NK in masks[2:]:
+            yield steps_NK[mask_NK].astype(np.uint32)
 
 
 def _read_targets(fields: Iterator[bytes], positions: int, scheme: Scheme) -> StoredTargets:
@@ -142,23 +172,33 @@ def _read_targets(fields: Iterator[bytes], positions: int, scheme: Scheme) -> St
     counts_N = heads_N + atoms
     place_NK, entries_NK, is_head_NK = _places(heads_N, counts_N)
     ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
-    for mask_NK in _id_masks(place_NK, heads_N, entries_NK, is_head_NK):
+    masks = _id_masks(place_NK, heads_N, entries_NK, is_head_NK)
+    for mask_NK in masks:
         ids_NK[mask_NK] = decompress(next(fields), int(mask_NK.sum()), "u32")
     ids_NK = np.where(is_head_NK, ids_NK, np.where(is_head_NK, 0, ids_NK).cumsum(axis=1))
 
-    coded_NK, first_NK, atom_NK = _code_masks(heads_N, counts_N, entries_NK, scheme)
-    codes_NK = np.zeros(entries_NK.shape, dtype=np.int64)
+    coded_NK, first_NK, atom_NK = _code_masks(heads_N, counts_N, scheme)
+    codes_NK = np.zeros(coded_NK.shape, dtype=np.int64)
     for mask_NK in (first_NK, coded_NK & ~first_NK & ~atom_NK):
         codes_NK[mask_NK] = decompress(next(fields), int(mask_NK.sum()), "i32")
     codes_NK = np.where(coded_NK & ~atom_NK, codes_NK.cumsum(axis=1), 0)
     codes_NK[atom_NK] = decompress(next(fields), int(atom_NK.sum()), "i32")
+    entropy_N, surprisal_N = (decompress(next(fields), positions, "u16") for _ in range(2))
+    is_atom_NK = entries_NK & ~is_head_NK
+    further = []
+    for _ in range(1, scheme.draws):
+        steps_NK = np.zeros(entries_NK.shape, dtype=np.int64)
+        for mask_NK in masks[2:]:
+            steps_NK[mask_NK] = decompress(next(fields), int(mask_NK.sum()), "u32")
+        further.append(steps_NK.cumsum(axis=1)[is_atom_NK])
     return StoredTargets(
         heads_N=heads,
         atoms_N=atoms,
         ids_T=ids_NK[entries_NK].astype(np.uint32),
         codes_C=codes_NK[coded_NK].astype(np.uint16),
-        entropy_N=decompress(next(fields), positions, "u16"),
-        surprisal_N=decompress(next(fields), positions, "u16"),
+        entropy_N=entropy_N,
+        surprisal_N=surprisal_N,
+        further_DA=np.array(further, dtype=np.uint32).reshape(scheme.draws - 1, int(is_atom_NK.sum())),
     )
 
 
@@ -181,12 +221,11 @@ def _id_masks(place_NK: NDArray, heads_N: NDArray, entries_NK: NDArray, is_head_
     ]
 
 
-def _code_masks(
-    heads_N: NDArray, counts_N: NDArray, entries_NK: NDArray, scheme: Scheme
-) -> tuple[NDArray, NDArray, NDArray]:
-    """Places with a code, the first head code of each row, and the codes of atoms."""
-    coded_NK = scheme.coded_mask(heads_N, counts_N - heads_N, entries_NK.shape[1])
-    atom_NK = coded_NK & (np.arange(entries_NK.shape[1])[None, :] >= heads_N[:, None])
-    head_code_NK = coded_NK & ~atom_NK
+def _code_masks(heads_N: NDArray, counts_N: NDArray, scheme: Scheme) -> tuple[NDArray, NDArray, NDArray]:
+    """Places with a code, the first head code of each row, and the codes behind the heads (atoms, the rest)."""
+    width = int(counts_N.max(initial=0)) + 1
+    coded_NK = scheme.coded_mask(heads_N, counts_N - heads_N, width)
+    behind_NK = coded_NK & (np.arange(width)[None, :] >= heads_N[:, None])
+    head_code_NK = coded_NK & ~behind_NK
     first_NK = head_code_NK & (head_code_NK.cumsum(axis=1) == 1)
-    return coded_NK, first_NK, atom_NK
+    return coded_NK, first_NK, behind_NK

@@ -106,8 +106,8 @@ class CacheWriter:
             bytes=path.stat().st_size,
             sha256=sha256_of(path),
             samples=len(records),
-            positions=int(sum(record.loss_mask_L.sum() for record in records)),
-            entries=sum(len(record.targets.ids_T) for record in records),
+            positions=sum(int(record.loss_mask_L.sum()) for record in records),
+            entries=sum(record.targets.entries for record in records),
         )
         self._journal(entry)
         return entry

@@ -7,7 +7,7 @@ Shapes: B batch, L sequence length, N positions with loss, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +28,6 @@ class TeacherStates:
     hidden: list[Tensor]
     head: Head
 
-    def to(self, device: torch.device) -> Head:
-        """The head on a device."""
-        bias = self.head.bias_V
-        return Head(
-            self.head.weight_VD.to(device),
-            None if bias is None else bias.to(device),
-            self.head.scale,
-            self.head.soft_cap,
-        )
-
 
 @torch.no_grad()
 def teacher_states(
@@ -49,8 +39,9 @@ def teacher_states(
         hidden.append(_hidden(teacher, batch, device).cpu())
         advance(batch["input_ids"].numel())
     head = teacher.head.with_rows(vocab_size)
-    bias = None if head.bias_V is None else head.bias_V.detach().cpu().clone()
-    return TeacherStates(hidden, Head(head.weight_VD.detach().cpu().clone(), bias, head.scale, head.soft_cap))
+    bias = None if head.bias_V is None else head.bias_V.detach().clone()
+    own = replace(head, weight_VD=head.weight_VD.detach().clone(), bias_V=bias)  # not a view that keeps the teacher
+    return TeacherStates(hidden, own.to(torch.device("cpu")))
 
 
 @torch.no_grad()
@@ -58,7 +49,7 @@ def teacher_likelihood(
     states: TeacherStates, samples: Dataset, batch_size: int, chunk_size: int, device: torch.device
 ) -> dict[str, Any]:
     """The teacher's own nll and perplexity on the samples."""
-    metric, head = Likelihood(), states.to(device)
+    metric, head = Likelihood(), states.head.to(device)
     for batch, hidden_ND in zip(DataLoader(samples, batch_size=batch_size), states.hidden, strict=True):
         for rows, next_ids_C in _chunks(batch, chunk_size, device):
             metric.update(head(hidden_ND[rows].to(device)).float(), next_ids_C)
@@ -76,7 +67,7 @@ def student_fidelity(
     advance: Advance,
 ) -> dict[str, Any]:
     """nll, KL(teacher || student), top-1 agreement and acceptance rate over the full vocabulary."""
-    metric, teacher_head = Fidelity(), states.to(device)
+    metric, teacher_head = Fidelity(), states.head.to(device)
     head = student.head.with_rows(teacher_head.weight_VD.shape[0])
     for batch, teacher_hidden_ND in zip(DataLoader(samples, batch_size=batch_size), states.hidden, strict=True):
         hidden_ND = _hidden(student, batch, device)

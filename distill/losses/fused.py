@@ -24,13 +24,17 @@ def fused_loss(hidden_ND: Tensor, head: Head, target: ChunkTarget, divergence: D
     Equals `divergence(head(hidden_ND), target).sum()`. The gradients are computed chunk by chunk in the forward pass,
     while a chunk's logits exist: three matrix products a chunk. Products run in the autocast type if there is one,
     logits and divergence in float32 (float64 for float64 input). Gradients are kept in float32 until the loss scale
-    is known, so that float16 neither overflows nor underflows.
+    is known, so that float16 neither overflows nor underflows. Without autograd (validation) none are computed.
     """
     compute_dtype = hidden_ND.dtype
     device_type = hidden_ND.device.type
     if torch.is_autocast_enabled(device_type):
         compute_dtype = torch.get_autocast_dtype(device_type)
-    return _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, target, divergence, chunk_size, compute_dtype)
+    # Inside `forward` autograd is always off, and under `no_grad` parameters still ask for gradients.
+    backward_follows = torch.is_grad_enabled()
+    return _FusedLoss.apply(
+        hidden_ND, head.weight_VD, head.bias_V, head, target, divergence, chunk_size, compute_dtype, backward_follows
+    )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -45,9 +49,11 @@ class _FusedLoss(torch.autograd.Function):
         divergence: Divergence,
         chunk_size: int,
         compute_dtype: torch.dtype,
+        backward_follows: bool,
     ) -> Tensor:
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias = (backward_follows and needs for needs in ctx.needs_input_grad[:3])
+        needs_grad = needs_hidden or needs_weight or needs_bias
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=wide) if needs_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if needs_bias and bias_V is not None else None
@@ -60,7 +66,7 @@ class _FusedLoss(torch.autograd.Function):
                 product_CV = (hidden_CD @ compute_weight_VD.T).to(wide)
                 if bias_V is not None:
                     product_CV += bias_V
-                loss, grad_CV = _chunk(product_CV, head, target[rows], divergence, any(ctx.needs_input_grad[:3]))
+                loss, grad_CV = _chunk(product_CV, head, target[rows], divergence, needs_grad)
                 total += loss
                 if grad_CV is None:
                     continue
@@ -82,7 +88,7 @@ class _FusedLoss(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _chunk(

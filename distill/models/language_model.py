@@ -34,6 +34,11 @@ class Head:
         logits = product_NV if self.scale == 1.0 else product_NV * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
+    def to(self, device: torch.device) -> Head:
+        """The same head on another device."""
+        bias = None if self.bias_V is None else self.bias_V.to(device)
+        return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias)
+
     def with_rows(self, vocab_size: int) -> Head:
         """The same head over the first `vocab_size` rows: padded rows take no part in any distribution.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
 from distill import interrupt
 from distill.cache.format import Manifest, read_journal
+from distill.cache.head import save_head
 from distill.cache.predict import ShardWriter, TeacherModule, shard_loader
 from distill.cache.writer import CacheWriter
 from distill.config import Experiment
@@ -24,7 +27,7 @@ def main(experiment: Experiment) -> int:
     manifest = make_manifest(experiment, teacher, samples)
     _describe(experiment, manifest, samples)
     writer = CacheWriter(folders.cache, manifest, overwrite=experiment.cache.overwrite)
-    teacher.tokenizer.save_pretrained(folders.cache / "tokenizer")
+    _save_tokenizer(teacher, folders.cache / "tokenizer")
     shards = writer.missing()
     if not shards:
         say(f"cache: {folders.cache} is complete ({manifest.shards} shards); nothing to do")
@@ -34,6 +37,15 @@ def main(experiment: Experiment) -> int:
     _predict(experiment, teacher, samples, writer, shards)
     _summarise(folders, manifest)
     return 0
+
+
+def _save_tokenizer(teacher: Teacher, folder: Path) -> None:
+    """Beside the cache, once: it is the cache's own, as its fingerprint says."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name("tokenizer.tmp")
+    teacher.tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -> None:
@@ -58,8 +70,11 @@ def _predict(
         [Subset(splits[name], range(stop - start)) for name, (start, stop) in manifest.splits.items() if stop > start]
     )
     loader = shard_loader(numbered, manifest, shards, experiment.cache.batch_size)
+    model = teacher.load(experiment.corpus.pack)
+    if manifest.scheme == "hidden":
+        save_head(writer.folder, model.head.with_rows(manifest.vocab_size))
     module = TeacherModule(
-        teacher.load(experiment.corpus.pack),
+        model,
         manifest.vocab_size,
         writer.scheme,
         seed=manifest.seed,

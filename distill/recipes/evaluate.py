@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
@@ -16,7 +17,7 @@ from distill.evaluation.fidelity import student_fidelity, teacher_likelihood, te
 from distill.evaluation.metrics import perplexity
 from distill.models.saving import load_language_model
 from distill.progress import Progress, say
-from distill.workspace import Folders, Teacher, build_student, make_run_folder, open_samples, write_json
+from distill.workspace import Folders, Teacher, build_student, check_model, make_run_folder, open_samples, write_json
 
 
 def main(experiment: Experiment) -> int:
@@ -27,6 +28,7 @@ def main(experiment: Experiment) -> int:
     for role in roles:
         if not folders.model(role).exists():
             raise UserError(f"{folders.model(role)}: no trained {role} here: run `distill train-student` first")
+        _check_student(experiment, folders.model(role))
     teacher = Teacher(experiment)
     samples = open_samples(experiment, teacher)
     inputs = _inputs(experiment, folders, teacher, samples.fingerprint, roles)
@@ -72,6 +74,8 @@ def _measure(
                 if name == "before"
                 else load_language_model(folders.model(name), teacher.device)
             )
+            what = f"student {experiment.student.class_path}"
+            check_model(student, what, teacher.vocab_size, teacher.device, experiment.corpus.pack)
             result["parameters"][name] = _parameters(student)
             measured = student_fidelity(
                 student, states, held_out, batch_size, chunk_size, teacher.device, progress.advance
@@ -79,6 +83,16 @@ def _measure(
             result[name] = {key: measured[key] for key in ("nll", "kl", "top1_agreement", "acceptance")}
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
+
+
+def _check_student(experiment: Experiment, folder: Path) -> None:
+    """Raises UserError when the folder's student is another than the experiment's, which is the one `before`."""
+    try:
+        trained = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["student"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder}: its settings.json is missing or damaged: remove it and train again") from None
+    if trained != json.loads(json.dumps(asdict(experiment.student))):
+        raise UserError(f"{folder} holds a student trained as {trained}: give the student that it was trained with")
 
 
 def _parameters(model: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -11,12 +12,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from transformers import AutoTokenizer
 
 from distill import interrupt
+from distill.cache.format import Manifest
+from distill.cache.head import load_head
 from distill.cache.reader import CacheReader
-from distill.config import Experiment
+from distill.config import Experiment, TrainConfig
 from distill.errors import UserError
 from distill.losses.divergences import Mixture
 from distill.models import devices
@@ -27,7 +30,15 @@ from distill.training.callbacks import ShowProgress, StopWhenAsked
 from distill.training.data import CacheDataModule
 from distill.training.module import DistillationModule
 from distill.training.optimizer import Schedule
-from distill.workspace import Folders, build_student, check_cache_settings, check_model, make_run_folder, write_json
+from distill.workspace import (
+    Folders,
+    build_student,
+    check_cache_settings,
+    check_length,
+    check_model,
+    make_run_folder,
+    write_json,
+)
 
 _SETTINGS = "settings.json"
 
@@ -63,7 +74,7 @@ def _check_precision(experiment: Experiment) -> None:
 
 def _train(experiment: Experiment, folders: Folders, data: CacheDataModule, role: str, alpha: float) -> None:
     manifest = data.train.manifest
-    settings = _settings(experiment, alpha, manifest.fingerprints)
+    settings = _settings(experiment, alpha, manifest)
     if _is_done(folders, role, settings):
         say(f"{role}: {folders.model(role)} is trained; nothing to do")
         return
@@ -71,6 +82,7 @@ def _train(experiment: Experiment, folders: Folders, data: CacheDataModule, role
     student, options = build_student(experiment, manifest.vocab_size)
     device = devices.pick_device(experiment.train.accelerator)
     name = f"student {experiment.student.class_path}"
+    check_length(student, name, manifest.sequence_length)
     check_model(student, name, manifest.vocab_size, device, manifest.pack)
     parameters = sum(parameter.numel() for parameter in student.parameters())
     say(f"{role}: {experiment.student.class_path}, {parameters / 1e6:,.1f} M parameters, alpha {alpha:g}")
@@ -106,7 +118,8 @@ def _fit(
     module = DistillationModule(
         student,
         vocab_size=data.train.manifest.vocab_size,
-        divergence=Mixture(alpha),
+        divergence=Mixture(alpha, data.train.manifest.temperature),
+        teacher_head=load_head(folders.cache) if data.train.manifest.scheme == "hidden" else None,
         chunk_size=experiment.loss.chunk_size,
         nominal_positions=config.batch_size * data.train.manifest.sequence_length,
         learning_rate=config.learning_rate,
@@ -124,17 +137,14 @@ def _fit(
         max_steps=config.max_steps or -1,
         accumulate_grad_batches=config.accumulate_grad_batches,
         gradient_clip_val=config.gradient_clip or None,
-        val_check_interval=config.validate_every_steps * config.accumulate_grad_batches,
+        val_check_interval=_validate_every_batches(config, len(data.train)),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_every_steps,
         use_distributed_sampler=config.devices > 1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=[
-            CSVLogger(_made(folders.logs(role)), name=None, version=""),
-            TensorBoardLogger(folders.logs(role), name=None, version=""),
-        ],
+        logger=_loggers(_made(folders.logs(role))),
         callbacks=[
             *_keep_checkpoints(checkpoints, data),
             ShowProgress(progress),
@@ -143,7 +153,7 @@ def _fit(
     )
     with progress, interrupt.deferred():
         trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
-    trainer.save_checkpoint(checkpoints / "last.ckpt")
+    trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
 
 
 def _keep_checkpoints(folder: Path, data: CacheDataModule) -> list[ModelCheckpoint]:
@@ -154,7 +164,24 @@ def _keep_checkpoints(folder: Path, data: CacheDataModule) -> list[ModelCheckpoi
     return [last, ModelCheckpoint(folder, filename="best", enable_version_counter=False, monitor="held_out_loss")]
 
 
-def _settings(experiment: Experiment, alpha: float, cache: dict[str, str]) -> dict[str, Any]:
+def _validate_every_batches(config: TrainConfig, samples: int) -> int:
+    """`validate_every_steps` in forward passes; a shorter training measures the held-out loss once, at its end."""
+    epoch = math.ceil(samples / (config.batch_size * config.devices))
+    steps = math.ceil(epoch / config.accumulate_grad_batches)  # an epoch's last step may have fewer forward passes
+    whole, rest = divmod(config.max_steps or config.epochs * steps, steps)
+    total = min(whole * epoch + rest * config.accumulate_grad_batches, config.epochs * epoch)
+    return min(config.validate_every_steps * config.accumulate_grad_batches, total)
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    """CSV and TensorBoard. Lightning deletes a CSV log that is there: that of an earlier start gets a number."""
+    log = folder / "metrics.csv"
+    if log.exists():
+        log.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
+    return [CSVLogger(folder, name=None, version=""), TensorBoardLogger(folder, name=None, version="")]
+
+
+def _settings(experiment: Experiment, alpha: float, cache: Manifest) -> dict[str, Any]:
     """What a trained model depends on; a model made with other settings is another model."""
     train = asdict(experiment.train)
     for only_looks in ("resume", "num_workers", "log_every_steps", "accelerator", "devices"):
@@ -163,7 +190,7 @@ def _settings(experiment: Experiment, alpha: float, cache: dict[str, str]) -> di
         "student": asdict(experiment.student),
         "alpha": alpha,
         "train": train,
-        "cache": {**cache, "scheme": experiment.cache.scheme, "threshold": experiment.cache.threshold},
+        "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
     }
 
 
@@ -171,12 +198,15 @@ def _is_done(folders: Folders, role: str, settings: dict[str, Any]) -> bool:
     folder = folders.model(role)
     if not folder.exists():
         return False
-    if (folder / _SETTINGS).exists() and _differences(folder / _SETTINGS, settings) == []:
-        return True
-    found = _differences(folder / _SETTINGS, settings) if (folder / _SETTINGS).exists() else ["no settings.json"]
-    raise UserError(
-        f"{folder} was trained with other settings ({'; '.join(found)}): choose another --run_dir, or remove {folder}"
-    )
+    if not (folder / _SETTINGS).exists():
+        raise UserError(f"{folder}: not a {role} that was finished here: choose another --run_dir, or remove it")
+    different = _differences(folder / _SETTINGS, settings)
+    if different:
+        raise UserError(
+            f"{folder} was trained with other settings ({'; '.join(different)}): "
+            f"choose another --run_dir, or remove {folder} and {folders.checkpoints(role)}"
+        )
+    return True
 
 
 def _checkpoint_to_resume(folders: Folders, role: str, settings: dict[str, Any], resume: bool) -> Path | None:

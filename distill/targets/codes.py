@@ -26,6 +26,7 @@ def encode(values: NDArray[np.float64], uniform: NDArray[np.float64]) -> NDArray
 
     Values below the smallest code's (2e-18) take that code.
     """
+    values = np.maximum(values, _VALUES[-1])
     lower = np.clip(np.ceil(-np.log(values) / math.log(STEP) - 1e-9), 0, CODES - 1).astype(np.int64)
     upper = np.maximum(lower - 1, 0)
     low, high = _VALUES[lower], _VALUES[upper]

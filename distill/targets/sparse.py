@@ -23,6 +23,8 @@ class SparseTargets:
     weights_NK: Tensor
     heads_N: Tensor
     counts_N: Tensor
+    rest_N: Tensor | None = None
+    """Mass that no entry carries, as one bucket for all other tokens (`top_k`); None where there is none."""
 
     def dense(self, vocab_size: int) -> Tensor:
         """The same targets as `[N, V]` weights (for tests and figures, never for training)."""

@@ -5,7 +5,7 @@ Shapes: N positions, K entries of a target (padded), T entries of all positions,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,48 @@ class StoredTargets:
     """The teacher's entropy, in steps of 1/64 nat."""
     surprisal_N: NDArray[np.uint16]
     """The teacher's negative log-probability of the true next token, in steps of 1/64 nat (at most 1,023 nats)."""
+    further_DA: NDArray[np.uint32] = field(default_factory=lambda: np.empty((0, 0), np.uint32))
+    """Ids of the atoms of all positions, for each draw after the first."""
+
+    @property
+    def entries(self) -> int:
+        """Entries of all positions, in one draw."""
+        return len(self.ids_T)
+
+    def draw(self, number: int) -> NDArray[np.uint32]:
+        """`ids_T` of one of the draws: draws are used in turn, so any number is good."""
+        number %= 1 + len(self.further_DA)
+        if number == 0:
+            return self.ids_T
+        heads_N, counts_N = self.split()
+        is_entry_NK = np.arange(int(counts_N.max(initial=0))) < counts_N[:, None]
+        is_atom_NK = is_entry_NK & (np.arange(is_entry_NK.shape[1]) >= heads_N[:, None])
+        ids_NK = np.zeros(is_entry_NK.shape, dtype=np.uint32)
+        ids_NK[is_entry_NK] = self.ids_T
+        ids_NK[is_atom_NK] = self.further_DA[number - 1]
+        return ids_NK[is_entry_NK]
 
     def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Heads and counts (heads and atoms) of each position, wide enough to compute with."""
         heads_N = self.heads_N.astype(np.int64)
         return heads_N, heads_N + self.atoms_N
+
+
+@dataclass(frozen=True)
+class StoredHidden:
+    """The teacher's hidden states of one sample's positions with loss (scheme `hidden`)."""
+
+    bits_ND: NDArray[np.uint16]
+    """bfloat16, as its bits."""
+    entropy_N: NDArray[np.uint16]
+    """As in StoredTargets."""
+    surprisal_N: NDArray[np.uint16]
+    """As in StoredTargets."""
+
+    @property
+    def entries(self) -> int:
+        """None: nothing was left out of the distributions."""
+        return 0
 
 
 def quantize_scalar(nats_N: NDArray[np.floating]) -> NDArray[np.uint16]:

@@ -1,4 +1,4 @@
-"""The k largest probabilities, renormalised: biased (the tail is lost), for comparison.
+"""The k largest probabilities and one bucket for the rest: biased (the tail has no shape), for comparison.
 
 Shapes: N positions, V vocabulary, K entries.
 """
@@ -12,7 +12,13 @@ from distill.targets.sparse import SparseTargets
 
 
 def top_k(probs_NV: Tensor, k: int) -> SparseTargets:
-    """The `k` largest entries of each row, scaled to sum to 1. With `k = V` the target is exact."""
+    """The `k` largest entries of each row as they are; `rest_N` is what the others have together.
+
+    With `k = V` the target is exact and the rest is 0.
+    """
     weights_NK, ids_NK = probs_NV.topk(min(k, probs_NV.shape[1]), dim=-1)
     counts_N = torch.full((len(ids_NK),), ids_NK.shape[1], device=ids_NK.device)
-    return SparseTargets(ids_NK, weights_NK / weights_NK.sum(-1, keepdim=True), counts_N, counts_N)
+    rest_N = (1 - weights_NK.sum(-1, dtype=torch.float64)).clamp(min=0).to(probs_NV.dtype)
+    if ids_NK.shape[1] == probs_NV.shape[1]:
+        rest_N = torch.zeros_like(rest_N)
+    return SparseTargets(ids_NK, weights_NK, counts_N, counts_N, rest_N)

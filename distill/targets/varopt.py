@@ -1,7 +1,7 @@
 """Unbiased threshold sampling: probable tokens exactly, the tail by equal atoms (the default scheme).
 
 Source: Cohen, Duffield, Kaplan, Lund, Thorup, "Stream sampling for variance-optimal estimation of subset sums"
-(SODA 2009), with systematic sampling of the tail. Shapes: N positions, V vocabulary, K entries.
+(SODA 2009), with systematic sampling of the tail. Shapes: N positions, V vocabulary, K entries, D draws.
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ def varopt(probs_NV: Tensor, threshold: float, uniform_N: Tensor) -> SparseTarge
         threshold: in (0, 1]; a row has at most about `1 / threshold` entries.
         uniform_N: one number in [0, 1) a row, float64.
     """
+    return varopt_draws(probs_NV, threshold, uniform_N[:, None])[0]
+
+
+def varopt_draws(probs_NV: Tensor, threshold: float, uniform_ND: Tensor) -> list[SparseTargets]:
+    """D independent targets of each row: the heads are the same, the atoms are drawn anew by each column of numbers."""
     assert 0 < threshold <= 1
     head_ids_NH, head_weights_NH, heads_N = _heads(probs_NV, threshold)
     is_head_NH = entry_mask(heads_N, head_ids_NH.shape[1])
     # A place without a head writes the row's first head once more.
     tail_NV = probs_NV.scatter(1, torch.where(is_head_NH, head_ids_NH, head_ids_NH[:, :1]), 0)
-    atom_ids_NM, weight_N, atoms_N = _atoms(tail_NV, threshold, uniform_N)
-    return _join(head_ids_NH, head_weights_NH * is_head_NH, heads_N, atom_ids_NM, weight_N.to(probs_NV.dtype), atoms_N)
+    atom_ids_NDM, weight_N, atoms_N = _atoms(tail_NV, threshold, uniform_ND)
+    head_weights_NH, weight_N = head_weights_NH * is_head_NH, weight_N.to(probs_NV.dtype)
+    return [
+        _join(head_ids_NH, head_weights_NH, heads_N, atom_ids_NM, weight_N, atoms_N)
+        for atom_ids_NM in atom_ids_NDM.unbind(1)
+    ]
 
 
 def _heads(probs_NV: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,8 +59,8 @@ def _heads(probs_NV: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         width *= 4
 
 
-def _atoms(tail_NV: Tensor, threshold: float, uniform_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Systematic sampling of the tail: ids `[N, M]` (rising), the weight of a row's atoms, and their number.
+def _atoms(tail_NV: Tensor, threshold: float, uniform_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Systematic sampling of the tail: ids `[N, D, M]` (rising), the weight of a row's atoms, and their number.
 
     The cumulative sum is taken in two levels, over blocks of tokens and then inside the blocks that points fall into:
     one reading of the tail instead of writing a float64 copy of it.
@@ -63,7 +72,10 @@ def _atoms(tail_NV: Tensor, threshold: float, uniform_N: Tensor) -> tuple[Tensor
     atoms_N = torch.where(mass_N > 0, (mass_N / threshold).floor().clamp(min=1), 0).long()
     weight_N = mass_N / atoms_N.clamp(min=1)
     width = int(atoms_N.max()) if len(atoms_N) else 0
-    points_NM = (uniform_N.double()[:, None] + torch.arange(width, device=tail_NV.device)) * weight_N[:, None]
+    places_M = torch.arange(width, device=tail_NV.device)
+    points_NM = ((uniform_ND.double()[:, :, None] + places_M) * weight_N[:, None, None]).flatten(1)
+    # The last point may round up to the end, behind which there are only tokens without probability.
+    points_NM = torch.minimum(points_NM, mass_N.nextafter(mass_N.new_zeros(()))[:, None])
 
     block_NM = torch.searchsorted(ends_NG, points_NM, right=True).clamp(max=ends_NG.shape[1] - 1)
     before_NM = torch.where(block_NM > 0, ends_NG.gather(1, (block_NM - 1).clamp(min=0)), 0)
@@ -72,7 +84,7 @@ def _atoms(tail_NV: Tensor, threshold: float, uniform_N: Tensor) -> tuple[Tensor
     # Rounding may leave a block's own sum a hair below its share of `ends`: then the last token with mass is meant.
     offset_NM = torch.minimum(points_NM - before_NM, inside_NMB[..., -1].nextafter(points_NM.new_zeros(())))
     place_NM = torch.searchsorted(inside_NMB, offset_NM[..., None], right=True)[..., 0].clamp(max=_BLOCK - 1)
-    return block_NM * _BLOCK + place_NM, weight_N, atoms_N
+    return (block_NM * _BLOCK + place_NM).unflatten(1, (-1, width)), weight_N, atoms_N
 
 
 def _join(

@@ -46,7 +46,10 @@ class ShowProgress(pl.Callback):
 
 
 class StopWhenAsked(pl.Callback):
-    """After Ctrl-C or SIGTERM: finish the batch, save a checkpoint, stop."""
+    """After Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop.
+
+    Not in the middle of an accumulation: its gradients are not in a checkpoint, and the step would lack them.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
@@ -54,6 +57,7 @@ class StopWhenAsked(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if interrupt.asked():
-            trainer.save_checkpoint(self.checkpoint)
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if stepped and interrupt.asked():
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
             interrupt.stop_if_asked()

@@ -12,9 +12,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from distill.cache.reader import Batch
-from distill.losses.divergences import ChunkTarget, Mixture, forward_kl
+from distill.cache.batches import Batch, HiddenTargets
+from distill.losses.divergences import ChunkTarget, DenseChunk, Mixture, SparseChunk
 from distill.losses.fused import fused_loss
+from distill.models.language_model import Head
 from distill.targets.extract import next_ids
 from distill.training.optimizer import Schedule, adamw
 
@@ -33,6 +34,7 @@ class DistillationModule(pl.LightningModule):
         chunk_size: positions whose logits exist at one time.
         make_schedule: number of optimiser steps -> learning rate schedule.
         learning_rate, weight_decay, betas: AdamW's.
+        teacher_head: the teacher's head, for a cache of hidden states.
         nominal_positions: positions of a full micro-batch (batch size times sequence length).
     """
 
@@ -48,6 +50,7 @@ class DistillationModule(pl.LightningModule):
         weight_decay: float,
         betas: tuple[float, float],
         make_schedule: Callable[[int], Schedule],
+        teacher_head: Head | None = None,
     ) -> None:
         super().__init__()
         self.student: Any = student
@@ -55,17 +58,20 @@ class DistillationModule(pl.LightningModule):
         self.nominal_positions = nominal_positions
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.make_schedule = make_schedule
+        self.teacher_head = teacher_head
         # Plain attributes: a buffer would be rounded to the module's precision under bf16-true.
         self._step_sums = torch.zeros(2)
         self._held_out_sums = torch.zeros(3)
 
     def _target_and_hidden(self, batch: Batch) -> tuple[ChunkTarget, Tensor]:
-        target = ChunkTarget(
-            batch.targets.ids_NK,
-            batch.targets.weights_NK,
-            batch.entropy_N,
-            next_ids(batch.input_ids_BL, batch.loss_mask_BL),
-        )
+        true_ids_N, targets = next_ids(batch.input_ids_BL, batch.loss_mask_BL), batch.targets
+        target: ChunkTarget
+        if isinstance(targets, HiddenTargets):
+            assert self.teacher_head is not None, "a cache of hidden states comes with the teacher's head"
+            head = self.teacher_head.to(targets.hidden_ND.device)
+            target = DenseChunk(targets.hidden_ND, head, true_ids_N, self.divergence.temperature)
+        else:
+            target = SparseChunk(targets.ids_NK, targets.weights_NK, batch.entropy_N, true_ids_N, targets.rest_N)
         hidden_BLD = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
         return target, hidden_BLD[batch.loss_mask_BL]
 
@@ -92,7 +98,7 @@ class DistillationModule(pl.LightningModule):
         head = self.student.head.with_rows(self.vocab_size)
         sums = [
             fused_loss(hidden_ND, head, target, divergence, self.chunk_size)
-            for divergence in (forward_kl, self.divergence)
+            for divergence in (Mixture(0, self.divergence.temperature), self.divergence)
         ]
         self._held_out_sums = self._held_out_sums.to(sums[0].device) + _sums(*sums, positions=len(hidden_ND))
 

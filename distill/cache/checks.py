@@ -1,0 +1,90 @@
+"""Values that a stranger wrote, checked before anything relies on them: JSON types, ranges, sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+MOST_SAMPLES = 2**40
+MOST_SHARDS = 2**24
+MOST_TOKENS = 2**24
+"""Of a sample."""
+MOST_VOCABULARY = 2**24
+MOST_PLACES = 2**26
+"""Of the padded targets of one sample (positions × entries): reading one takes some of 8 bytes a place."""
+
+Check = Callable[[Any], bool]
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for anything else, however odd."""
+    try:
+        content = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a number")
+
+
+def whole(low: int, high: int) -> Check:
+    """A whole number from `low` to `high`."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def positive(value: Any) -> bool:
+    """A finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
+def is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def hexadecimal(digits: int) -> Check:
+    """A text of so many hexadecimal digits."""
+    return lambda value: is_text(value) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value) is not None
+
+
+def texts(value: Any) -> bool:
+    """Names to texts."""
+    return type(value) is dict and all(is_text(text) for text in value.values())
+
+
+def parameters(value: Any) -> bool:
+    """Names to positive numbers of a size that a scheme can have."""
+    return type(value) is dict and all(positive(number) and number <= 2**20 for number in value.values())
+
+
+def sample_ranges(value: Any) -> bool:
+    """Names to [first sample, the one after the last]."""
+    is_sample = whole(0, MOST_SAMPLES)
+    return (
+        type(value) is dict
+        and len(value) > 0
+        and all(
+            type(pair) is list and len(pair) == 2 and all(map(is_sample, pair)) and pair[0] <= pair[1]
+            for pair in value.values()
+        )
+    )
+
+
+def wrong(content: dict[str, Any], expected: dict[str, Check]) -> str | None:
+    """What is wrong with the keys and values of an object, in a few words."""
+    if content.keys() != expected.keys():
+        return f"unexpected or missing keys: {', '.join(sorted(content.keys() ^ expected.keys()))[:200]}"
+    for key, is_good in expected.items():
+        if not is_good(content[key]):
+            return f"{key}: {str(content[key])[:40]} is not possible"
+    return None

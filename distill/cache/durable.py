@@ -1,0 +1,161 @@
+"""Files that survive a power cut: written whole or not at all, and read with no more trust than they have earned."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, nothing keeps two writers apart
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY = ".tmp"
+"""Ending of the name of a file that is not finished."""
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file so that after a power cut there is either all of it or none: temporary name, sync, rename, sync."""
+    make_folder(path.parent)
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)  # never through a link that someone left there
+    try:
+        _write_new(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        # On a full disk the remains would take the room that the next attempt needs.
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        _write_all(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_durably(path: Path, line: bytes) -> None:
+    """Append to a file. After a power cut the end of `line` may be missing; after an error nothing of it is there."""
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            _write_all(descriptor, line)
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+    if is_new:
+        sync_folder(path.parent)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, so that their names last too."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new name in `folder` last."""
+    if os.name == "nt":  # where folders cannot be opened, and renames are journaled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading. Raises OSError for what is no plain file: a pipe would never answer."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return descriptor
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a file. Raises OSError when it is no plain file or longer than `limit` bytes."""
+    with open(open_regular(path), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"longer than {limit:,} bytes", str(path))
+    return content
+
+
+def sha256_of(path: Path) -> str:
+    """Content hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(open_regular(path), "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other writers out of a folder, which is made; a process that dies leaves no lock behind.
+
+    Raises UserError while another process holds it.
+    """
+    try:
+        make_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    try:
+        if descriptor is not None:
+            _lock(descriptor, folder)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is writing here: wait for it, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> UserError:
+    """What a failed write means to the person; `needed` is about how many bytes are still to come."""
+    reason = error.strerror or str(error)
+    again = "then run the same command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        room = f"about {needed / 1e6:,.1f} MB" if needed else "room"
+        return UserError(
+            f"{folder}: disk full ({reason}); everything finished so far is kept: free {room}, "
+            f"or move the folder and point --cache.dir to it, {again}"
+        )
+    return UserError(
+        f"{folder}: cannot write the cache here ({reason}); what was finished before is kept: "
+        f"mend that, or point --cache.dir elsewhere, {again}"
+    )

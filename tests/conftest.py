@@ -1,0 +1,154 @@
+"""A tiny world for tests that run commands: a teacher's folder, a corpus, an experiment file, and the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NOISY_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "transformers", "bitsandbytes", "datasets")
+
+
+def passages(number: int) -> list[str]:
+    """Real sentences, about 300 characters each: the beginnings of the demo's speeches."""
+    with open(ROOT / "data" / "sotu.jsonl", encoding="utf-8") as file:
+        text = " ".join(json.loads(line)["text"] for line, _ in zip(file, range(3), strict=False))
+    return [text[start : start + 300] for start in range(0, 300 * number, 300)]
+
+
+def save_tokenizer(folder: Path, texts: list[str]) -> int:
+    """A byte-level BPE tokenizer with a chat template, trained on `texts`; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", chat_template=CHATML)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def save_teacher(folder: Path, texts: list[str], family: str = "llama", seed: int = 0, **sizes: Any) -> str:
+    """A tiny random model with its tokenizer as a Hugging Face folder; its head has 13 padding rows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocabulary = save_tokenizer(folder, texts)
+    # The wide initial weights make a teacher of few, sure and position-dependent answers, as real ones are.
+    common = {"vocab_size": vocabulary + 13, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.15}
+    llama = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": None}
+    config = AutoConfig.for_model(
+        family, **{**common, **llama, "max_position_embeddings": 256, "tie_word_embeddings": False, **sizes}
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command said and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder with a tiny teacher, a corpus of 40 passages and an experiment file that uses both."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    def write(self, path: Path, **sections: dict[str, Any]) -> str:
+        """Write an experiment file: the world's own with `sections` merged in; its run folder lies beside it."""
+        content = {key: {**value, **sections.get(key, {})} for key, value in self.content.items()}
+        content |= {key: value for key, value in sections.items() if key not in content}
+        content["run_dir"] = str(path.parent / "run")
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return str(path)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    import datasets
+
+    folder = tmp_path_factory.mktemp("world")
+    texts = passages(40)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    content: dict[str, Any] = {
+        "corpus": {"path": str(folder / "corpus.jsonl"), "sequence_length": 48, "held_out": 0.2},
+        "teacher": {"model": save_teacher(folder / "teacher", texts), "quantization": "none"},
+        "cache": {"batch_size": 4, "shard_samples": 8, "held_out_samples": 8},
+        "student": {"class_path": "pruned", "options": {"layers": 2}},
+        "train": {
+            "batch_size": 4,
+            "precision": "32-true",
+            "learning_rate": 5e-3,
+            "validate_every_steps": 8,
+            "log_every_steps": 4,
+        },
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))  # for commands in processes of their own
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield World(folder, content)
+
+
+@pytest.fixture
+def no_traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a command does to its process is undone: signal handlers, import path, log levels, environment."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
+    environment = dict(os.environ)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def distill(no_traces: None, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`distill("run", file, "--train.seed", 1)`: the command line in this process; an exception fails the test."""
+    from distill.cli import main
+
+    def command(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), out, err)
+
+    return command

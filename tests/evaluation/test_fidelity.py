@@ -1,0 +1,211 @@
+"""The walk over held-out text: against a dense float64 program, whatever the batches, chunks and padding.
+
+Shapes: B samples, L sequence length, N positions with loss, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
+from distill.models.language_model import Head
+
+SAMPLES, LENGTH, VOCABULARY, HIDDEN = 7, 13, 53, 8
+CPU = torch.device("cpu")
+
+
+class Tiny(nn.Module):
+    """Hidden states that depend on a token, its position and all tokens before it in its document."""
+
+    def __init__(self, seed: int, rows: int = VOCABULARY, hidden: int = HIDDEN, **head: Any) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Parameter(torch.randn(rows, hidden, generator=generator))
+        self.places = nn.Parameter(torch.randn(LENGTH, hidden, generator=generator))
+        self.weight = nn.Parameter(torch.randn(rows, hidden, generator=generator))
+        self.bias = nn.Parameter(torch.randn(rows, generator=generator))
+        self.options = head
+
+    @property
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, **self.options)
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        document_BL = (position_ids_BL == 0).cumsum(-1)
+        same_BLL = (document_BL[:, :, None] == document_BL[:, None, :]).tril().to(self.embedding.dtype)
+        tokens_BLD = self.embedding[input_ids_BL] + self.places[position_ids_BL]
+        return tokens_BLD + (same_BLL / same_BLL.sum(-1, keepdim=True)) @ tokens_BLD
+
+
+class Samples(torch.utils.data.Dataset):
+    """Packed samples of two documents, with loss at some positions, none of them at a document's end."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.rows = []
+        for index in range(SAMPLES):
+            cut = 3 + index % 5
+            positions_L = torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)])
+            mask_L = torch.rand(LENGTH, generator=generator) < 0.6
+            mask_L[[cut - 1, -1]] = False
+            ids_L = torch.randint(VOCABULARY, (LENGTH,), generator=generator)
+            self.rows.append({"input_ids": ids_L, "position_ids": positions_L, "loss_mask": mask_L})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.rows[index]
+
+
+def measured(student: Tiny, teacher: Tiny, batch_size: int = 3, chunk_size: int = 4) -> dict[str, float]:
+    samples = Samples()
+    states = teacher_states(teacher, samples, batch_size, VOCABULARY, CPU, lambda amount: None)
+    return student_fidelity(student, states, samples, batch_size, chunk_size, CPU, lambda amount: None)
+
+
+def logp(model: Tiny, row: dict[str, Tensor]) -> Tensor:
+    """float64 `[L, V]` over the real vocabulary: the whole sample at once, dense."""
+    model = model.double()
+    logits_LV = model.head(model.body(row["input_ids"][None], row["position_ids"][None])[0])
+    model.float()
+    return logits_LV[:, :VOCABULARY].log_softmax(-1)
+
+
+def positions(shift: int = 0) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Each position with loss, one by one; `shift` makes the mistake of a mask that is off by so many."""
+    for row in Samples().rows:
+        for position in row["loss_mask"].nonzero().flatten().tolist():
+            if 0 <= position + shift < LENGTH - 1:
+                yield row, position + shift
+
+
+@torch.no_grad()
+def reference(student: Tiny, teacher: Tiny, shift: int = 0, ahead: int = 1) -> dict[str, float]:
+    """The definitions, position by position; `ahead` is how far the true token lies ahead."""
+    sums, count = {"nll": 0.0, "kl": 0.0, "top1_agreement": 0.0, "acceptance": 0.0}, 0
+    for row, position in positions(shift):
+        q_V, p_V = logp(student, row)[position].exp(), logp(teacher, row)[position].exp()
+        sums["nll"] -= math.log(q_V[row["input_ids"][min(position + ahead, LENGTH - 1)]])
+        sums["kl"] += float((p_V * (p_V.log() - q_V.log())).sum())
+        sums["top1_agreement"] += float(p_V.argmax() == q_V.argmax())
+        sums["acceptance"] += float(torch.minimum(p_V, q_V).sum())
+        count += 1
+    return {name: total / count for name, total in sums.items()} | {"tokens": count}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (Tiny(1), Tiny(2)),
+        (Tiny(1, rows=60), Tiny(2, rows=57)),
+        (Tiny(1, hidden=5), Tiny(2)),
+        (Tiny(1, scale=0.3), Tiny(2, soft_cap=2.0)),
+    ],
+    ids=["plain", "padded differently", "other width", "scale and soft cap"],
+)
+def test_it_equals_the_dense_program(student: Tiny, teacher: Tiny) -> None:
+    assert measured(student, teacher) == pytest.approx(reference(student, teacher), rel=2e-6)
+
+
+@pytest.mark.parametrize(("shift", "ahead"), [(1, 1), (-1, 1), (0, 0), (0, 2)])
+def test_an_off_by_one_would_be_seen(shift: int, ahead: int) -> None:
+    """The dense program with the mistake built in is far from what is measured, so the test above can fail."""
+    wrong, right = reference(Tiny(1), Tiny(2), shift, ahead), measured(Tiny(1), Tiny(2))
+    assert abs(wrong["nll"] - right["nll"]) > 1e-2
+    if shift:
+        assert abs(wrong["kl"] - right["kl"]) > 1e-2
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(1, 1), (2, 5), (7, 1000), (100, 3)])
+def test_neither_batch_nor_chunk_changes_anything(batch_size: int, chunk_size: int) -> None:
+    expected = measured(Tiny(1), Tiny(2), batch_size=3, chunk_size=4)
+    assert measured(Tiny(1), Tiny(2), batch_size, chunk_size) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_the_mask_hides_takes_no_part() -> None:
+    """Other tokens at the end of a sample, behind all its positions with loss and their next tokens, change nothing."""
+
+    class Corrupted(Samples):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            row = dict(self.rows[index])
+            behind = int(row["loss_mask"].nonzero().max()) + 2
+            row["input_ids"] = row["input_ids"].clone()
+            row["input_ids"][behind:] = 0
+            return row
+
+    def walk(samples: Samples) -> dict[str, float]:
+        states = teacher_states(Tiny(2), samples, 3, VOCABULARY, CPU, lambda amount: None)
+        return student_fidelity(Tiny(1), states, samples, 3, 4, CPU, lambda amount: None)
+
+    assert any((Corrupted()[i]["input_ids"] != Samples()[i]["input_ids"]).any() for i in range(SAMPLES))
+    assert walk(Corrupted()) == walk(Samples())
+
+
+def test_a_teacher_is_its_own_best_student() -> None:
+    same = measured(Tiny(2), Tiny(2))
+    assert same["kl"] == pytest.approx(0, abs=1e-9)
+    assert same["top1_agreement"] == 1.0
+    assert same["acceptance"] == pytest.approx(1, abs=1e-6)
+    assert same["nll"] == pytest.approx(reference(Tiny(2), Tiny(2))["nll"])
+
+
+def test_padding_rows_take_no_probability() -> None:
+    """However large the logits of rows that stand for no token."""
+    plain, padded = Tiny(1), Tiny(1, rows=VOCABULARY + 9)
+    with torch.no_grad():
+        for name in ("embedding", "weight", "bias"):
+            getattr(padded, name)[:VOCABULARY] = getattr(plain, name)
+        padded.places.copy_(plain.places)
+        padded.bias[VOCABULARY:] = 50.0
+    assert measured(padded, Tiny(2)) == measured(plain, Tiny(2))
+    assert measured(Tiny(2), padded) == measured(Tiny(2), plain)
+
+
+def test_the_teachers_own_likelihood() -> None:
+    samples = Samples()
+    states = teacher_states(Tiny(2, rows=57), samples, 3, VOCABULARY, CPU, lambda amount: None)
+    likelihood = teacher_likelihood(states, samples, 3, 4, CPU)
+    expected = reference(Tiny(2, rows=57), Tiny(2, rows=57))
+    assert likelihood["nll"] == pytest.approx(expected["nll"])
+    assert likelihood["perplexity"] == pytest.approx(math.exp(expected["nll"]))
+    assert likelihood["tokens"] == expected["tokens"]
+
+
+def test_progress_counts_every_token_of_every_sample_once() -> None:
+    seen: list[int] = []
+    states = teacher_states(Tiny(2), Samples(), 3, VOCABULARY, CPU, seen.append)
+    assert sum(seen) == SAMPLES * LENGTH
+    student_fidelity(Tiny(1), states, Samples(), 3, 4, CPU, seen.append)
+    assert sum(seen) == 2 * SAMPLES * LENGTH
+
+
+def test_the_states_do_not_keep_the_teacher() -> None:
+    """Neither its gradients nor, through a view of a larger tensor, its memory: the student needs the room."""
+    teacher = Tiny(2, rows=VOCABULARY + 100)
+    states = teacher_states(teacher, Samples(), 3, VOCABULARY, CPU, lambda amount: None)
+    assert isinstance(states, TeacherStates)
+    for tensor in (*states.hidden, states.head.weight_VD, states.head.bias_V):
+        assert tensor is not None and not tensor.requires_grad
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    with torch.no_grad():
+        teacher.weight.zero_()
+    assert states.head.weight_VD.abs().sum() > 0
+
+
+def test_a_smaller_vocabulary_and_a_text_without_loss_are_refused() -> None:
+    with pytest.raises(ValueError, match="not the same vocabulary"):
+        measured(Tiny(1, rows=VOCABULARY - 1), Tiny(2, rows=VOCABULARY))
+    samples = Samples()
+    for row in samples.rows:
+        row["loss_mask"][:] = False
+    states = teacher_states(Tiny(2), samples, 3, VOCABULARY, CPU, lambda amount: None)
+    with pytest.raises(UserError, match="nothing to measure"):
+        student_fidelity(Tiny(1), states, samples, 3, 4, CPU, lambda amount: None)

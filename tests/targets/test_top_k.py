@@ -1,0 +1,39 @@
+"""The k largest: exact where k is the vocabulary, falling, renormalised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.losses.divergences import ChunkTarget, forward_kl
+from distill.targets.top_k import top_k
+
+
+def test_all_of_the_vocabulary_is_exact(random_rows: Tensor) -> None:
+    """KL(p, p) = 0 and its gradient too."""
+    probs_NV = random_rows.double()
+    targets = top_k(probs_NV, probs_NV.shape[1])
+    torch.testing.assert_close(targets.dense(1009), probs_NV, atol=1e-15, rtol=0)
+    logits_NV = (probs_NV.log() + 3).requires_grad_()
+    target = ChunkTarget(
+        targets.ids_NK,
+        targets.weights_NK,
+        torch.special.entr(probs_NV).sum(-1),
+        torch.zeros(len(probs_NV), dtype=torch.long),
+    )
+    kl_N = forward_kl(logits_NV, target)
+    assert kl_N.abs().max() < 1e-12
+    (grad_NV,) = torch.autograd.grad(kl_N.sum(), logits_NV)
+    assert grad_NV.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 17, 1009, 5000])
+def test_form(random_rows: Tensor, k: int) -> None:
+    targets = top_k(random_rows, k)
+    expected_NK = random_rows.sort(descending=True).values[:, :k]
+    expected_NK = expected_NK / expected_NK.sum(-1, keepdim=True)
+    torch.testing.assert_close(targets.weights_NK, expected_NK)
+    assert set(targets.counts_N.tolist()) == set(targets.heads_N.tolist()) == {min(k, 1009)}
+    kept_NK = random_rows.gather(1, targets.ids_NK)
+    torch.testing.assert_close(kept_NK / kept_NK.sum(-1, keepdim=True), targets.weights_NK)

@@ -1,0 +1,256 @@
+"""Threshold sampling: exact heads, no id twice, the right mean, the promised size, less error than random draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distill.targets.random_draws import random_draws
+from distill.targets.sparse import SparseTargets, entry_mask
+from distill.targets.varopt import varopt
+
+DRAWS = 4096
+LAST_UNIFORM = float(np.nextafter(1, 0))
+
+
+def uniforms(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def check_form(targets: SparseTargets, probs_NV: Tensor, threshold: float) -> None:
+    """All that holds for every single draw."""
+    rows, vocab_size = probs_NV.shape
+    for n in range(rows):
+        count, heads = int(targets.counts_N[n]), int(targets.heads_N[n])
+        ids, weights = targets.ids_NK[n, :count], targets.weights_NK[n, :count]
+        assert 0 <= int(ids.min()) and int(ids.max()) < vocab_size
+        assert ids.unique().numel() == count, "an id twice"
+        assert (weights > 0).all()
+        assert (probs_NV[n, ids] > 0).all(), "a token without probability"
+        assert not targets.ids_NK[n, count:].any() and not targets.weights_NK[n, count:].any(), "padding"
+        # Heads: what reaches the threshold, at least one, exact, falling.
+        assert set(probs_NV[n].ge(threshold).nonzero()[:, 0].tolist()) <= set(ids[:heads].tolist())
+        assert heads == max(1, int(probs_NV[n].ge(threshold).sum()))
+        assert torch.equal(weights[:heads], probs_NV[n, ids[:heads]])
+        assert weights[0] == probs_NV[n].max()
+        assert (weights[:heads].diff() <= 0).all()
+        # Atoms: of one weight, rising, not below any tail token.
+        assert (ids[heads:].diff() > 0).all()
+        assert weights[heads:].unique().numel() <= 1
+        tail_V = probs_NV[n].clone().index_fill_(0, ids[:heads], 0)
+        mass = tail_V.double().sum().item()
+        if count > heads:
+            assert weights[heads:].double().sum().item() == pytest.approx(mass, rel=1e-6)
+            assert weights[-1] >= tail_V.max() * (1 - 1e-6)
+            assert weights[-1] >= min(threshold, mass) * (1 - 1e-6)
+        else:
+            assert mass == 0
+        assert count <= 1 / threshold + 2
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How often each tail token was drawn, and how often it should have been."""
+
+    hits_V: Tensor
+    expected_V: Tensor
+    """Probability of being drawn: of the tail token over the weight of an atom."""
+    mean_V: Tensor
+    draws: int
+
+    def z_scores(self) -> Tensor:
+        """(mean - p) / standard error of each tail token that was to be seen, and missed, 25 times at least."""
+        variance_V = self.draws * self.expected_V * (1 - self.expected_V)
+        seen = variance_V >= 25
+        return (self.hits_V - self.draws * self.expected_V)[seen] / variance_V[seen].sqrt()
+
+    def group_z_scores(self, groups: int) -> Tensor:
+        """The same of neighbouring tokens taken together, so that the rare ones are seen too.
+
+        A run of the cumulative sum holds either of the two whole numbers next to its length in atoms.
+        """
+        hits = torch.stack([part.sum() for part in self.hits_V.tensor_split(groups)])
+        expected = torch.stack([part.sum() for part in self.expected_V.tensor_split(groups)])
+        variance = self.draws * expected.frac() * (1 - expected.frac())
+        seen = variance >= 25
+        return (hits - self.draws * expected)[seen] / variance[seen].sqrt()
+
+
+def tally(probs_V: Tensor, threshold: float, uniform_R: Tensor, chunk: int = 512) -> Tally:
+    hits_V, sum_V = (torch.zeros(len(probs_V), dtype=torch.float64) for _ in range(2))
+    for part in uniform_R.split(chunk):
+        targets = varopt(probs_V.repeat(len(part), 1), threshold, part)
+        entries = entry_mask(targets.counts_N, targets.ids_NK.shape[1])
+        atoms = entries & ~entry_mask(targets.heads_N, targets.ids_NK.shape[1])
+        hits_V += torch.bincount(targets.ids_NK[atoms], minlength=len(probs_V))
+        sum_V += torch.bincount(targets.ids_NK[entries], targets.weights_NK[entries].double(), minlength=len(probs_V))
+    tail_V = probs_V.double().clone()
+    tail_V[targets.ids_NK[0, : targets.heads_N[0]]] = 0
+    atom_weight = tail_V.sum() / (targets.counts_N[0] - targets.heads_N[0])
+    return Tally(hits_V, tail_V / atom_weight, sum_V / len(uniform_R), len(uniform_R))
+
+
+def check_mean(found: Tally, groups: int) -> None:
+    """Mean within 4 standard errors of p, as far as that can hold for hundreds of comparisons at once."""
+    z, group_z = found.z_scores(), found.group_z_scores(groups)
+    assert len(z) > 20 and len(group_z) > groups / 2, "nothing was tested"
+    assert group_z.abs().max() <= 4
+    # Of a thousand standard normal numbers 0.06 lie beyond 4.
+    assert (z.abs() > 4).sum() <= len(z) / 1000
+    assert z.abs().max() <= 5
+    assert 0.7 < z.square().mean() < 1.3
+
+
+@pytest.mark.parametrize("threshold", [1 / 3, 1 / 50, 1 / 400])
+def test_form(random_rows: Tensor, zipf_rows: Tensor, threshold: float) -> None:
+    for seed in range(2):
+        for probs_NV in (random_rows, zipf_rows):
+            targets = varopt(probs_NV, threshold, uniforms(len(probs_NV), seed=seed))
+            check_form(targets, probs_NV, threshold)
+            sums_N = targets.weights_NK.double().sum(-1)
+            torch.testing.assert_close(sums_N, torch.ones_like(sums_N), atol=1e-6, rtol=0)
+
+
+def test_size_is_as_promised(random_rows: Tensor) -> None:
+    for threshold in (0.3, 0.05, 0.02, 0.003):
+        probs_NV = random_rows.double()
+        targets = varopt(probs_NV, threshold, uniforms(len(probs_NV)))
+        for row, heads, count in zip(probs_NV, targets.heads_N.tolist(), targets.counts_N.tolist(), strict=True):
+            tail = 1 - row.topk(heads).values.sum().item()
+            assert count - heads == max(1, math.floor(tail / threshold))
+
+
+def test_every_frequency_is_right_to_the_resolution_of_a_grid(random_rows: Tensor) -> None:
+    """Over equally spaced uniforms a token's share is exact but for the two ends of its stretch: no chance involved."""
+    grid_R = (torch.arange(1024, dtype=torch.float64) + 0.5) / 1024
+    for probs_V in random_rows[::5]:
+        found = tally(probs_V, 1 / 50, grid_R)
+        assert (found.hits_V - 1024 * found.expected_V).abs().max() <= 2
+
+
+@pytest.mark.parametrize("row", [2, 6])
+def test_mean_over_random_draws(random_rows: Tensor, row: int) -> None:
+    check_mean(tally(random_rows[row], 1 / 50, uniforms(DRAWS, seed=row)), groups=12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_mean_on_the_demo_teacher(teacher_rows: Tensor, share: float) -> None:
+    """A sure row and an open one."""
+    entropy_N = torch.special.entr(teacher_rows).sum(-1)
+    row = int(entropy_N.argsort()[int(share * len(entropy_N))])
+    check_mean(tally(teacher_rows[row], 1 / 50, uniforms(DRAWS, seed=row), chunk=256), groups=60)
+
+
+def squared_error(targets: SparseTargets, probs_NV: Tensor) -> float:
+    return (targets.dense(probs_NV.shape[1]).double() - probs_NV).square().sum(-1).mean().item()
+
+
+def check_less_error(probs_NV: Tensor, draws: int) -> None:
+    """At a threshold of 1/50: at most a third of the error of 50 random draws, with at most 20 % more entries."""
+    rows = len(probs_NV)
+    error = entries = random_error = random_entries = 0.0
+    for seed in range(draws):
+        ours = varopt(probs_NV, 1 / 50, uniforms(rows, seed=seed))
+        theirs = random_draws(probs_NV, uniforms(rows, 50, seed=seed))
+        error, random_error = error + squared_error(ours, probs_NV), random_error + squared_error(theirs, probs_NV)
+        entries, random_entries = entries + ours.counts_N.sum().item(), random_entries + theirs.counts_N.sum().item()
+    assert error <= random_error / 3
+    assert entries <= 1.2 * random_entries
+
+
+def test_less_error_than_random_draws(zipf_rows: Tensor) -> None:
+    check_less_error(zipf_rows, draws=100)
+
+
+def test_less_error_than_random_draws_on_the_demo_teacher(teacher_rows: Tensor) -> None:
+    check_less_error(teacher_rows, draws=4)
+
+
+def test_a_sure_row_takes_one_entry() -> None:
+    probs_NV = torch.zeros(1, 1009).index_fill_(1, torch.tensor(77), 1)
+    targets = varopt(probs_NV, 0.02, uniforms(1))
+    assert targets.ids_NK.tolist() == [[77]] and targets.weights_NK.tolist() == [[1.0]]
+    assert targets.heads_N.tolist() == targets.counts_N.tolist() == [1]
+
+
+@pytest.mark.parametrize("vocab_size", [2, 50, 51, 1009])
+@pytest.mark.parametrize("threshold", [1.0, 0.5, 0.02])
+def test_uniform_rows(vocab_size: int, threshold: float) -> None:
+    """The largest probability is everyone's: whichever token becomes the head must not be in the tail too."""
+    probs_NV = torch.full((16, vocab_size), 1 / vocab_size)
+    probs_NV[1, 0] += 0.3 / vocab_size  # another number of heads in the batch, another width of the topk
+    probs_NV[1, 1:] -= 0.3 / vocab_size / (vocab_size - 1)
+    check_form(varopt(probs_NV, threshold, uniforms(16)), probs_NV, threshold)
+
+
+def test_the_mean_is_right_where_many_are_equally_probable() -> None:
+    """Half precision makes ties: with 1,009 equal tokens and one head of them, each must keep its own share."""
+    grid_R = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+    probs_V = torch.full((1009,), 1 / 1009)
+    found = tally(probs_V, 1 / 50, grid_R)
+    assert (found.hits_V - 256 * found.expected_V).abs().max() <= 2
+    torch.testing.assert_close(found.mean_V, probs_V.double(), atol=2 * 0.021 / 256, rtol=0)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_two_equal_heads(below: bool) -> None:
+    threshold = 0.45 if below else 0.3
+    probs_NV = torch.tensor([[0.1, 0.4, 0.1, 0.4]]).repeat(32, 1)
+    targets = varopt(probs_NV, threshold, uniforms(32))
+    check_form(targets, probs_NV, threshold)
+    assert set(targets.heads_N.tolist()) == {1 if below else 2}
+
+
+@pytest.mark.parametrize(
+    ("tail", "atoms"), [(0, 0), (2**-30, 1), (0.25 - 2**-20, 1), (0.25, 1), (0.5 - 2**-20, 1), (0.5, 2), (0.75, 3)]
+)
+def test_tail_mass_around_the_threshold(tail: float, atoms: int) -> None:
+    """Dyadic fractions, so that the sums are exact: the number of atoms is the tail's mass in whole thresholds."""
+    probs_NV = torch.cat([torch.full((1, 32), tail / 32), torch.tensor([[1 - tail]])], dim=1)
+    targets = varopt(probs_NV, 0.25, uniforms(1))
+    check_form(targets, probs_NV, 0.25)
+    assert (targets.heads_N.tolist(), targets.counts_N.tolist()) == ([1], [1 + atoms])
+
+
+def test_a_probability_that_equals_the_threshold_is_a_head() -> None:
+    probs_NV = torch.tensor([[0.25, 0.5, 0.125, 0.125]])
+    targets = varopt(probs_NV, 0.25, uniforms(1))
+    assert targets.ids_NK[0, :2].tolist() == [1, 0] and targets.heads_N.tolist() == [2]
+    just_below = torch.tensor([[0.25 - 2**-24, 0.5, 0.125, 0.125 + 2**-24]])
+    assert varopt(just_below, 0.25, uniforms(1)).heads_N.tolist() == [1]
+
+
+def test_threshold_one_leaves_the_best_token_and_one_atom(random_rows: Tensor) -> None:
+    targets = varopt(random_rows, 1.0, uniforms(len(random_rows)))
+    check_form(targets, random_rows, 1.0)
+    assert set(targets.counts_N.tolist()) == {2}
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, LAST_UNIFORM])
+@pytest.mark.parametrize("zeros_from", [5, 300, 600, 1009])
+def test_extreme_uniforms_stay_inside_the_vocabulary(random_rows: Tensor, uniform: float, zeros_from: int) -> None:
+    """The last point of a row can round up to the end of the tail, where tokens without probability may follow."""
+    for threshold in (1 / 3, 1 / 50, 1 / 97):
+        probs_NV = random_rows.clone()
+        probs_NV[:, zeros_from:] = 0
+        probs_NV /= probs_NV.sum(-1, keepdim=True)
+        rows = len(probs_NV)
+        check_form(varopt(probs_NV, threshold, torch.full((rows,), uniform).double()), probs_NV, threshold)
+
+
+def test_rows_do_not_depend_on_their_company(random_rows: Tensor, zipf_rows: Tensor) -> None:
+    both_NV, uniform_N = torch.cat([random_rows, zipf_rows]), uniforms(28)
+    together = varopt(both_NV, 0.02, uniform_N).dense(1009)
+    alone = torch.cat([varopt(both_NV[n : n + 1], 0.02, uniform_N[n : n + 1]).dense(1009) for n in range(28)])
+    assert torch.equal(together, alone)
+
+
+def test_the_input_is_not_changed(random_rows: Tensor) -> None:
+    probs_NV = random_rows.clone()
+    varopt(probs_NV, 0.02, uniforms(len(probs_NV)))
+    assert torch.equal(probs_NV, random_rows)

@@ -1,0 +1,193 @@
+"""The command line: help without waiting, unknown commands, flags, exit statuses, signals, and a quiet process."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distill import cli, interrupt
+from distill.config import Experiment
+from distill.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "transformers", "lightning", "datasets", "bitsandbytes", "numpy", "jsonargparse", "yaml"}
+MINIMAL = "corpus: {path: corpus.jsonl}\nteacher: {model: teacher}\n"
+
+
+def replace_recipes(monkeypatch: pytest.MonkeyPatch, find: Callable[[str], Any]) -> None:
+    """Let the command line find `find(name)` in place of a recipe; everyone else's imports stay as they are."""
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=find))
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Experiment]]:
+    """What the recipes were called with, instead of their work."""
+    called: list[tuple[str, Experiment]] = []
+
+    class Recipe:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def main(self, experiment: Experiment) -> int:
+            called.append((self.name.removeprefix("distill.recipes."), experiment))
+            return 0
+
+    replace_recipes(monkeypatch, Recipe)
+    return called
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "a.yaml").write_text(MINIMAL)
+    return str(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    """Half a second is little: torch alone takes several."""
+    code = (
+        "import sys\nfrom distill.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as ended:\n"
+        f"    assert not ended.code\nprint('LOADED', sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("LOADED []\n")
+
+
+def test_help_names_every_command(distill: Any) -> None:
+    for arguments in ([], ["--help"]):
+        outcome = distill(*arguments)
+        assert outcome.status == 0
+        assert all(f"distill {command} " in outcome.out for command in cli.COMMANDS)
+
+
+def test_a_commands_help_lists_every_key_with_its_documentation(distill: Any) -> None:
+    outcome = distill("train-student", "--help")
+    assert outcome.status == 0
+    assert "--train.learning_rate  (float; default 0.0006)\n      Peak learning rate of AdamW." in outcome.out
+    assert "--corpus.path  (str; required)" in outcome.out
+    assert "--run_dir  (str; default runs/experiment)" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian-student", "a.yaml"], ["trian-student", "unknown command", "did you mean 'train-student'?"]),
+        (["fly"], ["unknown command", "known: cache-teacher, evaluate, inspect, run, train-student"]),
+        (["run"], ["run: which experiment file?"]),
+        (["run", "--train.seed", "1"], ["run: which experiment file?"]),
+        (["inspect", "nowhere"], ["nowhere", "no such folder"]),
+    ],
+    ids=lambda value: " ".join(value[:2]),
+)
+def test_a_wrong_command_is_one_line(distill: Any, arguments: list[str], words: list[str]) -> None:
+    outcome = distill(*arguments)
+    assert outcome.status == 2
+    assert outcome.out == "" and outcome.err.startswith("distill: ") and len(outcome.err.splitlines()) == 1
+    assert all(word in outcome.err for word in words), outcome.err
+
+
+def test_the_exit_status_of_a_broken_option_of_argparse_is_2_too(distill: Any) -> None:
+    assert distill("--no-such-option").status == 2
+    assert distill("inspect").status == 2
+    assert distill("inspect", "a", "--verifi").status == 2
+
+
+def test_run_is_the_three_phases_and_continues_what_is_unfinished(
+    distill: Any, recipes: list[tuple[str, Experiment]], file: str
+) -> None:
+    assert distill("run", file, "--train.seed", "3").status == 0
+    assert [name for name, _ in recipes] == ["cache_teacher", "train_student", "evaluate"]
+    assert all(experiment.train.resume and experiment.train.seed == 3 for _, experiment in recipes)
+
+
+@pytest.mark.parametrize("flag", [["--resume"], ["--train.resume"], ["--train.resume", "true"], ["--train.resume=true"]])
+def test_flags_need_no_value(distill: Any, recipes: list[tuple[str, Experiment]], file: str, flag: list[str]) -> None:
+    assert distill("train-student", file, *flag, "--cache.overwrite").status == 0
+    assert recipes[0][0] == "train_student"
+    assert recipes[0][1].train.resume and recipes[0][1].cache.overwrite
+
+
+def test_a_negative_number_is_a_value_and_no_flag(distill: Any, file: str) -> None:
+    outcome = distill("train-student", file, "--train.seed", "-1")
+    assert outcome.status == 2 and "train.seed: -1 is not between 0 and" in outcome.err
+
+
+class Stopping:
+    """A recipe that is interrupted; what it was before."""
+
+    @staticmethod
+    def main(experiment: Experiment) -> int:
+        raise interrupt.Interrupted("SIGINT")
+
+
+@pytest.mark.parametrize("command", ["cache-teacher", "train-student", "evaluate", "run"])
+def test_an_interruption_says_how_to_go_on(
+    distill: Any, monkeypatch: pytest.MonkeyPatch, file: str, command: str
+) -> None:
+    """The words after `To go on:` are a command line that a shell reads as the one that was given."""
+    replace_recipes(monkeypatch, lambda name: Stopping)
+    given = [command, file, "--student.options", "{layers: 2}", "--train.seed", "3"]
+    outcome = distill(*given)
+    assert outcome.status == 130
+    again = shlex.split(outcome.err.partition("To go on: ")[2])
+    assert again == ["distill", *given, *(["--resume"] if command == "train-student" else [])]
+
+
+def test_a_signal_waits_while_work_is_under_way_and_a_second_does_not(no_traces: None) -> None:
+    interrupt.install()
+    with interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.asked()
+        with pytest.raises(interrupt.Interrupted):
+            interrupt.stop_if_asked()
+        with pytest.raises(interrupt.Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_came_too_late_for_one_step_stops_the_next(
+    distill: Any, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """In the last batch of the cache: the cache is finished, but the training must not begin."""
+    called = []
+
+    class LateSignal:
+        @staticmethod
+        def main(experiment: Experiment) -> int:
+            called.append(experiment)
+            with interrupt.deferred():
+                os.kill(os.getpid(), signal.SIGINT)
+            return 0
+
+    replace_recipes(monkeypatch, lambda name: LateSignal)
+    assert distill("run", file).status == 130
+    assert len(called) == 1
+
+
+def test_without_work_under_way_a_signal_stops_at_once(no_traces: None) -> None:
+    interrupt.install()
+    with pytest.raises(interrupt.Interrupted, match="SIGINT"):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not issubclass(interrupt.Interrupted, Exception)  # nothing that catches errors may swallow it
+
+
+def test_a_user_error_of_a_recipe_is_one_line_and_status_2(
+    distill: Any, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    class Failing:
+        @staticmethod
+        def main(experiment: Experiment) -> int:
+            raise UserError("where: what: do this")
+
+    replace_recipes(monkeypatch, lambda name: Failing)
+    outcome = distill("evaluate", file)
+    assert (outcome.status, outcome.out, outcome.err) == (2, "", "distill: where: what: do this\n")
