@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "the student beside its teacher, on held-out text",
     "run": "all three, skipping what is done",
     "inspect": "what is in a cache",
+    "merge": "parts of a cache, made on several machines, joined into one",
 }
 
 _EPILOG = "\n".join(f"  distill {name:<14} {text}" for name, text in COMMANDS.items())
@@ -52,6 +53,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"{command}: unknown command{did_you_mean(command, COMMANDS)}")
     if command == "inspect":
         return _inspect(rest)
+    if command == "merge":
+        return _merge(rest)
     if any(argument in ("-h", "--help") for argument in rest):
         _print_options(command)
         return 0
@@ -107,11 +110,31 @@ def _spelled_out(overrides: list[str]) -> list[str]:
 def _inspect(rest: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="distill inspect", description=COMMANDS["inspect"])
     parser.add_argument("cache", metavar="CACHE", help="folder of the cache")
-    parser.add_argument("--verify", action="store_true", help="read everything and compare every hash")
+    parser.add_argument("--verify", action="store_true", help="read everything, compare every hash (status 1: differs)")
+    parser.add_argument("--repair", action="store_true", help="drop what is damaged; cache-teacher then makes it anew")
     options = parser.parse_args(rest)
     from distill.recipes import inspect
 
-    return inspect.main(options.cache, verify=options.verify)
+    return inspect.main(options.cache, verify=options.verify, repair=options.repair)
+
+
+def _merge(rest: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="distill merge", description=COMMANDS["merge"])
+    parser.add_argument(
+        "parts", metavar="PART", nargs="+", help="folder or URL of a part (--cache.part 3/8 makes them)"
+    )
+    parser.add_argument("--to", metavar="CACHE", required=True, help="folder of the whole cache: new, or begun before")
+    options = parser.parse_args(rest)
+    from distill import interrupt
+    from distill.recipes import merge
+
+    interrupt.install()
+    try:
+        return merge.main(options.parts, options.to)
+    except interrupt.Interrupted:
+        again = shlex.join(["distill", "merge", *rest])
+        print(f"\nstopped; everything so far is kept. To go on: {again}", file=sys.stderr)
+        return 130
 
 
 def _quiet_libraries() -> None:

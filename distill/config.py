@@ -57,7 +57,15 @@ class CacheConfig:
     """What is kept of the teacher's distributions, and where."""
 
     dir: str | None = None
-    """Folder of the cache; default: `cache` in `run_dir`."""
+    """Folder of the cache (to train from one: or its URL, such as s3://bucket/cache); default: `cache` in `run_dir`."""
+    part: str | None = None
+    """Make only this part of the cache, such as `3/8`, the third of eight; `distill merge` joins the parts."""
+    devices: int = 1
+    """Devices that run the teacher, each in a process of its own; on a CPU: processes."""
+    num_nodes: int = 1
+    """Machines that run this command at the same time into the same folder, with Lightning's environment variables."""
+    local_copy_gb: float = 100.0
+    """Gigabytes of local copies of the shards of a `dir` that is a URL; those used longest ago go first."""
     scheme: Literal["varopt", "top_k", "random", "hidden"] = "varopt"
     """What is kept: unbiased threshold sampling, the k largest and a bucket, random draws, hidden states (exact)."""
     threshold: float = 0.02

@@ -10,9 +10,19 @@ LINE_SECONDS = 15.0
 """Seconds between two log lines where there is no terminal."""
 
 
+_is_quiet = False
+
+
+def be_quiet() -> None:
+    """Say nothing and show nothing from now on: of several processes that do the same, one speaks."""
+    global _is_quiet
+    _is_quiet = True
+
+
 def say(message: str) -> None:
     """A line for the person at the terminal or the reader of the log."""
-    print(message, flush=True)
+    if not _is_quiet:
+        print(message, flush=True)
 
 
 class Progress:
@@ -23,7 +33,7 @@ class Progress:
         self.done = self._start_done = done
         self._values = ""
         self._started = self._last_line = time.monotonic()
-        self._bar = self._make_bar() if sys.stdout.isatty() else None
+        self._bar = self._make_bar() if sys.stdout.isatty() and not _is_quiet else None
 
     def _make_bar(self):  # type: ignore[no-untyped-def]  # rich is imported only where there is a terminal
         from rich import progress

@@ -13,11 +13,13 @@ import torch
 
 from distill import plugins
 from distill.cache.format import Manifest, differences
+from distill.cache.storage import Storage, UrlStorage, is_url, open_storage
 from distill.config import Experiment
 from distill.corpus import SampleSets, open_corpus
 from distill.errors import UserError
 from distill.models import checkpoints, devices, tokenizers
 from distill.models.isolation import isolates_documents
+from distill.progress import say
 from distill.targets import schemes
 
 
@@ -184,7 +186,20 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets)
     )
 
 
-def check_cache_settings(experiment: Experiment, found: Manifest, folder: Path) -> None:
+def open_cache(experiment: Experiment) -> Storage:
+    """The finished cache to read from: the folder that was made, or a URL."""
+    cache = experiment.cache
+    location = cache.dir if cache.dir and is_url(cache.dir) else Folders.of(experiment).cache
+    storage = open_storage(location, local_copy_bytes=int(cache.local_copy_gb * 1e9))
+    if isinstance(storage, UrlStorage) and storage.bytes > storage.limit:
+        say(
+            f"cache {storage.name}: {storage.bytes / 1e9:,.1f} GB, more than the local copies may take "
+            "(cache.local_copy_gb): its shards will be fetched many times, as samples are read in random order"
+        )
+    return storage
+
+
+def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -> None:
     """Raises UserError when the experiment asks for a cache other than `found`, as far as its own settings tell."""
     scheme = make_scheme(experiment, found.scheme_parameters.get("size", 0))
     expected = Manifest(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ def passages(number: int) -> list[str]:
     return [text[start : start + 300] for start in range(0, 300 * number, 300)]
 
 
-def save_tokenizer(folder: Path, texts: list[str]) -> int:
+def save_tokenizer(folder: Path, texts: list[str], vocabulary: int) -> int:
     """A byte-level BPE tokenizer with a chat template, trained on `texts`; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +42,7 @@ def save_tokenizer(folder: Path, texts: list[str]) -> int:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=vocabulary,
         special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -50,21 +53,35 @@ def save_tokenizer(folder: Path, texts: list[str]) -> int:
     return len(tokenizer)
 
 
-def save_teacher(folder: Path, texts: list[str], family: str = "llama", seed: int = 0, **sizes: Any) -> str:
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    },
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 8},
+}
+
+
+def save_teacher(
+    folder: Path, texts: list[str], family: str = "llama", vocabulary: int = 400, seed: int = 0, **sizes: Any
+) -> Path:
     """A tiny random model with its tokenizer as a Hugging Face folder; its head has 13 padding rows."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    vocabulary = save_tokenizer(folder, texts)
+    from distill.models.huggingface import quiet
+
+    rows = save_tokenizer(folder, texts, vocabulary) + 13
     # The wide initial weights make a teacher of few, sure and position-dependent answers, as real ones are.
-    common = {"vocab_size": vocabulary + 13, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.15}
-    llama = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": None}
-    config = AutoConfig.for_model(
-        family, **{**common, **llama, "max_position_embeddings": 256, "tie_word_embeddings": False, **sizes}
-    )
+    common = {"vocab_size": rows, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.15}
+    config = AutoConfig.for_model(family, pad_token_id=None, **{**common, **FAMILIES[family], **sizes})
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
+    with quiet():
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,18 @@ class Outcome:
     @property
     def text(self) -> str:
         return self.out + self.err
+
+    def refused(self, *words: str) -> None:
+        """Assert exit status 2 and one line that has all the `words`; what was said before it is on stdout."""
+        assert self.status == 2, (self.status, self.out, self.err)
+        assert len(self.err.splitlines()) == 1 and self.err.startswith("distill: "), self.err
+        missing = [word for word in words if word not in self.err]
+        assert not missing, (missing, self.err)
+
+    def done(self) -> Outcome:
+        """The outcome itself, asserted to be a success that had nothing to complain about."""
+        assert (self.status, self.err) == (0, ""), (self.status, self.out, self.err)
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,17 +124,22 @@ class World:
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return str(path)
 
+    def save_teacher(self, folder: Path, family: str, **sizes: Any) -> Path:
+        """Another teacher, of any of `FAMILIES`, with a tokenizer made of the same corpus."""
+        return save_teacher(folder, passages(40), family, **sizes)
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     import datasets
+    import lightning.pytorch  # here, where its log handler takes hold of a stream that lasts  # noqa: F401
 
     folder = tmp_path_factory.mktemp("world")
     texts = passages(40)
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     content: dict[str, Any] = {
         "corpus": {"path": str(folder / "corpus.jsonl"), "sequence_length": 48, "held_out": 0.2},
-        "teacher": {"model": save_teacher(folder / "teacher", texts), "quantization": "none"},
+        "teacher": {"model": str(save_teacher(folder / "teacher", texts)), "quantization": "none"},
         "cache": {"batch_size": 4, "shard_samples": 8, "held_out_samples": 8},
         "student": {"class_path": "pruned", "options": {"layers": 2}},
         "train": {
@@ -123,32 +157,47 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(folder, content)
 
 
-@pytest.fixture
-def no_traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a command does to its process is undone: signal handlers, import path, log levels, environment."""
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """What a command does to its process is undone: signal handlers, imports, warnings, log levels, environment."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
-    environment = dict(os.environ)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    os.environ.clear()
-    os.environ.update(environment)
+    path, environment = [*sys.path], dict(os.environ)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        sys.path[:] = path
+        for name in [name for name in sys.modules if name.startswith("_plugin_")]:
+            del sys.modules[name]
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @pytest.fixture
-def distill(no_traces: None, capsys: pytest.CaptureFixture[str]) -> Any:
+def no_traces() -> Iterator[None]:
+    with undone():
+        yield
+
+
+@pytest.fixture(scope="session")
+def distill() -> Callable[..., Outcome]:
     """`distill("run", file, "--train.seed", 1)`: the command line in this process; an exception fails the test."""
     from distill.cli import main
 
     def command(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            undone(),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
             main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), out, err)
+        return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
     return command

@@ -110,7 +110,9 @@ def test_run_is_the_three_phases_and_continues_what_is_unfinished(
     assert all(experiment.train.resume and experiment.train.seed == 3 for _, experiment in recipes)
 
 
-@pytest.mark.parametrize("flag", [["--resume"], ["--train.resume"], ["--train.resume", "true"], ["--train.resume=true"]])
+@pytest.mark.parametrize(
+    "flag", [["--resume"], ["--train.resume"], ["--train.resume", "true"], ["--train.resume=true"]]
+)
 def test_flags_need_no_value(distill: Any, recipes: list[tuple[str, Experiment]], file: str, flag: list[str]) -> None:
     assert distill("train-student", file, *flag, "--cache.overwrite").status == 0
     assert recipes[0][0] == "train_student"

@@ -42,7 +42,7 @@ def test_a_file_says_what_it_is_for_and_where_it_leaves_things(file: str) -> Non
 @pytest.mark.parametrize("file", FILES)
 def test_a_corpus_that_is_a_path_is_there(file: str) -> None:
     path = load(file).corpus.path
-    assert (ROOT / path).exists() or path.count("/") == 1 and not (ROOT / path.split("/")[0]).exists()
+    assert (ROOT / path).exists() or (path.count("/") == 1 and not (ROOT / path.split("/")[0]).exists())
 
 
 @pytest.mark.parametrize("file", FILES)

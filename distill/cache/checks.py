@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 MOST_SAMPLES = 2**40
-MOST_SHARDS = 2**24
+MOST_SHARDS = 2**20
+MOST_SHARD_SAMPLES = 2**20
 MOST_TOKENS = 2**24
 """Of a sample."""
 MOST_VOCABULARY = 2**24
@@ -34,6 +35,12 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not a number")
 
 
+def printable(value: Any) -> str:
+    """A stranger's value in a message: short, and without what moves a terminal's cursor."""
+    text = str(value)[:80]
+    return text if text.isprintable() else ascii(text)
+
+
 def whole(low: int, high: int) -> Check:
     """A whole number from `low` to `high`."""
     return lambda value: type(value) is int and low <= value <= high
@@ -49,7 +56,8 @@ def is_bool(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    return type(value) is str
+    """A text that can be shown: nothing in it moves a terminal's cursor."""
+    return type(value) is str and value.isprintable()
 
 
 def hexadecimal(digits: int) -> Check:
@@ -59,12 +67,21 @@ def hexadecimal(digits: int) -> Check:
 
 def texts(value: Any) -> bool:
     """Names to texts."""
-    return type(value) is dict and all(is_text(text) for text in value.values())
+    return type(value) is dict and all(is_text(text) for pair in value.items() for text in pair)
+
+
+_PARAMETERS: dict[str, Check] = {
+    "threshold": lambda value: positive(value) and value <= 1,
+    "draws": whole(1, 2**10),
+    "entries": whole(1, 2**16),
+    "exponent": lambda value: positive(value) and value <= 100,
+    "size": whole(1, 2**20),
+}
 
 
 def parameters(value: Any) -> bool:
-    """Names to positive numbers of a size that a scheme can have."""
-    return type(value) is dict and all(positive(number) and number <= 2**20 for number in value.values())
+    """What a scheme can be made with."""
+    return type(value) is dict and all(name in _PARAMETERS and _PARAMETERS[name](value[name]) for name in value)
 
 
 def sample_ranges(value: Any) -> bool:
@@ -73,6 +90,7 @@ def sample_ranges(value: Any) -> bool:
     return (
         type(value) is dict
         and len(value) > 0
+        and all(map(is_text, value))
         and all(
             type(pair) is list and len(pair) == 2 and all(map(is_sample, pair)) and pair[0] <= pair[1]
             for pair in value.values()
@@ -83,8 +101,8 @@ def sample_ranges(value: Any) -> bool:
 def wrong(content: dict[str, Any], expected: dict[str, Check]) -> str | None:
     """What is wrong with the keys and values of an object, in a few words."""
     if content.keys() != expected.keys():
-        return f"unexpected or missing keys: {', '.join(sorted(content.keys() ^ expected.keys()))[:200]}"
+        return f"unexpected or missing keys: {printable(', '.join(sorted(content.keys() ^ expected.keys())))}"
     for key, is_good in expected.items():
         if not is_good(content[key]):
-            return f"{key}: {str(content[key])[:40]} is not possible"
+            return f"{key}: {printable(content[key])} is not possible"
     return None

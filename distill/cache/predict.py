@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill import interrupt
+from distill.cache.background import BackgroundWriter
 from distill.cache.format import Manifest
 from distill.cache.records import Record
-from distill.cache.writer import CacheWriter
 from distill.models.language_model import LanguageModel
 from distill.progress import Progress
 from distill.targets.extract import extract
@@ -90,15 +90,14 @@ class TeacherModule(pl.LightningModule):
 
 
 class ShardWriter(BasePredictionWriter):
-    """Collects records and writes a shard as soon as it is whole."""
+    """Collects records and hands a shard over as soon as it is whole; stops when the writer could not go on."""
 
-    def __init__(self, writer: CacheWriter, shards: list[int], progress: Progress) -> None:
+    def __init__(self, writer: BackgroundWriter, shards: list[int], progress: Progress) -> None:
         super().__init__(write_interval="batch")
         self.writer, self.progress = writer, progress
         self._shards = iter(shards)
         self._pending: list[Record] = []
         self._shard: int | None = next(self._shards, None)
-        self._bytes = self._positions = 0
 
     def write_on_batch_end(
         self,
@@ -113,9 +112,10 @@ class ShardWriter(BasePredictionWriter):
         self._pending.extend(prediction)
         assert self._shard is not None
         if len(self._pending) == len(self.writer.manifest.shard_range(self._shard)):
-            entry = self.writer.write(self._shard, self._pending)
-            self._bytes, self._positions = self._bytes + entry.bytes, self._positions + entry.positions
+            self.writer.write(self._shard, self._pending)
             self._shard, self._pending = next(self._shards, None), []
-        written = f"{self._bytes / max(self._positions, 1):.1f} bytes/position" if self._positions else ""
+        self.writer.check()
         interrupt.stop_if_asked()
+        size, positions = self.writer.bytes, self.writer.positions
+        written = f"{size / positions:.1f} bytes/position" if positions else ""
         self.progress.advance(sum(len(record.input_ids_L) for record in prediction), written=written)

@@ -1,40 +1,39 @@
-"""Reading a cache: sample i in constant time, memory-mapped, and batches of samples with their targets.
-
-Shapes: B batch, L sequence length, N positions with loss in the batch, K entries of a target (padded).
-"""
+"""Reading a cache: sample i in constant time and constant memory, and batches of samples with their targets."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from distill.cache.batches import Batch, collate
 from distill.cache.format import read_journal, read_manifest, shard_file
-from distill.cache.records import DamagedRecord, Record, unpack
+from distill.cache.packing import DamagedRecord
+from distill.cache.parts import read_part
+from distill.cache.records import Record, unpack
+from distill.cache.shards import ShardFile
+from distill.cache.storage import FolderStorage, Storage, open_storage
 from distill.errors import UserError
+
+_ATTEMPTS = 3
 
 
 class CacheReader(Dataset[Record]):
-    """The samples of one split (`train` or `held_out`) of a finished cache.
+    """The samples of one split (`train` or `held_out`) of a finished cache, in a folder or at an fsspec URL.
 
-    Raises UserError when the folder is no cache, is not finished, or a sample in it is damaged.
+    Nothing is kept in memory or open but the manifest (and 40 bytes a shard for a URL): a sample is read from its
+    shard, which is opened for that moment only. So memory is the same at any size, and any number of threads, workers
+    and processes may read at once.
+
+    Raises UserError when there is no cache, when it is not finished, or a sample in it is damaged.
     """
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
+    def __init__(self, location: Path | str | Storage, split: str) -> None:
+        self.storage = open_storage(location) if isinstance(location, (str, Path)) else location
+        self.manifest = read_manifest(self.storage.folder)
         self.scheme = self.manifest.make_scheme()
         self.start, self.stop = self.manifest.splits[split]
-        missing = self.manifest.shards - len(read_journal(folder))
-        if missing:
-            raise UserError(
-                f"cache {folder} is not finished ({missing} of {self.manifest.shards} shards to go): "
-                "run `distill cache-teacher` again, it continues"
-            )
-        self._shards: dict[int, Any] = {}
+        check_finished(self.storage)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -42,26 +41,44 @@ class CacheReader(Dataset[Record]):
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        shard, row = divmod(self.start + index, self.manifest.shard_samples)
+        sample, manifest = self.start + index, self.manifest
+        shard, row = divmod(sample, manifest.shard_samples)
         try:
-            return unpack(self._bytes(shard, row), self.manifest.sequence_length, self.scheme)
-        except (DamagedRecord, SafetensorError, OSError) as error:
+            return unpack(self._bytes(shard, row), manifest.sequence_length, self.scheme, manifest.record_key(sample))
+        except (DamagedRecord, OSError) as error:
             raise UserError(
-                f"cache {self.folder}: {shard_file(shard)}, sample {row} cannot be read ({error}): "
-                f"run `distill inspect {self.folder} --verify`"
+                f"cache {self.storage.name}: {shard_file(shard)}, sample {row} cannot be read ({error}): "
+                f"run `distill inspect {self.storage.folder} --verify`"
             ) from None
 
     def _bytes(self, shard: int, row: int) -> bytes:
-        if shard not in self._shards:
-            self._shards[shard] = safe_open(self.folder / shard_file(shard), framework="np")
-        file = self._shards[shard]
-        start, stop = (int(offset) for offset in file.get_slice("offsets")[row : row + 2])
-        return file.get_slice("records")[start:stop].tobytes()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Worker processes open the shards themselves."""
-        return {**self.__dict__, "_shards": {}}
+        for attempt in range(_ATTEMPTS):
+            try:
+                with ShardFile(self.storage.shard(shard), len(self.manifest.shard_range(shard))) as file:
+                    return file.record(row)
+            except FileNotFoundError:
+                # Another process made room for a copy of its own just then.
+                if isinstance(self.storage, FolderStorage) or attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
 
     def collate(self, records: list[Record]) -> Batch:
         """Records to one batch; targets are padded to the longest of them."""
         return collate(records, self.scheme)
+
+
+def check_finished(storage: Storage) -> None:
+    """Raises UserError when shards are missing."""
+    shards = read_manifest(storage.folder).shards
+    missing = shards - len(read_journal(storage.folder))
+    part = read_part(storage.folder)
+    if missing and part:
+        raise UserError(
+            f"cache {storage.name} is not finished: it is part {part.number} of {part.count}: "
+            "join the parts with `distill merge PART PART ... --to CACHE`"
+        )
+    if missing:
+        raise UserError(
+            f"cache {storage.name} is not finished ({missing} of {shards} shards to go): "
+            "run `distill cache-teacher` again, it continues"
+        )

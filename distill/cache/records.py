@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.cache.packing import DamagedRecord, compress, decompress, read_sizes, write_sizes
-from distill.targets.schemes import AnyScheme, Hidden, Scheme
+from distill.targets.schemes import AnyScheme, Hidden, RandomDraws, Scheme, TopK, VarOpt
 from distill.targets.stored import StoredHidden, StoredTargets
 
 
@@ -30,8 +30,8 @@ class Record:
     targets: StoredTargets | StoredHidden
 
 
-def pack(record: Record, scheme: AnyScheme) -> bytes:
-    """The record as bytes."""
+def pack(record: Record, scheme: AnyScheme, key: int = 0) -> bytes:
+    """The record as bytes; its checksum starts from `key`, so that it checks with the same key alone."""
     document_lengths, mask_runs = _document_lengths(record.position_ids_L), _runs(record.loss_mask_L)
     arrays: list[NDArray] = [document_lengths, mask_runs]
     if isinstance(record.targets, StoredHidden):
@@ -48,13 +48,27 @@ def pack(record: Record, scheme: AnyScheme) -> bytes:
     assert len(fields) == _field_count(scheme)
     sizes = write_sizes([len(document_lengths), len(mask_runs), *map(len, fields)])
     body = sizes + b"".join(fields)
-    return struct.pack("<I", zlib.crc32(body)) + body
+    return struct.pack("<I", zlib.crc32(body, key)) + body
 
 
-def unpack(data: bytes, sequence_length: int, scheme: AnyScheme) -> Record:
-    """The record that `pack` wrote. Raises DamagedRecord when a bit of it has changed."""
-    if len(data) < 4 or zlib.crc32(data[4:]) != struct.unpack_from("<I", data)[0]:
+def unpack(data: bytes, sequence_length: int, scheme: AnyScheme, key: int = 0) -> Record:
+    """The record that `pack` wrote. Raises DamagedRecord when a bit of it has changed, or the key is another."""
+    if len(data) < 4 or zlib.crc32(memoryview(data)[4:], key) != struct.unpack_from("<I", data)[0]:
         raise DamagedRecord("its checksum does not match")
+    try:
+        return _read(data, sequence_length, scheme)
+    except (IndexError, ValueError, OverflowError) as error:  # numbers that no writer wrote, though they check
+        raise DamagedRecord(f"its numbers do not fit: {error}") from None
+
+
+def most_entries(scheme: AnyScheme | Scheme) -> int:
+    """Bound of the entries of a position."""
+    if isinstance(scheme, VarOpt):
+        return int(1 / scheme.threshold) + 2
+    return scheme.entries if isinstance(scheme, (TopK, RandomDraws)) else 0
+
+
+def _read(data: bytes, sequence_length: int, scheme: AnyScheme) -> Record:
     (documents, runs, *lengths), start = read_sizes(data, 4, 2 + _field_count(scheme))
     if documents > sequence_length or runs > sequence_length + 1 or start + sum(lengths) != len(data):
         raise DamagedRecord("its sizes do not fit")
@@ -170,6 +184,8 @@ def _read_targets(fields: Iterator[bytes], positions: int, scheme: Scheme) -> St
     atoms = decompress(next(fields), positions, "u16")
     heads_N = heads.astype(np.int64)
     counts_N = heads_N + atoms
+    if counts_N.max(initial=0) > most_entries(scheme):
+        raise DamagedRecord("a position has more entries than its scheme makes")
     place_NK, entries_NK, is_head_NK = _places(heads_N, counts_N)
     ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
     masks = _id_masks(place_NK, heads_N, entries_NK, is_head_NK)

@@ -2,59 +2,69 @@
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save
-
+from distill.cache import journal
+from distill.cache.durable import TEMPORARY, cannot_write, sync_folder, write_durably
 from distill.cache.format import (
     JOURNAL,
     MANIFEST,
+    PART,
+    SHARDS,
+    TOKENIZER,
     JournalEntry,
     Manifest,
     differences,
     read_journal,
     read_manifest,
-    sha256_of,
+    seal,
     shard_file,
-    sync_folder,
-    write_durably,
 )
+from distill.cache.head import HEAD
 from distill.cache.records import Record, pack
+from distill.cache.shards import encode
 from distill.errors import UserError
 
 
 class CacheWriter:
     """Adds shards to a cache folder, which it makes or, if it is the same cache, continues.
 
-    Raises UserError when the folder holds another cache (unless `overwrite`), is not empty, or cannot be written.
+    Raises UserError when the folder holds another cache (unless `overwrite`), is not empty, is damaged, or cannot be
+    written.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, overwrite: bool = False) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.scheme = manifest.make_scheme()
+        self.folder = folder
         try:
-            self._open(overwrite)
+            self.manifest = self._open(manifest, overwrite)
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot write the cache here ({error.strerror}): point --cache.dir elsewhere"
-            ) from None
+            raise cannot_write(folder, error) from None
+        self.scheme = self.manifest.make_scheme()
+        self._left = set(self.missing())
 
-    def _open(self, overwrite: bool) -> None:
-        if (self.folder / MANIFEST).exists():
+    def _open(self, manifest: Manifest, overwrite: bool) -> Manifest:
+        path = self.folder / MANIFEST
+        if path.exists():
             # What is wrong with the old manifest is of no interest to someone who wants it gone.
-            if overwrite and (not self._readable() or differences(self.manifest, read_manifest(self.folder))):
-                shutil.rmtree(self.folder)
+            if overwrite and (not self._readable() or differences(manifest, read_manifest(self.folder))):
+                _clear(self.folder)
+                write_durably(path, manifest.to_json().encode())
             else:
-                self._check_same()
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: not a cache, and not empty: point --cache.dir to a new or empty folder")
-        if not (self.folder / MANIFEST).exists():
-            write_durably(self.folder / MANIFEST, self.manifest.to_json().encode())
-        self._cut_torn_line()
+                self._check_same(manifest)
+        else:
+            if self.folder.exists() and not all(_is_leftover(child.name) for child in self.folder.iterdir()):
+                raise UserError(
+                    f"{self.folder}: not a cache, and not empty: point --cache.dir to a new or empty folder"
+                )
+            write_durably(path, manifest.to_json().encode())
+        remove_leftovers(self.folder)
+        found = read_manifest(self.folder)
+        self._heal_journal(found)
+        return found
 
     def _readable(self) -> bool:
         try:
@@ -63,59 +73,89 @@ class CacheWriter:
             return False
         return True
 
-    def _check_same(self) -> None:
-        different = differences(self.manifest, read_manifest(self.folder))
+    def _check_same(self, manifest: Manifest) -> None:
+        different = differences(manifest, read_manifest(self.folder))
         if different:
             raise UserError(
                 f"cache {self.folder} was made from something else ({'; '.join(different)}): "
                 "point --cache.dir elsewhere, or pass --cache.overwrite true"
             )
 
-    def _cut_torn_line(self) -> None:
-        """A journal line that a kill or a power cut left without its end is taken away: its shard is made again."""
-        journal = self.folder / JOURNAL
-        if not journal.exists():
-            return
-        content = journal.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) != len(content):
-            write_durably(journal, whole)
+    def _heal_journal(self, manifest: Manifest) -> None:
+        """What a kill left undone in the journal: a torn line goes, and so do those whose shard is not there."""
+        entries = read_journal(self.folder, manifest)
+        journal.rewrite(self.folder, manifest, {shard: entry for shard, entry in entries.items() if self._has(entry)})
+
+    def _has(self, entry: JournalEntry) -> bool:
+        path = self.folder / entry.file
+        return path.is_file() and path.stat().st_size == entry.bytes
 
     def missing(self) -> list[int]:
         """Shards that are not finished, in order."""
-        done = read_journal(self.folder)
-        return [
-            shard
-            for shard in range(self.manifest.shards)
-            if shard not in done or not (self.folder / shard_file(shard)).exists()
-        ]
+        done = read_journal(self.folder, self.manifest)
+        return [shard for shard in range(self.manifest.shards) if shard not in done or not self._has(done[shard])]
 
     def write(self, shard: int, records: list[Record]) -> JournalEntry:
-        """Write one shard: temporary name, sync, rename, then its journal line."""
-        assert len(records) == len(self.manifest.shard_range(shard))
-        packed = [pack(record, self.scheme) for record in records]
-        tensors: dict[str, np.ndarray] = {
-            "offsets": np.cumsum([0, *map(len, packed)], dtype=np.uint64),
-            "records": np.frombuffer(b"".join(packed), dtype=np.uint8),
-        }
-        path = self.folder / shard_file(shard)
-        write_durably(path, save(tensors))
+        """Write one shard: temporary name, sync, rename, then its journal line; the last one seals the journal.
+
+        Raises UserError when the disk is full or does not take it: then nothing of the shard is there.
+        """
+        samples = self.manifest.shard_range(shard)
+        packed = [
+            pack(record, self.scheme, self.manifest.record_key(sample))
+            for sample, record in zip(samples, records, strict=True)
+        ]
+        content = encode(packed)
         entry = JournalEntry(
             shard=shard,
             file=shard_file(shard),
-            bytes=path.stat().st_size,
-            sha256=sha256_of(path),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
             samples=len(records),
-            positions=sum(int(record.loss_mask_L.sum()) for record in records),
+            positions=int(sum(record.loss_mask_L.sum() for record in records)),
             entries=sum(record.targets.entries for record in records),
         )
-        self._journal(entry)
+        try:
+            write_durably(self.folder / entry.file, content)
+            journal.append(self.folder, self.manifest, entry)
+            self._left.discard(shard)
+            if not self._left:
+                seal(self.folder)
+        except OSError as error:
+            raise cannot_write(self.folder, error, len(content) * len(self._left)) from None
         return entry
 
-    def _journal(self, entry: JournalEntry) -> None:
-        journal = self.folder / JOURNAL
-        with journal.open("ab") as file:
-            file.write(json.dumps(entry.__dict__, sort_keys=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self.folder)
+
+_SHARD = re.compile(r"\d{6,}\.safetensors")
+
+
+def _clear(folder: Path) -> None:
+    """Take a cache away but for its manifest, which says whose the folder is until the new one is in its place."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    sync_folder(folder)
+    _remove(folder / SHARDS, lambda name: _SHARD.fullmatch(name) is not None)
+    _remove(folder, lambda name: name in (PART, TOKENIZER, HEAD))
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether this is what a kill left half written: no other file is touched."""
+    whole = name.removesuffix(TEMPORARY)
+    ours = whole in (MANIFEST, JOURNAL, PART, TOKENIZER, HEAD) or _SHARD.fullmatch(whole) is not None
+    return ours and whole != name
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Take away what kills left half written."""
+    _remove(folder, _is_leftover)
+    _remove(folder / SHARDS, _is_leftover)
+
+
+def _remove(folder: Path, is_meant: Callable[[str], bool]) -> None:
+    if folder.name == SHARDS and folder.is_symlink():
+        return  # nothing outside the cache is deleted
+    for child in list(folder.iterdir()) if folder.is_dir() else []:
+        if is_meant(child.name):
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()

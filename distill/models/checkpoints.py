@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -176,6 +178,18 @@ def _file_sha256(path: Path) -> str:
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
     """The `transformers` configuration of a checkpoint."""
+    if checkpoint.gguf_file is None:
+        return _read_config(checkpoint, trust_remote_code)
+    return copy.deepcopy(_read_gguf_config(checkpoint, trust_remote_code, checkpoint.path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_gguf_config(checkpoint: Checkpoint, trust_remote_code: bool, changed: int) -> Any:
+    """Kept, because it means reading the vocabulary, string by string: seconds each time."""
+    return _read_config(checkpoint, trust_remote_code)
+
+
+def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     import transformers
 
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.models.checkpoints import Checkpoint, first_line, weight_files
+from distill.models.checkpoints import Checkpoint, first_line, load_config, weight_files
 from distill.models.language_model import Head
 
 
@@ -118,6 +118,7 @@ def load_pretrained(
     if checkpoint.gguf_file is not None:
         assert quantization_config is None, "a GGUF file is dequantised first"
         options["gguf_file"] = checkpoint.gguf_file
+        options["config"] = load_config(checkpoint, trust_remote_code)
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True

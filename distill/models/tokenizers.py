@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -42,6 +44,18 @@ def load_tokenizer(checkpoint: Checkpoint, override: str | None = None, trust_re
 
 
 def _from_pretrained(folder: Path, gguf_file: str | None, name: str, trust_remote_code: bool) -> Any:
+    if gguf_file is None:
+        return _read(folder, None, name, trust_remote_code)
+    return copy.deepcopy(_read_gguf(folder, gguf_file, name, (folder / gguf_file).stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_gguf(folder: Path, gguf_file: str, name: str, changed: int) -> Any:
+    """Kept, because it means reading the vocabulary, string by string: seconds each time."""
+    return _read(folder, gguf_file, name, trust_remote_code=False)
+
+
+def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: bool) -> Any:
     import transformers
 
     # Without any of these files transformers answers with an empty vocabulary instead of an error.

@@ -2,50 +2,83 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
 
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
 from distill import interrupt
-from distill.cache.format import Manifest, read_journal
-from distill.cache.head import save_head
-from distill.cache.predict import ShardWriter, TeacherModule, shard_loader
+from distill.cache.durable import cannot_write, sole_writer
+from distill.cache.format import Manifest, differences, read_journal, read_manifest
+from distill.cache.head import HEAD, save_head
+from distill.cache.parts import Part, claim_part
+from distill.cache.predict import TeacherModule
+from distill.cache.processes import ShardShares, make_trainer, predict
+from distill.cache.storage import is_url
+from distill.cache.tokenizer_files import save_tokenizer
 from distill.cache.writer import CacheWriter
 from distill.config import Experiment
 from distill.corpus import SampleSets
-from distill.progress import Progress, say
+from distill.errors import UserError
+from distill.models import devices
+from distill.progress import Progress, be_quiet, say
 from distill.workspace import Folders, Teacher, make_manifest, make_run_folder, open_samples
 
 
 def main(experiment: Experiment) -> int:
-    """Make the cache, or what is missing of it."""
+    """Make the cache, or what is missing of it; with `cache.devices` or `cache.num_nodes`, one of their processes."""
+    cache = experiment.cache
+    if cache.dir and is_url(cache.dir):
+        raise UserError(f"cache.dir: {cache.dir}: a cache is made in a local folder; copy it there when it is finished")
+    part = Part.parse(cache.part) if cache.part else None
     folders = Folders.of(experiment)
     make_run_folder(folders)
+    trainer = make_trainer(devices.pick_device(experiment.train.accelerator).type, cache.devices, cache.num_nodes)
+    if not trainer.is_global_zero:
+        be_quiet()
     teacher = Teacher(experiment)
+    teacher.device = trainer.strategy.root_device
     samples = open_samples(experiment, teacher)
     manifest = make_manifest(experiment, teacher, samples)
     _describe(experiment, manifest, samples)
-    writer = CacheWriter(folders.cache, manifest, overwrite=experiment.cache.overwrite)
-    _save_tokenizer(teacher, folders.cache / "tokenizer")
-    shards = writer.missing()
-    if not shards:
-        say(f"cache: {folders.cache} is complete ({manifest.shards} shards); nothing to do")
-        return 0
-    if len(shards) < manifest.shards:
-        say(f"cache: {manifest.shards - len(shards)} of {manifest.shards} shards are there; continuing")
-    _predict(experiment, teacher, samples, writer, shards)
-    _summarise(folders, manifest)
+    shards = part.shards(manifest.shards) if part else range(manifest.shards)
+    # The process of rank 0 holds the folder for all of them, and opens it before they do.
+    with sole_writer(folders.cache) if trainer.is_global_zero else contextlib.nullcontext():
+        if trainer.is_global_zero:
+            writer = CacheWriter(folders.cache, manifest, overwrite=cache.overwrite)
+            claim_part(folders.cache, part)
+            save_tokenizer(folders.cache, teacher.tokenizer)
+            missing = [shard for shard in writer.missing() if shard in shards]
+            if not missing and not _lacks_head(folders, manifest):
+                say(f"cache: {_name(folders, part)} is complete ({len(shards)} shards); nothing to do")
+                return 0
+            if len(missing) < len(shards):
+                say(f"cache: {len(shards) - len(missing)} of {len(shards)} shards are there; continuing")
+        elif _is_finished(folders, manifest, shards):
+            return 0
+        _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
+    _summarise(folders, part)
     return 0
 
 
-def _save_tokenizer(teacher: Teacher, folder: Path) -> None:
-    """Beside the cache, once: it is the cache's own, as its fingerprint says."""
-    if folder.exists():
-        return
-    unfinished = folder.with_name("tokenizer.tmp")
-    teacher.tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+def _lacks_head(folders: Folders, manifest: Manifest) -> bool:
+    """Whether hidden states are cached whose head is not there yet."""
+    return manifest.scheme == "hidden" and not (folders.cache / HEAD).exists()
+
+
+def _is_finished(folders: Folders, manifest: Manifest, shards: range) -> bool:
+    """Whether the process of rank 0, on another machine, found nothing to do."""
+    try:
+        found = read_manifest(folders.cache)
+    except UserError:
+        return False
+    journal = read_journal(folders.cache, found)
+    done = not differences(manifest, found) and all(shard in journal for shard in shards)
+    return done and not _lacks_head(folders, manifest)
+
+
+def _name(folders: Folders, part: Part | None) -> str:
+    return f"part {part} in {folders.cache}" if part else str(folders.cache)
 
 
 def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -> None:
@@ -62,46 +95,45 @@ def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -
 
 
 def _predict(
-    experiment: Experiment, teacher: Teacher, samples: SampleSets, writer: CacheWriter, shards: list[int]
+    experiment: Experiment,
+    folders: Folders,
+    teacher: Teacher,
+    samples: SampleSets,
+    manifest: Manifest,
+    shards: range,
+    trainer: pl.Trainer,
 ) -> None:
-    manifest = writer.manifest
+    cache = experiment.cache
     splits = {"held_out": samples.held_out, "train": samples.train}
     numbered: ConcatDataset = ConcatDataset(
         [Subset(splits[name], range(stop - start)) for name, (start, stop) in manifest.splits.items() if stop > start]
     )
-    loader = shard_loader(numbered, manifest, shards, experiment.cache.batch_size)
     model = teacher.load(experiment.corpus.pack)
-    if manifest.scheme == "hidden":
-        save_head(writer.folder, model.head.with_rows(manifest.vocab_size))
+    if trainer.is_global_zero and _lacks_head(folders, manifest):
+        try:
+            save_head(folders.cache, model.head.with_rows(manifest.vocab_size))
+        except OSError as error:
+            raise cannot_write(folders.cache, error) from None
     module = TeacherModule(
         model,
         manifest.vocab_size,
-        writer.scheme,
+        manifest.make_scheme(),
         seed=manifest.seed,
         temperature=manifest.temperature,
-        chunk_size=experiment.cache.chunk_size,
+        chunk_size=cache.chunk_size,
     )
-    total = manifest.samples * manifest.sequence_length
-    to_do = sum(len(manifest.shard_range(shard)) for shard in shards) * manifest.sequence_length
-    with Progress("cache-teacher", total, "tokens", done=total - to_do) as progress, interrupt.deferred():
-        trainer = pl.Trainer(
-            accelerator=teacher.device.type,
-            devices=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            inference_mode=False,
-            callbacks=[ShardWriter(writer, shards, progress)],
-        )
-        trainer.predict(module, loader, return_predictions=False)
+    world = trainer.world_size
+    title = f"cache-teacher, process 1 of {world}" if world > 1 else "cache-teacher"
+    with Progress(title, total=0, unit="tokens") as progress, interrupt.deferred():
+        work = ShardShares(numbered, lambda: CacheWriter(folders.cache, manifest), shards, cache.batch_size, progress)
+        predict(trainer, module, work)
 
 
-def _summarise(folders: Folders, manifest: Manifest) -> None:
+def _summarise(folders: Folders, part: Part | None) -> None:
     entries = read_journal(folders.cache).values()
     size, positions = sum(entry.bytes for entry in entries), sum(entry.positions for entry in entries)
     kept = sum(entry.entries for entry in entries)
     say(
-        f"cache: {folders.cache}, {positions:,} positions, {size / 1e6:,.1f} MB, "
+        f"cache: {_name(folders, part)}, {positions:,} positions, {size / 1e6:,.1f} MB, "
         f"{size / max(positions, 1):.1f} bytes and {kept / max(positions, 1):.1f} entries a position"
     )

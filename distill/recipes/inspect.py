@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill.cache.format import read_journal, read_manifest, sha256_of
+from distill.cache.format import MANIFEST, read_journal, read_manifest
+from distill.cache.verify import repair as repair_cache
+from distill.cache.verify import verify as verify_cache
 from distill.errors import UserError
 from distill.progress import say
 
 
-def main(cache: str, verify: bool = False) -> int:
-    """Print what the cache is; with `verify` compare every shard's hash (exit status 1 on a difference)."""
+_MOST_LINES = 50
+
+
+def main(cache: str, verify: bool = False, repair: bool = False) -> int:
+    """Print what the cache is; `verify` reads all of it (exit status 1 on a difference), `repair` drops what is bad."""
     folder = Path(cache)
     if not folder.is_dir():
         raise UserError(f"{cache}: no such folder")
+    if repair:
+        _repair(folder)
+    if verify:
+        return _verify(folder)
+    if not repair:
+        _describe(folder)
+    return 0
+
+
+def _describe(folder: Path) -> None:
     manifest, journal = read_manifest(folder), read_journal(folder)
     entries = journal.values()
     positions = max(sum(entry.positions for entry in entries), 1)
@@ -32,16 +47,27 @@ def main(cache: str, verify: bool = False) -> int:
         say(f"{name:<16} {value}")
     for name, value in sorted(manifest.made_with.items()):
         say(f"{name:<16} {value}")
-    return _verify(folder) if verify else 0
+
+
+def _repair(folder: Path) -> None:
+    actions = repair_cache(folder)
+    for action in actions:
+        say(action)
+    say("repaired: run `distill cache-teacher` again, it makes what is missing" if actions else "nothing to repair")
 
 
 def _verify(folder: Path) -> int:
-    bad = 0
-    for shard, entry in sorted(read_journal(folder).items()):
-        path = folder / entry.file
-        problem = "is missing" if not path.exists() else "has changed" if sha256_of(path) != entry.sha256 else None
-        if problem:
-            bad += 1
-            say(f"{entry.file} {problem}: delete it and run `distill cache-teacher` again (shard {shard})")
-    say(f"verified: {len(read_journal(folder)) - bad} shards whole, {bad} not")
-    return 1 if bad else 0
+    try:
+        report = verify_cache(folder)
+    except UserError as error:
+        if not (folder / MANIFEST).exists():
+            raise
+        say(str(error))
+        return 1
+    for finding in report.findings[:_MOST_LINES]:
+        say(f"{finding.file} {finding.problem}: {finding.remedy}")
+    if len(report.findings) > _MOST_LINES:
+        say(f"... and {len(report.findings) - _MOST_LINES} more")
+    not_made = f", {report.to_do} not made yet" if report.to_do else ""
+    say(f"verified: {report.whole} shards whole, {report.bad} not{not_made}")
+    return 1 if report.findings else 0

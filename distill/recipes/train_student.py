@@ -19,6 +19,7 @@ from distill import interrupt
 from distill.cache.format import Manifest
 from distill.cache.head import load_head
 from distill.cache.reader import CacheReader
+from distill.cache.tokenizer_files import checked_tokenizer
 from distill.config import Experiment, TrainConfig
 from distill.errors import UserError
 from distill.losses.divergences import Mixture
@@ -37,6 +38,7 @@ from distill.workspace import (
     check_length,
     check_model,
     make_run_folder,
+    open_cache,
     write_json,
 )
 
@@ -48,9 +50,10 @@ def main(experiment: Experiment) -> int:
     folders = Folders.of(experiment)
     make_run_folder(folders)
     _check_precision(experiment)
-    train = CacheReader(folders.cache, "train")
-    check_cache_settings(experiment, train.manifest, folders.cache)
-    held_out = CacheReader(folders.cache, "held_out")
+    storage = open_cache(experiment)
+    train = CacheReader(storage, "train")
+    check_cache_settings(experiment, train.manifest, storage.name)
+    held_out = CacheReader(storage, "held_out")
     data = CacheDataModule(
         train,
         held_out if len(held_out) else None,
@@ -91,7 +94,7 @@ def _train(experiment: Experiment, folders: Folders, data: CacheDataModule, role
     write_json(_made(folders.checkpoints(role)) / _SETTINGS, settings)
     started = time.monotonic()
     _fit(experiment, folders, data, student, role, alpha, resume_from)
-    tokenizer = AutoTokenizer.from_pretrained(folders.cache / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(checked_tokenizer(data.train.storage.folder))
     saved = save_language_model(student, folders.model(role), experiment.student.class_path, options, tokenizer)
     # Written last: the model counts as done only with it.
     write_json(saved / _SETTINGS, settings)
@@ -119,7 +122,7 @@ def _fit(
         student,
         vocab_size=data.train.manifest.vocab_size,
         divergence=Mixture(alpha, data.train.manifest.temperature),
-        teacher_head=load_head(folders.cache) if data.train.manifest.scheme == "hidden" else None,
+        teacher_head=load_head(data.train.storage.folder) if data.train.manifest.scheme == "hidden" else None,
         chunk_size=experiment.loss.chunk_size,
         nominal_positions=config.batch_size * data.train.manifest.sequence_length,
         learning_rate=config.learning_rate,
@@ -141,7 +144,7 @@ def _fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=config.log_every_steps,
-        use_distributed_sampler=config.devices > 1,
+        use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=_loggers(_made(folders.logs(role))),

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.errors import UserError
 from distill.models.language_model import Head
 from distill.targets.schemes import AnyScheme, Hidden, Scheme
 from distill.targets.stored import StoredHidden, StoredTargets, quantize_scalar
@@ -72,6 +73,11 @@ def _scalars(log_probs_NV: Tensor, true_ids_N: Tensor) -> tuple[NDArray[np.uint1
     """Entropy and negative log-probability of the true next token, as they are stored."""
     entropy_N = -torch.linalg.vecdot(log_probs_NV.exp(), log_probs_NV)
     surprisal_N = -log_probs_NV.gather(1, true_ids_N[:, None])[:, 0]
+    if not entropy_N.isfinite().all():
+        raise UserError(
+            "the teacher's logits are not all finite (float16 overflows in some models): "
+            "set teacher.compute_dtype to bfloat16 or float32"
+        )
     return quantize_scalar(entropy_N.cpu().numpy()), quantize_scalar(surprisal_N.cpu().numpy())
 
 

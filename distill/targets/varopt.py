@@ -84,7 +84,7 @@ def _atoms(tail_NV: Tensor, threshold: float, uniform_ND: Tensor) -> tuple[Tenso
     # Rounding may leave a block's own sum a hair below its share of `ends`: then the last token with mass is meant.
     offset_NM = torch.minimum(points_NM - before_NM, inside_NMB[..., -1].nextafter(points_NM.new_zeros(())))
     place_NM = torch.searchsorted(inside_NMB, offset_NM[..., None], right=True)[..., 0].clamp(max=_BLOCK - 1)
-    return (block_NM * _BLOCK + place_NM).unflatten(1, (-1, width)), weight_N, atoms_N
+    return (block_NM * _BLOCK + place_NM).unflatten(1, (uniform_ND.shape[1], width)), weight_N, atoms_N
 
 
 def _join(

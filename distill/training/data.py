@@ -3,35 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from distill.cache.batches import Batch
 from distill.cache.reader import CacheReader
+from distill.cache.records import Record
+from distill.errors import UserError
+from distill.training.order import NOTHING, batches_of, permuted, share
 
 
 class EpochPermutation(Sampler[int]):
-    """A permutation of `size` that is a function of seed and epoch (Lightning calls `set_epoch`).
+    """A process's samples, in an order of all of them that is a function of seed and epoch (Lightning sets the epoch).
 
-    Of epoch `first_epoch` the first `seen` samples are left out: Lightning continues an epoch without going over the
-    data that it had before. The length stays that of a whole epoch, which is how Lightning counts batches.
+    Of epoch `first_epoch` the first `seen` samples (of all processes together) are left out: Lightning continues an
+    epoch without going over the data that it had before. The length stays that of a whole epoch, which is how
+    Lightning counts batches. Without a seed: as they lie.
     """
 
-    def __init__(self, size: int, seed: int, first_epoch: int = 0, seen: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        seed: int | None,
+        first_epoch: int = 0,
+        seen: int = 0,
+        *,
+        batch_size: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        assert seen % (batch_size * world) == 0, "an epoch is left between two micro-batches"
         self.size, self.seed, self.epoch = size, seed, first_epoch
         self.first_epoch, self.seen = first_epoch, seen
+        self.batch_size, self.rank, self.world = batch_size, rank, world
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        start = self.seen if self.epoch == self.first_epoch else 0
-        return iter(torch.randperm(self.size, generator=generator).tolist()[start:])
+        # Copied, because a worker's prefetching may outlast the epoch.
+        epoch = self.epoch
+        seen = self.seen if epoch == self.first_epoch else 0
+        for places in share(self.size, self.batch_size, self.rank, self.world, seen):
+            if self.seed is None or places[0] == NOTHING:
+                yield from places.tolist()
+            else:
+                yield from permuted(places, self.size, self.seed, epoch).tolist()
 
     def __len__(self) -> int:
-        return self.size
+        whole, left = divmod(self.size, self.batch_size * self.world)
+        dealt = len(range(self.rank, left, self.world))
+        return whole * self.batch_size + (max(dealt, 1) if left else 0)
+
+
+class Samples(Dataset[Record | None]):
+    """The samples of a cache by the numbers that a sampler gives, NOTHING included; and their batches."""
+
+    def __init__(self, reader: CacheReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, index: int) -> Record | None:
+        return None if index == NOTHING else self.reader[index]
+
+    def collate(self, records: list[Record | None]) -> Batch:
+        """A batch; of NOTHING, one with a sample in it and no position that counts."""
+        some = [record for record in records if record is not None]
+        return self.reader.collate(some) if some else _without_loss(self.reader.collate([self.reader[0]]))
 
 
 class CacheDataModule(pl.LightningDataModule):
@@ -46,26 +87,66 @@ class CacheDataModule(pl.LightningDataModule):
         self._begin = 0, 0
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.train,
-            batch_size=self.batch_size,
-            sampler=EpochPermutation(len(self.train), self.seed, *self._begin),
-            collate_fn=self.train.collate,
-            num_workers=self.num_workers,
-        )
-
-    def state_dict(self) -> dict[str, int]:
-        """Part of a checkpoint: the epoch under way, and how many of its samples were seen."""
-        assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        epoch, batches = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
-        seen = batches * self.batch_size
-        return {"epoch": epoch, "seen": seen} if seen < len(self.train) else {"epoch": epoch + 1, "seen": 0}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._begin = state_dict["epoch"], state_dict["seen"]
+        return self._loader(self.train, self.seed, *self._begin, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list:
-        if self.held_out is None:
-            return []
-        return DataLoader(self.held_out, batch_size=self.batch_size, collate_fn=self.held_out.collate)
+        return [] if self.held_out is None else self._loader(self.held_out, None)
+
+    def _loader(
+        self, reader: CacheReader, seed: int | None, first_epoch: int = 0, seen: int = 0, num_workers: int = 0
+    ) -> DataLoader:
+        rank, world = self._process()
+        samples = Samples(reader)
+        sampler = EpochPermutation(
+            len(reader), seed, first_epoch, seen, batch_size=self.batch_size, rank=rank, world=world
+        )
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=samples.collate,
+            num_workers=num_workers,
+        )
+
+    def _process(self) -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """Part of a checkpoint: the epoch under way, and how many samples of it were seen by all processes together."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        # Lightning counts an epoch as `ready` from its start, as `processed` before the hooks of its end.
+        epoch = max(loop.epoch_progress.current.ready - 1, 0)
+        batches = loop.epoch_loop.batch_progress.current.ready
+        _, world = self._process()
+        if batches >= batches_of(len(self.train), self.batch_size, world):
+            return {"epoch": epoch + 1, "seen": 0, "processes": world}
+        return {"epoch": epoch, "seen": batches * self.batch_size * world, "processes": world}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Raises UserError in the middle of an epoch that other processes began: they counted other batches."""
+        _, world = self._process()
+        processes = state_dict.get("processes", 1)
+        if state_dict["seen"] and processes != world:
+            raise UserError(
+                f"this training stopped in the middle of an epoch on {processes} devices: continue it on as many "
+                f"(--train.devices {processes})"
+            )
+        self._begin = state_dict["epoch"], state_dict["seen"]
+
+
+def _without_loss(batch: Batch) -> Batch:
+    """The samples, without the positions that carry loss."""
+    none: dict[str, Any] = {
+        field.name: None if value is None else value[:0]
+        for field in fields(batch.targets)
+        for value in [getattr(batch.targets, field.name)]
+    }
+    return replace(
+        batch,
+        loss_mask_BL=torch.zeros_like(batch.loss_mask_BL),
+        targets=replace(batch.targets, **none),
+        entropy_N=batch.entropy_N[:0],
+        surprisal_N=batch.surprisal_N[:0],
+    )

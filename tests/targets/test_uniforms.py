@@ -22,10 +22,7 @@ def test_the_same_again() -> None:
 def test_known_numbers() -> None:
     """Caches are continued by later versions on other machines: the numbers must never change."""
     found = sample_uniforms(0, IDS, POSITIONS, 2)[:2].ravel()
-    np.testing.assert_array_equal(found, np.array(KNOWN))
-
-
-KNOWN = [0.0, 0.0, 0.0, 0.0]
+    assert found.tolist() == [0.24113772298017933, 0.7983728435729497, 0.9551762842236046, 0.05293082486807066]
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint32, np.int32, np.uint16])

@@ -1,0 +1,111 @@
+"""How large a cache will be, and which threshold makes it as large as asked: measured on the first samples.
+
+Shapes: B batch, L sequence length, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from distill.cache.predict import TeacherModule
+from distill.cache.records import Record, pack
+from distill.errors import UserError
+from distill.targets.extract import extract
+from distill.targets.schemes import AnyScheme, VarOpt
+
+TOKENS = 4096
+"""Tokens of the samples that a calibration looks at."""
+
+LOWEST, HIGHEST = 0.002, 0.5
+"""Thresholds among which one is looked for."""
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Calibration:
+    """The teacher's hidden states of the first samples, from which records of any scheme are made again."""
+
+    @torch.no_grad()
+    def __init__(
+        self, module: TeacherModule, samples: Dataset, count: int, batch_size: int, device: torch.device
+    ) -> None:
+        """Runs the teacher's body over at most `count` samples, up to `TOKENS` tokens."""
+        self.module = module
+        length = len(samples[0]["input_ids"])
+        chosen = Subset(samples, range(min(count, max(1, TOKENS // length))))
+        self._rows: list[dict[str, Tensor]] = []
+        for batch in DataLoader(chosen, batch_size=batch_size):
+            hidden_BLD = module.teacher.body(batch["input_ids"].to(device), batch["position_ids"].to(device))
+            columns = {"hidden": hidden_BLD, **batch}
+            self._rows += [{name: column[row] for name, column in columns.items()} for row in range(len(hidden_BLD))]
+        self.tokens = length * len(self._rows)
+
+    def bytes_per_token(self, scheme: AnyScheme) -> float:
+        """Size of the samples' records under a scheme, divided by their tokens."""
+        module, head = self.module, self.module.teacher.head.with_rows(self.module.vocab_size)
+        size = 0
+        for row in self._rows:
+            ids_L, positions_L, mask_L = row["input_ids"], row["position_ids"], row["loss_mask"]
+            on_device = [tensor.to(row["hidden"].device) for tensor in (ids_L, positions_L, mask_L)]
+            targets = extract(
+                row["hidden"],
+                head,
+                *on_device,
+                scheme,
+                seed=module.seed,
+                temperature=module.temperature,
+                chunk_size=module.chunk_size,
+            )
+            record = Record(
+                ids_L.numpy().astype(np.uint32), positions_L.numpy().astype(np.uint32), mask_L.numpy(), targets
+            )
+            size += len(pack(record, scheme))
+        return size / self.tokens
+
+    def threshold_for(self, bytes_per_token: float, scheme: VarOpt) -> VarOpt:
+        """The scheme with the threshold, to three digits, at which the samples take about `bytes_per_token`.
+
+        Raises UserError when no threshold from 0.002 to 0.5 does.
+        """
+        at = {bound: self.bytes_per_token(replace(scheme, threshold=bound)) for bound in (LOWEST, HIGHEST)}
+        if not at[HIGHEST] <= bytes_per_token <= at[LOWEST]:
+            raise UserError(
+                f"cache.bytes_per_token: {bytes_per_token:g} cannot be had for this teacher and corpus: "
+                f"thresholds from {HIGHEST} to {LOWEST} take {at[HIGHEST]:.1f} to {at[LOWEST]:.1f} bytes"
+            )
+        low, high = LOWEST, HIGHEST
+        for _ in range(8):  # a factor of 250 between the bounds: the last interval is 2 % wide
+            middle = math.sqrt(low * high)
+            if self.bytes_per_token(replace(scheme, threshold=middle)) > bytes_per_token:
+                low = middle
+            else:
+                high = middle
+        return replace(scheme, threshold=float(f"{high:.3g}"))
+
+
+def parse_size(text: str) -> int:
+    """`20GB`, `500 MB`, `12GiB` to bytes. Raises UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?[iI]?[bB])\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise UserError(f"cache.max_size: '{text}' is not a size; for example: 20GB, 500MB, 12GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def check_size(bytes_per_token: float, samples: int, sequence_length: int, max_size: str) -> None:
+    """Raises UserError when the forecast is over `max_size`, with the number of samples that would fit."""
+    limit = parse_size(max_size)
+    forecast = bytes_per_token * samples * sequence_length
+    if forecast > limit:
+        fits = int(limit / (bytes_per_token * sequence_length))
+        raise UserError(
+            f"cache.max_size: the forecast is {forecast / 1e9:,.2f} GB ({bytes_per_token:.1f} bytes for each of "
+            f"{samples * sequence_length:,} tokens), over {max_size}: raise --cache.threshold, give "
+            f"--cache.bytes_per_token {limit / (samples * sequence_length):.1f}, or --cache.max_samples {max(fits, 1)}"
+        )

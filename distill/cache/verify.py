@@ -1,0 +1,212 @@
+"""Is every byte of a cache what was written, and if not: what is wrong, and what is dropped so that it can be mended."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.cache import journal
+from distill.cache.checks import printable
+from distill.cache.durable import TEMPORARY, cannot_write, read_bounded, sha256_of, sole_writer
+from distill.cache.format import (
+    JOURNAL,
+    MANIFEST,
+    PART,
+    SHARDS,
+    TOKENIZER,
+    JournalEntry,
+    Manifest,
+    read_manifest,
+    shard_file,
+)
+from distill.cache.head import HEAD, load_head
+from distill.cache.packing import DamagedRecord
+from distill.cache.parts import read_part
+from distill.cache.records import unpack
+from distill.cache.shards import ShardFile, encode
+from distill.cache.tokenizer_files import tokenizer_problems
+from distill.cache.writer import remove_leftovers
+from distill.errors import UserError
+
+_UNREADABLE = (DamagedRecord, OSError)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it was written."""
+
+    file: str
+    """Name in the cache's folder."""
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found."""
+
+    findings: list[Finding]
+    whole: int
+    """Shards that are as they were written."""
+    bad: int
+    """Shards that are not: changed, missing, or without their journal line."""
+    to_do: int
+    """Shards that were not made yet."""
+
+
+def verify(folder: Path) -> Report:
+    """Read all of a cache and compare every hash. Raises UserError when its manifest cannot be read."""
+    manifest = read_manifest(folder)
+    lines = journal.scan_journal(folder, manifest)
+    repair = f"run `distill inspect {folder} --repair`"
+    again = "run `distill cache-teacher` again"
+    findings = list(_journal_findings(lines, repair, again))
+    bad = whole = 0
+    for shard in shards_of(folder, manifest):
+        problem = shard_problem(folder, shard, lines.entries.get(shard))
+        if problem:
+            findings.append(Finding(shard_file(shard), problem, repair))
+        bad, whole = bad + (problem is not None), whole + (problem is None and shard in lines.entries)
+    to_do = len(shards_of(folder, manifest)) - whole - bad
+    if to_do:
+        findings.append(Finding(JOURNAL, f"not finished, {to_do} shards to go", f"{again}, it continues"))
+    for name, problem in _side_problems(folder, manifest).items():
+        findings.append(Finding(name, problem, f"{repair}, then `distill cache-teacher`"))
+    for name in _strangers(folder, manifest):
+        if name.endswith(TEMPORARY):
+            findings.append(Finding(name, "was left half written", f"{again}, it is removed then"))
+        else:
+            findings.append(Finding(name, "is not part of the cache", "move it elsewhere"))
+    return Report(findings, whole, bad, to_do)
+
+
+def _journal_findings(lines: journal.Journal, repair: str, again: str) -> Iterator[Finding]:
+    for number, problem in lines.damaged.items():
+        yield Finding(f"{JOURNAL}, line {number}", problem, repair)
+    if lines.is_torn:
+        yield Finding(JOURNAL, "its last line has no end", f"{again}, it is made anew")
+    elif not lines.damaged and not lines.is_sealed:
+        yield Finding(JOURNAL, "its lines are not in the order of the shards", f"{again}, it puts them in order")
+
+
+def shards_of(folder: Path, manifest: Manifest) -> range:
+    """The shards that a finished cache has in this folder: all, or those of its part."""
+    part = read_part(folder)
+    return part.shards(manifest.shards) if part else range(manifest.shards)
+
+
+def shard_problem(folder: Path, shard: int, entry: JournalEntry | None) -> str | None:
+    """What is wrong with a shard's file; None: it is what its line says, or neither is there yet."""
+    path = folder / shard_file(shard)
+    if entry is None:
+        return "has no journal line" if path.exists() else None
+    try:
+        # The size first: an absurdly long file would take long to read.
+        return None if path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256 else "has changed"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong beside manifest, journal and shards."""
+    problems = {printable(name): problem for name, problem in tokenizer_problems(folder).items()}
+    if manifest.scheme == "hidden":
+        try:
+            load_head(folder)
+        except UserError as error:
+            problems[HEAD] = "is missing" if not (folder / HEAD).exists() else f"has changed ({error})"
+    return problems
+
+
+def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Files that no writer of caches made, or that one left half written."""
+    known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER, *([HEAD] if manifest.scheme == "hidden" else [])}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known:
+            yield printable(path.name)
+    for path in sorted((folder / SHARDS).iterdir()) if (folder / SHARDS).is_dir() else []:
+        number = path.name.removesuffix(".safetensors")
+        is_shard = number.isdecimal() and int(number[:18]) < manifest.shards
+        if not is_shard or shard_file(int(number)) != f"{SHARDS}/{path.name}":
+            yield printable(f"{SHARDS}/{path.name}")
+
+
+def repair(folder: Path) -> list[str]:
+    """Drop what is damaged, so that the next `cache-teacher` makes just that anew; says what was done.
+
+    A shard that is whole but has lost its journal line is taken back. Raises UserError when the manifest is damaged or
+    the journal is another cache's: then nothing is touched.
+    """
+    manifest = read_manifest(folder)
+    with sole_writer(folder):
+        lines = journal.scan_journal(folder, manifest)
+        if lines.is_foreign:
+            raise UserError(
+                f"{folder}: {JOURNAL} has lines of another cache: manifest or journal were exchanged; "
+                "restore the one that belongs here (nothing was changed)"
+            )
+        try:
+            return _repair(folder, manifest, lines)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+
+
+def _repair(folder: Path, manifest: Manifest, lines: journal.Journal) -> list[str]:
+    said = [f"{JOURNAL}, line {number}: {problem}: dropped" for number, problem in lines.damaged.items()]
+    entries, dropped = dict(lines.entries), []
+    for shard in range(manifest.shards):
+        problem = shard_problem(folder, shard, entries.get(shard))
+        if problem is None:
+            continue
+        file = shard_file(shard)
+        if shard not in entries and (entry := recover(folder, shard, manifest)):
+            entries[shard] = entry
+            said.append(f"{file}: had no journal line, but is whole: taken back")
+            continue
+        entries.pop(shard, None)
+        dropped.append(folder / file)
+        said.append(f"{file} {problem}: dropped")
+    # The journal first: a file without a line is made anew, a line without a file would be a mistake.
+    journal.rewrite(folder, manifest, entries)
+    for path in dropped:
+        path.unlink(missing_ok=True)
+    remove_leftovers(folder)
+    return said + _repair_sides(folder, manifest)
+
+
+def recover(folder: Path, shard: int, manifest: Manifest) -> JournalEntry | None:
+    """The journal line of a shard, from the shard itself; None when not every record in it is whole and its own."""
+    path, samples = folder / shard_file(shard), manifest.shard_range(shard)
+    scheme = manifest.make_scheme()
+    positions = entries = 0
+    try:
+        with ShardFile(path, len(samples)) as file:
+            packed = [file.record(row) for row in range(len(samples))]
+        content = read_bounded(path, path.stat().st_size)
+        for data, sample in zip(packed, samples, strict=True):
+            record = unpack(data, manifest.sequence_length, scheme, manifest.record_key(sample))
+            positions += int(record.loss_mask_L.sum())
+            entries += record.targets.entries
+    except _UNREADABLE:
+        return None
+    if content != encode(packed):
+        return None
+    digest = hashlib.sha256(content).hexdigest()
+    return JournalEntry(shard, shard_file(shard), len(content), digest, len(samples), positions, entries)
+
+
+def _repair_sides(folder: Path, manifest: Manifest) -> list[str]:
+    """The tokenizer and the head go as a whole: the next `cache-teacher` writes them anew."""
+    problems = _side_problems(folder, manifest)
+    for name in {name.split("/")[0] for name in problems}:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return [f"{name} {problem}: dropped" for name, problem in problems.items()]

@@ -1,0 +1,40 @@
+"""`distill merge`: parts of a cache, made anywhere, become one cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill import interrupt
+from distill.cache.durable import cannot_write, sole_writer
+from distill.cache.format import read_journal, read_manifest
+from distill.cache.parts import merge, whose_shards
+from distill.cache.storage import is_url, open_storage
+from distill.errors import UserError
+from distill.progress import Progress, say
+
+
+def main(parts: list[str], to: str) -> int:
+    """Check that the parts are those of one cache, copy their shards, and check each one's hash."""
+    if is_url(to):
+        raise UserError(f"{to}: parts are joined in a local folder; copy the cache there when it is finished")
+    for part in parts:
+        if not is_url(part) and not Path(part).is_dir():
+            raise UserError(f"{part}: no such folder")
+    storages, folder = [open_storage(part) for part in parts], Path(to)
+    size = sum(entry.bytes for _, entry in whose_shards(storages).values())
+    try:
+        with sole_writer(folder), Progress("merge", size, "bytes") as progress:
+
+            def advance(amount: int) -> None:
+                interrupt.stop_if_asked()
+                progress.advance(amount)
+
+            with interrupt.deferred():
+                merge(storages, folder, advance)
+    except OSError as error:
+        raise cannot_write(folder, error, size) from None
+    manifest, journal = read_manifest(folder), read_journal(folder)
+    say(
+        f"cache: {folder} is complete: {manifest.shards} shards, {sum(e.bytes for e in journal.values()) / 1e6:,.1f} MB"
+    )
+    return 0

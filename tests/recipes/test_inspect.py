@@ -1,0 +1,52 @@
+"""`distill inspect`: what is in a cache, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def cache(finished: Any, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(finished.cache, tmp_path / "cache"))
+
+
+def test_it_says_what_the_cache_is(finished: Any, distill: Any, untouched: Any) -> None:
+    before = untouched(finished.cache)
+    out = distill("inspect", finished.cache).done().out
+    manifest = json.loads((finished.cache / "manifest.json").read_text())
+    for words in ("varopt", "threshold 0.02", "samples of 48 tokens", "400 tokens", "bytes a position"):
+        assert words in out, words
+    assert all(value in out for value in manifest["fingerprints"].values())
+    assert all(f"{name}" in out for name in ("held_out", "train", "torch", "transformers"))
+    assert untouched(finished.cache) == before
+
+
+def test_a_whole_cache_is_verified(finished: Any, distill: Any) -> None:
+    out = distill("inspect", finished.cache, "--verify").done().out
+    shards = len((finished.cache / "journal.jsonl").read_text().splitlines())
+    assert f"{shards} shards whole, 0 not" in out
+
+
+def test_a_flipped_bit_and_a_missing_shard_are_found(cache: Path, distill: Any) -> None:
+    flipped, missing = cache / "shards/000001.safetensors", cache / "shards/000003.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-5] ^= 1
+    flipped.write_bytes(content)
+    missing.unlink()
+    outcome = distill("inspect", cache, "--verify")
+    assert outcome.status == 1
+    assert "000001.safetensors has changed" in outcome.out and "000003.safetensors is missing" in outcome.out
+    assert "2 not" in outcome.out
+
+
+def test_what_is_no_cache_is_refused(distill: Any, tmp_path: Path, cache: Path) -> None:
+    distill("inspect", tmp_path / "nowhere").refused("nowhere", "no such folder")
+    distill("inspect", tmp_path).refused("no cache here", "distill cache-teacher")
+    (cache / "manifest.json").write_text("{")
+    distill("inspect", cache).refused("manifest.json", "not readable")

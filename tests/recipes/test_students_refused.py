@@ -1,0 +1,137 @@
+"""Students that cannot be trained are refused in one line, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+MAMBA = {
+    "model_type": "mamba2",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "state_size": 8,
+    "num_heads": 4,
+    "head_dim": 8,
+    "expand": 2,
+    "n_groups": 2,
+    "chunk_size": 8,
+}
+SOURCE = """
+import torch
+from distill.models.language_model import Head
+
+class NoBody(torch.nn.Module):
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, 8)
+    @property
+    def head(self):
+        return Head(self.embedding.weight)
+
+class NoHead(torch.nn.Module):
+    def body(self, input_ids, position_ids):
+        return input_ids
+
+class BareHead(NoBody):
+    head = torch.zeros(3, 3)
+    def body(self, input_ids, position_ids):
+        return self.embedding(input_ids)
+
+class Leaky(NoBody):
+    def body(self, input_ids, position_ids):
+        return self.embedding(input_ids).cumsum(1)
+
+class Plain(NoBody):
+    def __init__(self, vocab_size: int, width: int = 8):
+        super().__init__(vocab_size)
+    def body(self, input_ids, position_ids):
+        return self.embedding(input_ids)
+"""
+
+
+def student(name: str, **options: Any) -> list[str]:
+    return ["--student.class_path", name, "--student.options", json.dumps(options)]
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory of a stranger, with a file of students."""
+    (tmp_path / "mine.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (student("mine.py:NoBody"), ["NoBody has no method 'body"]),
+        (student("mine.py:NoHead"), ["NoHead has no 'head'"]),
+        (student("mine.py:BareHead"), ["'head' is a Tensor", "Head"]),
+        (student("mine.py:Leaky"), ["packed documents see one another", "--corpus.pack false"]),
+        (student("mine.py:Plain", widht=3), ["unknown option 'widht'", "did you mean 'width'?"]),
+        (student("mine.py:Plain", width="wide"), ["width", "expected int", "'wide'"]),
+        (student("mine.py:Plian"), ["has no 'Plian'", "did you mean 'Plain'?"]),
+        (student("mime.py:Plain"), ["no file 'mime.py'", "did you mean 'mine.py'?"]),
+        (student("no_such_package.student:Plain"), ["no module 'no_such_package.student'"]),
+        (student("comapct"), ["did you mean 'compact'?", "path/file.py:Class"]),
+        (student("mine.py:Plain", vocab_size=399), ["its head has 399 rows, the tokenizer 400 tokens"]),
+        (student("compact", hidden_size=10, heads=4), ["hidden_size 10 does not split into 4 heads"]),
+        (student("pruned"), ["missing layers"]),
+        (student("pruned", layers=5), ["layers: 5 is out of range; the teacher has 4 layers"]),
+        (student("pruned", layers=[0, 9]), ["[9] out of range"]),
+        (student("pruned", layers="all"), ["layers", "'all'"]),
+        (student("huggingface"), ["either model (pretrained) or config"]),
+        (student("huggingface", config={**LLAMA, "vocab_size": 399}), ["399 rows", "400 tokens"]),
+        (student("huggingface", config={**LLAMA, "hidden_sise": 3}), ["'hidden_sise'", "did you mean 'hidden_size'?"]),
+        (student("huggingface", config={**LLAMA, "model_type": "lama"}), ["'lama'", "did you mean 'llama'?"]),
+        (student("huggingface", config={**LLAMA, "max_position_embeddings": 47}), ["47 tokens", "48 tokens"]),
+        (
+            student(
+                "huggingface", config={"model_type": "gpt2", "n_embd": 8, "n_head": 1, "n_layer": 1, "n_positions": 8}
+            ),
+            ["8 tokens", "48 tokens"],
+        ),
+        (student("huggingface", config=MAMBA), ["packed documents see one another", "--corpus.pack false"]),
+        (
+            [*student("mine.py:Plain"), "--train.activation_checkpointing"],
+            ["nn.ModuleList", "activation_checkpointing"],
+        ),
+    ],
+    ids=lambda value: " ".join(value[1:4:2]) if value[0] == "--student.class_path" else "",
+)
+def test_it_is_refused(train: Any, mine: None, tmp_path: Path, given: list[str], words: list[str]) -> None:
+    train(*given).refused(*words)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in left if not name.startswith("__pycache__")} == {"mine.py"}
+
+
+def test_a_recurrent_student_trains_on_unpacked_samples(world: Any, distill: Any, tmp_path: Path) -> None:
+    file = world.write(
+        tmp_path / "experiment.yaml",
+        corpus={"pack": False},
+        cache={"max_samples": 12},
+        student={"class_path": "huggingface", "options": {"config": MAMBA}},
+        train={"validate_every_steps": 3},
+        evaluate={"max_samples": 4},
+    )
+    distill("run", file).done()
+    result = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert 0 < result["student"]["kl"] < result["before"]["kl"]
+
+
+def test_a_refused_student_leaves_an_earlier_one_alone(finished: Any, distill: Any, untouched: Any) -> None:
+    before = untouched(finished.run)
+    other = distill("train-student", finished.file, "--train.learning_rate", "0.001")
+    other.refused("was trained with other settings", "train.learning_rate: 0.005 there, 0.001 here", "--run_dir")
+    other = distill("train-student", finished.file, *student("compact", layers=1))
+    other.refused("was trained with other settings", "student.class_path: pruned there, compact here")
+    assert untouched(finished.run) == before

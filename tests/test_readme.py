@@ -1,0 +1,110 @@
+"""The README is true: its student trains with its command, its commands exist, its keys and links are there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill import cli, config
+from distill.experiment_file import load_experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every `distill …` line of the README's blocks as the words a shell makes of it, continuation lines joined."""
+    joined = re.sub(r"\\\n\s*", " ", README)
+    lines = re.findall(r"^(?: {4}|\$ )?(?:\.venv/bin/)?distill (.*)$", joined, flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def students_source() -> str:
+    """The python block that follows the words `my_student.py`."""
+    return re.split(r"```python\n", README.split("`my_student.py`", 1)[1], maxsplit=1)[1].split("```", 1)[0]
+
+
+def students_command() -> list[str]:
+    (found,) = [command for command in commands() if any("my_student.py" in word for word in command)]
+    return found
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_a_strangers_student_trains_by_the_readmes_own_words(
+    world: Any, distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_student.py").write_text(students_source(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)  # a folder outside of the repository, in which there is nothing of ours
+    file = world.write(tmp_path / "experiment.yaml")
+    distill("cache-teacher", file).done()
+    command = students_command()
+    replaced = {
+        "configs/demo.yaml": file,
+        option(command, "--run_dir"): "tiny",
+        option(command, "--cache.dir"): "run/cache",
+    }
+    command = [replaced.get(word, word) for word in command]
+    assert command[0] == "train-student" and "my_student.py:Tiny" in command
+    distill(*command).done()
+    distill("evaluate", *command[1:]).done()
+    result = json.loads((tmp_path / "tiny/evaluation.json").read_text())
+    assert result["student"]["kl"] < result["before"]["kl"]
+    options = json.loads((tmp_path / "tiny/student/student.json").read_text())["options"]
+    assert options == {"size": 64, "layers": 2, "vocab_size": 400, "sequence_length": 48}
+
+
+def test_a_strangers_student_is_short() -> None:
+    assert len([line for line in students_source().splitlines() if line.strip()]) <= 36
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 2
+    assert "run" in {command[0] for command in commands()}
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_of_a_block_is_one(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert command[0] in cli.COMMANDS
+    file, overrides = command[1], cli._spelled_out(command[2:])
+    if file.startswith("my"):  # an experiment file of the reader's own
+        file = "configs/demo.yaml"
+    assert load_experiment(file, overrides).run_dir
+
+
+@pytest.mark.parametrize("text", re.findall(r"`distill ([^`]+)`", README))
+def test_every_command_in_the_text_is_one(text: str) -> None:
+    words = text.split()
+    assert words[0] in cli.COMMANDS
+    known = {"--help", "--resume"} | ({"--verify]", "[--verify]"} if words[0] == "inspect" else set())
+    assert {word for word in words if "--" in word} <= known
+
+
+def test_every_key_in_the_text_exists() -> None:
+    sections = {
+        entry.name: {key.name for key in fields(getattr(config, str(entry.type)))}
+        for entry in fields(config.Experiment)
+        if is_dataclass(getattr(config, str(entry.type), None))
+    }
+    mentioned = re.findall(rf"`(?:--)?({'|'.join(sections)})\.(\w+)[ :`]", README)
+    assert len(mentioned) >= 8
+    assert [(section, key) for section, key in mentioned if key not in sections[section]] == []
+
+
+def test_every_command_is_in_the_table() -> None:
+    assert set(re.findall(r"^\| `distill ([\w-]+) ", README, flags=re.MULTILINE)) == set(cli.COMMANDS)
+
+
+def test_every_link_leads_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(targets) >= 4
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []

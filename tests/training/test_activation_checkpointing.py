@@ -1,0 +1,84 @@
+"""Activation checkpointing: the same gradients and names, every block computed a second time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.training.activation_checkpointing import checkpoint_blocks
+
+
+def gradients(student: Any) -> list[Tensor]:
+    ids_BL = torch.arange(22).reshape(2, 11)
+    student.head(student.body(ids_BL, ids_BL)).square().mean().backward()
+    return [parameter.grad for parameter in student.parameters()]
+
+
+def test_it_recomputes_and_changes_nothing(make_student: Callable[[], Any]) -> None:
+    plain, checkpointed = make_student(), make_student()
+    names = list(checkpointed.state_dict())
+    assert checkpoint_blocks(checkpointed) == 3
+    assert list(checkpointed.state_dict()) == names == list(plain.state_dict())
+    expected, found = gradients(plain), gradients(checkpointed)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert [block.runs for block in plain.blocks] == [1, 1, 1]
+    assert [block.runs for block in checkpointed.blocks] == [2, 2, 2]
+
+
+def test_activations_inside_blocks_are_not_kept(make_student: Callable[[], Any]) -> None:
+    def kept(student: Any) -> int:
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+            student.body(torch.zeros(2, 11, dtype=torch.long), torch.zeros(2, 11, dtype=torch.long))
+        return sum(saved)
+
+    plain, checkpointed = make_student(), make_student()
+    checkpoint_blocks(checkpointed)
+    assert kept(checkpointed) < kept(plain)
+
+
+def test_without_gradients_nothing_is_recomputed(make_student: Callable[[], Any]) -> None:
+    student = make_student()
+    checkpoint_blocks(student)
+    with torch.no_grad():
+        student.body(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long))
+    assert [block.runs for block in student.blocks] == [1, 1, 1]
+
+
+def test_dropout_repeats_itself() -> None:
+    """The second run draws the same random numbers as the first."""
+
+    def grads(checkpointed: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)) for _ in "ab"])})
+        if checkpointed:
+            checkpoint_blocks(model)
+        hidden = torch.ones(4, 8, requires_grad=True)
+        for block in model["blocks"]:  # type: ignore[attr-defined]
+            hidden = block(hidden)
+        hidden.sum().backward()
+        return [parameter.grad for parameter in model.parameters()]  # type: ignore[misc]
+
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads(True), grads(False), strict=True))
+
+
+def test_a_copy_uses_its_own_weights(make_student: Callable[[], Any]) -> None:
+    student = make_student()
+    checkpoint_blocks(student)
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        student.blocks[0].linear.weight.fill_(9)
+    gradients(other)
+    assert student.blocks[0].linear.weight.grad is None and other.blocks[0].linear.weight.grad is not None
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="ModuleList"):
+        checkpoint_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="ModuleList"):
+        checkpoint_blocks(nn.ModuleList([nn.Linear(2, 2), nn.Tanh()]))
