@@ -145,7 +145,13 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|bitsandbytes)\b.*")
-    for name in ("lightning.pytorch.utilities.rank_zero", "transformers", "bitsandbytes", "datasets"):
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric",
+        "transformers",
+        "bitsandbytes",
+        "datasets",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.models.checkpoints import load_config, resolve, tensors
+from distill.models.checkpoints import load_config, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.tensors import tensors
 
 LAYER = re.compile(r"(?:^|(?<=\.))(layers|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h
 

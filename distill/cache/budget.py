@@ -53,11 +53,13 @@ class Calibration:
         size = 0
         for row in self._rows:
             ids_L, positions_L, mask_L = row["input_ids"], row["position_ids"], row["loss_mask"]
-            on_device = [tensor.to(row["hidden"].device) for tensor in (ids_L, positions_L, mask_L)]
+            device = row["hidden"].device
             targets = extract(
                 row["hidden"],
                 head,
-                *on_device,
+                ids_L.to(device),
+                positions_L.to(device),
+                mask_L.to(device),
                 scheme,
                 seed=module.seed,
                 temperature=module.temperature,

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
-from pcodec import ChunkConfig, wrapped
+from pcodec import ChunkConfig, PagingSpec, wrapped
 
-_CONFIG = ChunkConfig(compression_level=8)
+_LEVEL = 8
 _FILE = wrapped.FileCompressor()
 _HEADER = _FILE.write_header()
 """pcodec's file header: the version of its format. It is part of the cache's format, so it is not stored again."""
@@ -24,10 +24,10 @@ def compress(numbers: NDArray) -> bytes:
     """One array; an empty one takes no bytes."""
     if not len(numbers):
         return b""
-    chunk = _FILE.chunk_compressor(np.ascontiguousarray(numbers), _CONFIG)
-    pages = [chunk.write_page(page) for page in range(len(chunk.n_per_page()))]
-    assert len(pages) == 1, "a record's arrays are far smaller than a page of pcodec"
-    return chunk.write_meta() + pages[0]
+    # One page, however long: by itself pcodec begins a new one after 2^18 numbers.
+    config = ChunkConfig(compression_level=_LEVEL, paging_spec=PagingSpec.exact_page_sizes([len(numbers)]))
+    chunk = _FILE.chunk_compressor(np.ascontiguousarray(numbers), config)
+    return chunk.write_meta() + chunk.write_page(0)
 
 
 def decompress(data: bytes, count: int, dtype: str) -> NDArray:

@@ -17,6 +17,7 @@ from distill.cache.format import (
     PART,
     SHARDS,
     JournalEntry,
+    Manifest,
     differences,
     read_journal,
     read_manifest,
@@ -86,12 +87,9 @@ def merge(parts: list[Storage], to: Path, advance: Callable[[int], None]) -> Non
     changed, or when `to` holds something else.
     """
     owners = whose_shards(parts)
-    for part in parts:
-        if part.folder.resolve() == to.resolve():
-            raise UserError(f"{to} is one of the parts: give --to a new folder")
-    if read_part(to):
-        raise UserError(f"{to} holds a part of a cache: give --to a new folder")
-    writer = CacheWriter(to, read_manifest(parts[0].folder))
+    manifest = read_manifest(parts[0].folder)
+    _check_target(to, parts, manifest)
+    writer = CacheWriter(to, manifest)
     for relative in _beside_shards(parts[0].folder):
         write_durably(to / relative, (parts[0].folder / relative).read_bytes())
     for shard in writer.missing():
@@ -100,6 +98,21 @@ def merge(parts: list[Storage], to: Path, advance: Callable[[int], None]) -> Non
         journal.append(to, writer.manifest, entry)
         advance(entry.bytes)
     seal(to)
+
+
+def _check_target(to: Path, parts: list[Storage], manifest: Manifest) -> None:
+    """Raises UserError when the parts cannot be joined there: it may be empty or hold a beginning of the same cache."""
+    another = "give --to a new or empty folder"
+    if any(part.folder.resolve() == to.resolve() for part in parts):
+        raise UserError(f"{to} is one of the parts: {another}")
+    if read_part(to):
+        raise UserError(f"{to} holds a part of a cache: {another}")
+    if (to / MANIFEST).exists():
+        different = differences(manifest, read_manifest(to))
+        if different:
+            raise UserError(f"{to} holds another cache ({'; '.join(different)}): {another}")
+    elif to.exists() and not all(child.name.endswith(TEMPORARY) for child in to.iterdir()):
+        raise UserError(f"{to}: not a cache, and not empty: {another}")
 
 
 def whose_shards(parts: list[Storage]) -> dict[int, tuple[Storage, JournalEntry]]:

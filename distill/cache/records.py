@@ -32,23 +32,26 @@ class Record:
 
 def pack(record: Record, scheme: AnyScheme, key: int = 0) -> bytes:
     """The record as bytes; its checksum starts from `key`, so that it checks with the same key alone."""
-    document_lengths, mask_runs = _document_lengths(record.position_ids_L), _runs(record.loss_mask_L)
-    arrays: list[NDArray] = [document_lengths, mask_runs]
+    fields = pack_fields(record, scheme)
+    sizes = [(record.position_ids_L == 0).sum(), len(_runs(record.loss_mask_L)), *map(len, fields.values())]
+    body = write_sizes(map(int, sizes)) + b"".join(fields.values())
+    return struct.pack("<I", zlib.crc32(body, key)) + body
+
+
+def pack_fields(record: Record, scheme: AnyScheme) -> dict[str, bytes]:
+    """The fields of the record by name, in their order."""
+    arrays: list[NDArray] = [_document_lengths(record.position_ids_L), _runs(record.loss_mask_L)]
     if isinstance(record.targets, StoredHidden):
         arrays += [record.input_ids_L, record.targets.entropy_N, record.targets.surprisal_N]
+        fields = [*map(compress, arrays), record.targets.bits_ND.astype("<u2").tobytes()]
     else:
         assert not isinstance(scheme, Hidden)
         arrays += [
             *_target_fields(record.targets, scheme),
             *_token_fields(record.input_ids_L, record.loss_mask_L, record.targets),
         ]
-    fields = [compress(array) for array in arrays]
-    if isinstance(record.targets, StoredHidden):
-        fields.append(record.targets.bits_ND.astype("<u2").tobytes())
-    assert len(fields) == _field_count(scheme)
-    sizes = write_sizes([len(document_lengths), len(mask_runs), *map(len, fields)])
-    body = sizes + b"".join(fields)
-    return struct.pack("<I", zlib.crc32(body, key)) + body
+        fields = [*map(compress, arrays)]
+    return dict(zip(_field_names(scheme), fields, strict=True))
 
 
 def unpack(data: bytes, sequence_length: int, scheme: AnyScheme, key: int = 0) -> Record:
@@ -69,7 +72,7 @@ def most_entries(scheme: AnyScheme | Scheme) -> int:
 
 
 def _read(data: bytes, sequence_length: int, scheme: AnyScheme) -> Record:
-    (documents, runs, *lengths), start = read_sizes(data, 4, 2 + _field_count(scheme))
+    (documents, runs, *lengths), start = read_sizes(data, 4, 2 + len(_field_names(scheme)))
     if documents > sequence_length or runs > sequence_length + 1 or start + sum(lengths) != len(data):
         raise DamagedRecord("its sizes do not fit")
     ends = start + np.cumsum([0, *lengths])
@@ -88,8 +91,14 @@ def _read(data: bytes, sequence_length: int, scheme: AnyScheme) -> Record:
     return Record(_read_tokens(fields, loss_mask_L, targets), position_ids_L, loss_mask_L, targets)
 
 
-def _field_count(scheme: AnyScheme) -> int:
-    return 6 if isinstance(scheme, Hidden) else 13 + 2 * scheme.draws
+def _field_names(scheme: AnyScheme) -> list[str]:
+    common = ["document lengths", "loss mask"]
+    if isinstance(scheme, Hidden):
+        return [*common, "token ids", "entropy", "surprisal", "hidden states"]
+    ids = ["first head's id", "other heads' ids", "first atom's id", "other atoms' ids"]
+    codes = ["first head's code", "other heads' codes", "atoms' code"]
+    further = [f"{name}, draw {draw}" for draw in range(2, scheme.draws + 1) for name in ids[2:]]
+    return [*common, "heads", "atoms", *ids, *codes, "entropy", "surprisal", *further, "next token's rank", "token ids"]
 
 
 def _read_hidden(fields: Iterator[bytes], positions: int, scheme: Hidden) -> StoredHidden:

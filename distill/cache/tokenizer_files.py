@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -51,13 +52,22 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
     except Exception as error:  # tokenizers' own errors have no class but this
         code = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
         raise OSError(code, str(error)) from error
-    files = sorted(path for path in folder.iterdir())
+    _forget_the_way(folder / "tokenizer_config.json")
+    files = sorted(folder.iterdir())
     (folder / SUMS).write_bytes(b"".join(f"{sha256_of(path)}  {path.name}\n".encode() for path in files))
     for path in (*files, folder / SUMS):
         descriptor = os.open(path, os.O_RDWR)
         os.fsync(descriptor)
         os.close(descriptor)
     sync_folder(folder)
+
+
+def _forget_the_way(config: Path) -> None:
+    """transformers notes how it found a tokenizer (offline, in a local folder), which is no part of what it is."""
+    if config.exists():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
+        config.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def tokenizer_problems(cache: Path) -> dict[str, str]:

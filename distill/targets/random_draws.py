@@ -40,6 +40,4 @@ def random_draws(probs_NV: Tensor, uniform_NR: Tensor, exponent: float = 1.0) ->
     # Rounded before they are put in order, so that equals are equals whatever the last bit of their powers.
     weights_NR = (weights_NR / weights_NR.sum(-1, keepdim=True)).to(probs_NV.dtype)
     order_NK = weights_NR.argsort(dim=-1, descending=True, stable=True)[:, : int(counts_N.max())]
-    return SparseTargets(
-        ids_NR.gather(1, order_NK), weights_NR.gather(1, order_NK), counts_N, counts_N
-    )
+    return SparseTargets(ids_NR.gather(1, order_NK), weights_NR.gather(1, order_NK), counts_N, counts_N)

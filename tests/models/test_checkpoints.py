@@ -15,7 +15,8 @@ from huggingface_hub import errors
 
 from distill.errors import UserError
 from distill.models import checkpoints
-from distill.models.checkpoints import Checkpoint, fingerprints, load_config, resolve, tensors, weight_files
+from distill.models.checkpoints import Checkpoint, fingerprints, load_config, resolve, weight_files
+from distill.models.tensors import tensors
 
 
 def test_a_folder_and_a_gguf_file_are_found(llama_folder: Path, tmp_path: Path) -> None:

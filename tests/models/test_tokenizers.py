@@ -12,8 +12,8 @@ import pytest
 import sentencepiece
 
 from distill.errors import UserError
-from distill.models.checkpoints import load_tokenizer, resolve, tokenizer_fingerprint, vocab_size
-from distill.models.tokenizers import PROBES
+from distill.models.checkpoints import resolve
+from distill.models.tokenizers import PROBES, load_tokenizer, tokenizer_fingerprint, vocab_size
 
 WORDS = [
     "the",
@@ -122,7 +122,8 @@ def test_fingerprint_is_the_same_in_another_process_and_place(llama_folder: Path
     here = tokenizer_fingerprint(load_tokenizer(resolve(str(llama_folder))))
     elsewhere = llama_folder.rename(llama_folder.with_name("moved"))
     code = (
-        "from distill.models.checkpoints import *\n"
+        "from distill.models.checkpoints import resolve\n"
+        "from distill.models.tokenizers import load_tokenizer, tokenizer_fingerprint\n"
         f"print(tokenizer_fingerprint(load_tokenizer(resolve({str(elsewhere)!r}))))"
     )
     root = Path(__file__).parents[2]

@@ -1,0 +1,61 @@
+"""A checkpoint's tensors by name, each read from disk when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.huggingface import load_pretrained
+
+
+class Tensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by their Hugging Face names; each is read from disk when it is asked for.
+
+    A GGUF file is dequantised by transformers into memory once, at the first look: its blocks are not stored under
+    these names.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._places: dict[str, Path] = {}
+        self._loaded: dict[str, Tensor] | None = None
+        if checkpoint.gguf_file is not None:
+            return
+        for file in weight_files(checkpoint):
+            with safe_open(file, framework="pt") as opened:
+                self._places.update(dict.fromkeys(opened.keys(), file))
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._places if self._checkpoint.gguf_file is None else self._dequantised())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in (GGUF: float32)."""
+        if self._checkpoint.gguf_file is not None:
+            return self._dequantised()[name]
+        with safe_open(self._places[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def _dequantised(self) -> dict[str, Tensor]:
+        if self._loaded is None:
+            self._loaded = load_pretrained(self._checkpoint, torch.float32).state_dict()
+        return self._loaded
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+
+def tensors(checkpoint: Checkpoint) -> Tensors:
+    """Open a checkpoint's tensors for lazy reading; refuses pickle."""
+    return Tensors(checkpoint)

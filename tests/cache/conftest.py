@@ -1,0 +1,117 @@
+"""Records without a teacher, a manifest, and a way to write a cache of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distill.cache.format import Manifest
+from distill.cache.records import Record
+from distill.targets import schemes
+from distill.targets.stored import StoredHidden, StoredTargets
+
+LENGTH, VOCABULARY = 24, 1009
+FINGERPRINTS = dict.fromkeys(
+    ("teacher_config", "teacher_weights", "quantization", "tokenizer", "chat_template", "corpus", "packing"), "a" * 64
+)
+
+
+def random_record(
+    seed: int, scheme: schemes.AnyScheme, length: int = LENGTH, vocabulary: int = VOCABULARY, share: float = 0.7
+) -> Record:
+    """A record as `scheme` could have made it: any numbers that its fields can hold, `share` of the mask True."""
+    generator = np.random.default_rng(seed)
+    ids_L = generator.integers(vocabulary, size=length, dtype=np.uint32)
+    breaks_L = generator.random(length) < 0.2
+    breaks_L[0] = True
+    starts_L = np.maximum.accumulate(np.where(breaks_L, np.arange(length), 0))
+    mask_L = generator.random(length) < share
+    mask_L[-1] = False
+    targets = random_targets(generator, scheme, ids_L, mask_L, vocabulary)
+    return Record(ids_L, (np.arange(length) - starts_L).astype(np.uint32), mask_L, targets)
+
+
+def random_targets(
+    generator: np.random.Generator, scheme: Any, ids_L: np.ndarray, mask_L: np.ndarray, vocabulary: int
+) -> StoredTargets | StoredHidden:
+    positions = int(mask_L.sum())
+    entropy_N, surprisal_N = generator.integers(2**16, size=(2, positions), dtype=np.uint16)
+    if isinstance(scheme, schemes.Hidden):
+        bits_ND = generator.integers(2**16, size=(positions, scheme.size), dtype=np.uint16)
+        return StoredHidden(bits_ND, entropy_N, surprisal_N)
+    if isinstance(scheme, schemes.VarOpt):
+        heads_N = generator.integers(1, 2 + int(0.5 / scheme.threshold), size=positions)
+        atoms_N = generator.integers(0, 2 + int(0.5 / scheme.threshold), size=positions)
+    elif isinstance(scheme, schemes.TopK):
+        heads_N, atoms_N = np.full(positions, min(scheme.entries, vocabulary)), np.zeros(positions, dtype=np.int64)
+    else:
+        heads_N, atoms_N = generator.integers(1, scheme.entries + 1, size=positions), np.zeros(positions, dtype=np.int64)
+    heads, draws = [], [[] for _ in range(scheme.draws)]
+    for place, head, atom in zip(np.flatnonzero(mask_L), heads_N, atoms_N, strict=True):
+        ids = generator.permutation(min(vocabulary, 4096))[: head + scheme.draws * atom]
+        if generator.random() < 0.5 and ids_L[place + 1] not in ids:
+            ids[generator.integers(head)] = ids_L[place + 1]  # the true next token is among the heads
+        heads.append(ids[:head])
+        for draw, ids_of_draw in enumerate(np.split(ids[head:], scheme.draws)):
+            draws[draw].append(np.sort(ids_of_draw))
+    entries = [ids for pair in zip(heads, draws[0], strict=True) for ids in pair]
+    codes = int(scheme.coded_mask(heads_N, atoms_N, int((heads_N + atoms_N).max(initial=0)) + 1).sum())
+    return StoredTargets(
+        heads_N=heads_N.astype(np.uint16),
+        atoms_N=atoms_N.astype(np.uint16),
+        ids_T=joined(entries),
+        codes_C=generator.integers(0, 2048, size=codes, dtype=np.uint16),
+        entropy_N=entropy_N,
+        surprisal_N=surprisal_N,
+        further_DA=np.array([joined(ids) for ids in draws[1:]], dtype=np.uint32).reshape(
+            scheme.draws - 1, int(atoms_N.sum())
+        ),
+    )
+
+
+def joined(ids: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.uint32), *ids]).astype(np.uint32)
+
+
+@pytest.fixture(scope="session")
+def make_record() -> Callable[..., Record]:
+    return random_record
+
+
+@pytest.fixture(scope="session")
+def make_manifest() -> Callable[..., Manifest]:
+    """`make_manifest(samples=25)`: of a cache of 24 tokens a sample, of which the first five are held out."""
+
+    def make(samples: int = 25, shard_samples: int = 4, **changes: Any) -> Manifest:
+        content: dict[str, Any] = {
+            "scheme": "varopt",
+            "scheme_parameters": {"threshold": 0.05, "draws": 1},
+            "temperature": 1.0,
+            "seed": 0,
+            "vocab_size": VOCABULARY,
+            "sequence_length": LENGTH,
+            "pack": True,
+            "shard_samples": shard_samples,
+            "splits": {"held_out": [0, 5], "train": [5, samples]},
+            "fingerprints": FINGERPRINTS,
+            "made_with": {"torch": "2"},
+        }
+        return Manifest(**{**content, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def records_of() -> Callable[[Manifest, int], list[Record]]:
+    """`records_of(manifest, shard)`: the shard's records, always the same; every third one has no position with loss."""
+
+    def records(manifest: Manifest, shard: int) -> list[Record]:
+        scheme = manifest.make_scheme()
+        return [
+            random_record(sample, scheme, share=0 if sample % 3 == 2 else 0.6) for sample in manifest.shard_range(shard)
+        ]
+
+    return records
