@@ -30,7 +30,7 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {_where(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: an experiment file is a mapping of corpus, teacher, student, …")
     _check_keys(content, Experiment, path, prefix="")
@@ -38,6 +38,14 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
     experiment = _parse(path, overrides)
     _check_ranges(experiment)
     return experiment
+
+
+def _where(error: Any) -> str:
+    """What a YAML error says, without its name for the text and the excerpt of it."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
@@ -67,15 +75,30 @@ def _check_overrides(overrides: list[str]) -> None:
     for argument in overrides:
         if not argument.startswith("--"):
             continue
-        kind: type | None = Experiment
-        walked = ""
+        kind: type = Experiment
+        walked = "--"
         for key in argument[2:].split("=", 1)[0].split("."):
-            if kind is None:
-                break  # inside a free mapping such as student.options, or behind a plain value: jsonargparse says
+            if not dataclasses.is_dataclass(kind):
+                raise UserError(f"{walked}.{key}: unknown option: {walked[2:]} is a value without keys")
             known = {field.name: field for field in dataclasses.fields(kind)}
             if key not in known:
-                raise UserError(f"--{walked}{key}: unknown option{did_you_mean(key, known)}")
-            walked, kind = f"{walked}{key}.", _section(known[key])
+                raise UserError(f"{walked}{key}: unknown option{_in_a_section(key) or did_you_mean(key, known)}")
+            if str(known[key].type).startswith("dict"):
+                break  # a free mapping such as student.options: whom it is for says what it may hold
+            kind = _section(known[key]) or str
+            walked += f"{key}." if dataclasses.is_dataclass(kind) else key
+
+
+def _in_a_section(key: str) -> str:
+    """`; did you mean '--train.seed'?` for a key that was given without its section."""
+    sections = [
+        entry.name for entry in dataclasses.fields(Experiment) if (kind := _section(entry)) and key in _names(kind)
+    ]
+    return f"; did you mean {' or '.join(f'--{section}.{key}' for section in sections)}?" if sections else ""
+
+
+def _names(kind: type) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(kind)}
 
 
 def print_options() -> None:

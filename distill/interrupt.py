@@ -12,6 +12,7 @@ class Interrupted(BaseException):
     """The user (or the machine) asked to stop. Not an Exception, so that nothing swallows it."""
 
 
+_installed = False
 _deferred = False
 _asked = False
 
@@ -26,10 +27,17 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 def install() -> None:
     """Take over Ctrl-C and SIGTERM for this process; none is waiting yet."""
-    global _asked
-    _asked = False
+    global _installed, _asked
+    _installed, _asked = True, False
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
+
+
+def retake() -> None:
+    """Take SIGTERM back from Lightning, which puts a handler of its own before ours: it ends the program with status 0
+    wherever it next looks, for example in a measurement, before anything is saved."""
+    if _installed:
+        signal.signal(signal.SIGTERM, _handle)
 
 
 @contextlib.contextmanager

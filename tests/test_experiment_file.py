@@ -81,8 +81,8 @@ def test_to_dict_gives_back_an_equal_experiment(tmp_path: Path, minimal: str) ->
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("corpus: {path: c\n", ["not valid YAML", "demo.yaml"]),
-        ("a: b: c\n", ["not valid YAML", "line 1"]),
+        ("corpus: {path: c\n", ["demo.yaml: not valid YAML: line 2, column 1: expected ',' or '}'"]),
+        ("a: b: c\n", ["not valid YAML: line 1, column 5"]),
         ("- a\n- b\n", ["an experiment file is a mapping"]),
         ("", ["an experiment file is a mapping"]),
         (b"corpus: \xff\xfe\n", ["cannot be read"]),
@@ -111,12 +111,13 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str | bytes, wo
     [
         (["--teacher.quantisation", "nf4"], ["--teacher.quantisation: unknown option", "did you mean 'quantization'?"]),
         (["--tarin.epochs", "2"], ["--tarin: unknown option", "did you mean 'train'?"]),
-        (["--seed", "2"], ["--seed: unknown option"]),
+        (["--seed", "2"], ["--seed: unknown option", "did you mean --corpus.seed or --cache.seed or --train.seed?"]),
         (["--experiment_file", "other.yaml"], ["--experiment_file: unknown option"]),
         (["--train.epochs", "many"], ["train.epochs", "many", "int"]),
         (["--train.epochs"], ["epochs"]),
         (["--train.precision", "fp8"], ["train.precision", "fp8", "'bf16-mixed'"]),
-        (["--train.epochs.more", "1"], ["epochs"]),
+        (["--train.epochs.more", "1"], ["--train.epochs.more: unknown option", "train.epochs is a value"]),
+        (["--run_dir.more", "1"], ["--run_dir.more: unknown option", "run_dir is a value"]),
         (["more.yaml"], ["more.yaml"]),
         (["-x", "1"], ["-x"]),
     ],

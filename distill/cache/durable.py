@@ -50,6 +50,7 @@ def append_durably(path: Path, line: bytes) -> None:
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
+        _wait_for_others(descriptor)
         size = os.fstat(descriptor).st_size
         try:
             _write_all(descriptor, line)
@@ -61,6 +62,13 @@ def append_durably(path: Path, line: bytes) -> None:
         os.close(descriptor)
     if is_new:
         sync_folder(path.parent)
+
+
+def _wait_for_others(descriptor: int) -> None:
+    """Several processes may append to one file: one at a time, so that none cuts off what another wrote."""
+    if fcntl:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
@@ -142,7 +150,7 @@ def _lock(descriptor: int, folder: Path) -> None:
     except BlockingIOError:
         raise UserError(f"{folder}: another process is writing here: wait for it, or stop it") from None
     except OSError:
-        pass  # a file system without locks
+        return  # a file system without locks
 
 
 def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> UserError:

@@ -56,8 +56,6 @@ class ShardShares(pl.LightningDataModule):
         progress: told about this process's tokens.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         samples: Dataset,
@@ -67,6 +65,7 @@ class ShardShares(pl.LightningDataModule):
         progress: Progress,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
         self.samples, self.open_writer, self.shards = samples, open_writer, shards
         self.batch_size, self.progress = batch_size, progress
         self.background = contextlib.ExitStack()

@@ -64,18 +64,23 @@ def verify(folder: Path) -> Report:
     repair = f"run `distill inspect {folder} --repair`"
     again = "run `distill cache-teacher` again"
     findings = list(_journal_findings(lines, repair, again))
+    expected = shards_of(folder, manifest)
     bad = whole = 0
-    for shard in shards_of(folder, manifest):
+    for shard in sorted({*expected, *lines.entries}):
         problem = shard_problem(folder, shard, lines.entries.get(shard))
-        if problem:
+        if shard not in expected:
+            findings.append(Finding(shard_file(shard), "is not of this part of the cache", "start the part anew"))
+        elif problem:
             findings.append(Finding(shard_file(shard), problem, repair))
-        bad, whole = bad + (problem is not None), whole + (problem is None and shard in lines.entries)
-    to_do = len(shards_of(folder, manifest)) - whole - bad
+            bad += 1
+        elif shard in lines.entries:
+            whole += 1
+    to_do = len(expected) - whole - bad
     if to_do:
         findings.append(Finding(JOURNAL, f"not finished, {to_do} shards to go", f"{again}, it continues"))
     for name, problem in _side_problems(folder, manifest).items():
         findings.append(Finding(name, problem, f"{repair}, then `distill cache-teacher`"))
-    for name in _strangers(folder, manifest):
+    for name in _strangers(folder, manifest, {*expected, *lines.entries}):
         if name.endswith(TEMPORARY):
             findings.append(Finding(name, "was left half written", f"{again}, it is removed then"))
         else:
@@ -123,15 +128,15 @@ def _side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
     return problems
 
 
-def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _strangers(folder: Path, manifest: Manifest, shards: set[int]) -> Iterator[str]:
     """Files that no writer of caches made, or that one left half written."""
     known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER, *([HEAD] if manifest.scheme == "hidden" else [])}
     for path in sorted(folder.iterdir()):
         if path.name not in known:
             yield printable(path.name)
     for path in sorted((folder / SHARDS).iterdir()) if (folder / SHARDS).is_dir() else []:
-        number = path.name.removesuffix(".safetensors")
-        is_shard = number.isdecimal() and int(number[:18]) < manifest.shards
+        number = path.name[:18].removesuffix(".safetensors")
+        is_shard = number.isascii() and number.isdecimal() and int(number) in shards
         if not is_shard or shard_file(int(number)) != f"{SHARDS}/{path.name}":
             yield printable(f"{SHARDS}/{path.name}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from transformers import AutoTokenizer
@@ -131,11 +132,17 @@ def _fit(
         make_schedule=lambda total: schedule(total=total),
     )
     checkpoints = folders.checkpoints(role)
+    # Lightning's bf16-true would cast the batch too, the targets' weights among it, and make bfloat16 the default type
+    # inside a step, in which the positions of a step cannot be counted. Weights in bfloat16 are all that is wanted.
+    precision = config.precision
+    if precision == "bf16-true":
+        precision = "32-true"
+        student.to(torch.bfloat16)
     progress = Progress(f"train {role}", total=0, unit="steps")
     trainer = pl.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
-        precision=config.precision,
+        precision=precision,
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         accumulate_grad_batches=config.accumulate_grad_batches,

@@ -54,6 +54,9 @@ class StopWhenAsked(pl.Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        interrupt.retake()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

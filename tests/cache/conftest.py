@@ -48,7 +48,10 @@ def random_targets(
     elif isinstance(scheme, schemes.TopK):
         heads_N, atoms_N = np.full(positions, min(scheme.entries, vocabulary)), np.zeros(positions, dtype=np.int64)
     else:
-        heads_N, atoms_N = generator.integers(1, scheme.entries + 1, size=positions), np.zeros(positions, dtype=np.int64)
+        heads_N, atoms_N = (
+            generator.integers(1, scheme.entries + 1, size=positions),
+            np.zeros(positions, dtype=np.int64),
+        )
     heads, draws = [], [[] for _ in range(scheme.draws)]
     for place, head, atom in zip(np.flatnonzero(mask_L), heads_N, atoms_N, strict=True):
         ids = generator.permutation(min(vocabulary, 4096))[: head + scheme.draws * atom]
@@ -106,7 +109,7 @@ def make_manifest() -> Callable[..., Manifest]:
 
 @pytest.fixture(scope="session")
 def records_of() -> Callable[[Manifest, int], list[Record]]:
-    """`records_of(manifest, shard)`: the shard's records, always the same; every third one has no position with loss."""
+    """`records_of(manifest, shard)`: the shard's records, always the same; every third one carries no loss."""
 
     def records(manifest: Manifest, shard: int) -> list[Record]:
         scheme = manifest.make_scheme()

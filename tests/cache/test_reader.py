@@ -130,7 +130,9 @@ def test_workers_read_the_same(cache: Path) -> None:
 def test_moving_a_batch_moves_all_of_it(cache: Path, written: list[Record]) -> None:
     batch = CacheReader(cache, "train").collate(written[:2])
     moved: Any = batch.to(torch.device("meta"))
-    assert {moved.input_ids_BL.device.type, moved.targets.weights_NK.device.type, moved.entropy_N.device.type} == {"meta"}
+    assert {moved.input_ids_BL.device.type, moved.targets.weights_NK.device.type, moved.entropy_N.device.type} == {
+        "meta"
+    }
 
 
 def test_an_unfinished_cache_is_refused(
@@ -202,7 +204,7 @@ def test_a_damaged_shard_is_refused_or_harmless(tmp_path: Path, cache: Path, wri
     shutil.copytree(cache, folder)
     path, rows = folder / shard_file(3), range(7, 11)  # samples 12 to 15
     whole = path.read_bytes()
-    for place in range(0, len(whole), 3):
+    for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         assert check_damage(folder, written, rows) >= 1
     path.write_bytes(whole)

@@ -12,7 +12,7 @@ from distill.losses.divergences import SparseChunk
 
 @pytest.fixture(scope="session")
 def make_target() -> Callable[..., SparseChunk]:
-    """`make_target(positions, vocab_size)`: random sparse distributions of 1 to 16 entries, padded with id 0, weight 0."""
+    """`make_target(positions, vocab_size)`: random sparse targets of 1 to 16 entries, padded with id 0, weight 0."""
 
     def make(positions: int, vocab_size: int, dtype: torch.dtype = torch.float64) -> SparseChunk:
         generator = torch.Generator().manual_seed(7)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.losses.divergences import SparseChunk, Mixture, forward_kl
+from distill.losses.divergences import Mixture, SparseChunk, forward_kl
 from distill.losses.fused import fused_loss
 from distill.models.language_model import Head
 

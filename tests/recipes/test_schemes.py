@@ -65,7 +65,7 @@ def test_hidden_states_give_the_exact_distributions_back(world: Any, distill: An
     from distill.cache.head import load_head
     from distill.losses.divergences import DenseChunk, forward_kl
 
-    reader, batch, exact_NV = _cached("hidden", world, distill, tmp_path)
+    _, batch, exact_NV = _cached("hidden", world, distill, tmp_path)
     head = load_head(tmp_path / "run" / "cache")
     true_ids_N = torch.zeros(len(exact_NV), dtype=torch.long)
     chunk = DenseChunk(batch.targets.hidden_ND, head, true_ids_N)

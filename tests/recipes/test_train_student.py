@@ -79,30 +79,32 @@ def plain(finished: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize(
-    ("lever", "steps", "dtype", "tolerance"),
+    ("lever", "dtype", "tolerance"),
     [
-        (["--train.precision", "bf16-mixed"], 6, torch.float32, 2e-2),
-        (["--train.precision", "bf16-true"], 6, torch.bfloat16, 6e-2),
-        (["--train.activation_checkpointing"], 6, torch.float32, 1e-5),
-        (["--train.batch_size", "2", "--train.accumulate_grad_batches", "2"], 6, torch.float32, 1e-4),
-        (["--train.num_workers", "1"], 6, torch.float32, 1e-6),
-        (["--loss.chunk_size", "7"], 6, torch.float32, 1e-4),
+        (["--train.precision", "bf16-mixed"], torch.float32, 3e-2),
+        (["--train.precision", "bf16-true"], torch.bfloat16, 5e-2),
+        (["--train.activation_checkpointing"], torch.float32, 1e-6),
+        (["--train.batch_size", "2", "--train.accumulate_grad_batches", "2"], torch.float32, 1e-3),
+        (["--train.num_workers", "1"], torch.float32, 0.0),
+        (["--loss.chunk_size", "7"], torch.float32, 1e-3),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_lever_of_memory_changes_the_training_by_rounding_alone(
-    train: Any, plain: Path, tmp_path: Path, lever: list[str], steps: int, dtype: torch.dtype, tolerance: float
+    train: Any, plain: Path, tmp_path: Path, lever: list[str], dtype: torch.dtype, tolerance: float
 ) -> None:
-    train("--train.max_steps", steps, *lever).done()
+    train("--train.max_steps", 6, *lever).done()
     ours = load_file(tmp_path / "run/student/model.safetensors")
     theirs = load_file(plain / "student/model.safetensors")
-    assert ours["model.layers.0.mlp.up_proj.weight"].dtype == dtype
-    for name in theirs:
-        torch.testing.assert_close(ours[name].float(), theirs[name], atol=tolerance, rtol=tolerance)
-    assert checkpoint(tmp_path / "run", "last.ckpt")["global_step"] == steps
+    for name, theirs_x in theirs.items():
+        assert ours[name].dtype == dtype
+        distance = torch.linalg.vector_norm(ours[name].float() - theirs_x) / torch.linalg.vector_norm(theirs_x)
+        assert distance <= tolerance, (name, float(distance))
+    assert checkpoint(tmp_path / "run", "last.ckpt")["global_step"] == 6
     for column in ("loss", "held_out_kl", "held_out_loss"):
         values = logged(tmp_path / "run", column)
         assert values and all(math.isfinite(value) and value > 0 for value in values)
+        assert values == pytest.approx(logged(plain, column), rel=max(tolerance, 1e-6))
 
 
 def test_the_schedule_is_the_one_asked_for(train: Any, tmp_path: Path) -> None:
@@ -207,3 +209,13 @@ def test_a_damaged_cache_is_refused_when_the_damage_is_met(finished: Any, train:
     shard.write_bytes(content)
     train("--cache.dir", cache).refused("000003.safetensors", "distill inspect", "--verify")
     assert not (tmp_path / "run/student").exists()
+
+
+def test_a_student_of_an_earlier_cache_does_not_pass_for_one_of_this(
+    train: Any, distill: Any, finished: Any, tmp_path: Path
+) -> None:
+    """Same settings of training, same folder, but the targets are others."""
+    train("--train.max_steps", 1).done()
+    other = ["--cache.dir", tmp_path / "other", "--cache.seed", 1]
+    distill("cache-teacher", finished.file, *other).done()
+    train("--train.max_steps", 1, *other).refused("was trained with other settings", "cache.seed: 0 there, 1 here")

@@ -107,7 +107,9 @@ def test_a_row_is_coded_whatever_its_company(random_rows: torch.Tensor) -> None:
     uniform_NK = np.random.default_rng(0).random(weights_NK.shape)
     together_C = encode_weights(weights_NK, heads_N, atoms_N, 0.02, uniform_NK)
     alone = [
-        encode_weights(weights_NK[n : n + 1, :k], heads_N[n : n + 1], atoms_N[n : n + 1], 0.02, uniform_NK[n : n + 1, :k])
+        encode_weights(
+            weights_NK[n : n + 1, :k], heads_N[n : n + 1], atoms_N[n : n + 1], 0.02, uniform_NK[n : n + 1, :k]
+        )
         for n, k in enumerate(heads_N + atoms_N)
     ]
     assert np.array_equal(together_C, np.concatenate(alone))

@@ -28,7 +28,7 @@ def check_form(targets: SparseTargets, probs_NV: Tensor, threshold: float) -> No
     for n in range(rows):
         count, heads = int(targets.counts_N[n]), int(targets.heads_N[n])
         ids, weights = targets.ids_NK[n, :count], targets.weights_NK[n, :count]
-        assert 0 <= int(ids.min()) and int(ids.max()) < vocab_size
+        assert int(ids.min()) >= 0 and int(ids.max()) < vocab_size
         assert ids.unique().numel() == count, "an id twice"
         assert (weights > 0).all()
         assert (probs_NV[n, ids] > 0).all(), "a token without probability"

@@ -55,7 +55,9 @@ def test_dropout_repeats_itself() -> None:
 
     def grads(checkpointed: bool) -> list[Tensor]:
         torch.manual_seed(0)
-        model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)) for _ in "ab"])})
+        model = nn.ModuleDict(
+            {"blocks": nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)) for _ in "ab"])}
+        )
         if checkpointed:
             checkpoint_blocks(model)
         hidden = torch.ones(4, 8, requires_grad=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -24,8 +26,8 @@ def test_cosine() -> None:
     rates = curve("cosine")
     assert rates[10] == 1 and rates[-1] == pytest.approx(0.1)
     assert rates[55] == pytest.approx(0.55)  # half way
-    assert all(after < before for before, after in zip(rates[10:], rates[11:], strict=False))
-    drops = [before - after for before, after in zip(rates[10:], rates[11:], strict=False)]
+    assert all(after < before for before, after in pairwise(rates[10:]))
+    drops = [before - after for before, after in pairwise(rates[10:])]
     assert drops[0] < drops[45] > drops[-1]  # flat at both ends
 
 
