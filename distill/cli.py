@@ -147,7 +147,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|bitsandbytes)\b.*")
     for name in (
         "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric",
+        "lightning.fabric.utilities.distributed",
         "transformers",
         "bitsandbytes",
         "datasets",

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from distill import plugins
+from distill.cache import token_order
 from distill.cache.format import Manifest, differences
 from distill.cache.storage import Storage, UrlStorage, is_url, open_storage
+from distill.cache.token_order import TokenOrder, token_counts
 from distill.config import Experiment
 from distill.corpus import SampleSets, open_corpus
 from distill.errors import UserError
@@ -161,7 +163,13 @@ def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
     return schemes.make(cache.scheme, **parameters[cache.scheme])
 
 
-def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> Manifest:
+def make_token_order(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> TokenOrder:
+    """The order of the tokens in the experiment's cache: by their frequency in its training samples."""
+    count = min(len(samples.train), experiment.cache.max_samples or len(samples.train))
+    return TokenOrder.by_frequency(token_counts(samples.train, count, teacher.vocab_size))
+
+
+def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets, order: TokenOrder) -> Manifest:
     """What the experiment's cache must be."""
     corpus, cache = experiment.corpus, experiment.cache
     held_out = min(len(samples.held_out), cache.held_out_samples)
@@ -180,6 +188,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets)
         fingerprints={
             **teacher.fingerprints,
             "corpus": samples.fingerprint,
+            token_order.FINGERPRINT: order.fingerprint,
             "packing": f"held out {corpus.held_out}, seed {corpus.seed}",
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")},

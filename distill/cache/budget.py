@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from distill.cache.predict import TeacherModule
 from distill.cache.records import Record, pack
+from distill.cache.token_order import TokenOrder
 from distill.errors import UserError
 from distill.targets.extract import extract
 from distill.targets.schemes import AnyScheme, VarOpt
@@ -34,10 +35,16 @@ class Calibration:
 
     @torch.no_grad()
     def __init__(
-        self, module: TeacherModule, samples: Dataset, count: int, batch_size: int, device: torch.device
+        self,
+        module: TeacherModule,
+        order: TokenOrder,
+        samples: Dataset,
+        count: int,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         """Runs the teacher's body over at most `count` samples, up to `TOKENS` tokens."""
-        self.module = module
+        self.module, self.order = module, order
         length = len(samples[0]["input_ids"])
         chosen = Subset(samples, range(min(count, max(1, TOKENS // length))))
         self._rows: list[dict[str, Tensor]] = []
@@ -68,7 +75,7 @@ class Calibration:
             record = Record(
                 ids_L.numpy().astype(np.uint32), positions_L.numpy().astype(np.uint32), mask_L.numpy(), targets
             )
-            size += len(pack(record, scheme))
+            size += len(pack(self.order.ranked(record), scheme))
         return size / self.tokens
 
     def threshold_for(self, bytes_per_token: float, scheme: VarOpt) -> VarOpt:

@@ -8,6 +8,8 @@ from distill.cache.manifest import FORMAT, MANIFEST, VERSION, Manifest, differen
 
 PART = "part.json"
 """Which part of a cache a folder holds, where it is not all of it."""
+TOKEN_ORDER = "token_order"
+"""The order of the tokens in which records write their ids."""
 TOKENIZER = "tokenizer"
 """Folder of the teacher's tokenizer."""
 
@@ -18,6 +20,7 @@ __all__ = [
     "PART",
     "SHARDS",
     "TOKENIZER",
+    "TOKEN_ORDER",
     "VERSION",
     "JournalEntry",
     "Manifest",

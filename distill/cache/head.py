@@ -23,7 +23,8 @@ def save_head(folder: Path, head: Head) -> None:
     if head.bias_V is not None:
         tensors["bias"] = head.bias_V.detach().cpu().contiguous()
     transformation = json.dumps({"scale": head.scale, "soft_cap": head.soft_cap})
-    metadata = {"transformation": transformation, "sha256": _sha256(tensors, transformation)}
+    # One entry: safetensors writes several in an order that differs from process to process.
+    metadata = {"head": f"{_sha256(tensors, transformation)} {transformation}"}
     write_durably(folder / HEAD, save(tensors, metadata=metadata))
 
 
@@ -38,8 +39,8 @@ def load_head(folder: Path) -> Head:
         raise UserError(f"{path}: missing: run `distill cache-teacher` again, it writes the head") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}): delete it and run `distill cache-teacher` again") from None
-    transformation = metadata.get("transformation", "")
-    if "weight" not in tensors or metadata.get("sha256") != _sha256(tensors, transformation):
+    digest, _, transformation = metadata.get("head", "").partition(" ")
+    if "weight" not in tensors or digest != _sha256(tensors, transformation):
         raise UserError(f"{path}: has changed: delete it and run `distill cache-teacher` again")
     return Head(tensors["weight"], tensors.get("bias"), **json.loads(transformation))
 

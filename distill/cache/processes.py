@@ -113,17 +113,22 @@ def predict(trainer: pl.Trainer, module: TeacherModule, shares: ShardShares) -> 
             with shares.background:
                 trainer.predict(module, datamodule=shares, return_predictions=False)
         except interrupt.Interrupted:
-            if trainer.global_rank > 0:
-                sys.exit(0)  # anything else would make Lightning kill the process that tells the user
+            _leave_if_not_first(trainer)
             raise
         except Exception:
             # Where the others ended first, because they were asked to, the connection to them is lost.
             if not interrupt.asked():
                 raise
-            if trainer.global_rank > 0:
-                sys.exit(0)
+            _leave_if_not_first(trainer)
             raise interrupt.Interrupted("interrupted") from None
+    _leave_if_not_first(trainer)
+
+
+def _leave_if_not_first(trainer: pl.Trainer) -> None:
+    """Any other status would make Lightning kill the process of rank 0, which is the one that tells the user."""
     if trainer.global_rank > 0:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it is ending already
         sys.exit(0)
 
 
@@ -133,23 +138,26 @@ def _processes_of_its_own(trainer: pl.Trainer) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _SET_BY_LIGHTNING}
     try:
         yield
+    except BaseException:
+        for process in _started(trainer):
+            process.send_signal(signal.SIGTERM)
+        raise
     finally:
-        started = getattr(trainer.strategy.launcher, "procs", [])
         if trainer.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        _end(started)
+        _wait_for(_started(trainer))
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
 
-def _end(started: list[subprocess.Popen[bytes]]) -> None:
-    """Ask to stop what has not ended by itself; what does not listen is killed, which costs the shard in flight."""
-    stopping = sys.exc_info()[0] is not None
-    for process in started:
-        if stopping and process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+def _started(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
+def _wait_for(started: list[subprocess.Popen[bytes]]) -> None:
+    """What does not end is killed, which costs the shard in flight."""
     for process in started:
         try:
             process.wait(_SECONDS_TO_STOP)

@@ -13,6 +13,7 @@ from distill.cache.parts import read_part
 from distill.cache.records import Record, unpack
 from distill.cache.shards import ShardFile
 from distill.cache.storage import FolderStorage, Storage, open_storage
+from distill.cache.token_order import load_order
 from distill.errors import UserError
 
 _ATTEMPTS = 3
@@ -34,6 +35,7 @@ class CacheReader(Dataset[Record]):
         self.scheme = self.manifest.make_scheme()
         self.start, self.stop = self.manifest.splits[split]
         check_finished(self.storage)
+        self.order = load_order(self.storage.folder, self.manifest)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -44,7 +46,8 @@ class CacheReader(Dataset[Record]):
         sample, manifest = self.start + index, self.manifest
         shard, row = divmod(sample, manifest.shard_samples)
         try:
-            return unpack(self._bytes(shard, row), manifest.sequence_length, self.scheme, manifest.record_key(sample))
+            data, key = self._bytes(shard, row), manifest.record_key(sample)
+            return self.order.named(unpack(data, manifest.sequence_length, self.scheme, key))
         except (DamagedRecord, OSError) as error:
             raise UserError(
                 f"cache {self.storage.name}: {shard_file(shard)}, sample {row} cannot be read ({error}): "

@@ -42,7 +42,9 @@ def gather(reader: CacheReader, most_samples: int = 256) -> Statistics:
     entropy = surprisal = head_mass = 0.0
     for index in chosen:
         record = reader[int(index)]
-        sizes.update({name: len(field) for name, field in pack_fields(record, reader.scheme).items()})
+        sizes.update(
+            {name: len(field) for name, field in pack_fields(reader.order.ranked(record), reader.scheme).items()}
+        )
         batch = collate([record], reader.scheme)
         tokens += len(record.input_ids_L)
         positions += len(batch.entropy_N)

@@ -16,6 +16,7 @@ from distill.cache.format import (
     MANIFEST,
     PART,
     SHARDS,
+    TOKEN_ORDER,
     TOKENIZER,
     JournalEntry,
     Manifest,
@@ -27,6 +28,7 @@ from distill.cache.packing import DamagedRecord
 from distill.cache.parts import read_part
 from distill.cache.records import unpack
 from distill.cache.shards import ShardFile, encode
+from distill.cache.token_order import FINGERPRINT, load_order
 from distill.cache.tokenizer_files import tokenizer_problems
 from distill.cache.writer import remove_leftovers
 from distill.errors import UserError
@@ -120,6 +122,10 @@ def shard_problem(folder: Path, shard: int, entry: JournalEntry | None) -> str |
 def _side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
     """What is wrong beside manifest, journal and shards."""
     problems = {printable(name): problem for name, problem in tokenizer_problems(folder).items()}
+    try:
+        load_order(folder, manifest)
+    except UserError as error:
+        problems[TOKEN_ORDER] = "is missing" if not (folder / TOKEN_ORDER).exists() else f"has changed ({error})"
     if manifest.scheme == "hidden":
         try:
             load_head(folder)
@@ -130,7 +136,9 @@ def _side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 def _strangers(folder: Path, manifest: Manifest, shards: set[int]) -> Iterator[str]:
     """Files that no writer of caches made, or that one left half written."""
-    known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER, *([HEAD] if manifest.scheme == "hidden" else [])}
+    known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER}
+    known |= {HEAD} if manifest.scheme == "hidden" else set()
+    known |= {TOKEN_ORDER} if FINGERPRINT in manifest.fingerprints else set()
     for path in sorted(folder.iterdir()):
         if path.name not in known:
             yield printable(path.name)

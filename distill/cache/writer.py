@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 from distill.cache import journal
@@ -15,6 +16,7 @@ from distill.cache.format import (
     MANIFEST,
     PART,
     SHARDS,
+    TOKEN_ORDER,
     TOKENIZER,
     JournalEntry,
     Manifest,
@@ -27,6 +29,7 @@ from distill.cache.format import (
 from distill.cache.head import HEAD
 from distill.cache.records import Record, pack
 from distill.cache.shards import encode
+from distill.cache.token_order import TokenOrder, load_order
 from distill.errors import UserError
 
 
@@ -90,6 +93,11 @@ class CacheWriter:
         path = self.folder / entry.file
         return path.is_file() and path.stat().st_size == entry.bytes
 
+    @cached_property
+    def order(self) -> TokenOrder:
+        """The order of the tokens: it lies beside the shards before the first of them is written."""
+        return load_order(self.folder, self.manifest)
+
     def missing(self) -> list[int]:
         """Shards that are not finished, in order."""
         done = read_journal(self.folder, self.manifest)
@@ -102,7 +110,7 @@ class CacheWriter:
         """
         samples = self.manifest.shard_range(shard)
         packed = [
-            pack(record, self.scheme, self.manifest.record_key(sample))
+            pack(self.order.ranked(record), self.scheme, self.manifest.record_key(sample))
             for sample, record in zip(samples, records, strict=True)
         ]
         content = encode(packed)
@@ -134,13 +142,13 @@ def _clear(folder: Path) -> None:
     (folder / JOURNAL).unlink(missing_ok=True)
     sync_folder(folder)
     _remove(folder / SHARDS, lambda name: _SHARD.fullmatch(name) is not None)
-    _remove(folder, lambda name: name in (PART, TOKENIZER, HEAD))
+    _remove(folder, lambda name: name in (PART, TOKEN_ORDER, TOKENIZER, HEAD))
 
 
 def _is_leftover(name: str) -> bool:
     """Whether this is what a kill left half written: no other file is touched."""
     whole = name.removesuffix(TEMPORARY)
-    ours = whole in (MANIFEST, JOURNAL, PART, TOKENIZER, HEAD) or _SHARD.fullmatch(whole) is not None
+    ours = whole in (MANIFEST, JOURNAL, PART, TOKEN_ORDER, TOKENIZER, HEAD) or _SHARD.fullmatch(whole) is not None
     return ours and whole != name
 
 

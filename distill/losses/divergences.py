@@ -73,11 +73,14 @@ def forward_kl(logits_NV: Tensor, target: ChunkTarget) -> Tensor:
 
 def _bucketed_kl(logits_NV: Tensor, target: SparseChunk, rest_N: Tensor) -> Tensor:
     """KL over K + 1 outcomes: `sum_k w_k log(w_k / q_k) + r log(r / (1 - sum_k q_k))`."""
-    log_q_NK = logits_NV.gather(1, target.ids_NK) - torch.logsumexp(logits_NV, dim=-1, keepdim=True)
-    # What the student leaves for the bucket, kept off 0 where it leaves less than rounding can tell.
-    left_N = (1 - log_q_NK.exp().sum(-1)).clamp(min=torch.finfo(logits_NV.dtype).eps)
-    entries_N = (torch.xlogy(target.weights_NK, target.weights_NK) - target.weights_NK * log_q_NK).sum(-1)
-    return entries_N + torch.xlogy(rest_N, rest_N) - rest_N * left_N.log()
+    total_N = torch.logsumexp(logits_NV, dim=-1)
+    log_q_NK = logits_NV.gather(1, target.ids_NK) - total_N[:, None]
+    kl_N = (torch.xlogy(target.weights_NK, target.weights_NK) - target.weights_NK * log_q_NK).sum(-1)
+    if target.ids_NK.shape[1] == logits_NV.shape[1]:
+        return kl_N  # the bucket is empty
+    # Summed over the bucket's own tokens: 1 - sum_k q_k loses all its digits where the student is sure.
+    log_left_N = logits_NV.scatter(1, target.ids_NK, -torch.inf).logsumexp(dim=-1) - total_N
+    return kl_N + torch.xlogy(rest_N, rest_N) - rest_N * log_left_N
 
 
 def cross_entropy(logits_NV: Tensor, target: ChunkTarget) -> Tensor:

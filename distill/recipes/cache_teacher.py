@@ -15,6 +15,7 @@ from distill.cache.parts import Part, claim_part
 from distill.cache.predict import TeacherModule
 from distill.cache.processes import ShardShares, make_trainer, predict
 from distill.cache.storage import is_url
+from distill.cache.token_order import save_order
 from distill.cache.tokenizer_files import save_tokenizer
 from distill.cache.writer import CacheWriter
 from distill.config import Experiment
@@ -22,7 +23,7 @@ from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.models import devices
 from distill.progress import Progress, be_quiet, say
-from distill.workspace import Folders, Teacher, make_manifest, make_run_folder, open_samples
+from distill.workspace import Folders, Teacher, make_manifest, make_run_folder, make_token_order, open_samples
 
 
 def main(experiment: Experiment) -> int:
@@ -39,7 +40,8 @@ def main(experiment: Experiment) -> int:
     teacher = Teacher(experiment)
     teacher.device = trainer.strategy.root_device
     samples = open_samples(experiment, teacher)
-    manifest = make_manifest(experiment, teacher, samples)
+    order = make_token_order(experiment, teacher, samples)
+    manifest = make_manifest(experiment, teacher, samples, order)
     _describe(experiment, manifest, samples)
     shards = part.shards(manifest.shards) if part else range(manifest.shards)
     # The process of rank 0 holds the folder for all of them, and opens it before they do.
@@ -48,6 +50,7 @@ def main(experiment: Experiment) -> int:
             writer = CacheWriter(folders.cache, manifest, overwrite=cache.overwrite)
             claim_part(folders.cache, part)
             save_tokenizer(folders.cache, teacher.tokenizer)
+            save_order(folders.cache, order)
             missing = [shard for shard in writer.missing() if shard in shards]
             if not missing and not _lacks_head(folders, manifest):
                 say(f"cache: {_name(folders, part)} is complete ({len(shards)} shards); nothing to do")

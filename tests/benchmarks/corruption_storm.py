@@ -115,7 +115,7 @@ class Storm:
             for index, expected in enumerate(self.data[split]):
                 try:
                     right = fingerprint(reader[index]) == expected
-                    outcomes.append("samples read, unchanged" if right else "WRONG SAMPLES READ")
+                    outcomes.append("samples read unchanged" if right else "WRONG SAMPLES READ")
                 except UserError:
                     outcomes.append("samples refused")
         try:

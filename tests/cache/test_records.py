@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 import zlib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.cache.packing import read_sizes, write_sizes
 from distill.cache.records import DamagedRecord, Record, pack, unpack
 from distill.targets import schemes
 
@@ -132,19 +133,41 @@ def test_numbers_that_check_but_were_never_written_are_refused_in_little_memory(
     assert peak < 2**22
 
 
-@pytest.mark.parametrize("size", [2**20, 2**32 - 1, 2**62])
-def test_sizes_in_a_header_are_not_taken_on_trust(size: int) -> None:
-    """A stranger's record that claims so many documents, runs or bytes."""
-    leb128 = bytearray()
-    while size >= 0x80:
-        leb128.append(size & 0x7F | 0x80)
-        size >>= 7
-    leb128.append(size)
+def with_size(data: bytes, index: int, size: int) -> bytes:
+    """A record whose header says `size` in one place, with a checksum that fits."""
+    count = next(n for n in range(3, 40) if sum(read_sizes(data, 4, n)[0][2:]) == len(data) - read_sizes(data, 4, n)[1])
+    sizes, start = read_sizes(data, 4, count)
+    sizes[index] = size
+    body = write_sizes(sizes) + data[start:]
+    return zlib.crc32(body).to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize("size", [0, 26, 2**20, 2**32 - 1, 2**55])
+def test_sizes_in_a_header_are_not_taken_on_trust(make_record: MakeRecord, size: int) -> None:
+    """A stranger's record that claims so many documents, runs, or bytes of a field."""
+    data = pack(make_record(1, ALL[0]), ALL[0])
+    sizes, _ = read_sizes(data, 4, 5)
+    unpack(with_size(data, 0, sizes[0]), 24, ALL[0])
     tracemalloc.start()
-    for before in range(8):
-        body = bytes(before) + bytes(leb128) + bytes(40)
+    for index in range(5):
         with pytest.raises(DamagedRecord):
-            unpack(zlib.crc32(body).to_bytes(4, "little") + body, 24, ALL[0])
+            unpack(with_size(data, index, size), 24, ALL[0])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+
+
+def test_more_entries_than_a_scheme_makes_are_refused(make_record: MakeRecord) -> None:
+    """Targets are padded to the widest position: one of 60,000 atoms would take that much for each of the others."""
+    record = make_record(1, ALL[0], share=1.0)
+    wide = replace(
+        record.targets,  # type: ignore[type-var]
+        heads_N=np.ones(23, np.uint16),
+        atoms_N=np.array([60_000] + [0] * 22, np.uint16),
+        ids_T=np.concatenate([[0], np.arange(60_000), np.zeros(22)]).astype(np.uint32),
+        codes_C=np.zeros(1, np.uint16),
+        further_DA=np.empty((0, 60_000), np.uint32),
+    )
+    data = pack(replace(record, targets=wide), ALL[0])
+    with pytest.raises(DamagedRecord, match="entries"):
+        unpack(data, 24, ALL[0])

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distill.cache.format import Manifest, read_journal, read_manifest, shard_file
+from distill.cache.head import HEAD, load_head, save_head
 from distill.cache.reader import CacheReader
 from distill.cache.tokenizer_files import checked_tokenizer, save_tokenizer
 from distill.cache.verify import repair, verify
 from distill.cache.writer import CacheWriter
 from distill.errors import UserError
+from distill.models.language_model import Head
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -328,6 +331,27 @@ def test_a_link_to_the_same_content_is_good(cache: Path, tmp_path: Path) -> None
     shutil.move(cache / shard_file(0), tmp_path / "blob")
     (cache / shard_file(0)).symlink_to(tmp_path / "blob")
     assert verify(cache).findings == []
+
+
+# The head of a cache of hidden states.
+
+
+def test_the_head_is_the_same_bytes_each_time_and_no_bit_of_it_can_change(tmp_path: Path) -> None:
+    head = Head(torch.arange(15.0).reshape(5, 3).bfloat16(), torch.ones(5), scale=0.5)
+    for name in "abcdefgh":
+        (tmp_path / name).mkdir()
+        save_head(tmp_path / name, head)
+    written = {(tmp_path / name / HEAD).read_bytes() for name in "abcdefgh"}
+    assert len(written) == 1
+    content = written.pop()
+    for bit in range(0, 8 * len(content), 3):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        (tmp_path / HEAD).write_bytes(changed)
+        with pytest.raises(UserError, match=HEAD):
+            load_head(tmp_path)
+    (tmp_path / HEAD).write_bytes(content)
+    assert load_head(tmp_path).scale == 0.5
 
 
 # The command.

@@ -83,6 +83,16 @@ def test_a_missing_shard_is_made_again(
     assert content(tmp_path / "cache") == content(undisturbed)
 
 
+def test_what_kills_left_half_written_goes_at_the_next_start(
+    tmp_path: Path, undisturbed: Path, make_manifest: MakeManifest
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "cache")
+    for name in (MANIFEST, JOURNAL, shard_file(3)):
+        (tmp_path / "cache" / f"{name}.tmp").write_bytes(b"half")
+    CacheWriter(tmp_path / "cache", make_manifest())
+    assert content(tmp_path / "cache") == content(undisturbed)
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 
@@ -172,13 +182,13 @@ finish()
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments(tmp_path: Path, make_manifest: MakeManifest, records_of: RecordsOf) -> None:
     """Real processes, killed without warning while they write; the last one is left to finish."""
-    manifest = make_manifest(samples=600, shard_samples=2)
+    manifest = make_manifest(samples=160, shard_samples=2)
     finish(tmp_path / "expected", manifest, records_of)
     CacheWriter(tmp_path / "cache", manifest)
     arguments = [sys.executable, "-c", SCRIPT, str(Path(__file__).with_name("conftest.py")), str(tmp_path / "cache")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
-    left = [300, *map(int, out.split())]
+    left = [80, *map(int, out.split())]
     assert len(left) == 9 and all(after < before for before, after in pairwise(left)), "work was lost"
     assert left[-1] > 0, "it was done before it was killed"
     assert content(tmp_path / "cache") == content(tmp_path / "expected")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,13 +113,32 @@ def bucketed(teacher_NV: Tensor, k: int) -> SparseChunk:
     return SparseChunk(targets.ids_NK, targets.weights_NK, entropy_N, torch.arange(N), targets.rest_N)
 
 
-@pytest.mark.parametrize("k", [1, 17])
+@pytest.mark.parametrize("k", [1, 17, 1008])
 def test_a_rest_is_one_outcome(k: int) -> None:
     teacher_NV, student_NV = random_logits(0), (random_logits(1) * 0.3).requires_grad_()
     found_N, expected_N = forward_kl(student_NV, bucketed(teacher_NV, k)), bucketed_naive(teacher_NV, student_NV, k)
     torch.testing.assert_close(found_N, expected_N, atol=1e-9, rtol=1e-9)
     expected_grad = gradient(bucketed_naive(teacher_NV, student_NV, k), student_NV)
     torch.testing.assert_close(gradient(found_N, student_NV), expected_grad, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("lead", [12.0, 20.0, 40.0])
+def test_a_rest_is_well_conditioned(lead: float) -> None:
+    """A student in float32 that leaves next to nothing for the bucket still learns that it should."""
+    teacher_NV, student_NV = torch.zeros(N, V, dtype=torch.float64), random_logits(1).clamp(5, 9)
+    teacher_NV[:, 3], student_NV[:, 3] = 8, 9 + lead
+    target = bucketed(teacher_NV, 1)
+    low = replace(target, weights_NK=target.weights_NK.float(), rest_N=target.rest_N.float())  # type: ignore[union-attr]
+
+    def loss_and_gradient(logits_NV: Tensor, target: SparseChunk) -> tuple[Tensor, Tensor]:
+        logits_NV.requires_grad_()
+        loss_N = forward_kl(logits_NV, target)
+        return loss_N.detach().double(), gradient(loss_N, logits_NV).double()
+
+    for found, expected in zip(
+        loss_and_gradient(student_NV.float(), low), loss_and_gradient(student_NV, target), strict=True
+    ):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_a_rest_of_equals_is_zero() -> None:
