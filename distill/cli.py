@@ -74,16 +74,15 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
     from distill import interrupt
     from distill.experiment_file import load_experiment
 
-    interrupt.install()
     overrides = _spelled_out(overrides)
-    experiment = load_experiment(path, overrides)
-    _quiet_libraries()
-    steps = [command]
-    if command == "run":
-        steps = ["cache-teacher", "train-student", "evaluate"]
-        # What an earlier `run` left unfinished is what this one is for.
-        experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
+    steps = ["cache-teacher", "train-student", "evaluate"] if command == "run" else [command]
     try:
+        interrupt.install()
+        experiment = load_experiment(path, overrides)
+        _quiet_libraries()
+        if command == "run":
+            # What an earlier `run` left unfinished is what this one is for.
+            experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
         for step in steps:
             interrupt.stop_if_asked()  # the step before may have been in its last batch
             importlib.import_module(f"distill.recipes.{step.replace('-', '_')}").main(experiment)
@@ -112,10 +111,13 @@ def _inspect(rest: list[str]) -> int:
     parser.add_argument("cache", metavar="CACHE", help="folder of the cache")
     parser.add_argument("--verify", action="store_true", help="read everything, compare every hash (status 1: differs)")
     parser.add_argument("--repair", action="store_true", help="drop what is damaged; cache-teacher then makes it anew")
+    parser.add_argument("--sample", type=int, metavar="N", help="print training sample N, token by token")
+    parser.add_argument("--teacher", metavar="MODEL", help="compare some targets with this teacher's distributions")
     options = parser.parse_args(rest)
     from distill.recipes import inspect
 
-    return inspect.main(options.cache, verify=options.verify, repair=options.repair)
+    _quiet_libraries()
+    return inspect.main(options.cache, options.verify, options.repair, options.sample, options.teacher)
 
 
 def _merge(rest: list[str]) -> int:

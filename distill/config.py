@@ -76,6 +76,10 @@ class CacheConfig:
     """random: draws are made from p^exponent and importance weighted; 1 is unbiased."""
     draws: int = 1
     """varopt: independent targets a position, used in turn by the epochs of a training of several."""
+    bytes_per_token: float | None = None
+    """varopt: choose the threshold at which the first samples take this many bytes a token, instead of `threshold`."""
+    max_size: str | None = None
+    """Refuse to start when the cache would be larger, for example `20GB` or `12GiB`."""
     temperature: float = 1.0
     """Temperature of the teacher's distribution."""
     seed: int = 0

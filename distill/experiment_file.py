@@ -166,6 +166,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "cache.threshold": (1e-4, 1),
     "cache.entries": (1, 65_535),
     "cache.exponent": (1e-2, 1),
+    "cache.bytes_per_token": (1, 1e6),
     "cache.draws": (1, 64),
     "cache.temperature": (1e-2, 100),
     "cache.seed": (0, 2**63),

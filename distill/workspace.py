@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,15 @@ def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
     return schemes.make(cache.scheme, **parameters[cache.scheme])
 
 
+def with_budgeted_threshold(experiment: Experiment, found: Manifest) -> Experiment:
+    """The experiment with the threshold that was chosen for its `cache.bytes_per_token` when `found` was made."""
+    cache = experiment.cache
+    if cache.bytes_per_token is None or found.made_with.get("bytes_per_token") != f"{cache.bytes_per_token:g}":
+        return experiment
+    threshold = found.scheme_parameters.get("threshold", cache.threshold)
+    return replace(experiment, cache=replace(cache, threshold=threshold))
+
+
 def make_token_order(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> TokenOrder:
     """The order of the tokens in the experiment's cache: by their frequency in its training samples."""
     count = min(len(samples.train), experiment.cache.max_samples or len(samples.train))
@@ -191,7 +200,8 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
             token_order.FINGERPRINT: order.fingerprint,
             "packing": f"held out {corpus.held_out}, seed {corpus.seed}",
         },
-        made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
+        | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {}),
     )
 
 
@@ -210,6 +220,7 @@ def open_cache(experiment: Experiment) -> Storage:
 
 def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -> None:
     """Raises UserError when the experiment asks for a cache other than `found`, as far as its own settings tell."""
+    experiment = with_budgeted_threshold(experiment, found)
     scheme = make_scheme(experiment, found.scheme_parameters.get("size", 0))
     expected = Manifest(
         **{

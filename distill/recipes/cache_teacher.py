@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
 from distill import interrupt
+from distill.cache.budget import Calibration, check_size, parse_size
 from distill.cache.durable import cannot_write, sole_writer
-from distill.cache.format import Manifest, differences, read_journal, read_manifest
+from distill.cache.format import MANIFEST, Manifest, differences, read_journal, read_manifest
 from distill.cache.head import HEAD, save_head
 from distill.cache.parts import Part, claim_part
 from distill.cache.predict import TeacherModule
 from distill.cache.processes import ShardShares, make_trainer, predict
 from distill.cache.storage import is_url
-from distill.cache.token_order import save_order
+from distill.cache.token_order import TokenOrder, save_order
 from distill.cache.tokenizer_files import save_tokenizer
 from distill.cache.writer import CacheWriter
 from distill.config import Experiment
@@ -23,12 +26,22 @@ from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.models import devices
 from distill.progress import Progress, be_quiet, say
-from distill.workspace import Folders, Teacher, make_manifest, make_run_folder, make_token_order, open_samples
+from distill.targets.schemes import VarOpt
+from distill.workspace import (
+    Folders,
+    Teacher,
+    make_manifest,
+    make_run_folder,
+    make_token_order,
+    open_samples,
+    with_budgeted_threshold,
+)
 
 
 def main(experiment: Experiment) -> int:
     """Make the cache, or what is missing of it; with `cache.devices` or `cache.num_nodes`, one of their processes."""
     cache = experiment.cache
+    _check_budget_options(experiment)
     if cache.dir and is_url(cache.dir):
         raise UserError(f"cache.dir: {cache.dir}: a cache is made in a local folder; copy it there when it is finished")
     part = Part.parse(cache.part) if cache.part else None
@@ -41,6 +54,7 @@ def main(experiment: Experiment) -> int:
     teacher.device = trainer.strategy.root_device
     samples = open_samples(experiment, teacher)
     order = make_token_order(experiment, teacher, samples)
+    experiment = _within_budget(experiment, folders, teacher, samples, order)
     manifest = make_manifest(experiment, teacher, samples, order)
     _describe(experiment, manifest, samples)
     shards = part.shards(manifest.shards) if part else range(manifest.shards)
@@ -62,6 +76,61 @@ def main(experiment: Experiment) -> int:
         _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
     _summarise(folders, part)
     return 0
+
+
+def _check_budget_options(experiment: Experiment) -> None:
+    cache = experiment.cache
+    if cache.max_size is not None:
+        parse_size(cache.max_size)
+    if cache.bytes_per_token is None:
+        return
+    if cache.scheme != "varopt":
+        raise UserError(f"cache.bytes_per_token: it chooses varopt's threshold; scheme {cache.scheme} has none")
+    if cache.part or cache.devices * cache.num_nodes > 1:
+        raise UserError(
+            "cache.bytes_per_token: parts and processes must share one threshold: let one process choose it on a few "
+            "samples (--cache.max_samples 8, without --cache.part), then give it as --cache.threshold"
+        )
+
+
+def _within_budget(
+    experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, order: TokenOrder
+) -> Experiment:
+    """The experiment with the threshold that its budget asks for. Raises UserError when the cache would be too large.
+
+    What an earlier start chose stays: the first samples are looked at only when the cache is begun.
+    """
+    cache = experiment.cache
+    begun = (folders.cache / MANIFEST).exists() and not cache.overwrite
+    if begun or (cache.bytes_per_token is None and cache.max_size is None):
+        return with_budgeted_threshold(experiment, read_manifest(folders.cache)) if begun else experiment
+    manifest = make_manifest(experiment, teacher, samples, order)
+    module = _teacher_module(experiment, teacher.load(experiment.corpus.pack), manifest)
+    start, stop = manifest.splits["train"]
+    calibration = Calibration(module, order, samples.train, stop - start, cache.batch_size, teacher.device)
+    scheme = manifest.make_scheme()
+    if cache.bytes_per_token is not None:
+        assert isinstance(scheme, VarOpt)
+        scheme = calibration.threshold_for(cache.bytes_per_token, scheme)
+        say(f"cache: threshold {scheme.threshold:g} takes about {cache.bytes_per_token:g} bytes a token")
+        experiment = replace(experiment, cache=replace(cache, threshold=scheme.threshold))
+    if cache.max_size is not None:
+        size = calibration.bytes_per_token(scheme)
+        check_size(size, manifest.samples, manifest.sequence_length, cache.max_size)
+        tokens = manifest.samples * manifest.sequence_length
+        say(f"cache: forecast {size * tokens / 1e9:,.3f} GB, {size:.1f} bytes for each of {tokens:,} tokens")
+    return experiment
+
+
+def _teacher_module(experiment: Experiment, model: Any, manifest: Manifest) -> TeacherModule:
+    return TeacherModule(
+        model,
+        manifest.vocab_size,
+        manifest.make_scheme(),
+        seed=manifest.seed,
+        temperature=manifest.temperature,
+        chunk_size=experiment.cache.chunk_size,
+    )
 
 
 def _lacks_head(folders: Folders, manifest: Manifest) -> bool:
@@ -117,14 +186,7 @@ def _predict(
             save_head(folders.cache, model.head.with_rows(manifest.vocab_size))
         except OSError as error:
             raise cannot_write(folders.cache, error) from None
-    module = TeacherModule(
-        model,
-        manifest.vocab_size,
-        manifest.make_scheme(),
-        seed=manifest.seed,
-        temperature=manifest.temperature,
-        chunk_size=cache.chunk_size,
-    )
+    module = _teacher_module(experiment, model, manifest)
     world = trainer.world_size
     title = f"cache-teacher, process 1 of {world}" if world > 1 else "cache-teacher"
     with Progress(title, total=0, unit="tokens") as progress, interrupt.deferred():

@@ -4,26 +4,50 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
+from distill import plugins
+from distill.cache.batches import Batch, HiddenTargets
 from distill.cache.format import MANIFEST, read_journal, read_manifest
+from distill.cache.head import load_head
+from distill.cache.reader import CacheReader
+from distill.cache.statistics import alternatives, gather, histogram
+from distill.cache.tokenizer_files import checked_tokenizer
 from distill.cache.verify import repair as repair_cache
 from distill.cache.verify import verify as verify_cache
 from distill.errors import UserError
+from distill.losses.divergences import ChunkTarget, DenseChunk, SparseChunk, forward_kl
+from distill.models import checkpoints
+from distill.models.language_model import Head
 from distill.progress import say
+from distill.targets.extract import next_ids
 
 _MOST_LINES = 50
+_COMPARED = 8
+"""Samples that are compared with the teacher."""
 
 
-def main(cache: str, verify: bool = False, repair: bool = False) -> int:
-    """Print what the cache is; `verify` reads all of it (exit status 1 on a difference), `repair` drops what is bad."""
+def main(
+    cache: str, verify: bool = False, repair: bool = False, sample: int | None = None, teacher: str | None = None
+) -> int:
+    """Print what the cache is; `verify` reads all of it (exit status 1 on a difference), `repair` drops what is bad.
+
+    `sample` prints a training sample with the teacher's alternatives instead; `teacher` (its name) has some targets
+    compared with the dense distributions they stand for.
+    """
     folder = Path(cache)
     if not folder.is_dir():
         raise UserError(f"{cache}: no such folder")
+    if sample is not None:
+        return _show_sample(folder, sample)
     if repair:
         _repair(folder)
     if verify:
         return _verify(folder)
     if not repair:
         _describe(folder)
+    if teacher is not None:
+        _compare(folder, teacher)
     return 0
 
 
@@ -46,6 +70,69 @@ def _describe(folder: Path) -> None:
         say(f"{name:<16} {value}")
     for name, value in sorted(manifest.made_with.items()):
         say(f"{name:<16} {value}")
+    if len(journal) == manifest.shards:
+        _describe_samples(CacheReader(folder, "train"))
+
+
+def _describe_samples(reader: CacheReader) -> None:
+    statistics = gather(reader)
+    n = max(statistics.positions, 1)
+    say(f"\nof {statistics.samples:,} training samples, {statistics.positions:,} positions with loss:")
+    say(f"entropy          {statistics.entropy:.3f} nats")
+    say(f"teacher's nll    {statistics.surprisal:.3f} nats")
+    if statistics.head_mass is not None:
+        say(f"head mass        {statistics.head_mass:.1%} kept exactly, the rest sampled or in a bucket")
+    for name, size in statistics.bytes_by_field.items():
+        say(f"  {name:<22} {size / n:6.2f} bytes a position")
+    for entries, share in histogram(statistics.entries):
+        say(f"  {entries:>9} entries {share:6.1%}  {'#' * round(40 * share)}")
+
+
+def _show_sample(folder: Path, number: int) -> int:
+    from transformers import AutoTokenizer
+
+    reader = CacheReader(folder, "train")
+    if not 0 <= number < len(reader):
+        raise UserError(f"--sample {number}: the cache has training samples 0 to {len(reader) - 1}")
+    for line in alternatives(reader, number, AutoTokenizer.from_pretrained(checked_tokenizer(folder))):
+        say(line)
+    return 0
+
+
+def _compare(folder: Path, name: str) -> None:
+    """How far the KL that the targets estimate is from that of the dense distributions, if student = teacher."""
+    import torch
+
+    reader = CacheReader(folder, "train")
+    manifest = reader.manifest
+    checkpoint = checkpoints.resolve(name)
+    found, expected = checkpoints.fingerprints(checkpoint)["weights"], manifest.fingerprints["teacher_weights"]
+    if found != expected:
+        raise UserError(f"{name} is not this cache's teacher (expected sha256 {expected[:12]}…, found {found[:12]}…)")
+    quantization, compute_dtype = manifest.fingerprints["quantization"].split(", ")
+    offered = {"model": name, "quantization": quantization, "compute_dtype": compute_dtype, "device": "cpu"}
+    teacher = plugins.build("huggingface", "teacher", {}, offered)
+    head = load_head(folder) if manifest.scheme == "hidden" else None
+    errors = []
+    for index in range(min(len(reader), _COMPARED)):
+        batch = reader.collate([reader[index]])
+        with torch.no_grad():
+            hidden_ND = teacher.body(batch.input_ids_BL, batch.position_ids_BL)[batch.loss_mask_BL]
+            logits_NV = teacher.head.with_rows(manifest.vocab_size)(hidden_ND).float() / manifest.temperature
+            true_ids_N = next_ids(batch.input_ids_BL, batch.loss_mask_BL)
+            errors.append(forward_kl(logits_NV, _chunk(batch, true_ids_N, head, manifest.temperature)))
+    errors_N = torch.cat(errors)
+    say(f"\nagainst the dense distributions of {name}, {len(errors_N):,} positions, student = teacher:")
+    say(f"KL               {errors_N.mean():+.4f} nats on average (exact: 0)")
+    say(f"KL, a position   {errors_N.square().mean().sqrt():.4f} nats root mean square")
+
+
+def _chunk(batch: Batch, true_ids_N: Tensor, head: Head | None, temperature: float) -> ChunkTarget:
+    targets = batch.targets
+    if isinstance(targets, HiddenTargets):
+        assert head is not None
+        return DenseChunk(targets.hidden_ND, head, true_ids_N, temperature)
+    return SparseChunk(targets.ids_NK, targets.weights_NK, batch.entropy_N, true_ids_N, targets.rest_N)
 
 
 def _repair(folder: Path) -> None:

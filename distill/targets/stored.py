@@ -5,7 +5,7 @@ Shapes: N positions, K entries of a target (padded), T entries of all positions,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,10 @@ class StoredTargets:
     def entries(self) -> int:
         """Entries of all positions, in one draw."""
         return len(self.ids_T)
+
+    def with_draw(self, number: int) -> StoredTargets:
+        """The targets of one of the draws alone."""
+        return replace(self, ids_T=self.draw(number), further_DA=self.further_DA[:0])
 
     def draw(self, number: int) -> NDArray[np.uint32]:
         """`ids_T` of one of the draws: draws are used in turn, so any number is good."""

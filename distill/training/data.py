@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +14,7 @@ from distill.cache.batches import Batch
 from distill.cache.reader import CacheReader
 from distill.cache.records import Record
 from distill.errors import UserError
+from distill.targets.stored import StoredTargets
 from distill.training.order import NOTHING, batches_of, permuted, share
 
 
@@ -22,7 +23,8 @@ class EpochPermutation(Sampler[int]):
 
     Of epoch `first_epoch` the first `seen` samples (of all processes together) are left out: Lightning continues an
     epoch without going over the data that it had before. The length stays that of a whole epoch, which is how
-    Lightning counts batches. Without a seed: as they lie.
+    Lightning counts batches. Without a seed: as they lie. Of a cache with several `draws`, each epoch takes the next
+    one: number `size * draw + sample`.
     """
 
     def __init__(
@@ -35,11 +37,12 @@ class EpochPermutation(Sampler[int]):
         batch_size: int = 1,
         rank: int = 0,
         world: int = 1,
+        draws: int = 1,
     ) -> None:
         assert seen % (batch_size * world) == 0, "an epoch is left between two micro-batches"
         self.size, self.seed, self.epoch = size, seed, first_epoch
         self.first_epoch, self.seen = first_epoch, seen
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.batch_size, self.rank, self.world, self.draws = batch_size, rank, world, draws
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -48,11 +51,12 @@ class EpochPermutation(Sampler[int]):
         # Copied, because a worker's prefetching may outlast the epoch.
         epoch = self.epoch
         seen = self.seen if epoch == self.first_epoch else 0
+        draw = self.size * (epoch % self.draws)
         for places in share(self.size, self.batch_size, self.rank, self.world, seen):
             if self.seed is None or places[0] == NOTHING:
                 yield from places.tolist()
             else:
-                yield from permuted(places, self.size, self.seed, epoch).tolist()
+                yield from (draw + permuted(places, self.size, self.seed, epoch)).tolist()
 
     def __len__(self) -> int:
         whole, left = divmod(self.size, self.batch_size * self.world)
@@ -67,7 +71,11 @@ class Samples(Dataset[Record | None]):
         self.reader = reader
 
     def __getitem__(self, index: int) -> Record | None:
-        return None if index == NOTHING else self.reader[index]
+        if index == NOTHING:
+            return None
+        draw, sample = divmod(index, len(self.reader))
+        record = self.reader[sample]
+        return record if draw == 0 else replace(record, targets=cast(StoredTargets, record.targets).with_draw(draw))
 
     def collate(self, records: list[Record | None]) -> Batch:
         """A batch; of NOTHING, one with a sample in it and no position that counts."""
@@ -97,8 +105,9 @@ class CacheDataModule(pl.LightningDataModule):
     ) -> DataLoader:
         rank, world = self._process()
         samples = Samples(reader)
+        draws = reader.manifest.scheme_parameters.get("draws", 1)
         sampler = EpochPermutation(
-            len(reader), seed, first_epoch, seen, batch_size=self.batch_size, rank=rank, world=world
+            len(reader), seed, first_epoch, seen, batch_size=self.batch_size, rank=rank, world=world, draws=draws
         )
         return DataLoader(
             samples,

@@ -21,6 +21,7 @@ from torch import Tensor
 from distill.cache.batches import collate
 from distill.cache.packing import compress
 from distill.cache.records import Record, pack
+from distill.cache.token_order import TokenOrder, token_counts
 from distill.corpus import open_corpus
 from distill.losses.divergences import SparseChunk, forward_kl
 from distill.models import checkpoints, tokenizers
@@ -42,6 +43,7 @@ class Text:
     samples: list[dict[str, Tensor]]
     hidden: list[Tensor]
     head: Head
+    order: TokenOrder
     tokens: int
 
     def __post_init__(self) -> None:
@@ -112,8 +114,9 @@ def read(path: str, sequence_length: int, tokens: int) -> Text:
         seen += int(samples[-1]["loss_mask"].sum())
     with torch.no_grad():
         hidden = [model.body(s["input_ids"][None], s["position_ids"][None])[0] for s in samples]
-    head = model.head.with_rows(tokenizers.vocab_size(tokenizer))
-    return Text(samples, hidden, head, sequence_length * len(samples))
+    vocab_size = tokenizers.vocab_size(tokenizer)
+    order = TokenOrder.by_frequency(token_counts(sets.train, len(sets.train), vocab_size))
+    return Text(samples, hidden, model.head.with_rows(vocab_size), order, sequence_length * len(samples))
 
 
 def own_scheme(text: Text, name: str, scheme: AnyScheme, reference: tuple[Tensor, Tensor]) -> Row:
@@ -123,7 +126,7 @@ def own_scheme(text: Text, name: str, scheme: AnyScheme, reference: tuple[Tensor
         ids, positions, mask = sample["input_ids"], sample["position_ids"], sample["loss_mask"]
         stored = extract(hidden_LD, text.head, ids, positions, mask, scheme, seed=0)
         records.append(Record(ids.numpy().astype(np.uint32), positions.numpy().astype(np.uint32), mask.numpy(), stored))
-    size = sum(len(pack(record, scheme)) for record in records) / text.tokens
+    size = sum(len(pack(text.order.ranked(record), scheme)) for record in records) / text.tokens
     batch = collate(records, scheme)
     whole = SparseChunk(batch.targets.ids_NK, batch.targets.weights_NK, text.entropy_N, text.true_ids_N)
     entries = float(batch.targets.counts_N.float().mean())
@@ -136,8 +139,10 @@ def top_k_rows(text: Text, k: int, reference: tuple[Tensor, Tensor]) -> list[Row
     ids_NK = torch.cat([part.ids_NK for part in parts])
     weights_NK = torch.cat([part.weights_NK for part in parts]).bfloat16()
     bits = weights_NK.view(torch.int16).numpy().view(np.uint16)
-    size = len(compress(ids_NK.numpy().astype(np.uint32).ravel())) + len(compress(bits.ravel()))
-    size += sum(len(compress(sample["input_ids"].numpy().astype(np.uint32))) for sample in text.samples)
+    size = len(compress(text.order.ranks_V[ids_NK.numpy()].astype(np.uint32).ravel())) + len(compress(bits.ravel()))
+    size += sum(
+        len(compress(text.order.ranks_V[sample["input_ids"].numpy()].astype(np.uint32))) for sample in text.samples
+    )
     weights_NK = weights_NK.float()
     rest_N = (1 - weights_NK.sum(-1)).clamp(min=0)
     shares_NK = weights_NK / weights_NK.sum(-1, keepdim=True)

@@ -242,7 +242,7 @@ def test_the_first_process_stops_all_and_they_continue(tmp_path: Path, manifest_
     process.send_signal(signal.SIGTERM)
     output = end(process)
     assert process.returncode == 130, output
-    assert 0 < len(read_journal(folder)) < SAMPLES
+    assert 0 < len(read_journal(folder)) < SAMPLES // 2  # the other did not finish its half either
     make_cache(folder, manifest, batch_size=1)
     make_cache(tmp_path / "one", manifest, batch_size=1)
     assert contents(folder) == contents(tmp_path / "one")

@@ -110,6 +110,15 @@ def test_stopped_anywhere_it_looks_unfinished_and_can_be_continued(tmp_path: Pat
         assert contents(to) == whole
 
 
+def test_a_cache_that_was_begun_otherwise_is_completed(
+    tmp_path: Path, make_part: MakePart, make_manifest: Callable[..., Manifest], records_of: RecordsOf
+) -> None:
+    writer = CacheWriter(tmp_path / "begun", make_manifest())
+    writer.write(5, records_of(writer.manifest, 5))
+    join([make_part("1/2"), make_part("2/2")], tmp_path / "begun")
+    assert contents(tmp_path / "begun") == contents(make_part(None))
+
+
 def test_a_gap_is_named(tmp_path: Path, make_part: MakePart) -> None:
     with pytest.raises(UserError, match=r"gap: none has shards 2-3 of 7"):
         join([make_part("1/3"), make_part("3/3")], tmp_path / "joined")

@@ -10,14 +10,13 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from distill.cache.format import Manifest, read_journal, read_manifest, shard_file
+from distill.cache.format import Manifest, read_journal, shard_file
 from distill.cache.head import HEAD, load_head, save_head
 from distill.cache.reader import CacheReader
 from distill.cache.tokenizer_files import checked_tokenizer, save_tokenizer
@@ -245,67 +244,6 @@ def test_a_line_that_sends_one_elsewhere_is_refused(changes: dict[str, Any], cac
 def test_a_line_with_the_right_checksum_is_the_writers_own(cache: Path) -> None:
     lines = (cache / "journal.jsonl").read_bytes().splitlines(keepends=True)
     assert [line_of(json.loads(line)) for line in lines] == lines
-
-
-# Manifests.
-
-
-def rewrite(cache: Path, **changes: Any) -> None:
-    """A manifest of a stranger who has made its hash anew."""
-    (cache / "manifest.json").write_text(replace(read_manifest(cache), **changes).to_json())
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"shard_samples": 0},
-        {"shard_samples": 10**15},
-        {"shard_samples": "4"},
-        {"sequence_length": 10**12},
-        {"sequence_length": 24.0},
-        {"sequence_length": 2**24},
-        {"vocab_size": 2**60},
-        {"vocab_size": -1},
-        {"splits": {}},
-        {"splits": {"train": [0, 10**18]}},
-        {"splits": {"train": [0, 2**39]}},
-        {"splits": {"train": [5, 2]}},
-        {"splits": {"train": [0]}},
-        {"splits": [0, 14]},
-        {"splits": {"train": [True, 14]}},
-        {"scheme": "magic"},
-        {"scheme": ["varopt"]},
-        {"scheme": "\x1b[2Jvaropt"},
-        {"scheme_parameters": {"threshold": 0}},
-        {"scheme_parameters": {"threshold": 1e-30}},
-        {"scheme_parameters": {"threshold": 0.05, "draws": 10**9}},
-        {"scheme_parameters": {"entries": 5}},
-        {"scheme_parameters": {"\ud800": 5}},
-        {"scheme_parameters": None},
-        {"temperature": float("inf")},
-        {"temperature": 0},
-        {"temperature": True},
-        {"pack": 1},
-        {"seed": 0.5},
-        {"fingerprints": {"corpus": 3}},
-        {"made_with": []},
-    ],
-    ids=str,
-)
-def test_an_impossible_manifest_is_refused_in_one_line(changes: dict[str, Any], cache: Path) -> None:
-    rewrite(cache, **changes)
-    for touch in (read_manifest, verify, repair, lambda folder: CacheReader(folder, "train")):
-        with pytest.raises(UserError, match=r"manifest.json: (damaged|not readable)") as raised:
-            touch(cache)
-        assert str(raised.value).isprintable()
-
-
-def test_another_format_version_says_so(cache: Path) -> None:
-    for version in (2, 99, "2", None):
-        content = json.loads((cache / "manifest.json").read_text())
-        (cache / "manifest.json").write_text(json.dumps({**content, "version": version}))
-        with pytest.raises(UserError, match=f"format version {version}, this program reads version 1"):
-            CacheReader(cache, "train")
 
 
 def test_what_is_no_plain_file_is_refused_and_does_not_hang(cache: Path) -> None:

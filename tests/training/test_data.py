@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,6 +34,8 @@ def test_sizes_zero_and_one() -> None:
 
 class Numbers(Dataset[int]):
     """A stand-in for a cache: sample i is i."""
+
+    manifest = SimpleNamespace(scheme_parameters={})
 
     def __len__(self) -> int:
         return 13

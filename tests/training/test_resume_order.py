@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -110,6 +111,15 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_it(
         assert micro_batches(size, batch_size, rank, world, done * batch_size * world, epoch=3) == whole[done:]
 
 
+def test_epochs_take_the_draws_in_turn() -> None:
+    """Number `size * draw + sample`; the samples and their order are those of a cache with one draw."""
+    for epoch in range(5):
+        one, three = (EpochPermutation(10, 7, epoch, seen=4, batch_size=2, draws=draws) for draws in (1, 3))
+        assert list(three) == [10 * (epoch % 3) + number for number in one]
+    last_of_both = [list(EpochPermutation(5, 7, 1, batch_size=2, rank=rank, world=2, draws=3)) for rank in (0, 1)]
+    assert last_of_both[1][-1] == NOTHING and sorted(last_of_both[0] + last_of_both[1][:-1]) == [5, 6, 7, 8, 9]
+
+
 def test_the_number_of_processes_does_not_change_a_step() -> None:
     """Two processes with micro-batches of 3 see in each step the samples that one with 6 sees."""
     one = micro_batches(32, 6, 0, 1)
@@ -124,7 +134,7 @@ class Numbers(Dataset[int]):
     """A stand-in for a cache: sample i is i."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.manifest = size, SimpleNamespace(scheme_parameters={})
 
     def __len__(self) -> int:
         return self.size
@@ -218,6 +228,15 @@ def test_from_the_checkpoints_of_measurements(tmp_path: Path, every: int) -> Non
         steps = int(path.stem.removeprefix("step="))
         samples = sum(3 if step % 5 < 4 else 1 for step in range(steps))
         assert fit([], resume=path, enable_checkpointing=False, **options) == whole[samples:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_from_the_checkpoint_of_an_epochs_end(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    whole = fit([keep])
+    for epoch in range(2):
+        resumed = fit([], resume=tmp_path / f"epoch={epoch}.ckpt", enable_checkpointing=False)
+        assert resumed == whole[13 * (epoch + 1) :]
 
 
 def test_other_devices_do_not_continue_the_middle_of_an_epoch() -> None:
