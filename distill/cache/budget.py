@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from distill.cache.manifest import Manifest
 from distill.cache.predict import TeacherModule
 from distill.cache.records import Record, pack
 from distill.cache.token_order import TokenOrder
@@ -27,7 +28,13 @@ TOKENS = 4096
 LOWEST, HIGHEST = 0.002, 0.5
 """Thresholds among which one is looked for."""
 
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("B", 1000), ("IB", 1024))
+}
+_MARGIN = 0.95
+"""Share of the samples that would fit which is advised: with fewer samples the order of the tokens is another."""
 
 
 class Calibration:
@@ -79,7 +86,7 @@ class Calibration:
         return size / self.tokens
 
     def threshold_for(self, bytes_per_token: float, scheme: VarOpt) -> VarOpt:
-        """The scheme with the threshold, to three digits, at which the samples take about `bytes_per_token`.
+        """The scheme with the threshold, to three digits, at which the samples take about, and no more than, so much.
 
         Raises UserError when no threshold from 0.002 to 0.5 does.
         """
@@ -91,12 +98,33 @@ class Calibration:
             )
         low, high = LOWEST, HIGHEST
         for _ in range(8):  # a factor of 250 between the bounds: the last interval is 2 % wide
-            middle = math.sqrt(low * high)
+            middle = float(f"{math.sqrt(low * high):.3g}")
             if self.bytes_per_token(replace(scheme, threshold=middle)) > bytes_per_token:
                 low = middle
             else:
                 high = middle
-        return replace(scheme, threshold=float(f"{high:.3g}"))
+        return replace(scheme, threshold=high)
+
+    def check_size(self, scheme: AnyScheme, manifest: Manifest, max_size: str) -> float:
+        """Bytes a token. Raises UserError when the forecast is over `max_size`, with what would fit."""
+        size, limit = self.bytes_per_token(scheme), parse_size(max_size)
+        tokens = manifest.samples * manifest.sequence_length
+        if size * tokens <= limit:
+            return size
+        advice = [f"raise it to {math.ceil(size * tokens / 1e5) / 10:.1f}MB"]
+        if isinstance(scheme, VarOpt):
+            # Rounded down, so that what is advised fits; not advised where no threshold makes records so small.
+            affordable = math.floor(10 * limit / tokens) / 10
+            if affordable >= self.bytes_per_token(replace(scheme, threshold=HIGHEST)):
+                advice.append(f"give --cache.bytes_per_token {affordable:.1f}")
+        held_out = manifest.splits["train"][0]
+        fits = int(_MARGIN * limit / (size * manifest.sequence_length)) - held_out
+        if fits > 0:
+            advice.append(f"give --cache.max_samples {fits}")
+        raise UserError(
+            f"cache.max_size: the forecast is {size * tokens / 1e9:,.3f} GB ({size:.1f} bytes for each of "
+            f"{tokens:,} tokens), over {max_size}: {', or '.join(advice)}"
+        )
 
 
 def parse_size(text: str) -> int:
@@ -105,16 +133,3 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise UserError(f"cache.max_size: '{text}' is not a size; for example: 20GB, 500MB, 12GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def check_size(bytes_per_token: float, samples: int, sequence_length: int, max_size: str) -> None:
-    """Raises UserError when the forecast is over `max_size`, with the number of samples that would fit."""
-    limit = parse_size(max_size)
-    forecast = bytes_per_token * samples * sequence_length
-    if forecast > limit:
-        fits = int(limit / (bytes_per_token * sequence_length))
-        raise UserError(
-            f"cache.max_size: the forecast is {forecast / 1e9:,.2f} GB ({bytes_per_token:.1f} bytes for each of "
-            f"{samples * sequence_length:,} tokens), over {max_size}: raise --cache.threshold, give "
-            f"--cache.bytes_per_token {limit / (samples * sequence_length):.1f}, or --cache.max_samples {max(fits, 1)}"
-        )

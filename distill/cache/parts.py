@@ -24,6 +24,7 @@ from distill.cache.format import (
     seal,
 )
 from distill.cache.storage import Storage
+from distill.cache.token_order import load_order
 from distill.cache.writer import CacheWriter
 from distill.errors import UserError
 
@@ -88,6 +89,7 @@ def merge(parts: list[Storage], to: Path, advance: Callable[[int], None]) -> Non
     """
     owners = whose_shards(parts)
     manifest = read_manifest(parts[0].folder)
+    load_order(parts[0].folder, manifest)  # without it nothing that is copied could be read
     _check_target(to, parts, manifest)
     writer = CacheWriter(to, manifest)
     for relative in _beside_shards(parts[0].folder):

@@ -11,6 +11,7 @@ import numpy as np
 from distill.cache.batches import collate
 from distill.cache.reader import CacheReader
 from distill.cache.records import pack_fields
+from distill.targets.schemes import TopK, VarOpt
 from distill.targets.sparse import SparseTargets
 
 
@@ -27,7 +28,7 @@ class Statistics:
     surprisal: float
     """The teacher's mean negative log-probability of the true next token, in nats."""
     head_mass: float | None
-    """Mass that is kept exactly; None where all of it is (hidden states)."""
+    """Mass that is kept exactly; None where all of it is (hidden states), or none (random draws)."""
     entries: dict[int, int]
     """Positions by their number of entries; empty for hidden states."""
 
@@ -53,6 +54,7 @@ def gather(reader: CacheReader, most_samples: int = 256) -> Statistics:
             entries.update(batch.targets.counts_N.tolist())
             is_head_NK = np.arange(batch.targets.ids_NK.shape[1]) < batch.targets.heads_N.numpy()[:, None]
             head_mass += float(batch.targets.weights_NK.numpy()[is_head_NK].sum())
+    is_exact = isinstance(reader.scheme, (VarOpt, TopK))
     n = max(positions, 1)
     return Statistics(
         samples=count,
@@ -61,7 +63,7 @@ def gather(reader: CacheReader, most_samples: int = 256) -> Statistics:
         bytes_by_field=dict(sizes),
         entropy=entropy / n,
         surprisal=surprisal / n,
-        head_mass=head_mass / n if entries else None,
+        head_mass=head_mass / n if is_exact else None,
         entries=dict(sorted(entries.items())),
     )
 

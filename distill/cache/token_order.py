@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distill.cache.durable import read_bounded, write_durably
+from distill.cache.durable import cannot_write, read_bounded, write_durably
 from distill.cache.format import TOKEN_ORDER
 from distill.cache.manifest import Manifest
 from distill.cache.packing import DamagedRecord, compress, decompress, read_sizes, write_sizes
@@ -63,11 +63,24 @@ class TokenOrder:
 
     def ranked(self, record: Record) -> Record:
         """The record with ranks in the place of token ids: what is written."""
-        return record if self.is_by_id else _relabelled(record, self.ranks_V)
+        return self._relabelled(record, self.ranks_V)
 
     def named(self, record: Record) -> Record:
         """The record with token ids in the place of ranks. Raises DamagedRecord for a rank beyond the vocabulary."""
-        return record if self.is_by_id else _relabelled(record, self.tokens_V)
+        return self._relabelled(record, self.tokens_V)
+
+    def _relabelled(self, record: Record, names_V: NDArray) -> Record:
+        numbers = _numbers(record)
+        if any(ids.max(initial=0) >= len(names_V) for ids in numbers):
+            raise DamagedRecord("a token beyond the vocabulary")
+        if self.is_by_id:
+            return record
+        input_ids_L, *of_targets = [names_V[ids].astype(np.uint32) for ids in numbers]
+        if isinstance(record.targets, StoredHidden):
+            return replace(record, input_ids_L=input_ids_L)
+        ids_T, further_DA = of_targets
+        targets = _in_order(replace(record.targets, ids_T=ids_T, further_DA=further_DA))
+        return replace(record, input_ids_L=input_ids_L, targets=targets)
 
     def to_bytes(self) -> bytes:
         """Packed: the tokens that are out of the order of their ids, and how many those are."""
@@ -106,17 +119,11 @@ def token_counts(samples: Dataset[dict[str, Tensor]], count: int, vocab_size: in
     return counts_V
 
 
-def _relabelled(record: Record, names_V: NDArray) -> Record:
+def _numbers(record: Record) -> list[NDArray[np.uint32]]:
+    """What in a record names tokens."""
     targets = record.targets
-    numbers = [record.input_ids_L]
-    if not isinstance(targets, StoredHidden):
-        numbers += [targets.ids_T, targets.further_DA]
-    if any(len(ids) and ids.max() >= len(names_V) for ids in numbers if ids.size):
-        raise DamagedRecord("a token beyond the vocabulary")
-    renamed = [names_V[ids].astype(np.uint32) for ids in numbers]
-    if not isinstance(targets, StoredHidden):
-        targets = _in_order(replace(targets, ids_T=renamed[1], further_DA=renamed[2]))
-    return replace(record, input_ids_L=renamed[0], targets=targets)
+    of_targets = [] if isinstance(targets, StoredHidden) else [targets.ids_T, targets.further_DA]
+    return [record.input_ids_L, *of_targets]
 
 
 def _in_order(targets: StoredTargets) -> StoredTargets:
@@ -138,10 +145,16 @@ def _sorted(ids_A: NDArray, position_A: NDArray) -> NDArray:
 
 
 def save_order(folder: Path, order: TokenOrder) -> None:
-    """Write the order beside the shards; one that is there and whole is left alone."""
+    """Write the order beside the shards; one that is there and whole is left alone.
+
+    Raises UserError when it cannot be written.
+    """
     path, content = folder / TOKEN_ORDER, order.to_bytes()
-    if not path.is_file() or path.read_bytes() != content:
-        write_durably(path, content)
+    try:
+        if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
+            write_durably(path, content)
+    except OSError as error:
+        raise cannot_write(folder, error, len(content)) from None
 
 
 def load_order(folder: Path, manifest: Manifest) -> TokenOrder:

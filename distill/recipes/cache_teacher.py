@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
 from distill import interrupt
-from distill.cache.budget import Calibration, check_size, parse_size
+from distill.cache.budget import Calibration, parse_size
 from distill.cache.durable import cannot_write, sole_writer
 from distill.cache.format import MANIFEST, Manifest, differences, read_journal, read_manifest
 from distill.cache.head import HEAD, save_head
@@ -115,8 +115,7 @@ def _within_budget(
         say(f"cache: threshold {scheme.threshold:g} takes about {cache.bytes_per_token:g} bytes a token")
         experiment = replace(experiment, cache=replace(cache, threshold=scheme.threshold))
     if cache.max_size is not None:
-        size = calibration.bytes_per_token(scheme)
-        check_size(size, manifest.samples, manifest.sequence_length, cache.max_size)
+        size = calibration.check_size(scheme, manifest, cache.max_size)
         tokens = manifest.samples * manifest.sequence_length
         say(f"cache: forecast {size * tokens / 1e9:,.3f} GB, {size:.1f} bytes for each of {tokens:,} tokens")
     return experiment

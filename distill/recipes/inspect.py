@@ -38,6 +38,8 @@ def main(
     folder = Path(cache)
     if not folder.is_dir():
         raise UserError(f"{cache}: no such folder")
+    if (sample is not None) + (teacher is not None) + (verify or repair) > 1:
+        raise UserError("--sample, --teacher, and --verify or --repair: give one at a time")
     if sample is not None:
         return _show_sample(folder, sample)
     if repair:
