@@ -187,7 +187,7 @@ def plot(tables: dict[str, list[Row]], path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, len(tables), figsize=(4.2 * len(tables), 3.6), sharey=True, squeeze=False)
     families = {"varopt": "o-", "renormalised": "s--", "rest left out": "^--", "tail bucket": "v--", "random": "D"}
@@ -197,6 +197,8 @@ def plot(tables: dict[str, list[Row]], path: str) -> None:
             label = f"top-k, {family}" if "top-k" in chosen[0].name else family
             axis.plot([r.bytes_per_token for r in chosen], [r.gradient_error for r in chosen], style, label=label, ms=4)
         axis.set(title=name, xscale="log", yscale="log", xlabel="bytes a token")
+        axis.set_xticks([10, 20, 50, 100, 200], labels=["10", "20", "50", "100", "200"])
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(True, which="both", alpha=0.2)
     axes[0][0].set_ylabel("relative squared gradient error")
     axes[0][-1].legend(fontsize=7)
