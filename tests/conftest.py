@@ -178,6 +178,17 @@ def undone() -> Iterator[None]:
         os.environ.update(environment)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: on a busy machine torch's threads wait for one another longer than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def no_traces() -> Iterator[None]:
     with undone():

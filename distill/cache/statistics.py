@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ def alternatives(reader: CacheReader, index: int, tokenizer: Any, most: int = 4)
         text = f"{_shown(tokenizer, int(token)):<16}"
         if record.position_ids_L[place] and record.loss_mask_L[place - 1]:
             position = int(position_of[place - 1])
-            probability = float(np.exp(-batch.surprisal_N[position]))
+            probability = math.exp(-float(batch.surprisal_N[position]))
             text += f"  p {probability:6.4f}  H {float(batch.entropy_N[position]):5.2f}  "
             if isinstance(batch.targets, SparseTargets):
                 heads = int(batch.targets.heads_N[position])

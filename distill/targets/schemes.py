@@ -107,7 +107,8 @@ class TopK:
 
     def decode(self, codes_C: NDArray[np.uint16], heads_N: NDArray, atoms_N: NDArray) -> tuple[NDArray, NDArray]:
         all_NK = decode_weights(codes_C, heads_N, np.ones_like(heads_N), 0.0)
-        return all_NK[:, :-1], all_NK[:, -1]
+        # Without a position there is no bucket either.
+        return (all_NK[:, :-1], all_NK[:, -1]) if len(all_NK) else (all_NK, np.empty(0))
 
 
 @dataclass(frozen=True)

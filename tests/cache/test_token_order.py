@@ -31,6 +31,8 @@ from distill.targets.extract import extract
 from distill.targets.stored import StoredHidden
 from distill.workspace import Teacher, open_samples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 1009
 SCHEMES = {
     "varopt": schemes.VarOpt(0.05),
@@ -143,6 +145,8 @@ def test_changed_bytes_are_damage_or_an_order(data: bytes | int) -> None:
 def test_frequent_tokens_come_first_and_equally_frequent_ones_by_id() -> None:
     order = TokenOrder.by_frequency(np.array([3, 0, 7, 3, 0, 2**40, 7]))
     assert order.tokens_V.tolist() == [5, 2, 6, 0, 3, 1, 4]
+    alternating = TokenOrder.by_frequency(np.arange(1000) % 2).tokens_V
+    assert alternating.tolist() == [*range(1, 1000, 2), *range(0, 1000, 2)]
     assert TokenOrder.by_frequency(np.zeros(5, dtype=np.int64)).is_by_id
     assert TokenOrder.by_id(5).tokens_V.tolist() == [0, 1, 2, 3, 4] and TokenOrder.by_id(5).is_by_id
     assert not order.is_by_id
