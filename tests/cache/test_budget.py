@@ -21,7 +21,6 @@ from distill.experiment_file import load_experiment
 from distill.targets.schemes import RandomDraws, VarOpt
 from distill.workspace import Teacher, make_manifest, make_token_order, open_samples
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
