@@ -103,17 +103,40 @@ class StudentConfig:
     """The small model."""
 
     class_path: str = "pruned"
-    """A built-in's short name (pruned, compact, huggingface), `package.module:Class`, or `file.py:Class`."""
+    """A built-in's short name (pruned, compact, huggingface, lora), `package.module:Class`, or `file.py:Class`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the student's class, checked against its signature."""
+    vocabulary: Literal["full", "corpus"] = "full"
+    """corpus: only the tokens that the cached text needs (and bytes, special tokens and pieces of those tokens)."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised: `(1 - alpha) * KL(teacher || student) + alpha * cross-entropy with the true token`."""
+    """What is minimised: `(1 - alpha) * divergence(teacher, student) + alpha * cross-entropy with the true token`."""
 
+    divergence: Literal[
+        "forward_kl",
+        "reverse_kl",
+        "jsd",
+        "skewed_kl",
+        "skewed_reverse_kl",
+        "adaptive_kl",
+        "total_variation",
+        "mean_squared_logits",
+    ] = "forward_kl"
+    """All but forward_kl need cache.scheme `hidden` or `top_k` (mean_squared_logits: `hidden`)."""
+    beta: float = 0.5
+    """jsd: the teacher's share of the mixture that both are held against (0 to 1)."""
+    skew: float = 0.1
+    """skewed_kl, skewed_reverse_kl: share of the first distribution that is mixed into the second (0 to 1)."""
     alpha: float = 0.0
     """Weight of the true token: 0 only the teacher, 1 only the text."""
+    alpha_schedule: Literal["constant", "with_learning_rate"] = "constant"
+    """with_learning_rate: the teacher's weight, 1 - alpha, rises and falls as the learning rate does."""
+    feature: Literal["cosine", "mse"] = "cosine"
+    """With feature_weight: distance of the projected student's final hidden state to the teacher's."""
+    feature_weight: float = 0.0
+    """Weight of that distance, added to the loss; needs cache.scheme `hidden`."""
     chunk_size: int = 256
     """Positions whose logits exist at one time."""
 
@@ -126,12 +149,20 @@ class TrainConfig:
     """Passes over the cache."""
     max_steps: int | None = None
     """Optimiser steps at most; default: all of the epochs."""
+    max_time: str | None = None
+    """Stop with a checkpoint after this long, such as `90m` or `11h30m`; the same command with --resume goes on."""
     batch_size: int = 8
-    """Samples a forward pass on each device (the micro-batch)."""
+    """Samples a forward pass on each device (the micro-batch); halved when the device runs out of memory."""
     accumulate_grad_batches: int = 1
     """Forward passes an optimiser step."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed"
-    """Lightning's precision: mixed keeps float32 weights."""
+    """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone."""
+    rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
+    """bf16-true: how a step smaller than a bfloat16 weight's last digit is kept, at random or in a compensation."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW's moments in the weights' type, 8 or 4 bits (torchao), or 8 bits that move to the host (bitsandbytes)."""
+    step_in_backward: bool = False
+    """Update each weight as soon as its gradient is there, so that never all gradients exist (no clipping then)."""
     learning_rate: float = 6e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -151,19 +182,35 @@ class TrainConfig:
     gradient_clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """Recompute blocks in the backward pass instead of keeping their activations."""
+    checkpoint_every_k: int = 1
+    """activation_checkpointing: recompute every k-th block only."""
+    offload_activations: bool = False
+    """Keep the activations that wait for the backward pass in host memory."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or leave that step out, say so and count it."""
+    early_stopping: int | None = None
+    """Stop after this many measurements of the held-out KL without a new best; the best weights become the student."""
     seed: int = 0
     """Seed of weights and order."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, cuda, mps."""
     devices: int = 1
-    """Devices to train on."""
+    """Devices to train on; on a CPU: processes."""
+    num_nodes: int = 1
+    """Machines that run this command at the same time, with Lightning's environment variables."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Lightning's strategy: ddp gives each device the whole student, fsdp a share of it."""
     num_workers: int = 0
     """Processes that read the cache."""
     log_every_steps: int = 10
     """Optimiser steps between two log lines."""
     validate_every_steps: int = 200
-    """Optimiser steps between two measurements of the held-out KL, each followed by a checkpoint."""
+    """Optimiser steps between two measurements of the held-out KL."""
+    checkpoint_every_steps: int = 200
+    """Optimiser steps between two checkpoints: what a killed training repeats at most."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept, beside that of the best held-out KL."""
     resume: bool = False
     """Continue from the last checkpoint of this run (`--resume`)."""
 
