@@ -24,6 +24,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "student": {
         "compact": "students.compact:CompactDecoder",
         "huggingface": "students.huggingface:load_student",
+        "lora": "students.lora:load_lora_student",
         "pruned": "students.pruned:prune_teacher",
     },
 }

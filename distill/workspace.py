@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill import plugins
 from distill.cache import token_order
 from distill.cache.format import Manifest, differences
+from distill.cache.reader import CacheReader
 from distill.cache.storage import Storage, UrlStorage, is_url, open_storage
 from distill.cache.token_order import TokenOrder, token_counts
 from distill.config import Experiment
@@ -21,6 +24,7 @@ from distill.corpus import SampleSets, open_corpus
 from distill.errors import UserError
 from distill.models import checkpoints, devices, tokenizers
 from distill.models.isolation import isolates_documents
+from distill.models.vocabulary import Vocabulary
 from distill.progress import say
 from distill.targets import schemes
 
@@ -241,17 +245,47 @@ def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -
         )
 
 
-def build_student(experiment: Experiment, vocab_size: int) -> tuple[Any, dict[str, Any]]:
-    """A fresh student from the experiment's seed, and the complete options it was made with."""
+Calibration = Callable[[int], tuple[Tensor, Tensor]]
+"""count -> token ids and position ids `[count, L]` of the first training samples."""
+
+
+def calibration_samples(reader: CacheReader) -> Calibration:
+    """The first training samples, for students that look at text while they are made."""
+
+    def first(count: int) -> tuple[Tensor, Tensor]:
+        records = [reader[index] for index in range(min(count, len(reader)))]
+        batch = reader.collate(records)
+        return batch.input_ids_BL, batch.position_ids_BL
+
+    return first
+
+
+def build_student(
+    experiment: Experiment, vocab_size: int, calibration: Calibration, vocabulary: Vocabulary | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A fresh student from the experiment's seed, and the complete options it was made with.
+
+    With a `vocabulary` it has these of the teacher's tokens alone: made so, or trimmed.
+    """
+    rows = vocab_size if vocabulary is None else len(vocabulary.kept_ids)
     offered = {
-        "vocab_size": vocab_size,
+        "vocab_size": rows,
         "sequence_length": experiment.corpus.sequence_length,
         "teacher": experiment.teacher.model,
+        "calibration": calibration,
     }
     student = experiment.student
     options = plugins.arguments(student.class_path, "student", student.options, offered)
     torch.manual_seed(experiment.train.seed)
-    return plugins.build(student.class_path, "student", options, {}), options
+    model = plugins.build(student.class_path, "student", options, {})
+    if vocabulary is not None and model.head.weight_VD.shape[0] > rows:
+        if not hasattr(model, "keep_tokens"):
+            raise UserError(
+                f"student {student.class_path}: its head has more than the {rows} rows of the vocabulary, and no method "
+                "keep_tokens: build it with the vocab_size that it is given, or use --student.vocabulary full"
+            )
+        model.keep_tokens(vocabulary.kept_ids)
+    return model, options
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

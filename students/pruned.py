@@ -1,40 +1,86 @@
-"""A student cut out of its teacher: some of the teacher's layers with their weights (depth pruning)."""
+"""A student cut out of its teacher: some of its layers, heads, neurons and channels, with their weights."""
 
 from __future__ import annotations
 
 import copy
-import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from distill.models.checkpoints import load_config, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
-from distill.models.tensors import tensors
+from distill.models.tensors import Tensors, tensors
+from students.pruning_importance import Importance, Samples, Wanted, measure
+from students.pruning_stream import COMPUTED, LAYER, Source, StreamedTeacher, split_name
+from students.pruning_width import Narrowing, Widths, largest, narrowed_widths
 
-LAYER = re.compile(r"(?:^|(?<=\.))(layers|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h
+Calibration = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+"""The first samples of the corpus, so many: input_ids int64, position_ids int64, loss_mask bool, each `[B, L]`."""
 
 
 def prune_teacher(
-    teacher: str, layers: int | list[int], revision: str | None = None, trust_remote_code: bool = False
+    teacher: str,
+    layers: int | list[int] | None = None,
+    depth: Literal["even", "importance"] = "even",
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    key_value_groups: int | None = None,
+    calibration_samples: int = 16,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    vocab_size: int | None = None,
+    calibration: Calibration | None = None,
 ) -> HuggingFaceLanguageModel:
-    """The teacher with `layers` of its layers, in float32; embeddings, norms and head are its own.
+    """The teacher made smaller, in float32, as an ordinary model of its family; a size not given stays the teacher's.
 
-    layers: how many, evenly spaced with the first and the last among them, or which ones, counted from 0.
-    Only the tensors that are kept are read. `teacher` is supplied by the pipeline.
+    layers: how many, or which ones, counted from 0.
+    depth: which layers a number means: `even`, evenly spaced with the first and the last among them; `importance`,
+    those without which the teacher's distribution changes most, each skipped alone on calibration samples.
+    hidden_size, intermediate_size (neurons of an MLP), key_value_groups (key-value heads, each with all the query
+    heads that share it): what is most active on `calibration_samples` samples stays.
+
+    Only what is kept stays in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
+    (a GGUF file is dequantised whole). `teacher`, `device`, `vocab_size` and `calibration` come from the pipeline.
     """
+    config, source = _open(teacher, revision, trust_remote_code)
+    if layers is None and hidden_size is None and intermediate_size is None and key_value_groups is None:
+        raise ValueError("give at least one of layers, hidden_size, intermediate_size, key_value_groups")
+    if depth == "importance" and not isinstance(layers, int):
+        raise ValueError("depth: importance chooses the layers, so layers must be the number of them to keep")
+    total: int = config.num_hidden_layers
+    chosen = chosen_layers(total if layers is None else layers, total)
+    widths, narrowing = None, None
+    if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
+        widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
+        wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)
+        importance = Importance()
+        if wanted != Wanted():
+            samples = _calibrate(calibration, calibration_samples)
+            streamed = StreamedTeacher(pruned_config(config, list(range(total))), source, device, trust_remote_code)
+            importance = measure(streamed, samples, wanted, vocab_size)
+            del streamed  # its embedding and head
+        if importance.depth_I is not None:
+            chosen = largest(importance.depth_I, len(chosen)).tolist()
+        narrowing = _narrowing(config, widths, importance, chosen)
+    weights = pruned_weights(source, chosen, narrowing)
+    made = pruned_config(config, chosen, widths)
+    student = HuggingFaceLanguageModel(_build(made, weights, teacher, trust_remote_code))
+    student.check()
+    return student
+
+
+def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Tensors]:
+    """Configuration and tensors of a teacher that can be pruned."""
     checkpoint = resolve(teacher, revision, trust_remote_code)
     config = load_config(checkpoint, trust_remote_code)
     if config.get_text_config() is not config:
-        raise ValueError(f"{teacher} is multimodal: depth pruning knows text models only")
+        raise ValueError(f"{teacher} is multimodal: pruning knows text models only")
     if checkpoint.gguf_file is None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"the weights of {teacher} are quantized: set teacher to an unquantized copy to prune it")
-    chosen = chosen_layers(layers, config.num_hidden_layers)
-    weights = pruned_weights(tensors(checkpoint), chosen)
-    student = HuggingFaceLanguageModel(_build(pruned_config(config, chosen), weights, teacher, trust_remote_code))
-    student.check()
-    return student
+    return config, tensors(checkpoint)
 
 
 def chosen_layers(layers: int | list[int], total: int) -> list[int]:
@@ -52,7 +98,41 @@ def chosen_layers(layers: int | list[int], total: int) -> list[int]:
     return layers
 
 
-def pruned_config(config: Any, chosen: list[int]) -> Any:
+def _wanted(teacher: Widths, student: Widths, depth: bool) -> Wanted:
+    """Only what is cut needs measuring."""
+    return Wanted(
+        depth=depth,
+        hidden=student.hidden < teacher.hidden,
+        groups=student.groups < teacher.groups,
+        neurons=student.intermediate < teacher.intermediate,
+    )
+
+
+def _calibrate(calibration: Calibration | None, count: int) -> Samples:
+    if calibration is None:
+        raise ValueError("importance is measured on samples of the corpus: give calibration (the pipeline does)")
+    if count < 1:
+        raise ValueError(f"calibration_samples: {count} is out of range: at least 1")
+    samples = Samples(*calibration(count))
+    if samples.input_ids_BL.shape[0] != count:
+        found = samples.input_ids_BL.shape[0]
+        raise ValueError(f"calibration_samples: {count}, but the corpus has {found} training samples")
+    return samples
+
+
+def _narrowing(config: Any, student: Widths, importance: Importance, chosen: list[int]) -> Narrowing:
+    """The most important units: neurons and groups of each layer by itself, channels by all the layers that stay."""
+    hidden, groups, neurons = importance.hidden_ID, importance.groups_IG, importance.neurons_IF
+    return Narrowing(
+        config.model_type,
+        Widths.of(config),
+        hidden=None if hidden is None else largest(hidden[[*chosen, -1]].sum(dim=0), student.hidden),
+        groups=None if groups is None else [largest(scores_G, student.groups) for scores_G in groups],
+        neurons=None if neurons is None else [largest(scores_F, student.intermediate) for scores_F in neurons],
+    )
+
+
+def pruned_config(config: Any, chosen: list[int], widths: Widths | None = None) -> Any:
     """The teacher's configuration with fewer layers; lists with one entry a layer (`layer_types`) shrink alike."""
     total = config.num_hidden_layers
     pruned = copy.deepcopy(config)
@@ -60,22 +140,33 @@ def pruned_config(config: Any, chosen: list[int]) -> Any:
         if "layer" in name and isinstance(value, list) and len(value) == total:
             setattr(pruned, name, [value[index] for index in chosen])
     pruned.num_hidden_layers = len(chosen)
+    for name, value in ({} if widths is None else widths.as_config()).items():
+        setattr(pruned, name, value)
     if hasattr(pruned, "quantization_config"):
         del pruned.quantization_config
     return pruned
 
 
-def pruned_weights(source: Any, chosen: list[int]) -> dict[str, Tensor]:
-    """The tensors to keep, under their new names; the others are not read."""
+def pruned_weights(source: Source, chosen: list[int], narrowing: Narrowing | None = None) -> dict[str, Tensor]:
+    """The tensors to keep, or what `narrowing` leaves of them, under their new names, in float32; the
+    others are not read."""
     renumbered = {old: new for new, old in enumerate(chosen)}
     kept: dict[str, Tensor] = {}
     for name in source.names():
-        found = LAYER.search(name)
-        if found is None:
-            kept[name] = source.read(name)
-        elif int(found[2]) in renumbered:
-            kept[LAYER.sub(f"{found[1]}.{renumbered[int(found[2])]}.", name, count=1)] = source.read(name)
+        layer, local = split_name(name)
+        if layer is not None and layer not in renumbered:
+            continue
+        new = name if layer is None else LAYER.sub(rf"\g<1>.{renumbered[layer]}.", name, count=1)
+        if narrowing is None:
+            kept[new] = _float32(source.read(name))
+        elif not local.endswith(COMPUTED):
+            kept[new] = _float32(narrowing.slice(source.read(name), local, layer))
     return kept
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    """At once and not when the model is built, which then takes these tensors as they are: no second copy of all."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _build(config: Any, weights: dict[str, Tensor], teacher: str, trust_remote_code: bool) -> Any:

@@ -17,11 +17,11 @@ PACKAGES = ("distill", "teachers", "students")
 # and a saved model of a plug-in's class is opened through it.
 FLOORS = (
     {"__init__", "errors"},
-    {"config", "progress", "interrupt"},
+    {"config", "files", "progress", "interrupt"},
     {"models", "plugins", "experiment_file"},
     {"losses", "targets", "cache", "corpus"},
     {"training", "evaluation", "memory", "report"},
-    {"workspace"},
+    {"workspace", "settings"},
     {"recipes"},
     {"cli", "__main__"},
 )

@@ -40,8 +40,22 @@ class Batch:
     """The teacher's negative log-probability of the true next token in nats."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device (Lightning calls this)."""
+        """The batch on another device."""
         return cast(Batch, _moved(self, device))
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Some of the samples, with their targets."""
+        of_samples = slice(start, stop)
+        begin, end = (int(self.loss_mask_BL[:row].sum()) for row in (start, stop))
+        of_positions = slice(begin, end)
+        return Batch(
+            self.input_ids_BL[of_samples],
+            self.position_ids_BL[of_samples],
+            self.loss_mask_BL[of_samples],
+            _sliced(self.targets, of_positions),
+            self.entropy_N[of_positions],
+            self.surprisal_N[of_positions],
+        )
 
 
 def collate(records: list[Record], scheme: AnyScheme, draw: int = 0) -> Batch:
@@ -83,6 +97,12 @@ def _stack(rows: list[np.ndarray]) -> Tensor:
 
 def _nats(steps: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(steps).astype(np.float32) * np.float32(SCALAR_STEP))
+
+
+def _sliced(targets: Any, rows: slice) -> Any:
+    """A dataclass of tensors over positions, of some of them."""
+    values = {field.name: getattr(targets, field.name) for field in fields(targets)}
+    return replace(targets, **{name: None if value is None else value[rows] for name, value in values.items()})
 
 
 def _moved(value: Any, device: torch.device) -> Any:

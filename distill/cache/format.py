@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distill.cache.durable import sha256_of, write_durably
 from distill.cache.journal import JOURNAL, SHARDS, JournalEntry, read_journal, seal, shard_file
 from distill.cache.manifest import FORMAT, MANIFEST, VERSION, Manifest, differences, read_manifest
+from distill.files import sha256_of, write_durably
 
 PART = "part.json"
 """Which part of a cache a folder holds, where it is not all of it."""

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distill.cache import checks
-from distill.cache.durable import append_durably, read_bounded, write_durably
 from distill.cache.manifest import Manifest, read_manifest
 from distill.errors import UserError
+from distill.files import append_durably, read_bounded, write_durably
 
 JOURNAL = "journal.jsonl"
 SHARDS = "shards"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.cache import checks
-from distill.cache.durable import read_bounded
 from distill.cache.records import most_entries
 from distill.errors import UserError
+from distill.files import read_bounded
 from distill.targets import schemes
 
 FORMAT = "distill-cache"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.cache import journal
-from distill.cache.durable import TEMPORARY, write_durably
 from distill.cache.format import (
     JOURNAL,
     MANIFEST,
@@ -27,6 +26,7 @@ from distill.cache.storage import Storage
 from distill.cache.token_order import load_order
 from distill.cache.writer import CacheWriter
 from distill.errors import UserError
+from distill.files import TEMPORARY, write_durably
 
 
 @dataclass(frozen=True)

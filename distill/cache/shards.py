@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.cache.durable import open_regular
 from distill.cache.packing import DamagedRecord
+from distill.files import open_regular
 
 _HEADER_LIMIT = 512
 """Bytes; the two tensors of a shard take about 130."""

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import fsspec
 
-from distill.cache.durable import TEMPORARY
 from distill.cache.format import JOURNAL, MANIFEST, SHARDS, read_journal, shard_file
 from distill.errors import UserError
+from distill.files import TEMPORARY
 
 LOCAL_COPY_BYTES = 100 * 10**9
 """Room for the local copies of a URL's shards, unless told otherwise."""

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distill.cache.durable import cannot_write, read_bounded, write_durably
 from distill.cache.format import TOKEN_ORDER
+from distill.cache.locking import cannot_write
 from distill.cache.manifest import Manifest
 from distill.cache.packing import DamagedRecord, compress, decompress, read_sizes, write_sizes
 from distill.cache.records import Record
 from distill.errors import UserError
+from distill.files import read_bounded, write_durably
 from distill.targets.extract import next_ids
 from distill.targets.stored import StoredHidden, StoredTargets
 

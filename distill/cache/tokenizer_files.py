@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
-from distill.cache.durable import TEMPORARY, cannot_write, read_bounded, sha256_of, sync_folder
 from distill.cache.format import TOKENIZER
+from distill.cache.locking import cannot_write
 from distill.errors import UserError
+from distill.files import TEMPORARY, read_bounded, sha256_of, sync_folder
 
 SUMS = "SHA256SUMS"
 _LIMIT = 2**20

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from distill.cache import journal
 from distill.cache.checks import printable
-from distill.cache.durable import TEMPORARY, cannot_write, read_bounded, sha256_of, sole_writer
 from distill.cache.format import (
     JOURNAL,
     MANIFEST,
@@ -24,6 +23,7 @@ from distill.cache.format import (
     shard_file,
 )
 from distill.cache.head import HEAD, load_head
+from distill.cache.locking import cannot_write, sole_writer
 from distill.cache.packing import DamagedRecord
 from distill.cache.parts import read_part
 from distill.cache.records import unpack
@@ -32,6 +32,7 @@ from distill.cache.token_order import FINGERPRINT, load_order
 from distill.cache.tokenizer_files import tokenizer_problems
 from distill.cache.writer import remove_leftovers
 from distill.errors import UserError
+from distill.files import TEMPORARY, read_bounded, sha256_of
 
 _UNREADABLE = (DamagedRecord, OSError)
 

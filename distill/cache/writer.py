@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 from distill.cache import journal
-from distill.cache.durable import TEMPORARY, cannot_write, sync_folder, write_durably
 from distill.cache.format import (
     JOURNAL,
     MANIFEST,
@@ -27,10 +26,12 @@ from distill.cache.format import (
     shard_file,
 )
 from distill.cache.head import HEAD
+from distill.cache.locking import cannot_write
 from distill.cache.records import Record, pack
 from distill.cache.shards import encode
 from distill.cache.token_order import TokenOrder, load_order
 from distill.errors import UserError
+from distill.files import TEMPORARY, sync_folder, write_durably
 
 
 class CacheWriter:

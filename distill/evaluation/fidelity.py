@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from distill.evaluation.metrics import Fidelity, Likelihood
+from distill.evaluation.metrics import Fidelity, Likelihood, log_probabilities
 from distill.models.language_model import Head, LanguageModel
+from distill.models.vocabulary import Vocabulary, trim_head
 
 Advance = Callable[[int], None]
 """Told the number of tokens that a batch had."""
@@ -45,6 +46,20 @@ def teacher_states(
 
 
 @torch.no_grad()
+def dropped_mass(states: TeacherStates, vocabulary: Vocabulary, chunk_size: int, device: torch.device) -> float:
+    """The teacher's probability of all the tokens that are not in the vocabulary: mean over positions, 0 to 1."""
+    head = states.head.to(device)
+    is_dropped_V = (vocabulary.to_student < 0).to(device)
+    total, positions = 0.0, 0
+    for hidden_ND in states.hidden:
+        for hidden_CD in hidden_ND.split(chunk_size):
+            logp_CV = log_probabilities(head(hidden_CD.to(device)).float())
+            total += float(logp_CV.exp()[:, is_dropped_V].sum(dtype=torch.float64))
+            positions += len(hidden_CD)
+    return total / positions if positions else 0.0
+
+
+@torch.no_grad()
 def teacher_likelihood(
     states: TeacherStates, samples: Dataset, batch_size: int, chunk_size: int, device: torch.device
 ) -> dict[str, Any]:
@@ -65,17 +80,31 @@ def student_fidelity(
     chunk_size: int,
     device: torch.device,
     advance: Advance,
+    vocabulary: Vocabulary | None = None,
 ) -> dict[str, Any]:
-    """nll, KL(teacher || student), top-1 agreement and acceptance rate over the full vocabulary."""
-    metric, teacher_head = Fidelity(), states.head.to(device)
+    """nll, KL(teacher || student), top-1 agreement and acceptance rate over the full vocabulary.
+
+    With the `vocabulary` of a student that has only some of the tokens: over these, where the teacher's distribution
+    is the one given that one of them comes. The samples must be made of them (`covered`).
+    """
+    metric = Fidelity()
+    teacher_head = (states.head if vocabulary is None else trim_head(states.head, vocabulary)).to(device)
     head = student.head.with_rows(teacher_head.weight_VD.shape[0])
     for batch, teacher_hidden_ND in zip(DataLoader(samples, batch_size=batch_size), states.hidden, strict=True):
+        if vocabulary is not None:
+            batch = {**batch, "input_ids": vocabulary.mapped(batch["input_ids"])}
         hidden_ND = _hidden(student, batch, device)
         for rows, next_ids_C in _chunks(batch, chunk_size, device):
             teacher_logits_CV = teacher_head(teacher_hidden_ND[rows].to(device)).float()
             metric.update(head(hidden_ND[rows]).float(), teacher_logits_CV, next_ids_C)
         advance(batch["input_ids"].numel())
     return metric.compute()
+
+
+def covered(samples: Subset, vocabulary: Vocabulary) -> Subset:
+    """The samples that are made of the vocabulary's tokens alone."""
+    fine = [index for index in range(len(samples)) if vocabulary.covers(samples[index]["input_ids"])]
+    return Subset(samples, fine)
 
 
 def _hidden(model: LanguageModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:

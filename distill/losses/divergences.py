@@ -1,108 +1,175 @@
-"""Divergences between the teacher and the student, as pure functions of a chunk of positions.
+"""Divergences between the teacher p and the student q, as pure functions of a chunk of positions: `[N]` nats.
 
-Shapes: N positions, V vocabulary, K entries of a target, D the teacher's hidden size.
+All compare p and q over the same outcomes. For exact targets these are the V tokens. For targets with a rest they are
+the K entries and one outcome more, "any other token": what is lost is the shape of the tail, so that an f-divergence is
+at most that of the exact targets (data processing inequality). Sparse samples (varopt, random) are right on average,
+which only the forward KL, whose gradient is linear in p, can use: the other divergences refuse them.
+The gradient flows into the student alone. Shapes: N positions, V vocabulary, K entries of a target, O outcomes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distill.models.language_model import Head
+from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 
-
-@dataclass(frozen=True)
-class SparseChunk:
-    """A chunk of sparse targets."""
-
-    ids_NK: Tensor
-    weights_NK: Tensor
-    entropy_N: Tensor
-    """Entropy of the teacher's whole distribution, in nats."""
-    true_ids_N: Tensor
-    rest_N: Tensor | None = None
-    """Mass of all tokens without an entry, as one bucket; None: the weights sum to 1."""
-
-    def __getitem__(self, rows: slice) -> SparseChunk:
-        rest_N = None if self.rest_N is None else self.rest_N[rows]
-        return SparseChunk(
-            self.ids_NK[rows], self.weights_NK[rows], self.entropy_N[rows], self.true_ids_N[rows], rest_N
-        )
-
-
-@dataclass(frozen=True)
-class DenseChunk:
-    """A chunk of exact targets: the teacher's hidden states, and the head that makes logits of them."""
-
-    hidden_ND: Tensor
-    head: Head
-    true_ids_N: Tensor
-    temperature: float = 1.0
-
-    def __getitem__(self, rows: slice) -> DenseChunk:
-        return DenseChunk(self.hidden_ND[rows], self.head, self.true_ids_N[rows], self.temperature)
-
-    @torch.no_grad()
-    def log_probs_NV(self) -> Tensor:
-        """The teacher's log-probabilities, float32."""
-        logits_NV = self.head(self.hidden_ND.to(self.head.weight_VD.dtype)).float()
-        return torch.log_softmax(logits_NV / self.temperature, dim=-1)
-
-
-ChunkTarget = SparseChunk | DenseChunk
+_NOWHERE = -1e4
+"""Log-probability of a place that is no outcome, on both sides: finite, so that no gradient is NaN, and exp() is 0."""
 
 
 def forward_kl(logits_NV: Tensor, target: ChunkTarget) -> Tensor:
-    """`[N]` KL(teacher || student) in nats: `logsumexp(z) - sum_k w_k z_k - H(teacher)`.
+    """KL(p‖q) `= Σ p (log p − log q)`. Source: Hinton et al. 2015.
 
-    Equals `(p * (p.log() - z.log_softmax(-1))).sum(-1)` when the target holds all of p, and its expectation over
-    targets equals that for an unbiased scheme. Its gradient in z is `softmax(z) - w`. Source: Hinton et al. 2015.
-    A single position can read below 0 where the target is a sample. With a rest, the tokens without an entry count as
-    one outcome on both sides.
+    For sparse samples it is `Σ_k w_k (logsumexp(z) − z_k) − H(p)`, whose expectation over unbiased targets equals the
+    above, and whose gradient in the logits z is `m softmax(z) − w` with m the sum of the weights. m is 1, or less where
+    tokens were taken out of the vocabulary: then the gradient is that of m times the KL over the tokens that are left.
+    A single position can read below 0 where the target is a sample.
     """
-    if isinstance(target, DenseChunk):
-        teacher_NV = target.log_probs_NV().to(logits_NV.dtype)
-        return (teacher_NV.exp() * (teacher_NV - torch.log_softmax(logits_NV, dim=-1))).sum(-1)
-    if target.rest_N is not None:
-        return _bucketed_kl(logits_NV, target, target.rest_N)
-    expected_N = (target.weights_NK * logits_NV.gather(1, target.ids_NK)).sum(-1)
-    return torch.logsumexp(logits_NV, dim=-1) - expected_N - target.entropy_N
+    if isinstance(target, SparseChunk) and target.rest_N is None:
+        surprisal_NK = torch.logsumexp(logits_NV, dim=-1, keepdim=True) - logits_NV.gather(1, target.ids_NK)
+        return (target.weights_NK.detach() * surprisal_NK).sum(-1) - target.entropy_N
+    outcomes = _outcomes(logits_NV, target)
+    return _kl(outcomes.teacher_NO, outcomes.student_NO)
 
 
-def _bucketed_kl(logits_NV: Tensor, target: SparseChunk, rest_N: Tensor) -> Tensor:
-    """KL over K + 1 outcomes: `sum_k w_k log(w_k / q_k) + r log(r / (1 - sum_k q_k))`."""
-    total_N = torch.logsumexp(logits_NV, dim=-1)
-    log_q_NK = logits_NV.gather(1, target.ids_NK) - total_N[:, None]
-    kl_N = (torch.xlogy(target.weights_NK, target.weights_NK) - target.weights_NK * log_q_NK).sum(-1)
-    if target.ids_NK.shape[1] == logits_NV.shape[1]:
-        return kl_N  # the bucket is empty
-    # Summed over the bucket's own tokens: 1 - sum_k q_k loses all its digits where the student is sure.
-    log_left_N = logits_NV.scatter(1, target.ids_NK, -torch.inf).logsumexp(dim=-1) - total_N
-    return kl_N + torch.xlogy(rest_N, rest_N) - rest_N * log_left_N
+def reverse_kl(logits_NV: Tensor, target: ChunkTarget) -> Tensor:
+    """KL(q‖p) `= Σ q (log q − log p)`. Source: Gu et al. 2024, "MiniLLM" (there on text that the student wrote)."""
+    outcomes = _outcomes(logits_NV, target)
+    return _kl(outcomes.student_NO, outcomes.teacher_NO)
+
+
+def jsd(logits_NV: Tensor, target: ChunkTarget, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon divergence: `β KL(p‖m) + (1 − β) KL(q‖m)` with `m = β p + (1 − β) q`.
+
+    At most the entropy of (β, 1 − β); close to `β KL(p‖q)` for small β and to `(1 − β) KL(q‖p)` for β near 1.
+    Source: Agarwal et al. 2024, "On-policy distillation of language models" (GKD).
+    """
+    outcomes = _outcomes(logits_NV, target)
+    mixture_NO = _log_mixture(beta, outcomes.teacher_NO, outcomes.student_NO)
+    return beta * _kl(outcomes.teacher_NO, mixture_NO) + (1 - beta) * _kl(outcomes.student_NO, mixture_NO)
+
+
+def skewed_kl(logits_NV: Tensor, target: ChunkTarget, skew: float = 0.1) -> Tensor:
+    """`KL(p ‖ λ p + (1 − λ) q)`, at most `−log λ`; forward KL for λ = 0. Source: Ko et al. 2024, "DistiLLM"."""
+    outcomes = _outcomes(logits_NV, target)
+    return _kl(outcomes.teacher_NO, _log_mixture(skew, outcomes.teacher_NO, outcomes.student_NO))
+
+
+def skewed_reverse_kl(logits_NV: Tensor, target: ChunkTarget, skew: float = 0.1) -> Tensor:
+    """`KL(q ‖ λ q + (1 − λ) p)`, at most `−log λ`; reverse KL for λ = 0. Source: Ko et al. 2024, "DistiLLM"."""
+    outcomes = _outcomes(logits_NV, target)
+    return _kl(outcomes.student_NO, _log_mixture(skew, outcomes.student_NO, outcomes.teacher_NO))
+
+
+def adaptive_kl(logits_NV: Tensor, target: ChunkTarget, head_mass: float = 0.5) -> Tensor:
+    """`h KL(p‖q) + (1 − h) KL(q‖p)`: h is the share of `Σ |p − q|` that lies on the teacher's head.
+
+    The head are the most probable tokens as long as they have at most `head_mass` together, and the first in any case.
+    h is a constant to the gradient. Both are so in the authors' code. "Any other token" (a rest) is never of the head:
+    its tokens are less probable than every entry, so that with the head among the entries h differs from the exact
+    one by the tail's shape alone. Source: Wu et al. 2024, "Rethinking Kullback-Leibler divergence in knowledge
+    distillation for large language models" (AKL).
+    """
+    outcomes = _outcomes(logits_NV, target)
+    head_N = _share_of_head(outcomes, head_mass)
+    forward_N = _kl(outcomes.teacher_NO, outcomes.student_NO)
+    return head_N * forward_N + (1 - head_N) * _kl(outcomes.student_NO, outcomes.teacher_NO)
+
+
+def total_variation(logits_NV: Tensor, target: ChunkTarget) -> Tensor:
+    """`½ Σ |p − q|`, from 0 to 1. Source: Wen et al. 2023, "f-divergence minimization for sequence-level KD"."""
+    outcomes = _outcomes(logits_NV, target)
+    return 0.5 * (outcomes.teacher_NO.exp() - outcomes.student_NO.exp()).abs().sum(-1)
+
+
+def mean_squared_logits(logits_NV: Tensor, target: ChunkTarget) -> Tensor:
+    """Mean over the vocabulary of the squared difference of the logits, each side's mean logit subtracted first.
+
+    A common shift of all logits changes no distribution, so it is not learned either. In this convention
+    `T² KL(p_T‖q_T)` goes to half of this for T → ∞ (Hinton et al. 2015, §2.1), and a temperature with its T² changes
+    nothing. It needs every token's logit. Source: Ba & Caruana 2014; Kim et al. 2021, "Comparing Kullback-Leibler
+    divergence and mean squared error loss in knowledge distillation".
+    """
+    assert isinstance(target, DenseChunk), "the logits of all tokens are in exact targets alone (scheme hidden)"
+    difference_NV = logits_NV - target.log_probs_NV().to(logits_NV.dtype)
+    return (difference_NV - difference_NV.mean(dim=-1, keepdim=True)).square().mean(dim=-1)
 
 
 def cross_entropy(logits_NV: Tensor, target: ChunkTarget) -> Tensor:
-    """`[N]` negative log-probability of the true next token in nats."""
+    """Negative log-probability of the true next token."""
     return torch.nn.functional.cross_entropy(logits_NV, target.true_ids_N, reduction="none")
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """`(1 - alpha) * T^2 * KL(teacher || student) + alpha * cross-entropy`: 0 the teacher alone, 1 the text alone.
+class _Outcomes:
+    """Log-probabilities of the same outcomes, all finite."""
 
-    T is the temperature of the teacher's distribution; the student's is softened likewise, and T^2 keeps the size of
-    the gradient (Hinton et al. 2015).
-    """
+    teacher_NO: Tensor
+    student_NO: Tensor
+    has_rest: bool
+    """Whether the last outcome is "any other token"."""
 
-    alpha: float = 0.0
-    temperature: float = 1.0
 
-    def __call__(self, logits_NV: Tensor, target: ChunkTarget) -> Tensor:
-        if self.alpha == 1:
-            return cross_entropy(logits_NV, target)
-        distilled_N = self.temperature**2 * forward_kl(logits_NV / self.temperature, target)
-        if self.alpha == 0:
-            return distilled_N
-        return (1 - self.alpha) * distilled_N + self.alpha * cross_entropy(logits_NV, target)
+def _outcomes(logits_NV: Tensor, target: ChunkTarget) -> _Outcomes:
+    if isinstance(target, DenseChunk):
+        teacher_NV = target.log_probs_NV().to(logits_NV.dtype)
+        return _Outcomes(teacher_NV, torch.log_softmax(logits_NV, dim=-1), has_rest=False)
+    assert target.rest_N is not None, "a sparse sample has no outcomes: use targets with a rest, or exact ones"
+    weights_NK, vocab_size = target.weights_NK.detach(), logits_NV.shape[1]
+    is_entry_NK = weights_NK > 0
+    # A place without an entry marks a token beyond the vocabulary: its id, 0, may be in the rest or be an entry's.
+    marked_NV = torch.zeros(len(logits_NV), vocab_size + 1, dtype=torch.bool, device=logits_NV.device)
+    marked_NV = marked_NV.scatter(1, torch.where(is_entry_NK, target.ids_NK, vocab_size), True)[:, :-1]
+    is_rest_N = ~marked_NV.all(-1)
+
+    total_N = torch.logsumexp(logits_NV, dim=-1)
+    entries_NK = logits_NV.gather(1, target.ids_NK) - total_N[:, None]
+    # Summed over its own tokens: 1 − Σ q_k loses all its digits where the student is sure.
+    rest_N = logits_NV.masked_fill(marked_NV & is_rest_N[:, None], -torch.inf).logsumexp(dim=-1) - total_N
+    # What the entries' sum leaves is known to this precision only, and 0 would make the reverse KL infinite.
+    least = torch.finfo(weights_NK.dtype).eps
+    teacher_NO = torch.cat([weights_NK, target.rest_N.detach().clamp(min=least)[:, None]], dim=1).log()
+    student_NO = torch.cat([entries_NK, rest_N[:, None]], dim=1)
+    is_outcome_NO = torch.cat([is_entry_NK, is_rest_N[:, None]], dim=1)
+    return _Outcomes(
+        torch.where(is_outcome_NO, teacher_NO.to(logits_NV.dtype), _NOWHERE),
+        torch.where(is_outcome_NO, student_NO, _NOWHERE),
+        has_rest=True,
+    )
+
+
+def _kl(first_NO: Tensor, second_NO: Tensor) -> Tensor:
+    """KL(first‖second) of log-probabilities."""
+    return (first_NO.exp() * (first_NO - second_NO)).sum(-1)
+
+
+def _log_mixture(share: float, first_NO: Tensor, second_NO: Tensor) -> Tensor:
+    """`log(share · first + (1 − share) · second)` of log-probabilities, for a share in [0, 1)."""
+    if share == 0:
+        return second_NO
+    return torch.logaddexp(first_NO + math.log(share), second_NO + math.log1p(-share))
+
+
+@torch.no_grad()
+def _share_of_head(outcomes: _Outcomes, head_mass: float) -> Tensor:
+    """Share of `Σ |p − q|` on the teacher's most probable tokens; one half where p and q are the same."""
+    teacher_NO, student_NO = outcomes.teacher_NO.exp(), outcomes.student_NO.exp()
+    tokens = teacher_NO.shape[1] - outcomes.has_rest
+    width = 64
+    while True:  # a few tokens nearly always have the mass: sorting the vocabulary would take longer than all the rest
+        width = min(width, tokens)
+        top_NW, places_NW = teacher_NO[:, :tokens].topk(width, dim=-1)
+        mass_NW = top_NW.cumsum(-1)
+        if width == tokens or bool((mass_NW[:, -1] > head_mass).all()):
+            break
+        width *= 8
+    is_head_NW = mass_NW <= head_mass
+    is_head_NW[:, 0] = True
+    head_N = ((top_NW - student_NO.gather(1, places_NW)).abs() * is_head_NW).sum(-1)
+    gap_N = (teacher_NO - student_NO).abs().sum(-1)
+    least = torch.finfo(gap_N.dtype).tiny
+    return ((head_N + least) / (gap_N + 2 * least)).clamp(max=1)

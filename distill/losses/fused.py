@@ -5,17 +5,13 @@ Shapes: N positions, D hidden size, V vocabulary, C positions of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.losses.divergences import ChunkTarget
+from distill.losses.chunks import ChunkTarget, Divergence
 from distill.models.language_model import Head
-
-Divergence = Callable[[Tensor, ChunkTarget], Tensor]
-"""(student logits of a chunk `[C, V]` float32, target of the chunk) -> divergence of each position `[C]`."""
 
 
 def fused_loss(hidden_ND: Tensor, head: Head, target: ChunkTarget, divergence: Divergence, chunk_size: int) -> Tensor:

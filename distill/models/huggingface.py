@@ -81,10 +81,44 @@ class HuggingFaceLanguageModel(torch.nn.Module):
                 "not supported; write a plug-in with its own `body` and `head`"
             )
 
+    @torch.no_grad()
+    def keep_tokens(self, kept_ids: Tensor) -> None:
+        """Cut embedding and head down to the tokens `kept_ids` (rising), which become tokens 0, 1, 2 and so on.
+
+        The logits are then those of these tokens before. What the configuration says of tokens (the end of a text,
+        the padding) says it of the new ids, and nothing of tokens that are gone.
+        """
+        embedding, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        rows = min(len(embedding.weight), len(output.weight))
+        if not len(kept_ids) or int(kept_ids[-1]) >= rows:
+            raise ValueError(f"the model has {rows} tokens, and is to keep token {kept_ids[-1:].tolist()}")
+        to_new = {old: new for new, old in enumerate(kept_ids.tolist())}
+        padding = getattr(embedding, "padding_idx", None)
+        weights = {id(weight): weight for weight in (embedding.weight, output.weight, getattr(output, "bias", None))}
+        for weight in weights.values():  # a tied weight once
+            if weight is not None:
+                weight[: len(kept_ids)] = weight[kept_ids.to(weight.device)]
+        self.model.resize_token_embeddings(len(kept_ids))
+        self.model.get_input_embeddings().padding_idx = to_new.get(padding)
+        for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
+            _renumber_tokens(config, to_new)
+        if self.model.generation_config is not None:
+            _renumber_tokens(self.model.generation_config, to_new)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors)."""
         with quiet():
             self.model.save_pretrained(folder)
+
+
+def _renumber_tokens(config: Any, to_new: dict[int, int]) -> None:
+    """Every `…_token_id` of a configuration (one token, or several) under its new number; None: it is gone."""
+    for name, value in config.to_dict().items():
+        if name.endswith("_token_id"):
+            if isinstance(value, list):
+                setattr(config, name, [to_new[old] for old in value if old in to_new] or None)
+            elif value is not None:
+                setattr(config, name, to_new.get(value))
 
 
 def transformation(config: Any) -> dict[str, float]:

@@ -26,7 +26,11 @@ class Head:
     soft_cap: float | None = None
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., D]`, in the dtype of the product."""
+        """Logits `[..., V]` of hidden states `[..., D]`, in the dtype of the product.
+
+        Hidden states of another dtype than the weight's are cast (Mamba's residual stream is float32 in any model).
+        """
+        hidden_ND = hidden_ND.to(self.weight_VD.dtype)
         return self.transform(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
 
     def transform(self, product_NV: Tensor) -> Tensor:

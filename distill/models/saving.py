@@ -2,56 +2,130 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.errors import UserError
+from distill.files import sync_folder
 from distill.models.checkpoints import Checkpoint
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.tokenizers import load_tokenizer, vocab_size
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, nothing keeps two writers apart
+    fcntl = None  # type: ignore[assignment]
+
 DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options}
 WEIGHTS = "model.safetensors"
+NOT_KEPT = ("calibration",)  # what the pipeline supplies to make a student, and not to make it again
 
 
 def save_language_model(
-    model: torch.nn.Module, folder: str | Path, class_path: str, options: dict[str, Any], tokenizer: Any
+    model: torch.nn.Module,
+    folder: str | Path,
+    class_path: str,
+    options: dict[str, Any],
+    tokenizer: Any,
+    write_more: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `model` and `tokenizer` to `folder`, replacing what is there only when the new folder is complete.
 
     A Hugging Face model becomes an ordinary Hugging Face folder. Any other becomes weights and `student.json`, from
     which `class_path` is called again with `options`: give the complete ones, as `plugins.arguments` returns them.
+    A model with a method `merged` is written as what that returns. `write_more` writes further files into the folder
+    it is given, which are part of what is complete or absent.
     """
     folder = Path(folder)
+    recover(folder)
+    merged: Any = getattr(model, "merged", None)
+    model = model if merged is None else merged()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.parent / f".{folder.name}.new-{os.getpid()}"
-    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    try:
-        if isinstance(model, HuggingFaceLanguageModel):
-            model.save_pretrained(new)
-        else:
-            _save_custom(model, new, class_path, options)
-        tokenizer.save_pretrained(new)
-        _sync(new)
-        if folder.exists():
-            folder.rename(old)
+    new, old = _new(folder), _old(folder)
+    with _held(new):
         try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            _remove_content(new)  # of a process that died
+            shutil.rmtree(old, ignore_errors=True)
+            if isinstance(model, HuggingFaceLanguageModel):
+                model.save_pretrained(new)
+            else:
+                _save_custom(model, new, class_path, options)
+            tokenizer.save_pretrained(new)
+            if write_more is not None:
+                write_more(new)
+            _sync(new)
+            _replace(folder, new, old)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def recover(folder: str | Path) -> None:
+    """Bring back the model that a process was about to replace when it died, between one name and the other."""
+    folder = Path(folder)
+    if folder.exists() or not _old(folder).exists():
+        return
+    with _held(_new(folder)):  # not while it is being replaced
+        if not folder.exists():
+            _old(folder).rename(folder)
+            sync_folder(folder.parent)
+        shutil.rmtree(_new(folder), ignore_errors=True)
+
+
+def _new(folder: Path) -> Path:
+    """Where the next content of `folder` grows."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+def _old(folder: Path) -> Path:
+    """Where the present content of `folder` goes for the moment in which it is replaced."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _replace(folder: Path, new: Path, old: Path) -> None:
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def _held(new: Path) -> Iterator[None]:
+    """Make the folder `new`, which no other process may write meanwhile; one that dies leaves no lock behind."""
+    new.mkdir(exist_ok=True)
+    descriptor = os.open(new, os.O_RDONLY) if fcntl else None
+    try:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"{new.parent}: another process is saving a model here: wait for it") from None
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_content(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _sync(folder: Path) -> None:
@@ -60,13 +134,16 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync_folder(path)
 
 
 def _save_custom(model: torch.nn.Module, folder: Path, class_path: str, options: dict[str, Any]) -> None:
     from safetensors.torch import save_model
 
+    kept = {name: value for name, value in options.items() if name not in NOT_KEPT}
     try:
-        text = json.dumps({"class_path": class_path, "options": options}, indent=2)
+        text = json.dumps({"class_path": class_path, "options": kept}, indent=2)
     except TypeError as error:
         raise UserError(f"student.options of {class_path} cannot be written as JSON: {error}") from error
     save_model(model, str(folder / WEIGHTS))  # writes a tensor that several names share (a tied head) once
@@ -78,6 +155,7 @@ def load_language_model(
 ) -> Any:
     """The language model that `save_language_model` wrote, or of any Hugging Face folder, in evaluation mode."""
     folder = Path(folder)
+    recover(folder)
     if (folder / DESCRIPTION).is_file():
         model = _load_custom(folder)
     elif (folder / "config.json").is_file():

@@ -11,9 +11,9 @@ from torch.utils.data import ConcatDataset, Subset
 
 from distill import interrupt
 from distill.cache.budget import Calibration, parse_size
-from distill.cache.durable import cannot_write, sole_writer
 from distill.cache.format import MANIFEST, Manifest, differences, read_journal, read_manifest
 from distill.cache.head import HEAD, save_head
+from distill.cache.locking import cannot_write, sole_writer
 from distill.cache.parts import Part, claim_part
 from distill.cache.predict import TeacherModule
 from distill.cache.processes import ShardShares, make_trainer, predict

@@ -8,16 +8,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Subset
 
 from distill.cache.format import sha256_of
 from distill.config import Experiment
+from distill.corpus import SampleSets
 from distill.errors import UserError
-from distill.evaluation.fidelity import student_fidelity, teacher_likelihood, teacher_states
+from distill.evaluation.fidelity import covered, dropped_mass, student_fidelity, teacher_likelihood, teacher_states
 from distill.evaluation.metrics import perplexity
 from distill.models.saving import load_language_model
+from distill.models.vocabulary import Vocabulary
 from distill.progress import Progress, say
-from distill.workspace import Folders, Teacher, build_student, check_model, make_run_folder, open_samples, write_json
+from distill.workspace import (
+    Calibration,
+    Folders,
+    Teacher,
+    build_student,
+    check_model,
+    make_run_folder,
+    open_samples,
+    write_json,
+)
+
+_OF_A_SAMPLE = ("input_ids", "position_ids")
+_MEASURED = ["nll", "kl", "top1_agreement", "acceptance", "ece"]
 
 
 def main(experiment: Experiment) -> int:
@@ -37,20 +53,74 @@ def main(experiment: Experiment) -> int:
         if found.get("inputs") == inputs:
             say(f"evaluation: {folders.evaluation} is there; nothing to do")
             _print_table(found)
+            _say_what_is_missing(found)
             return 0
     if not len(samples.held_out):
         raise UserError("nothing to evaluate on: corpus.held_out is 0")
     limit = experiment.evaluate.max_samples or len(samples.held_out)
     held_out = Subset(samples.held_out, range(min(limit, len(samples.held_out))))
-    result = _measure(experiment, folders, teacher, held_out, roles)
+    vocabulary = _vocabulary(experiment, folders, roles)
+    if vocabulary is not None:
+        held_out = _covered(held_out, vocabulary)
+    calibration = _calibration(samples, experiment.cache.max_samples)
+    result = _measure(experiment, folders, teacher, held_out, roles, vocabulary, calibration)
+    if vocabulary is not None:
+        result["left_out_samples"] = min(limit, len(samples.held_out)) - len(held_out)
     write_json(folders.evaluation, {**result, "inputs": inputs})
     _print_table(result)
+    _say_what_is_missing(result)
     say(f"evaluation: {folders.evaluation}")
     return 0
 
 
+def _calibration(samples: SampleSets, max_samples: int | None) -> Calibration:
+    """The first training samples, as the student saw them in the cache while it was made; no cache is needed."""
+
+    def first(count: int) -> tuple[Tensor, Tensor]:
+        rows = [samples.train[index] for index in range(min(count, len(samples.train), max_samples or count))]
+        input_ids_BL, position_ids_BL = (torch.stack([row[name] for row in rows]) for name in _OF_A_SAMPLE)
+        return input_ids_BL, position_ids_BL
+
+    return first
+
+
+def _vocabulary(experiment: Experiment, folders: Folders, roles: list[str]) -> Vocabulary | None:
+    """The tokens of students that have only some of the teacher's. Raises UserError when they have not the same."""
+    if experiment.student.vocabulary == "full":
+        return None
+    vocabularies = [Vocabulary.load(folders.model(role)) for role in roles]
+    if len({vocabulary.fingerprint for vocabulary in vocabularies}) > 1:
+        raise UserError(f"{folders.run}: student and control have other tokens: train the control again")
+    return vocabularies[0]
+
+
+def _covered(held_out: Subset, vocabulary: Vocabulary) -> Subset:
+    """The samples that all models can read, so that all are measured on the same text."""
+    left = covered(held_out, vocabulary)
+    if not len(left):
+        raise UserError(
+            f"nothing to evaluate on: each of the {len(held_out)} held-out samples has a token that the students lack: "
+            "cache more held-out samples (cache.held_out_samples), or use student.vocabulary full"
+        )
+    return left
+
+
+def _say_what_is_missing(result: dict[str, Any]) -> None:
+    if "dropped_mass" in result:
+        say(
+            f"evaluation: over the tokens that the students have: {result['dropped_mass']:.2%} of the teacher's "
+            f"probability is on others; {result['left_out_samples']} samples with others in them are left out"
+        )
+
+
 def _measure(
-    experiment: Experiment, folders: Folders, teacher: Teacher, held_out: Subset, roles: list[str]
+    experiment: Experiment,
+    folders: Folders,
+    teacher: Teacher,
+    held_out: Subset,
+    roles: list[str],
+    vocabulary: Vocabulary | None,
+    calibration: Calibration,
 ) -> dict[str, Any]:
     started = time.monotonic()
     batch_size, chunk_size = experiment.evaluate.batch_size, experiment.loss.chunk_size
@@ -66,21 +136,24 @@ def _measure(
         result: dict[str, Any] = {
             "tokens": likelihood["tokens"],
             "parameters": {"teacher": teacher_parameters},
-            "teacher": {"nll": likelihood["nll"], "perplexity": likelihood["perplexity"]},
+            "teacher": {key: likelihood[key] for key in ("nll", "perplexity", "ece")},
         }
+        if vocabulary is not None:
+            result["dropped_mass"] = dropped_mass(states, vocabulary, chunk_size, teacher.device)
         for name in ["before", *roles]:
             student = (
-                build_student(experiment, teacher.vocab_size)[0].to(teacher.device).eval()
+                build_student(experiment, teacher.vocab_size, calibration, vocabulary)[0].to(teacher.device).eval()
                 if name == "before"
                 else load_language_model(folders.model(name), teacher.device)
             )
             what = f"student {experiment.student.class_path}"
-            check_model(student, what, teacher.vocab_size, teacher.device, experiment.corpus.pack)
+            tokens = teacher.vocab_size if vocabulary is None else len(vocabulary)
+            check_model(student, what, tokens, teacher.device, experiment.corpus.pack)
             result["parameters"][name] = _parameters(student)
             measured = student_fidelity(
-                student, states, held_out, batch_size, chunk_size, teacher.device, progress.advance
+                student, states, held_out, batch_size, chunk_size, teacher.device, progress.advance, vocabulary
             )
-            result[name] = {key: measured[key] for key in ("nll", "kl", "top1_agreement", "acceptance")}
+            result[name] = {key: measured[key] for key in _MEASURED}
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
 
@@ -114,6 +187,7 @@ def _inputs(
         "corpus": corpus,
         "corpus_settings": asdict(experiment.corpus),
         "max_samples": experiment.evaluate.max_samples,
+        "measured": _MEASURED,
     }
 
 
@@ -123,12 +197,11 @@ def _print_table(result: dict[str, Any]) -> None:
 
     table = Table(title=f"on {result['tokens']:,} held-out positions (nats; KL is teacher || student)")
     table.add_column("model")
-    for heading in ("parameters", "nll", "perplexity", "KL", "top-1 agreement", "acceptance"):
+    for heading in ("parameters", "nll", "perplexity", "KL", "top-1 agreement", "acceptance", "ECE"):
         table.add_column(heading, justify="right")
     teacher = result["teacher"]
-    table.add_row(
-        "teacher", _millions(result, "teacher"), f"{teacher['nll']:.3f}", f"{teacher['perplexity']:.1f}", "", "", ""
-    )
+    alone = (f"{teacher['nll']:.3f}", f"{teacher['perplexity']:.1f}", "", "", "", f"{teacher['ece']:.1%}")
+    table.add_row("teacher", _millions(result, "teacher"), *alone)
     for name in ("before", "student", "control"):
         if name in result:
             row = result[name]
@@ -140,6 +213,7 @@ def _print_table(result: dict[str, Any]) -> None:
                 f"{row['kl']:.3f}",
                 f"{row['top1_agreement']:.1%}",
                 f"{row['acceptance']:.1%}",
+                f"{row['ece']:.1%}",
             )
     Console(width=None if Console().is_terminal else 100).print(table)
 

@@ -16,7 +16,8 @@ from distill.cache.tokenizer_files import checked_tokenizer
 from distill.cache.verify import repair as repair_cache
 from distill.cache.verify import verify as verify_cache
 from distill.errors import UserError
-from distill.losses.divergences import ChunkTarget, DenseChunk, SparseChunk, forward_kl
+from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
+from distill.losses.divergences import forward_kl
 from distill.models import checkpoints
 from distill.models.language_model import Head
 from distill.progress import say

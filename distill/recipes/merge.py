@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill import interrupt
-from distill.cache.durable import cannot_write, sole_writer
+from distill.cache.locking import cannot_write, sole_writer
 from distill.cache.parts import merge, whose_shards
 from distill.cache.storage import is_url, open_storage
 from distill.errors import UserError

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from transformers import AutoTokenizer
 
-from distill import interrupt
+from distill import interrupt, settings
 from distill.cache.format import Manifest
 from distill.cache.head import load_head
 from distill.cache.reader import CacheReader
+from distill.cache.storage import Storage
 from distill.cache.tokenizer_files import checked_tokenizer
-from distill.config import Experiment, TrainConfig
+from distill.config import Experiment
+from distill.durations import parse_duration
 from distill.errors import UserError
-from distill.losses.divergences import Mixture
+from distill.losses.objective import Mixture, check_divergence, make_divergence
 from distill.models import devices
 from distill.models.saving import save_language_model
+from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
+from distill.models.vocabulary import Vocabulary, trim_head
 from distill.progress import Progress, say
 from distill.training.activation_checkpointing import checkpoint_blocks
-from distill.training.callbacks import ShowProgress, StopWhenAsked
+from distill.training.callbacks import ShowProgress
+from distill.training.checkpoints import BEST, KeepCheckpoints, newest
 from distill.training.data import CacheDataModule
+from distill.training.guards import NonFinite
+from distill.training.held_out import MeasureHeldOut
 from distill.training.module import DistillationModule
-from distill.training.optimizer import Schedule
+from distill.training.offload import check_offload, offload_activations
+from distill.training.optimizer import check_optimizer, make_optimizer
+from distill.training.schedule import Schedule
+from distill.training.step_in_backward import StepInBackward, check_step_in_backward
+from distill.training.trainer import make_trainer
+from distill.training.vocabulary import count_tokens, trim_batch
 from distill.workspace import (
     Folders,
     build_student,
+    calibration_samples,
     check_cache_settings,
     check_length,
     check_model,
@@ -43,30 +51,46 @@ from distill.workspace import (
     write_json,
 )
 
-_SETTINGS = "settings.json"
+
+@dataclass(frozen=True)
+class Role:
+    """What is trained: the `student`, or the `control`, which learns from the text alone."""
+
+    name: str
+    alpha: float
+
+    @property
+    def monitor(self) -> str:
+        """What is best: for a control its own loss, since it never sees the teacher."""
+        return "held_out_loss" if self.alpha == 1 else "held_out_kl"
 
 
 def main(experiment: Experiment) -> int:
     """Train the student and, if asked for, the control."""
+    config = experiment.train
+    deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     folders = Folders.of(experiment)
     make_run_folder(folders)
     _check_precision(experiment)
     storage = open_cache(experiment)
-    train = CacheReader(storage, "train")
+    train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
     check_cache_settings(experiment, train.manifest, storage.name)
-    held_out = CacheReader(storage, "held_out")
+    _check_choices(experiment, train.manifest, len(held_out))
+    vocabulary = _vocabulary(experiment, storage, train, held_out)
     data = CacheDataModule(
         train,
         held_out if len(held_out) else None,
-        experiment.train.batch_size,
-        experiment.train.seed,
-        experiment.train.num_workers,
+        step_samples=config.batch_size * config.accumulate_grad_batches,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        vocabulary=vocabulary,
     )
-    roles = {"student": experiment.loss.alpha}
+    roles = [Role("student", experiment.loss.alpha)]
     if experiment.evaluate.control:
-        roles["control"] = 1.0
-    for role, alpha in roles.items():
-        _train(experiment, folders, data, role, alpha)
+        roles.append(Role("control", 1.0))
+    for role in roles:
+        _Training(experiment, folders, data, role).run(deadline)
     return 0
 
 
@@ -76,189 +100,252 @@ def _check_precision(experiment: Experiment) -> None:
         raise UserError("train.precision: 16-mixed needs a CUDA device; use bf16-mixed or 32-true here")
 
 
-def _train(experiment: Experiment, folders: Folders, data: CacheDataModule, role: str, alpha: float) -> None:
-    manifest = data.train.manifest
-    settings = _settings(experiment, alpha, manifest)
-    if _is_done(folders, role, settings):
-        say(f"{role}: {folders.model(role)} is trained; nothing to do")
-        return
-    resume_from = _checkpoint_to_resume(folders, role, settings, experiment.train.resume)
-    student, options = build_student(experiment, manifest.vocab_size)
-    device = devices.pick_device(experiment.train.accelerator)
-    name = f"student {experiment.student.class_path}"
-    check_length(student, name, manifest.sequence_length)
-    check_model(student, name, manifest.vocab_size, device, manifest.pack)
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    say(f"{role}: {experiment.student.class_path}, {parameters / 1e6:,.1f} M parameters, alpha {alpha:g}")
-    if experiment.train.activation_checkpointing:
-        say(f"{role}: activation checkpointing of {_checkpoint(student, name)} blocks")
-    write_json(_made(folders.checkpoints(role)) / _SETTINGS, settings)
-    started = time.monotonic()
-    _fit(experiment, folders, data, student, role, alpha, resume_from)
-    tokenizer = AutoTokenizer.from_pretrained(checked_tokenizer(data.train.storage.folder))
-    saved = save_language_model(student, folders.model(role), experiment.student.class_path, options, tokenizer)
-    # Written last: the model counts as done only with it.
-    write_json(saved / _SETTINGS, settings)
-    say(f"{role}: {saved} after {time.monotonic() - started:,.0f} s")
-
-
-def _fit(
-    experiment: Experiment,
-    folders: Folders,
-    data: CacheDataModule,
-    student: Any,
-    role: str,
-    alpha: float,
-    resume_from: Path | None,
-) -> None:
-    config = experiment.train
-    schedule = partial(
-        Schedule,
-        config.schedule,
-        warmup_fraction=config.warmup_fraction,
-        decay_fraction=config.decay_fraction,
-        final=config.final_learning_rate,
+def _check_choices(experiment: Experiment, cache: Manifest, held_out: int) -> None:
+    """Raises UserError for what does not go together, before anything is built."""
+    loss, train = experiment.loss, experiment.train
+    check_divergence(loss.divergence, cache.scheme)
+    if loss.feature_weight and cache.scheme != "hidden":
+        raise UserError(
+            f"loss.feature_weight: {cache.scheme} targets have no hidden states: cache with --cache.scheme hidden"
+        )
+    if train.early_stopping is not None and not held_out:
+        raise UserError("train.early_stopping: the cache holds no held-out samples to watch (cache.held_out_samples)")
+    device = devices.pick_device(train.accelerator).type
+    check_optimizer(
+        train.optimizer,
+        rounding=train.rounding,
+        precision=train.precision,
+        device_type=device,
+        strategy=train.strategy,
     )
-    module = DistillationModule(
-        student,
-        vocab_size=data.train.manifest.vocab_size,
-        divergence=Mixture(alpha, data.train.manifest.temperature),
-        teacher_head=load_head(data.train.storage.folder) if data.train.manifest.scheme == "hidden" else None,
-        chunk_size=experiment.loss.chunk_size,
-        nominal_positions=config.batch_size * data.train.manifest.sequence_length,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        make_schedule=lambda total: schedule(total=total),
-    )
-    checkpoints = folders.checkpoints(role)
-    # Lightning's bf16-true would cast the batch too, the targets' weights among it, and make bfloat16 the default type
-    # inside a step, in which the positions of a step cannot be counted. Weights in bfloat16 are all that is wanted.
-    precision = config.precision
-    if precision == "bf16-true":
-        precision = "32-true"
-        student.to(torch.bfloat16)
-    progress = Progress(f"train {role}", total=0, unit="steps")
-    trainer = pl.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        precision=precision,
-        max_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        accumulate_grad_batches=config.accumulate_grad_batches,
-        gradient_clip_val=config.gradient_clip or None,
-        val_check_interval=_validate_every_batches(config, len(data.train)),
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=config.log_every_steps,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=_loggers(_made(folders.logs(role))),
-        callbacks=[
-            *_keep_checkpoints(checkpoints, data),
-            ShowProgress(progress),
-            StopWhenAsked(checkpoints / "last.ckpt"),
-        ],
-    )
-    with progress, interrupt.deferred():
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
-    trainer.save_checkpoint(checkpoints / "last.ckpt", weights_only=False)
+    if train.offload_activations:
+        check_offload(device)
+    if train.step_in_backward:
+        check_step_in_backward(
+            accumulate_grad_batches=train.accumulate_grad_batches,
+            gradient_clip=train.gradient_clip,
+            devices=train.devices,
+            num_nodes=train.num_nodes,
+            strategy=train.strategy,
+            precision=train.precision,
+            non_finite=train.non_finite,
+        )
 
 
-def _keep_checkpoints(folder: Path, data: CacheDataModule) -> list[ModelCheckpoint]:
-    """The best by held-out loss and the last, each written when the held-out loss was measured."""
-    last = ModelCheckpoint(folder, filename="last", enable_version_counter=False, save_top_k=1, monitor=None)
-    if data.held_out is None:
-        return [last]
-    return [last, ModelCheckpoint(folder, filename="best", enable_version_counter=False, monitor="held_out_loss")]
+def _vocabulary(
+    experiment: Experiment, storage: Storage, train: CacheReader, held_out: CacheReader
+) -> Vocabulary | None:
+    if experiment.student.vocabulary == "full":
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(checked_tokenizer(storage.folder))
+    counts_V = count_tokens([train, held_out], train.manifest.vocab_size)
+    vocabulary = needed_tokens(tokenizer, counts_V)
+    say(f"vocabulary: {len(vocabulary):,} of the teacher's {vocabulary.full_size:,} tokens{_mass(train, vocabulary)}")
+    return vocabulary
 
 
-def _validate_every_batches(config: TrainConfig, samples: int) -> int:
-    """`validate_every_steps` in forward passes; a shorter training measures the held-out loss once, at its end."""
-    epoch = math.ceil(samples / (config.batch_size * config.devices))
-    steps = math.ceil(epoch / config.accumulate_grad_batches)  # an epoch's last step may have fewer forward passes
-    whole, rest = divmod(config.max_steps or config.epochs * steps, steps)
-    total = min(whole * epoch + rest * config.accumulate_grad_batches, config.epochs * epoch)
-    return min(config.validate_every_steps * config.accumulate_grad_batches, total)
+def _mass(train: CacheReader, vocabulary: Vocabulary) -> str:
+    """What the teacher gives to the dropped tokens, on the first samples; known only of sparse targets."""
+    batch = train.collate([train[index] for index in range(min(len(train), 64))])
+    _, dropped = trim_batch(batch, vocabulary)
+    if dropped is None:
+        return ""
+    return f"; it gives {float(dropped) / max(len(batch.entropy_N), 1):.2%} of its probability to the others"
 
 
-def _loggers(folder: Path) -> list[Logger]:
-    """CSV and TensorBoard. Lightning deletes a CSV log that is there: that of an earlier start gets a number."""
-    log = folder / "metrics.csv"
-    if log.exists():
-        log.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
-    return [CSVLogger(folder, name=None, version=""), TensorBoardLogger(folder, name=None, version="")]
+class _Training:
+    """One role's training, from what is there already to the finished folder."""
+
+    def __init__(self, experiment: Experiment, folders: Folders, data: CacheDataModule, role: Role) -> None:
+        self.experiment, self.folders, self.data, self.role = experiment, folders, data, role
+        self.manifest = data.train.manifest
+        self.checkpoints = folders.checkpoints(role.name)
+        self.settings = _settings(experiment, role, self.manifest)
+
+    def run(self, deadline: float | None) -> None:
+        """Train what is not trained. Raises Interrupted when asked to stop, or at the deadline."""
+        name = self.role.name
+        folder = self.folders.model(name)
+        if self._is_done(folder):
+            say(f"{name}: {folder} is trained; nothing to do")
+            return
+        resume_from = self._checkpoint_to_resume()
+        student, options = self._student()
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.checkpoints / settings.FILE, self.settings)
+        started = time.monotonic()
+        self._fit(student, resume_from, deadline)
+        self._save(student, folder, options)
+        say(f"{name}: {folder} after {time.monotonic() - started:,.0f} s")
+
+    def _is_done(self, folder: Path) -> bool:
+        if not folder.exists():
+            return False
+        if not (folder / settings.FILE).exists():
+            raise UserError(
+                f"{folder}: not a {self.role.name} that was finished here: choose another --run_dir, or remove it"
+            )
+        different = settings.differences(folder, self.settings)
+        if different:
+            raise UserError(
+                f"{folder} was trained with other settings ({'; '.join(different)}): "
+                f"choose another --run_dir, or remove {folder} and {self.checkpoints}"
+            )
+        return True
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        last = newest(self.checkpoints)
+        if last is None:
+            return None
+        different = settings.differences(self.checkpoints, self.settings)
+        if different:
+            raise UserError(
+                f"{last} is of a training with other settings ({'; '.join(different)}): "
+                f"choose another --run_dir, or remove {self.checkpoints}"
+            )
+        if not self.experiment.train.resume:
+            raise UserError(
+                f"{last}: an unfinished training of this {self.role.name}: pass --resume to continue it, or remove "
+                f"{self.checkpoints}"
+            )
+        say(f"{self.role.name}: continuing from {last}")
+        return last
+
+    def _student(self) -> tuple[Any, dict[str, Any]]:
+        """A fresh student, checked, and the options it was made with."""
+        config, manifest = self.experiment.train, self.manifest
+        student, options = build_student(
+            self.experiment, manifest.vocab_size, calibration_samples(self.data.train), self.data.vocabulary
+        )
+        name = f"student {self.experiment.student.class_path}"
+        check_length(student, name, manifest.sequence_length)
+        check_model(student, name, self._vocab_size(), devices.pick_device(config.accelerator), manifest.pack)
+        parameters = sum(parameter.numel() for parameter in student.parameters())
+        say(
+            f"{self.role.name}: {self.experiment.student.class_path}, {parameters / 1e6:,.1f} M parameters, "
+            f"alpha {self.role.alpha:g}"
+        )
+        if config.activation_checkpointing:
+            try:
+                recomputed = checkpoint_blocks(student, config.checkpoint_every_k)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}: leave --train.activation_checkpointing off") from None
+            say(f"{self.role.name}: activation checkpointing of {recomputed} blocks")
+        if config.precision == "bf16-true":
+            student.to(torch.bfloat16)
+        return student, options
+
+    def _vocab_size(self) -> int:
+        return len(self.data.vocabulary) if self.data.vocabulary else self.manifest.vocab_size
+
+    def _fit(self, student: Any, resume_from: Path | None, deadline: float | None) -> None:
+        config, name = self.experiment.train, self.role.name
+        progress = Progress(f"train {name}", total=0, unit="steps")
+        best = self.checkpoints / BEST
+        held_out = MeasureHeldOut(
+            self.data, config.validate_every_steps, self.role.monitor, best, config.early_stopping
+        )
+        trainer = make_trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=config.precision,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+            log_every_steps=config.log_every_steps,
+            logs=self.folders.logs(name),
+            callbacks=[
+                ShowProgress(progress),
+                held_out,
+                KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
+            ],
+        )
+        module = self._module(student)
+        with progress, interrupt.deferred():
+            trainer.fit(module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
+        if module.non_finite.skipped:
+            say(f"{name}: {module.non_finite.skipped} of {module.steps_begun} steps were left out (not finite)")
+        if config.early_stopping is not None:
+            say(f"{name}: the weights of the lowest {self.role.monitor}, {held_out.lowest:.4f}")
+            module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+
+    def _module(self, student: Any) -> DistillationModule:
+        train, loss = self.experiment.train, self.experiment.loss
+        schedule = partial(
+            Schedule,
+            train.schedule,
+            warmup_fraction=train.warmup_fraction,
+            decay_fraction=train.decay_fraction,
+            final=train.final_learning_rate,
+        )
+        return DistillationModule(
+            student,
+            vocab_size=self._vocab_size(),
+            objective=Mixture(
+                self.role.alpha,
+                self.manifest.temperature,
+                make_divergence(loss.divergence, beta=loss.beta, skew=loss.skew),
+            ),
+            chunk_size=loss.chunk_size,
+            micro_batch=train.batch_size,
+            make_optimizer=self._optimizer,
+            make_schedule=lambda total: schedule(total=total),
+            gradient_clip=train.gradient_clip,
+            non_finite=NonFinite(train.non_finite),
+            seed=train.seed,
+            teacher_head=self._teacher_head(),
+            schedule_teacher=loss.alpha_schedule == "with_learning_rate",
+            feature=loss.feature,
+            feature_weight=0.0 if self.role.alpha == 1 else loss.feature_weight,
+            **({"saved_activations": offload_activations} if train.offload_activations else {}),
+        )
+
+    def _optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        train = self.experiment.train
+        optimizer = make_optimizer(
+            module,
+            name=train.optimizer,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            betas=(train.beta1, train.beta2),
+            rounding=train.rounding,
+        )
+        return StepInBackward(optimizer, module) if train.step_in_backward else optimizer
+
+    def _teacher_head(self) -> Any:
+        if self.manifest.scheme != "hidden":
+            return None
+        head = load_head(self.data.train.storage.folder)
+        return head if self.data.vocabulary is None else trim_head(head, self.data.vocabulary)
+
+    def _save(self, student: Any, folder: Path, options: dict[str, Any]) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(checked_tokenizer(self.data.train.storage.folder))
+        vocabulary = self.data.vocabulary
+        if vocabulary is not None:
+            tokenizer = trim_tokenizer(tokenizer, vocabulary)
+
+        def write_more(new: Path) -> None:
+            write_json(new / settings.FILE, self.settings)
+            if vocabulary is not None:
+                vocabulary.save(new)
+
+        class_path = self.experiment.student.class_path
+        save_language_model(student, folder, class_path, options, tokenizer, write_more=write_more)
 
 
-def _settings(experiment: Experiment, alpha: float, cache: Manifest) -> dict[str, Any]:
+def _settings(experiment: Experiment, role: Role, cache: Manifest) -> dict[str, Any]:
     """What a trained model depends on; a model made with other settings is another model."""
-    train = asdict(experiment.train)
-    for only_looks in ("resume", "num_workers", "log_every_steps", "accelerator", "devices"):
+    train, loss = asdict(experiment.train), asdict(experiment.loss)
+    for only_looks in ("resume", "num_workers", "log_every_steps", "accelerator", "devices", "num_nodes", "strategy"):
         del train[only_looks]
+    for about_checkpoints in ("max_time", "checkpoint_every_steps", "keep_checkpoints"):
+        del train[about_checkpoints]
+    del loss["alpha"], loss["chunk_size"]
     return {
         "student": asdict(experiment.student),
-        "alpha": alpha,
+        "alpha": role.alpha,
+        "loss": loss,
         "train": train,
         "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
     }
-
-
-def _is_done(folders: Folders, role: str, settings: dict[str, Any]) -> bool:
-    folder = folders.model(role)
-    if not folder.exists():
-        return False
-    if not (folder / _SETTINGS).exists():
-        raise UserError(f"{folder}: not a {role} that was finished here: choose another --run_dir, or remove it")
-    different = _differences(folder / _SETTINGS, settings)
-    if different:
-        raise UserError(
-            f"{folder} was trained with other settings ({'; '.join(different)}): "
-            f"choose another --run_dir, or remove {folder} and {folders.checkpoints(role)}"
-        )
-    return True
-
-
-def _checkpoint_to_resume(folders: Folders, role: str, settings: dict[str, Any], resume: bool) -> Path | None:
-    last = folders.checkpoints(role) / "last.ckpt"
-    if not last.exists():
-        return None
-    different = _differences(folders.checkpoints(role) / _SETTINGS, settings)
-    if different:
-        raise UserError(
-            f"{last} is of a training with other settings ({'; '.join(different)}): "
-            f"choose another --run_dir, or remove {last.parent}"
-        )
-    if not resume:
-        raise UserError(f"{last}: an unfinished training of this {role}: pass --resume to continue it, or remove it")
-    say(f"{role}: continuing from {last}")
-    return last
-
-
-def _differences(path: Path, settings: dict[str, Any]) -> list[str]:
-    """What differs between the settings on disk and ours, as `train.learning_rate: 0.1 there, 0.2 here`."""
-    there, here = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(settings)))
-    return [
-        f"{key}: {there.get(key)} there, {here.get(key)} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def _checkpoint(student: Any, name: str) -> int:
-    try:
-        return checkpoint_blocks(student)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}: leave --train.activation_checkpointing off") from None
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

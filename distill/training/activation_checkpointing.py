@@ -8,12 +8,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_blocks(model: nn.Module) -> int:
-    """Make each block of `model` keep only its inputs; returns the number of blocks.
+def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
+    """Make every k-th block of `model`, from the first on, keep only its inputs; returns the number of those blocks.
 
     The blocks are the elements of the longest `nn.ModuleList` whose elements are of one class: every family's layers.
-    Raises ValueError when there is none.
+    What a block draws at random (dropout) it draws again. Raises ValueError when there are no blocks.
     """
+    if every_k < 1:
+        raise ValueError(f"every {every_k}-th block: must be 1 or more")
     lists = [
         module
         for module in model.modules()
@@ -22,6 +24,7 @@ def checkpoint_blocks(model: nn.Module) -> int:
     if not lists:
         raise ValueError("no nn.ModuleList of equal blocks found, so there is nothing to checkpoint")
     blocks = max(lists, key=len)
-    for block in blocks:
+    recomputed = [block for number, block in enumerate(blocks) if number % every_k == 0]
+    for block in recomputed:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return len(blocks)
+    return len(recomputed)

@@ -1,4 +1,4 @@
-"""The cache as a LightningDataModule: training samples in a seeded order an epoch, held-out in theirs."""
+"""The cache as a LightningDataModule: the samples of a step as one batch, in an order that seed and epoch choose."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from distill.cache.batches import Batch
 from distill.cache.reader import CacheReader
 from distill.cache.records import Record
 from distill.errors import UserError
+from distill.models.vocabulary import Vocabulary
 from distill.targets.stored import StoredTargets
 from distill.training.order import NOTHING, batches_of, permuted, share
+from distill.training.vocabulary import trim_batch
 
 
 class EpochPermutation(Sampler[int]):
@@ -65,10 +67,13 @@ class EpochPermutation(Sampler[int]):
 
 
 class Samples(Dataset[Record | None]):
-    """The samples of a cache by the numbers that a sampler gives, NOTHING included; and their batches."""
+    """The samples of a cache by the numbers that a sampler gives, NOTHING included; and their batches.
 
-    def __init__(self, reader: CacheReader) -> None:
-        self.reader = reader
+    With a `vocabulary`, in the ids of a student that has only some of the teacher's tokens.
+    """
+
+    def __init__(self, reader: CacheReader, vocabulary: Vocabulary | None = None) -> None:
+        self.reader, self.vocabulary = reader, vocabulary
 
     def __getitem__(self, index: int) -> Record | None:
         if index == NOTHING:
@@ -80,39 +85,61 @@ class Samples(Dataset[Record | None]):
     def collate(self, records: list[Record | None]) -> Batch:
         """A batch; of NOTHING, one with a sample in it and no position that counts."""
         some = [record for record in records if record is not None]
-        return self.reader.collate(some) if some else _without_loss(self.reader.collate([self.reader[0]]))
+        batch = self.reader.collate(some) if some else _without_loss(self.reader.collate([self.reader[0]]))
+        return batch if self.vocabulary is None else trim_batch(batch, self.vocabulary)[0]
 
 
 class CacheDataModule(pl.LightningDataModule):
-    """Batches of a cache; `held_out` may be None."""
+    """Batches of a cache.
+
+    Args:
+        train: the samples to learn from.
+        held_out: those to measure on, or None.
+        step_samples: samples of an optimiser step on each device: a batch of `train`.
+        batch_size: samples a forward pass: a batch of `held_out`.
+        seed: of the order.
+        num_workers: processes that read the cache.
+        vocabulary: the tokens of a student that has only some of the teacher's.
+    """
 
     def __init__(
-        self, train: CacheReader, held_out: CacheReader | None, batch_size: int, seed: int, num_workers: int = 0
+        self,
+        train: CacheReader,
+        held_out: CacheReader | None,
+        *,
+        step_samples: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         super().__init__()
-        self.train, self.held_out = train, held_out
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.train, self.held_out, self.vocabulary = train, held_out, vocabulary
+        self.step_samples, self.batch_size = step_samples, batch_size
+        self.seed, self.num_workers = seed, num_workers
         self._begin = 0, 0
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train, self.seed, *self._begin, num_workers=self.num_workers)
+        rank, world = self._process()
+        draws = self.train.manifest.scheme_parameters.get("draws", 1)
+        order = EpochPermutation(
+            len(self.train), self.seed, *self._begin, batch_size=self.step_samples, rank=rank, world=world, draws=draws
+        )
+        return self._loader(self.train, order, self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list:
-        return [] if self.held_out is None else self._loader(self.held_out, None)
-
-    def _loader(
-        self, reader: CacheReader, seed: int | None, first_epoch: int = 0, seen: int = 0, num_workers: int = 0
-    ) -> DataLoader:
+        if self.held_out is None:
+            return []
         rank, world = self._process()
-        samples = Samples(reader)
-        draws = reader.manifest.scheme_parameters.get("draws", 1)
-        sampler = EpochPermutation(
-            len(reader), seed, first_epoch, seen, batch_size=self.batch_size, rank=rank, world=world, draws=draws
-        )
+        order = EpochPermutation(len(self.held_out), None, batch_size=self.batch_size, rank=rank, world=world)
+        return self._loader(self.held_out, order, num_workers=0)
+
+    def _loader(self, reader: CacheReader, order: EpochPermutation, num_workers: int) -> DataLoader:
+        samples = Samples(reader, self.vocabulary)
         return DataLoader(
             samples,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            batch_size=order.batch_size,
+            sampler=order,
             collate_fn=samples.collate,
             num_workers=num_workers,
         )
@@ -129,9 +156,9 @@ class CacheDataModule(pl.LightningDataModule):
         epoch = max(loop.epoch_progress.current.ready - 1, 0)
         batches = loop.epoch_loop.batch_progress.current.ready
         _, world = self._process()
-        if batches >= batches_of(len(self.train), self.batch_size, world):
+        if batches >= batches_of(len(self.train), self.step_samples, world):
             return {"epoch": epoch + 1, "seen": 0, "processes": world}
-        return {"epoch": epoch, "seen": batches * self.batch_size * world, "processes": world}
+        return {"epoch": epoch, "seen": batches * self.step_samples * world, "processes": world}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Raises UserError in the middle of an epoch that other processes began: they counted other batches."""

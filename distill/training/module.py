@@ -1,41 +1,57 @@
-"""The student under Lightning: the fused loss, and the reduction that no micro-batch, accumulation or device changes.
+"""The student under Lightning: one batch is one optimiser step, made in as many passes as the memory allows.
 
 Shapes: B batch, L sequence length, N positions with loss, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import gc
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from distill.cache.batches import Batch, HiddenTargets
-from distill.losses.divergences import ChunkTarget, DenseChunk, Mixture, SparseChunk
+from distill.errors import UserError
+from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
+from distill.losses.features import feature_distance
 from distill.losses.fused import fused_loss
+from distill.losses.objective import Mixture
 from distill.models.language_model import Head
+from distill.progress import say
 from distill.targets.extract import next_ids
-from distill.training.optimizer import Schedule, adamw
+from distill.training.guards import NonFinite, out_of_memory, too_large
+from distill.training.parallel import is_sharded, sum_gradients, whole
+from distill.training.schedule import Schedule
+from distill.training.step_in_backward import StepInBackward
 
 
 class DistillationModule(pl.LightningModule):
-    """Trains `student` (body and head) on batches of a cache.
+    """Trains `student` (body and head) on batches of a cache, each of which holds the samples of one optimiser step.
 
-    The loss of an optimiser step is the sum over all its positions divided by their number: micro-batches and devices
-    with few positions count as little as they should. The number is known only when the step's last micro-batch has
-    been seen, so backward passes use a fixed nominal number and the gradients are rescaled once, before clipping.
+    The loss of a step is the sum over its positions, on all devices, divided by their number. The number is counted
+    before the first pass, so every pass is scaled rightly at once, and a step can be begun anew: after an
+    out-of-memory error it is, in passes of half the size, with the same result. What is random in a step (dropout) is
+    a function of seed, step and device, so that a resumed training draws what an undisturbed one draws.
 
     Args:
         student: an nn.Module with `body` and `head`.
         vocab_size: real tokens of the tokenizer.
-        divergence: what to minimise, for example `Mixture(alpha=0)`.
+        objective: what to minimise, for example `Mixture(alpha=0)`.
         chunk_size: positions whose logits exist at one time.
+        micro_batch: samples a forward pass.
+        make_optimizer: module with the trained parameters -> optimiser.
         make_schedule: number of optimiser steps -> learning rate schedule.
-        learning_rate, weight_decay, betas: AdamW's.
+        gradient_clip: largest gradient norm; 0 is none.
+        non_finite: what to do with a loss or gradient that is not finite.
+        seed: of what is random in a step.
         teacher_head: the teacher's head, for a cache of hidden states.
-        nominal_positions: positions of a full micro-batch (batch size times sequence length).
+        schedule_teacher: the teacher's weight follows the learning rate.
+        feature: distance of the final hidden states, `feature_weight` its weight, for a cache of hidden states.
+        saved_activations: context in which the body runs, which may put what backward needs elsewhere.
     """
 
     def __init__(
@@ -43,80 +59,198 @@ class DistillationModule(pl.LightningModule):
         student: nn.Module,
         *,
         vocab_size: int,
-        divergence: Mixture,
+        objective: Mixture,
         chunk_size: int,
-        nominal_positions: int,
-        learning_rate: float,
-        weight_decay: float,
-        betas: tuple[float, float],
+        micro_batch: int,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         make_schedule: Callable[[int], Schedule],
+        gradient_clip: float = 0.0,
+        non_finite: NonFinite | None = None,
+        seed: int = 0,
         teacher_head: Head | None = None,
+        schedule_teacher: bool = False,
+        feature: Literal["cosine", "mse"] = "cosine",
+        feature_weight: float = 0.0,
+        saved_activations: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen parameters are not in a checkpoint; `on_load_checkpoint` is strict
         self.student: Any = student
-        self.vocab_size, self.divergence, self.chunk_size = vocab_size, divergence, chunk_size
-        self.nominal_positions = nominal_positions
-        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
-        self.make_schedule = make_schedule
+        self.vocab_size, self.objective, self.chunk_size = vocab_size, objective, chunk_size
+        self.micro_batch = micro_batch
+        self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
+        self.gradient_clip, self.non_finite, self.seed = gradient_clip, non_finite or NonFinite("stop"), seed
         self.teacher_head = teacher_head
-        # Plain attributes: a buffer would be rounded to the module's precision under bf16-true.
-        self._step_sums = torch.zeros(2)
-        self._held_out_sums = torch.zeros(3)
+        self.schedule_teacher, self.saved_activations = schedule_teacher, saved_activations
+        self.feature, self.feature_weight = feature, feature_weight
+        self.projection = _projection(student, teacher_head) if feature_weight else None
+        self.steps_begun = 0
+        """Steps that were begun, those left out among them."""
 
-    def _target_and_hidden(self, batch: Batch) -> tuple[ChunkTarget, Tensor]:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Stay on the host: only the pass at hand needs to be on the device."""
+        return batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One optimiser step."""
+        torch.manual_seed((self.seed * 1_000_003 + self.steps_begun) * 1_009 + self.global_rank)
+        self.steps_begun += 1
+        positions = float(self._reduced(batch.loss_mask_BL.sum().float()))
+        scheduler: Any = self.lr_schedulers()
+        if positions:
+            optimizer: Any = self.optimizers()
+            loss = float(self._reduced(self._accumulated(batch, positions)))
+            if self.non_finite.loss_is_fine(loss, self.steps_begun):
+                self.log("loss", loss, prog_bar=True)
+                self.log("learning_rate", scheduler.get_last_lr()[0])
+                optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+
+    def _accumulated(self, batch: Batch, positions: float) -> Tensor:
+        """The step's loss, its gradients in place. Out of memory: all passes again, with half the samples each."""
+        while True:
+            try:
+                total = torch.zeros((), device=self.device)
+                for start in range(0, len(batch.input_ids_BL), self.micro_batch):
+                    total += self._pass(batch.rows(start, start + self.micro_batch), positions)
+                sum_gradients(self)
+                return total
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if self.micro_batch == 1 or not self._can_begin_anew():
+                    raise too_large(self.micro_batch) from None
+            # Outside of `except`, whose error holds the tensors of the failed pass.
+            self.optimizers().zero_grad()  # type: ignore[union-attr]
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.micro_batch = -(-self.micro_batch // 2)
+            say(f"step {self.steps_begun}: out of memory; from here on {self.micro_batch} samples a forward pass")
+
+    def _pass(self, batch: Batch, positions: float) -> Tensor:
+        """Forward and backward of some of a step's samples."""
+        if not batch.loss_mask_BL.any():
+            return torch.zeros((), device=self.device)
+        loss = self._loss(batch.to(self.device), self._objective()) / positions
+        # Lightning runs the whole step under autocast; backward must not be.
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
+        return loss.detach()
+
+    def _loss(self, batch: Batch, objective: Mixture) -> Tensor:
+        """Sum over the batch's positions."""
+        target = self._target(batch)
+        with self.saved_activations(self.student):
+            hidden_BLD = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
+        hidden_ND = hidden_BLD[batch.loss_mask_BL]
+        head = whole(self.student.head).with_rows(self.vocab_size)
+        loss = fused_loss(hidden_ND, head, target, objective, self.chunk_size)
+        if self.projection is not None and torch.is_grad_enabled():
+            assert isinstance(target, DenseChunk)
+            distance_N = feature_distance(
+                self.projection(hidden_ND.to(self.projection.weight.dtype)), target.hidden_ND, self.feature
+            )
+            loss = loss + self.feature_weight * distance_N.sum()
+        return loss
+
+    def _target(self, batch: Batch) -> ChunkTarget:
         true_ids_N, targets = next_ids(batch.input_ids_BL, batch.loss_mask_BL), batch.targets
-        target: ChunkTarget
         if isinstance(targets, HiddenTargets):
             assert self.teacher_head is not None, "a cache of hidden states comes with the teacher's head"
-            head = self.teacher_head.to(targets.hidden_ND.device)
-            target = DenseChunk(targets.hidden_ND, head, true_ids_N, self.divergence.temperature)
-        else:
-            target = SparseChunk(targets.ids_NK, targets.weights_NK, batch.entropy_N, true_ids_N, targets.rest_N)
-        hidden_BLD = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
-        return target, hidden_BLD[batch.loss_mask_BL]
+            self.teacher_head = self.teacher_head.to(targets.hidden_ND.device)
+            return DenseChunk(targets.hidden_ND, self.teacher_head, true_ids_N, self.objective.temperature)
+        return SparseChunk(targets.ids_NK, targets.weights_NK, batch.entropy_N, true_ids_N, targets.rest_N)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        target, hidden_ND = self._target_and_hidden(batch)
-        head = self.student.head.with_rows(self.vocab_size)
-        loss = fused_loss(hidden_ND, head, target, self.divergence, self.chunk_size)
-        self._step_sums = self._step_sums.to(loss.device) + _sums(loss.detach(), positions=len(hidden_ND))
-        return loss / self.nominal_positions
+    def _objective(self) -> Mixture:
+        """The objective at this step."""
+        if not self.schedule_teacher:
+            return self.objective
+        scheduler: Any = self.lr_schedulers()
+        return self.objective.with_teacher_weight(scheduler.lr_lambdas[0](scheduler.last_epoch))
+
+    def _can_begin_anew(self) -> bool:
+        """Not where weights have moved already, and not where others wait for this device in the middle of a step."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        return not isinstance(optimizer, StepInBackward) and not is_sharded(self)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the summed gradients by the positions of the whole step, on all devices."""
-        loss_sum, positions = self._reduced(self._step_sums)
-        if positions > 0:
-            # Lightning divided by the accumulation, ddp by the number of devices; both are undone here.
-            divided_by = self.nominal_positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
-            gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, divided_by / positions)
-            self.log("loss", loss_sum / positions, prog_bar=True)
-        self._step_sums = torch.zeros(2)
+        """Look at the gradient, clip it. (Under float16 it was unscaled just before this.)"""
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        if not parameters:
+            return
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.log("gradient_norm", norm)
+        if self._is_scaled():  # overflows are the scaler's business: it leaves the step out and scales less
+            fine = True
+        else:
+            named = ((name, parameter.grad) for name, parameter in self.student.named_parameters())
+            fine = self.non_finite.gradients_are_fine(norm, named, self.steps_begun)
+        if not fine:
+            optimizer.zero_grad()  # what has no gradient is not moved
+        elif self.gradient_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        target, hidden_ND = self._target_and_hidden(batch)
-        head = self.student.head.with_rows(self.vocab_size)
-        sums = [
-            fused_loss(hidden_ND, head, target, divergence, self.chunk_size)
-            for divergence in (Mixture(0, self.divergence.temperature), self.divergence)
-        ]
-        self._held_out_sums = self._held_out_sums.to(sums[0].device) + _sums(*sums, positions=len(hidden_ND))
+    def _is_scaled(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
-    def on_validation_epoch_end(self) -> None:
-        kl, loss, positions = self._reduced(self._held_out_sums)
-        self._held_out_sums = torch.zeros(3)
-        if positions > 0:
-            self.log_dict({"held_out_kl": kl / positions, "held_out_loss": loss / positions})
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """`held_out_kl` (forward KL) and `held_out_loss` in nats, means over all positions; empty without any."""
+        divergences = Mixture(0, self.objective.temperature), self.objective
+        sums = torch.zeros(3)
+        was_training = self.student.training
+        self.student.eval()
+        with self.trainer.precision_plugin.val_step_context():
+            for batch in batches:
+                losses = [self._loss(batch.to(self.device), divergence).float().cpu() for divergence in divergences]
+                sums += torch.stack([*losses, batch.loss_mask_BL.sum().float()])
+        self.student.train(was_training)
+        kl, loss, positions = self._reduced(sums).tolist()
+        return {"held_out_kl": kl / positions, "held_out_loss": loss / positions} if positions else {}
 
-    def _reduced(self, sums: Tensor) -> list[float]:
-        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").tolist()
+    def _reduced(self, sums: Tensor) -> Tensor:
+        """Added up over all devices."""
+        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
 
     def configure_optimizers(self) -> Any:
-        optimizer = adamw(self.student, self.learning_rate, self.weight_decay, self.betas)
+        optimizer = self.make_optimizer(self)
         schedule = self.make_schedule(int(self.trainer.estimated_stepping_batches))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Only what is trained: frozen weights are where they came from."""
+        for name in self._frozen():
+            checkpoint["state_dict"].pop(name, None)
+        checkpoint["steps"] = {
+            "begun": self.steps_begun,
+            "skipped": self.non_finite.skipped,
+            "in_a_row": self.non_finite.in_a_row,
+            "micro_batch": self.micro_batch,
+        }
 
-def _sums(*losses: Tensor, positions: int) -> Tensor:
-    return torch.stack([*(loss.float() for loss in losses), torch.tensor(float(positions), device=losses[0].device)])
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError when the checkpoint is of another student."""
+        here = self.state_dict().keys() - self._frozen()
+        there = checkpoint["state_dict"].keys()
+        if here != there:
+            odd = sorted(here ^ there)
+            raise UserError(f"the checkpoint is of another student ({len(odd)} weights differ, such as {odd[0]})")
+        steps = checkpoint["steps"]
+        self.steps_begun, self.micro_batch = steps["begun"], steps["micro_batch"]
+        self.non_finite.skipped, self.non_finite.in_a_row = steps["skipped"], steps["in_a_row"]
+
+    def _frozen(self) -> set[str]:
+        """Names of what a checkpoint does not hold: frozen parameters, and what quantisation keeps beside them."""
+        names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return {key for key in self.state_dict() if any(key == name or key.startswith(name + ".") for name in names)}
+
+
+def _projection(student: Any, teacher_head: Head | None) -> nn.Linear:
+    """From the student's hidden states to the teacher's size, for the features; trained along, and left behind."""
+    assert teacher_head is not None, "features are learned from a cache of hidden states"
+    sizes = student.head.weight_VD.shape[1], teacher_head.weight_VD.shape[1]
+    return nn.Linear(*sizes, bias=False)

@@ -1,48 +1,94 @@
-"""AdamW and its learning rate: warm-up, then a cosine or stable and decay."""
+"""AdamW in all its memory sizes: by the type of its moments, and by how a bfloat16 weight keeps a small step."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from distill.errors import UserError, did_you_mean
+from distill.training.chunked_adamw import ChunkedAdamW
+from distill.training.moments import need_torchao
+from distill.training.rounding import Rounding
+from distill.training.schedule import Schedule as Schedule
 
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate at step s of `total`, as a share of the peak.
+MOMENT_BITS = {"adamw": None, "adamw_8bit": 8, "adamw_4bit": 4, "paged_adamw_8bit": 8}
+"""Bits a value of AdamW's moments by the optimiser's name; None: as the weights."""
 
-    `cosine`: rises linearly over the warm-up, then falls along half a cosine to `final`. `wsd` (warm-up-stable-decay,
-    Hu et al. 2024, "MiniCPM"): rises, stays, then falls linearly to `final` over the last `decay_fraction`.
+OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit", "paged_adamw_8bit"]
+
+
+def make_optimizer(
+    module: nn.Module,
+    *,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    rounding: Rounding = "nearest",
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of `module`, on the device where they are.
+
+    Matrices decay, vectors (norms, biases) do not. `adamw` has moments in the weights' type, `adamw_8bit` and
+    `adamw_4bit` in blocks of so many bits, `paged_adamw_8bit` in memory that a CUDA driver moves to the host. With
+    mixed precision the weights are float32 (the master weights) and rounding is no question; bfloat16 weights lose
+    what is smaller than half their last digit, 0.2 to 0.4 percent, unless it is rounded at random (`stochastic`, from
+    torch's global generator) or kept beside the weight (`kahan`, two bytes a weight).
+
+    All state is tensors and numbers, so a checkpoint is read with `torch.load(weights_only=True)` and goes on bitwise.
+    Raises UserError for combinations that do not exist and for libraries that are not there.
     """
+    groups = _groups(module, weight_decay)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters:
+        raise UserError("the student has no parameter to train")
+    device_type = parameters[0].device.type
+    precision = "bf16-true" if any(p.dtype == torch.bfloat16 for p in parameters) else "32-true"
+    check_optimizer(name, rounding=rounding, precision=precision, device_type=device_type)
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": betas}
+    if name == "paged_adamw_8bit":
+        from distill.training.paged import PagedAdamW8bit
 
-    kind: Literal["cosine", "wsd"]
-    total: int
-    warmup_fraction: float
-    decay_fraction: float
-    final: float
+        return PagedAdamW8bit(groups, **settings)
+    if name == "adamw" and rounding == "nearest":
+        return torch.optim.AdamW(groups, **settings)
+    return ChunkedAdamW(groups, **settings, rounding=rounding, moment_bits=MOMENT_BITS[name])
 
-    def __call__(self, step: int) -> float:
-        warmup = round(self.total * self.warmup_fraction)
-        if step < warmup:
-            return (step + 1) / warmup
-        if self.kind == "cosine":
-            done = (step - warmup) / max(self.total - warmup, 1)
-            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
-        decay = round(self.total * self.decay_fraction)
-        done = (step - (self.total - decay)) / max(decay, 1)
-        return 1 - (1 - self.final) * min(max(done, 0), 1)
+
+def check_optimizer(name: str, *, rounding: str, precision: str, device_type: str, strategy: str = "auto") -> None:
+    """Raise UserError for an optimiser that does not exist here, before anything has been built."""
+    if name not in MOMENT_BITS:
+        raise UserError(f"train.optimizer: {name}: no such optimiser{did_you_mean(name, MOMENT_BITS)}")
+    if rounding != "nearest" and precision != "bf16-true":
+        raise UserError(
+            f"train.rounding: {rounding} is for bfloat16 weights: add --train.precision bf16-true, "
+            "or leave it at nearest (mixed precision has float32 weights, which round nothing off)"
+        )
+    if MOMENT_BITS[name] is not None and strategy == "fsdp":
+        raise UserError(f"train.optimizer: {name} cannot be shared out over devices: use adamw with fsdp")
+    if name == "paged_adamw_8bit":
+        if rounding != "nearest":
+            raise UserError(f"train.rounding: {rounding} does not go with paged_adamw_8bit; it does with adamw_8bit")
+        if device_type != "cuda":
+            raise UserError(
+                f"train.optimizer: paged_adamw_8bit needs a CUDA device, this is {device_type}: use adamw_8bit"
+            )
+    if name == "adamw_4bit":
+        need_torchao()
 
 
 def adamw(
     module: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
+) -> torch.optim.Optimizer:
+    """AdamW with moments in the weights' type."""
+    return make_optimizer(module, name="adamw", learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas)
+    return [group for group in groups if group["params"]]

@@ -23,7 +23,8 @@ from distill.cache.packing import compress
 from distill.cache.records import Record, pack
 from distill.cache.token_order import TokenOrder, token_counts
 from distill.corpus import open_corpus
-from distill.losses.divergences import SparseChunk, forward_kl
+from distill.losses.chunks import SparseChunk
+from distill.losses.divergences import forward_kl
 from distill.models import checkpoints, tokenizers
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.language_model import Head

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from distill.cache import durable
-from distill.cache.durable import sole_writer
+from distill import files
 from distill.cache.format import Manifest, read_journal, read_manifest, seal, shard_file
+from distill.cache.locking import sole_writer
 from distill.cache.reader import CacheReader
 from distill.cache.records import Record, pack
 from distill.cache.shards import ShardFile
@@ -283,7 +283,7 @@ def test_other_errors_of_a_disk_say_what_they_are(
     def broken(*arguments: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(durable, "_write_all", broken)
+    monkeypatch.setattr(files, "_write_all", broken)
     with pytest.raises(UserError, match=os.strerror(code)):
         writer.write(0, records_of(manifest, 0))
     assert writer.missing() == [0, 1, 2]
@@ -302,7 +302,7 @@ def test_the_command_survives_a_full_disk(
     command: Any, distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments, expected = command
-    real, writes = durable._write_all, itertools.count()
+    real, writes = files._write_all, itertools.count()
 
     def full(descriptor: int, content: bytes) -> None:
         if next(writes) >= 12:
@@ -311,7 +311,7 @@ def test_the_command_survives_a_full_disk(
         real(descriptor, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "_write_all", full)
+        patch.setattr(files, "_write_all", full)
         distill(*arguments, "--cache.dir", tmp_path).refused("disk full", "kept", "MB", "run the same command again")
     assert 0 < len(read_journal(tmp_path)) < read_manifest(tmp_path).shards
     distill(*arguments, "--cache.dir", tmp_path).done()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
+from distill.evaluation.metrics import BINS
 from distill.models.language_model import Head
 
 SAMPLES, LENGTH, VOCABULARY, HIDDEN = 7, 13, 53, 8
@@ -91,14 +92,18 @@ def positions(shift: int = 0) -> Iterator[tuple[dict[str, Tensor], int]]:
 def reference(student: Tiny, teacher: Tiny, shift: int = 0, ahead: int = 1) -> dict[str, float]:
     """The definitions, position by position; `ahead` is how far the true token lies ahead."""
     sums, count = {"nll": 0.0, "kl": 0.0, "top1_agreement": 0.0, "acceptance": 0.0}, 0
+    gaps = dict.fromkeys(range(BINS), 0.0)  # of each bin of confidence: times right minus confidence
     for row, position in positions(shift):
         q_V, p_V = logp(student, row)[position].exp(), logp(teacher, row)[position].exp()
-        sums["nll"] -= math.log(q_V[row["input_ids"][min(position + ahead, LENGTH - 1)]])
+        next_id, confidence = row["input_ids"][min(position + ahead, LENGTH - 1)], float(q_V.max())
+        sums["nll"] -= math.log(q_V[next_id])
+        gaps[math.ceil(confidence * BINS) - 1] += float(q_V.argmax() == next_id) - confidence
         sums["kl"] += float((p_V * (p_V.log() - q_V.log())).sum())
         sums["top1_agreement"] += float(p_V.argmax() == q_V.argmax())
         sums["acceptance"] += float(torch.minimum(p_V, q_V).sum())
         count += 1
-    return {name: total / count for name, total in sums.items()} | {"tokens": count}
+    means = {name: total / count for name, total in sums.items()}
+    return means | {"ece": sum(map(abs, gaps.values())) / count, "tokens": count}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,7 @@ def test_the_teachers_own_likelihood() -> None:
     expected = reference(Tiny(2, rows=57), Tiny(2, rows=57))
     assert likelihood["nll"] == pytest.approx(expected["nll"])
     assert likelihood["perplexity"] == pytest.approx(math.exp(expected["nll"]))
+    assert likelihood["ece"] == pytest.approx(expected["ece"], rel=1e-5)
     assert likelihood["tokens"] == expected["tokens"]
 
 

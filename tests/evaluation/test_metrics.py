@@ -10,9 +10,11 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.evaluation.metrics import (
+    BINS,
     Fidelity,
     Likelihood,
     acceptance_rate,
+    confidence_bins,
     kl_divergence,
     log_probabilities,
     negative_log_likelihood,
@@ -28,6 +30,23 @@ def draw_logits(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     sharpness_N1 = torch.rand(N, 1, generator=generator, dtype=torch.float64) * 5
     return (torch.randn(N, V, generator=generator, dtype=torch.float64) * sharpness_N1 + 20).to(dtype)
+
+
+def naive_ece(logits: Tensor, ids: Tensor) -> float:
+    """Guo et al. 2017, eq. 3, in float64, bin by bin: shares of positions times |accuracy - mean confidence|."""
+    probability, top1 = logits.double().softmax(-1).max(-1)
+    total = 0.0
+    for bin in range(BINS):
+        inside = (probability > bin / BINS) & (probability <= (bin + 1) / BINS)
+        if inside.any():
+            accuracy = (top1 == ids)[inside].double().mean()
+            total += float(inside.double().mean() * (accuracy - probability[inside].mean()).abs())
+    return total
+
+
+def draw_answers(logits_NV: Tensor, seed: int) -> Tensor:
+    """Next tokens drawn from the logits' own distributions: a model of them is calibrated."""
+    return logits_NV.double().softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(seed))[:, 0]
 
 
 def draw_ids(seed: int) -> Tensor:
@@ -160,6 +179,61 @@ def test_likelihood_is_cross_entropy() -> None:
     assert values["tokens"] == N
 
 
+def measured_ece(logits: Tensor, ids: Tensor) -> float:
+    metric = Likelihood()
+    metric.update(logits, ids)
+    return metric.compute()["ece"]
+
+
+def test_calibration_error_matches_the_definition_in_float64() -> None:
+    for seed in range(3):
+        for ids in (draw_ids(seed), draw_answers(draw_logits(seed), seed), draw_logits(seed).argmax(-1)):
+            expected = naive_ece(draw_logits(seed, torch.float64), ids)
+            assert 0.01 < expected < 1
+            assert measured_ece(draw_logits(seed, torch.float64), ids) == pytest.approx(expected, rel=1e-12)
+            assert measured_ece(draw_logits(seed), ids) == pytest.approx(expected, rel=1e-5)
+
+
+def test_calibration_error_is_that_of_torchmetrics() -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, ids = draw_logits(1), draw_answers(draw_logits(1), 1)
+    theirs = multiclass_calibration_error(logits.softmax(-1), ids, num_classes=V, n_bins=BINS)
+    assert measured_ece(logits, ids) == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_a_calibrated_model_has_no_calibration_error_and_a_conceited_one_has_it() -> None:
+    """Answers drawn from the model itself: what is left is the noise of a finite sample, here under half a percent."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(100_000, 5, generator=generator) * torch.rand(100_000, 1, generator=generator) * 5
+    ids = draw_answers(logits, 1)
+    assert measured_ece(logits, ids) < 0.005
+    probability, top1 = (2 * logits).softmax(-1).max(-1)  # twice as sure, right just as often
+    excess = float(probability.mean() - (top1 == ids).double().mean())
+    assert excess > 0.08
+    assert excess - 1e-6 <= measured_ece(2 * logits, ids) < excess + 0.01
+    assert measured_ece(0.5 * logits, ids) > 0.1
+
+
+def test_bins_are_of_equal_width_and_closed_above() -> None:
+    edges = torch.arange(BINS + 1, dtype=torch.float64) / BINS
+    middles = (edges[1:] + edges[:-1]) / 2
+    assert confidence_bins(middles).tolist() == list(range(BINS))
+    assert confidence_bins(torch.tensor([0.0, 1e-9, 0.25, 0.5, 0.75, 1.0]), bins=4).tolist() == [0, 0, 0, 1, 2, 3]
+    assert confidence_bins(torch.tensor([1.0 + 1e-6])).tolist() == [BINS - 1]  # a softmax may round beyond 1
+
+
+def test_opposite_errors_cancel_within_a_bin_and_not_between_bins() -> None:
+    def logits_of(*sure: float) -> Tensor:
+        probability = torch.tensor(sure, dtype=torch.float64)
+        return torch.stack([probability, 1 - probability], -1).log()
+
+    right, wrong = 0, 1
+    # One bin, half of them right at 0.51: |0.5 - 0.51|. Two bins: right at 0.51, wrong at 0.9: (0.49 + 0.9) / 2.
+    assert measured_ece(logits_of(0.51, 0.51), torch.tensor([right, wrong])) == pytest.approx(0.01)
+    assert measured_ece(logits_of(0.51, 0.9), torch.tensor([right, wrong])) == pytest.approx(0.695)
+
+
 def test_perplexity_beyond_a_float_is_infinite() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(1e4) == math.inf
@@ -176,6 +250,7 @@ def test_fidelity_matches_a_dense_float64_program() -> None:
         "kl": (p * (p.log() - q.log())).sum(-1).mean(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean(),
         "acceptance": torch.minimum(p, q).sum(-1).mean(),
+        "ece": naive_ece(student, ids),
         "tokens": N,
     }
     assert metric.compute() == pytest.approx({key: float(value) for key, value in expected.items()}, rel=2e-6)
@@ -192,7 +267,11 @@ def test_means_do_not_depend_on_how_positions_are_cut(chunk: int) -> None:
         alone.update(student[rows], ids[rows])
     # What is left is the last bit of a row's own sums; 255 / 253 would show were chunks averaged.
     assert cut.compute() == pytest.approx(whole.compute(), rel=1e-7)
-    assert alone.compute()["nll"] == pytest.approx(whole.compute()["nll"], rel=1e-7)
+    assert alone.compute() == pytest.approx(
+        {key: whole.compute()[key] for key in ("nll", "ece", "tokens")}
+        | {"perplexity": perplexity(whole.compute()["nll"])},
+        rel=1e-6,
+    )
 
 
 def test_sums_keep_what_float32_would_lose() -> None:
@@ -249,6 +328,7 @@ def test_a_nan_is_not_swept_under_a_mean() -> None:
         metric = Fidelity()
         metric.update(student, teacher, draw_ids(1))
         assert math.isnan(metric.compute()["kl"]) and math.isnan(metric.compute()["acceptance"])
+        assert math.isnan(metric.compute()["ece"]) == (student is broken)
 
 
 def test_vocabularies_must_match() -> None:

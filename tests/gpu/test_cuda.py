@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.losses.divergences import Mixture, SparseChunk
+from distill.losses.chunks import SparseChunk
 from distill.losses.fused import fused_loss
+from distill.losses.objective import Mixture
 from distill.models.language_model import Head
 from distill.targets.varopt import varopt
 

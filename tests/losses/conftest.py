@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from distill.losses.divergences import SparseChunk
+from distill.losses.chunks import SparseChunk
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.losses.divergences import Mixture, SparseChunk, forward_kl
+from distill.losses.chunks import SparseChunk
+from distill.losses.divergences import forward_kl
 from distill.losses.fused import fused_loss
+from distill.losses.objective import Mixture
 from distill.models.language_model import Head
 
 N, V, D = 253, 1009, 13

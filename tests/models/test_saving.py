@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill import plugins
 from distill.errors import UserError
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.saving import load_language_model, save_language_model
+from distill.models.saving import load_language_model, recover, save_language_model
 
 OPTIONS = {"vocab_size": 300, "hidden_size": 32, "layers": 2, "heads": 4}
 
@@ -73,3 +76,117 @@ def test_what_does_not_fit_or_brings_code_is_refused(tmp_path: Path, tokenizer: 
         load_language_model(folder)
     with pytest.raises(UserError, match="holds no language model"):
         load_language_model(tmp_path)
+
+
+def test_further_files_are_part_of_what_is_complete_or_absent(tmp_path: Path, tokenizer: Any) -> None:
+    model = plugins.build("compact", "student", OPTIONS, {})
+    there: list[bool] = []
+
+    def write_more(new: Path) -> None:
+        there.extend([(tmp_path / "student").exists(), (new / "model.safetensors").exists()])
+        (new / "settings.json").write_text("{}")
+
+    save_language_model(model, tmp_path / "student", "compact", OPTIONS, tokenizer, write_more)
+    assert there == [False, True] and (tmp_path / "student/settings.json").read_text() == "{}"
+
+    def fail(_: Path) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        save_language_model(model, tmp_path / "other", "compact", OPTIONS, tokenizer, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_what_the_pipeline_supplied_for_making_a_student_is_not_kept(tmp_path: Path, tokenizer: Any) -> None:
+    model = plugins.build("compact", "student", OPTIONS, {})
+    folder = save_language_model(model, tmp_path / "s", "compact", {**OPTIONS, "calibration": list}, tokenizer)
+    assert json.loads((folder / "student.json").read_text())["options"] == OPTIONS
+    with pytest.raises(UserError, match="cannot be written as JSON"):
+        save_language_model(model, tmp_path / "t", "compact", {**OPTIONS, "other": list}, tokenizer)
+
+
+def test_a_model_that_can_be_merged_is_saved_merged(tmp_path: Path, tiny_model: Any, tokenizer: Any) -> None:
+    class Adapted(torch.nn.Module):
+        def merged(self) -> HuggingFaceLanguageModel:
+            return HuggingFaceLanguageModel(tiny_model("llama"))
+
+    folder = save_language_model(Adapted(), tmp_path / "student", "x.py:Adapted", {}, tokenizer)
+    assert torch.equal(hidden(load_language_model(folder)), hidden(HuggingFaceLanguageModel(tiny_model("llama"))))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from distill import plugins
+from distill.models import saving
+
+OPTIONS = {options}
+step, folder = sys.argv[1], Path(sys.argv[2])
+
+class Tokenizer:
+    def save_pretrained(self, new):
+        (Path(new) / "half").mkdir()
+        (Path(new) / "half/written").touch()
+        if step == "write":
+            os._exit(9)
+        if step == "wait":
+            print("writing", flush=True)
+            sys.stdin.read()
+
+real = Path.rename
+def rename(path, target):
+    real(path, target)
+    if step == "rename":  # the old model has its new name, the new one not yet
+        os._exit(9)
+Path.rename = rename
+model = plugins.build("compact", "student", OPTIONS, {{}})
+saving.save_language_model(model, folder, "compact", OPTIONS, Tokenizer())
+"""
+
+
+def killed(step: str, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", KILLED.format(options=OPTIONS), step, str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_a_kill_loses_no_model_and_its_remains_go_with_the_next_save(step: str, tmp_path: Path, tokenizer: Any) -> None:
+    model = plugins.build("compact", "student", OPTIONS, {})
+    folder = save_language_model(model, tmp_path / "student", "compact", OPTIONS, tokenizer)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with killed(step, folder) as process:
+        assert process.wait(120) == 9
+    assert folder.exists() is (step == "write") and len(list(tmp_path.iterdir())) == 2
+    recover(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert torch.equal(hidden(load_language_model(folder)), hidden(model))
+    changed = plugins.build("compact", "student", OPTIONS, {})
+    save_language_model(changed, folder, "compact", OPTIONS, tokenizer)
+    assert torch.equal(hidden(load_language_model(folder)), hidden(changed))
+    assert [path.name for path in tmp_path.iterdir()] == ["student"] and not (folder / "half").exists()
+
+
+def test_loading_brings_the_old_model_back_too(tmp_path: Path, tokenizer: Any) -> None:
+    model = plugins.build("compact", "student", OPTIONS, {})
+    folder = save_language_model(model, tmp_path / "student", "compact", OPTIONS, tokenizer)
+    folder.rename(tmp_path / ".student.old")
+    assert torch.equal(hidden(load_language_model(folder)), hidden(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    recover(tmp_path / "nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file locks there")
+def test_a_save_in_progress_is_left_alone(tmp_path: Path, tokenizer: Any) -> None:
+    model = plugins.build("compact", "student", OPTIONS, {})
+    folder = tmp_path / "student"
+    with killed("wait", folder) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "writing\n"
+        with pytest.raises(UserError, match="another process is saving a model here"):
+            save_language_model(model, folder, "compact", OPTIONS, tokenizer)
+        process.stdin.close()
+        assert process.wait(120) == 0
+    assert (folder / "half/written").exists()
+    save_language_model(model, folder, "compact", OPTIONS, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-MEASURED = {"nll", "kl", "top1_agreement", "acceptance"}
+MEASURED = {"nll", "kl", "top1_agreement", "acceptance", "ece"}
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -22,13 +22,14 @@ def check_evaluation(result: dict[str, Any], roles: set[str]) -> None:
     assert set(result) == {"tokens", "parameters", "teacher", "seconds", "inputs", *roles}
     assert set(result["parameters"]) == {"teacher", *roles}
     assert result["tokens"] > 500 and result["seconds"] > 0
-    assert 0 < result["teacher"]["nll"] < math.inf
+    assert 0 < result["teacher"]["nll"] < math.inf and 0 < result["teacher"]["ece"] < 1
     assert result["teacher"]["perplexity"] == pytest.approx(math.exp(result["teacher"]["nll"]))
     for role in roles:
         assert set(result[role]) == MEASURED
         assert all(math.isfinite(value) for value in result[role].values())
         assert result[role]["nll"] > 0 and result[role]["kl"] > 0
         assert 0 <= result[role]["top1_agreement"] <= 1 and 0 < result[role]["acceptance"] < 1
+        assert 0 < result[role]["ece"] < 1
 
 
 def test_the_student_has_learned_from_its_teacher(finished: Any) -> None:
@@ -49,6 +50,7 @@ def test_the_table_shows_what_the_file_holds(finished: Any) -> None:
         line.strip("│ ").split("│")[0].strip(): line for line in finished.outcome.out.splitlines() if line[:1] == "│"
     }
     assert set(rows) == {"teacher", "before", "student", "control"}
+    assert all(f"{result[role]['ece']:.1%} │" in rows[role] for role in rows)
     assert f"{result['student']['kl']:.3f}" in rows["student"] and f"{result['teacher']['nll']:.3f}" in rows["teacher"]
     assert f"on {result['tokens']:,} held-out positions" in finished.outcome.out
 

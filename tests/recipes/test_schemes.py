@@ -63,7 +63,8 @@ def test_the_rest_of_top_k_is_the_mass_without_an_entry(world: Any, distill: Any
 
 def test_hidden_states_give_the_exact_distributions_back(world: Any, distill: Any, tmp_path: Path) -> None:
     from distill.cache.head import load_head
-    from distill.losses.divergences import DenseChunk, forward_kl
+    from distill.losses.chunks import DenseChunk
+    from distill.losses.divergences import forward_kl
 
     _, batch, exact_NV = _cached("hidden", world, distill, tmp_path)
     head = load_head(tmp_path / "run" / "cache")

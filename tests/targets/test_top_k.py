@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.losses.divergences import SparseChunk, forward_kl
+from distill.losses.chunks import SparseChunk
+from distill.losses.divergences import forward_kl
 from distill.targets.top_k import top_k
 
 

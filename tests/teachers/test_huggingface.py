@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from teachers.huggingface import load_teacher, quantize_linears, resolve_dtype
+from distill.models.quantization import quantize_linears
+from teachers.huggingface import load_teacher, resolve_dtype
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from distill.cache.batches import collate
 from distill.cache.records import Record
+from distill.losses.objective import Mixture
 from distill.models.language_model import Head
 from distill.targets import schemes
 from distill.targets.extract import extract
+from distill.training.module import DistillationModule
+from distill.training.optimizer import Schedule
 
 V, D, L = 37, 6, 11
 
@@ -77,3 +84,64 @@ def records(scheme: schemes.AnyScheme) -> list[Record]:
         positions_L = np.arange(L, dtype=np.uint32)
         made.append(Record(ids_L.numpy().astype(np.uint32), positions_L, mask_L.numpy(), targets))
     return made
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    """Plain gradient descent, whose step shows the gradient."""
+    return torch.optim.SGD(module.parameters(), lr=1.0)
+
+
+@pytest.fixture(scope="session")
+def adamw() -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+
+
+@pytest.fixture(scope="session")
+def make_trainer() -> Callable[..., pl.Trainer]:
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return lambda **settings: pl.Trainer(accelerator="cpu", devices=1, **quiet, **settings)
+
+
+@pytest.fixture(scope="session")
+def make_module() -> Callable[..., DistillationModule]:
+    def make(student: nn.Module, **changes: Any) -> DistillationModule:
+        settings: dict[str, Any] = {
+            "vocab_size": V,
+            "objective": Mixture(0.3),
+            "chunk_size": 3,
+            "micro_batch": 4,
+            "make_optimizer": sgd,
+            "make_schedule": lambda total: Schedule("cosine", total, 0.0, 0.2, 1.0),
+        }
+        return DistillationModule(student, **{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def run(
+    make_student: Callable[[], nn.Module],
+    make_module: Any,
+    make_trainer: Any,
+    scheme: schemes.AnyScheme,
+    records: list[Record],
+) -> Callable[..., dict[str, Tensor]]:
+    """`run(batch_size, accumulate)`: train a fresh student on the records in order; its parameters, the last loss."""
+
+    def train(
+        batch_size: int,
+        accumulate: int,
+        *,
+        samples: list[Record] = records,
+        trainer: Any = None,
+        change: Callable[[Any], Any] = lambda student: student,
+        **module: Any,
+    ) -> dict[str, Tensor]:
+        student = change(make_student())
+        step = batch_size * accumulate
+        loader = DataLoader(samples, step, collate_fn=lambda rows: collate(rows, scheme))  # type: ignore[arg-type]
+        lightning = make_trainer(**{"max_epochs": 1, **(trainer or {})})
+        lightning.fit(make_module(student, micro_batch=batch_size, **module), loader)
+        return {**{k: v.clone() for k, v in student.state_dict().items()}, "loss": lightning.callback_metrics["loss"]}
+
+    return train

@@ -84,3 +84,17 @@ def test_a_model_without_blocks_is_refused() -> None:
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="ModuleList"):
         checkpoint_blocks(nn.ModuleList([nn.Linear(2, 2), nn.Tanh()]))
+
+
+@pytest.mark.parametrize(("every_k", "runs"), [(1, [2, 2, 2]), (2, [2, 1, 2]), (3, [2, 1, 1]), (9, [2, 1, 1])])
+def test_every_kth_block(every_k: int, runs: list[int], make_student: Callable[[], Any]) -> None:
+    plain, checkpointed = make_student(), make_student()
+    assert checkpoint_blocks(checkpointed, every_k) == runs.count(2)
+    expected, found = gradients(plain), gradients(checkpointed)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert [block.runs for block in checkpointed.blocks] == runs
+
+
+def test_no_kth_block(make_student: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="1 or more"):
+        checkpoint_blocks(make_student(), 0)

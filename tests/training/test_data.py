@@ -79,7 +79,7 @@ def watch(seed: int, held_out: Any = None) -> Watch:
     module = Watch()
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=3, num_sanity_val_steps=0, **quiet)
-    trainer.fit(module, datamodule=CacheDataModule(Numbers(), held_out, 4, seed))  # type: ignore[arg-type]
+    trainer.fit(module, datamodule=CacheDataModule(Numbers(), held_out, step_samples=4, batch_size=4, seed=seed))  # type: ignore[arg-type]
     return module
 
 
@@ -161,7 +161,7 @@ def test_an_epoch_uses_its_draw_of_every_sample(workers: int) -> None:
     cached, module = Cached(), Drawn()
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=5, num_sanity_val_steps=0, **quiet)
-    data: Any = CacheDataModule(cached, cached, 4, SEED, num_workers=workers)  # type: ignore[arg-type]
+    data: Any = CacheDataModule(cached, cached, step_samples=4, batch_size=4, seed=SEED, num_workers=workers)  # type: ignore[arg-type]
     trainer.fit(module, datamodule=data)
     assert [*module.ids] == [0, 1, 2, 3, 4]
     for epoch, found in module.ids.items():
@@ -176,7 +176,7 @@ def test_an_epoch_uses_its_draw_of_every_sample(workers: int) -> None:
 @pytest.mark.parametrize("epoch", [0, 1, 2, 4])
 def test_a_resumed_epoch_goes_on_with_its_draw(epoch: int) -> None:
     cached = Cached()
-    data: Any = CacheDataModule(cached, None, 4, SEED)  # type: ignore[arg-type]
+    data: Any = CacheDataModule(cached, None, step_samples=4, batch_size=4, seed=SEED)  # type: ignore[arg-type]
     data.load_state_dict({"epoch": epoch, "seen": 8, "processes": 1})
     loader = data.train_dataloader()
     assert_same(

@@ -6,65 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from distill.cache.batches import Batch, collate
 from distill.cache.records import Record
-from distill.losses.divergences import Mixture
+from distill.losses.objective import Mixture
 from distill.targets.schemes import AnyScheme
-from distill.training.module import DistillationModule
-from distill.training.optimizer import Schedule
 
-V, L = 37, 11
+V = 37
 Run = Callable[..., dict[str, Tensor]]
-
-
-class Plain(DistillationModule):
-    """With plain gradient descent, whose step shows the gradient."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.student.parameters(), lr=1.0)
-
-
-def make_module(student: nn.Module, kind: type[DistillationModule] = Plain, **changes: Any) -> DistillationModule:
-    settings: dict[str, Any] = {
-        "vocab_size": V,
-        "divergence": Mixture(0.3),
-        "chunk_size": 3,
-        "nominal_positions": 4 * L,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "betas": (0.9, 0.95),
-        "make_schedule": lambda total: Schedule("cosine", total, 0.0, 0.2, 0.1),
-    }
-    return kind(student, **{**settings, **changes})
-
-
-def make_trainer(**settings: Any) -> pl.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    return pl.Trainer(accelerator="cpu", devices=1, **quiet, **settings)
-
-
-@pytest.fixture
-def run(make_student: Callable[[], nn.Module], scheme: AnyScheme, records: list[Record]) -> Run:
-    """Train a fresh student on the records in order; returns its parameters and the logged loss."""
-
-    def train(
-        batch_size: int, accumulate: int, *, samples: list[Record] = records, trainer: Any = None, **module: Any
-    ) -> dict[str, Tensor]:
-        student = make_student()
-        loader = DataLoader(samples, batch_size, collate_fn=lambda rows: collate(rows, scheme))  # type: ignore[arg-type]
-        settings = {"max_epochs": 1, "accumulate_grad_batches": accumulate, **(trainer or {})}
-        lightning = make_trainer(**settings)
-        lightning.fit(make_module(student, **module), loader)
-        return {**{k: v.clone() for k, v in student.state_dict().items()}, "loss": lightning.callback_metrics["loss"]}
-
-    return train
 
 
 def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -116,15 +69,10 @@ def test_a_step_is_the_mean_over_its_positions(
     check_same(run(batch_size, accumulate, samples=records[:samples]), expected)
 
 
-def test_adamw_takes_the_same_steps(run: Run) -> None:
-    expected = run(4, 1, kind=DistillationModule)
+def test_adamw_takes_the_same_steps(run: Run, adamw: Any) -> None:
+    expected = run(4, 1, make_optimizer=adamw)
     for batch_size, accumulate in ((2, 2), (1, 4)):
-        check_same(run(batch_size, accumulate, kind=DistillationModule), expected)
-
-
-def test_the_nominal_number_of_positions_cancels(run: Run) -> None:
-    for trainer in ({}, {"gradient_clip_val": 0.01}):
-        check_same(run(2, 2, nominal_positions=1, trainer=trainer), run(2, 2, nominal_positions=5000, trainer=trainer))
+        check_same(run(batch_size, accumulate, make_optimizer=adamw), expected)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -134,11 +82,11 @@ def test_clipping_sees_the_gradient_of_the_mean(
     """The step of length 1 times the gradient is as long as the clip says, or as the gradient where that is shorter."""
     begin = make_student().state_dict()
 
-    def length(clip: float | None) -> float:
-        end = run(4 // accumulate, accumulate, nominal_positions=3, trainer={"gradient_clip_val": clip, "max_steps": 1})
+    def length(clip: float) -> float:
+        end = run(4 // accumulate, accumulate, gradient_clip=clip, trainer={"max_steps": 1})
         return torch.cat([(end[name] - begin[name]).flatten() for name in begin]).norm().item()
 
-    free = length(None)
+    free = length(0.0)
     assert length(free / 10) == pytest.approx(free / 10, rel=1e-3)
     assert length(free * 1.01) == pytest.approx(free, rel=1e-6)
 
@@ -179,19 +127,24 @@ def test_bf16_mixed_is_near(run: Run) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
 def test_held_out_means_are_over_positions(
-    make_student: Callable[[], nn.Module], records: list[Record], scheme: AnyScheme, batch_size: int
+    make_student: Callable[[], nn.Module],
+    make_module: Any,
+    make_trainer: Any,
+    records: list[Record],
+    scheme: AnyScheme,
+    batch_size: int,
 ) -> None:
     student = make_student()
-    loader = DataLoader(records, batch_size, collate_fn=lambda rows: collate(rows, scheme))  # type: ignore[arg-type]
-    trainer = make_trainer()
-    trainer.validate(make_module(student), loader, verbose=False)
     with torch.no_grad():
-        expected = naive_losses(student, collate(records, scheme)).mean()
-    assert trainer.callback_metrics["held_out_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-    module = make_module(student, divergence=Mixture(1))
-    trainer = make_trainer()
-    trainer.validate(module, DataLoader(records[:1], collate_fn=loader.collate_fn), verbose=False)
-    trainer.validate(module, loader, verbose=False)  # must not remember the first time
-    cross_entropy = trainer.callback_metrics["held_out_loss"].item()
-    kl = trainer.callback_metrics["held_out_kl"].item()
-    assert 0.7 * kl + 0.3 * cross_entropy == pytest.approx(expected.item(), rel=1e-5)
+        expected = naive_losses(student, collate(records, scheme)).mean().item()
+
+    def measure(alpha: float) -> dict[str, float]:
+        module = make_module(student, objective=Mixture(alpha))
+        module.trainer = make_trainer()
+        return module.measure(collate(records[at : at + batch_size], scheme) for at in range(0, 10, batch_size))
+
+    found = measure(0.3)
+    assert found["held_out_loss"] == pytest.approx(expected, rel=1e-5)
+    cross_entropy = measure(1.0)["held_out_loss"]
+    assert 0.7 * found["held_out_kl"] + 0.3 * cross_entropy == pytest.approx(expected, rel=1e-5)
+    assert student.training, "it goes on learning"

@@ -23,9 +23,7 @@ from torch.utils.data import Dataset
 from distill.cache.batches import Batch, collate
 from distill.cache.records import Record
 from distill.errors import UserError
-from distill.losses.divergences import Mixture
 from distill.training.data import CacheDataModule, EpochPermutation, Samples
-from distill.training.module import DistillationModule
 from distill.training.order import NOTHING, batches_of, permuted
 
 QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
@@ -186,7 +184,7 @@ def fit(
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=3, num_sanity_val_steps=0, callbacks=callbacks, **{**QUIET, **options}
     )
-    data = CacheDataModule(Numbers(13), held_out, 3, seed=5, num_workers=workers)  # type: ignore[arg-type]
+    data = CacheDataModule(Numbers(13), held_out, step_samples=3, batch_size=3, seed=5, num_workers=workers)  # type: ignore[arg-type]
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the one the other
@@ -216,21 +214,6 @@ def test_stopped_twice(tmp_path: Path, after: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("every", [1, 2, 4, 5, 7])
-def test_from_the_checkpoints_of_measurements(tmp_path: Path, every: int) -> None:
-    """Checkpoints written after a measurement of the held-out loss, each continued to the end."""
-    options = {"val_check_interval": every, "check_val_every_n_epoch": None, "held_out": Numbers(4)}
-    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, enable_version_counter=False)
-    whole = fit([keep], **options)
-    saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
-    assert len(saved) == 15 // every
-    for path in saved[:: max(1, len(saved) // 4)]:
-        steps = int(path.stem.removeprefix("step="))
-        samples = sum(3 if step % 5 < 4 else 1 for step in range(steps))
-        assert fit([], resume=path, enable_checkpointing=False, **options) == whole[samples:]
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_from_the_checkpoint_of_an_epochs_end(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     whole = fit([keep])
@@ -240,7 +223,7 @@ def test_from_the_checkpoint_of_an_epochs_end(tmp_path: Path) -> None:
 
 
 def test_other_devices_do_not_continue_the_middle_of_an_epoch() -> None:
-    data = CacheDataModule(Numbers(13), None, 3, seed=5)  # type: ignore[arg-type]
+    data = CacheDataModule(Numbers(13), None, step_samples=3, batch_size=3, seed=5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"on 2 devices: continue it on as many \(--train.devices 2\)"):
         data.load_state_dict({"epoch": 1, "seen": 6, "processes": 2})
     data.load_state_dict({"epoch": 1, "seen": 0, "processes": 2})
@@ -266,24 +249,10 @@ def reader(records: list[Record], scheme: Any) -> Listed:
     return listed
 
 
-def test_nothing_is_a_step_that_changes_nothing(reader: Listed, make_student: Any) -> None:
+def test_nothing_is_a_batch_without_a_position(reader: Listed) -> None:
     samples = Samples(reader)  # type: ignore[arg-type]
     batch = samples.collate([samples[NOTHING]])
     assert not batch.loss_mask_BL.any() and len(batch.entropy_N) == len(batch.targets.ids_NK) == 0  # type: ignore[union-attr]
-    student = make_student()
-    module = DistillationModule(
-        student,
-        vocab_size=37,
-        divergence=Mixture(0.3),
-        chunk_size=4,
-        nominal_positions=10,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        betas=(0.9, 0.95),
-        make_schedule=lambda total: lambda step: 1.0,  # type: ignore[arg-type,return-value]
-    )
-    module.training_step(batch, 0).backward()
-    assert all(p.grad is not None and not p.grad.any() for p in student.parameters())  # ddp waits for every one
 
 
 SCRIPT = """
@@ -308,7 +277,7 @@ class Numbered(CacheDataModule):
         loader = super().train_dataloader()
         loader.collate_fn = lambda rows: torch.tensor([-1 if row is None else row for row in rows])
         return loader
-trainer.fit(Told(), datamodule=Numbered(Numbers(9), Numbers(3), 2, seed=5))
+trainer.fit(Told(), datamodule=Numbered(Numbers(9), Numbers(3), step_samples=2, batch_size=2, seed=5))
 """
 
 

@@ -1,0 +1,59 @@
+"""What a divergence takes beside the student's logits: the teacher's targets of a chunk of positions.
+
+Shapes: N positions, V vocabulary, K entries of a target, D the teacher's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.models.language_model import Head
+
+
+@dataclass(frozen=True)
+class SparseChunk:
+    """A chunk of sparse targets. An entry of weight 0 is none: rows are padded with id 0, weight 0."""
+
+    ids_NK: Tensor
+    weights_NK: Tensor
+    """Without a rest they sum to 1, or to less where entries were taken out (those of tokens the student lacks)."""
+    entropy_N: Tensor
+    """Entropy of the teacher's whole distribution, in nats."""
+    true_ids_N: Tensor
+    rest_N: Tensor | None = None
+    """Mass of all tokens without an entry, as one bucket; None: there is none, the entries stand for all tokens."""
+
+    def __getitem__(self, rows: slice) -> SparseChunk:
+        rest_N = None if self.rest_N is None else self.rest_N[rows]
+        return SparseChunk(
+            self.ids_NK[rows], self.weights_NK[rows], self.entropy_N[rows], self.true_ids_N[rows], rest_N
+        )
+
+
+@dataclass(frozen=True)
+class DenseChunk:
+    """A chunk of exact targets: the teacher's hidden states, and the head that makes logits of them."""
+
+    hidden_ND: Tensor
+    head: Head
+    true_ids_N: Tensor
+    temperature: float = 1.0
+
+    def __getitem__(self, rows: slice) -> DenseChunk:
+        return DenseChunk(self.hidden_ND[rows], self.head, self.true_ids_N[rows], self.temperature)
+
+    @torch.no_grad()
+    def log_probs_NV(self) -> Tensor:
+        """The teacher's log-probabilities, float32."""
+        logits_NV = self.head(self.hidden_ND.to(self.head.weight_VD.dtype)).float()
+        return torch.log_softmax(logits_NV / self.temperature, dim=-1)
+
+
+ChunkTarget = SparseChunk | DenseChunk
+
+Divergence = Callable[[Tensor, ChunkTarget], Tensor]
+"""(student logits of a chunk `[C, V]` float32, target of the chunk) -> divergence of each position `[C]`."""

@@ -1,0 +1,93 @@
+"""What a training minimises: a divergence from the teacher, chosen by name, mixed with the true token's surprisal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from distill.errors import UserError, did_you_mean
+from distill.losses import divergences
+from distill.losses.chunks import ChunkTarget, Divergence
+from distill.losses.divergences import cross_entropy, forward_kl
+
+DIVERGENCES: dict[str, Divergence] = {
+    divergence.__name__: divergence
+    for divergence in (
+        divergences.forward_kl,
+        divergences.reverse_kl,
+        divergences.jsd,
+        divergences.skewed_kl,
+        divergences.skewed_reverse_kl,
+        divergences.adaptive_kl,
+        divergences.total_variation,
+        divergences.mean_squared_logits,
+    )
+}
+"""All divergences by name."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """`(1 - alpha) * T^2 * divergence(p, q) + alpha * cross-entropy`: 0 the teacher alone, 1 the text alone.
+
+    T is the temperature of the teacher's distribution; the student's is softened likewise, and T^2 keeps the size of
+    the gradient (Hinton et al. 2015), which for divergences of second order in p - q falls as 1 / T^2. Total variation
+    is of first order: with T^2 its gradient grows as T.
+    """
+
+    alpha: float = 0.0
+    temperature: float = 1.0
+    divergence: Divergence = forward_kl
+
+    def __call__(self, logits_NV: Tensor, target: ChunkTarget) -> Tensor:
+        if self.alpha == 1:
+            return cross_entropy(logits_NV, target)
+        distilled_N = self.temperature**2 * self.divergence(logits_NV / self.temperature, target)
+        if self.alpha == 0:
+            return distilled_N
+        return (1 - self.alpha) * distilled_N + self.alpha * cross_entropy(logits_NV, target)
+
+    def with_teacher_weight(self, share: float) -> Mixture:
+        """The mixture in which the teacher weighs `(1 - alpha) * share`, and the true token all that is left of 1.
+
+        `share` is 0 to 1, for example the learning rate as a share of its peak; at 1 the mixture is this one.
+        """
+        assert 0 <= share <= 1, share
+        return replace(self, alpha=self.alpha + (1 - self.alpha) * (1 - share))
+
+
+def make_divergence(name: str, beta: float = 0.5, skew: float = 0.1) -> Divergence:
+    """The divergence of a name with its parameter. Raises UserError for one that is out of range."""
+    if name not in DIVERGENCES:
+        raise UserError(f"loss.divergence: {name}: no such divergence{did_you_mean(name, DIVERGENCES)}")
+    if name == "jsd":
+        if not 0 < beta < 1:
+            raise UserError(
+                f"loss.beta: {beta:g}: must lie between 0 and 1, where jsd is 0 whatever the student: "
+                "at the ends use loss.divergence forward_kl (0) or reverse_kl (1)"
+            )
+        return partial(divergences.jsd, beta=beta)
+    if name in ("skewed_kl", "skewed_reverse_kl"):
+        if not 0 <= skew < 1:
+            raise UserError(f"loss.skew: {skew:g}: must be at least 0 and below 1, where {name} is 0 for every student")
+        return partial(divergences.skewed_kl if name == "skewed_kl" else divergences.skewed_reverse_kl, skew=skew)
+    return DIVERGENCES[name]
+
+
+def check_divergence(name: str, scheme: str) -> None:
+    """Raise UserError when targets of a scheme (`varopt`, `top_k`, `random`, `hidden`) cannot give a divergence."""
+    if name == "forward_kl" or scheme == "hidden":
+        return
+    if name == "mean_squared_logits":
+        raise UserError(
+            f"loss.divergence: {name} compares the logits of all tokens, which {scheme} targets do not have: "
+            "cache with --cache.scheme hidden (exact), or use forward_kl"
+        )
+    if scheme != "top_k":
+        raise UserError(
+            f"loss.divergence: {name} cannot be estimated without bias from {scheme} targets, "
+            "which are sparse samples: cache with --cache.scheme hidden (exact) or top_k (with its tail bucket), "
+            "or use forward_kl"
+        )

@@ -1,0 +1,134 @@
+"""Load a checkpoint with its linear layers in 4 or 8 bits (bitsandbytes), and read such a layer's weight back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.checkpoints import Checkpoint, load_config
+from distill.models.huggingface import load_pretrained
+
+Quantization = Literal["nf4", "int8", "none"]
+
+
+def load_quantized(
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """The `transformers` model on `device`: linear layers quantised, embeddings, norms and head in `dtype`.
+
+    A Hugging Face folder is quantised while it is read, so that the full weights never lie in memory together; a GGUF
+    file is dequantised in host memory and then quantised layer by layer on the device.
+    """
+    _hush_bitsandbytes()
+    if checkpoint.gguf_file is not None:
+        loaded = load_pretrained(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        if quantization != "none":
+            quantize_linears(loaded, quantization, dtype, device)
+        loaded.to(device)
+    elif quantization == "none":
+        loaded = load_pretrained(checkpoint, dtype, None, {"": device}, trust_remote_code)
+    else:
+        if is_quantized(checkpoint, trust_remote_code):
+            raise ValueError(f"{checkpoint.name} is quantized already: set quantization to 'none' to take it as it is")
+        loaded = load_pretrained(checkpoint, dtype, _settings(quantization, dtype), {"": device}, trust_remote_code)
+    _use_portable_kernel(loaded)
+    return loaded
+
+
+def is_quantized(checkpoint: Checkpoint, trust_remote_code: bool = False) -> bool:
+    """Whether a folder's configuration says that its weights are quantised; GGUF files are dequantised when read."""
+    if checkpoint.gguf_file is not None:
+        return False
+    return getattr(load_config(checkpoint, trust_remote_code), "quantization_config", None) is not None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a matrix product: nn.Linear, a quantised one, or GPT-2's Conv1D."""
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer is GPT-2's Conv1D: a linear layer that keeps its weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+def full_weight(layer: nn.Module) -> Tensor:
+    """The weight `[out, in]` that a linear layer computes with; of a 4-bit one in the dtype it was quantised from."""
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        import bitsandbytes as bnb
+
+        return bnb.functional.dequantize_4bit(weight.data, state)
+    assert weight.is_floating_point(), f"{type(layer).__name__} keeps its weight in a way this does not know"
+    return weight.T if is_transposed(layer) else weight
+
+
+def _settings(quantization: Quantization, dtype: torch.dtype) -> Any:
+    import transformers
+
+    if quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def quantize_linears(model: Any, quantization: Quantization, dtype: torch.dtype, device: str) -> None:
+    """Replace every linear layer but the head by a quantised one on `device`, one after the other, in place."""
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is head or not is_linear(child):
+                continue
+            weight = full_weight(child).data.contiguous()
+            setattr(parent, name, _quantized(weight, child.bias, quantization, dtype).to(device))
+    _use_portable_kernel(model)
+
+
+def _quantized(weight: Tensor, bias: nn.Parameter | None, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
+    """A bitsandbytes layer that quantises its weight when it is moved to a device."""
+    import bitsandbytes as bnb
+
+    rows, columns = weight.shape
+    layer: Any
+    if quantization == "int8":
+        layer = bnb.nn.Linear8bitLt(columns, rows, False, has_fp16_weights=False, threshold=6.0, device="meta")
+        layer.weight = bnb.nn.Int8Params(weight, has_fp16_weights=False, requires_grad=False)
+    else:
+        layer = bnb.nn.Linear4bit(columns, rows, False, compute_dtype=dtype, quant_type="nf4", device="meta")
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+        )
+    layer.bias = bias
+    return layer
+
+
+def _hush_bitsandbytes() -> None:
+    """It warns at every product of every layer that int8 casts, and at import of a kernel that we do not use."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _use_portable_kernel(model: nn.Module) -> None:
+    """Dequantise and multiply, on every CPU.
+
+    On CPUs with AVX512-BF16 bitsandbytes would repack the weights for a kernel that is made for single tokens: at our
+    batch sizes it takes twice as long, and it moves logits by up to 0.9, so that the machine decided the cache.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

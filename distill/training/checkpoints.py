@@ -1,0 +1,115 @@
+"""Checkpoints that survive a kill or a power cut: written whole, verified before they are trusted, kept to a number."""
+
+from __future__ import annotations
+
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from distill import interrupt
+from distill.errors import UserError
+from distill.files import TEMPORARY, make_folder, sync_folder
+from distill.progress import say
+
+PATTERN = "step-*.ckpt"
+BEST = "best.ckpt"
+
+
+class DurableCheckpoints(CheckpointIO):
+    """Files of `torch.save`, which are zip archives with a checksum a member; nothing but tensors and plain values."""
+
+    def save_checkpoint(self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any = None) -> None:
+        """All of it or nothing: temporary name, sync, rename, sync."""
+        path = Path(path)
+        make_folder(path.parent)
+        temporary = path.with_name(path.name + TEMPORARY)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(dict(checkpoint), file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror or error}); the checkpoints before it are kept: make room "
+                "there and go on with --resume"
+            ) from None
+        sync_folder(path.parent)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors and plain values only, whatever the caller says."""
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a checkpoint is what was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
+        return False
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none at all. Says which ones it passes over.
+
+    Raises UserError when there are some and all are damaged.
+    """
+    found = sorted(folder.glob(PATTERN), reverse=True)
+    for path in found:
+        if is_whole(path):
+            return path
+        say(f"{path}: damaged; going back to the checkpoint before it")
+    if found:
+        raise UserError(f"{folder}: all checkpoints are damaged: remove them to begin anew")
+    return None
+
+
+class KeepCheckpoints(pl.Callback):
+    """A checkpoint every so many steps, at the end, and before a stop that was asked for or is due.
+
+    Args:
+        folder: of the checkpoints, `step-00000200.ckpt` and so on.
+        every_steps: optimiser steps between two.
+        keep: how many of the newest stay.
+        deadline: `time.monotonic()` at which the training stops; None: never.
+    """
+
+    def __init__(self, folder: Path, every_steps: int, keep: int, deadline: float | None = None) -> None:
+        self.folder, self.every_steps, self.keep, self.deadline = folder, every_steps, keep, deadline
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        interrupt.retake()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        # One device may have been asked, and not the others.
+        stop = trainer.strategy.reduce_boolean_decision(interrupt.asked() or late, all=False)
+        if stop or pl_module.steps_begun % self.every_steps == 0:
+            self._save(trainer, pl_module)
+        if stop:
+            if late:
+                say(f"train.max_time is over at step {pl_module.steps_begun}")
+            raise interrupt.Interrupted("stopped")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, module: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"step-{module.steps_begun:08}.ckpt", weights_only=False)
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob(PATTERN))[: -self.keep]:
+                old.unlink()

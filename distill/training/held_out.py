@@ -1,0 +1,71 @@
+"""The held-out KL while the student trains, from cached targets: no teacher in memory. The best weights are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from distill.progress import say
+from distill.training.data import CacheDataModule
+
+
+class MeasureHeldOut(pl.Callback):
+    """Measures every so many steps and at the end, keeps the weights of the best, and stops early if asked to.
+
+    Place it before what writes checkpoints: they hold what it knows.
+
+    Args:
+        data: whose held-out samples are measured on.
+        every_steps: optimiser steps between two measurements.
+        monitor: `held_out_kl` or `held_out_loss`; lower is better.
+        best: file for the weights of the best.
+        patience: measurements without a new best after which training stops; None: never.
+    """
+
+    def __init__(
+        self, data: CacheDataModule, every_steps: int, monitor: str, best: Path, patience: int | None = None
+    ) -> None:
+        self.data, self.every_steps, self.monitor, self.best, self.patience = data, every_steps, monitor, best, patience
+        self.lowest = float("inf")
+        self.measured, self.waited = 0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_early(trainer)  # a training that was resumed after it had decided so
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if pl_module.steps_begun % self.every_steps == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.measured != pl_module.steps_begun:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer, module: Any) -> None:
+        values = module.measure(self.data.val_dataloader())
+        self.measured = module.steps_begun
+        if not values:
+            return
+        kl, loss = values["held_out_kl"], values["held_out_loss"]
+        say(f"step {self.measured}: held-out KL {kl:.4f}, loss {loss:.4f} nats")
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=self.measured)
+        self.waited += 1
+        if values[self.monitor] < self.lowest:
+            self.lowest, self.waited = values[self.monitor], 0
+            trainer.save_checkpoint(self.best, weights_only=True)
+        self._stop_early(trainer)
+
+    def _stop_early(self, trainer: pl.Trainer) -> None:
+        if self.patience is not None and self.waited >= self.patience:
+            say(f"stopping early: {self.waited} measurements without a lower {self.monitor} than {self.lowest:.4f}")
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowest": self.lowest, "measured": self.measured, "waited": self.waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lowest, self.measured, self.waited = (state_dict[key] for key in ("lowest", "measured", "waited"))

@@ -1,0 +1,164 @@
+"""AdamW's two moments in memory: in the weights' type, in 8 bits (bitsandbytes) or in 4 bits (torchao)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.training.rounding import Rounding, store
+
+Stored = Any
+"""One moment of one parameter: a tensor, or the tensors of its codes by name."""
+
+SMALL = 4096
+"""Parameters with fewer values keep their moments in full: norms and biases are delicate, and weigh nothing."""
+
+
+class Moment(Protocol):
+    """How a moment of a parameter is kept. Rows are slices of the flattened parameter that begin with a block."""
+
+    def zeros(self, parameter: Tensor) -> Stored: ...
+
+    def read(self, stored: Stored, rows: slice) -> Tensor:
+        """Float32 values."""
+        ...
+
+    def write(self, stored: Stored, rows: slice, values: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class AsWeights:
+    """In the type of the weights."""
+
+    rounding: Rounding
+
+    def zeros(self, parameter: Tensor) -> Stored:
+        return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+
+    def read(self, stored: Stored, rows: slice) -> Tensor:
+        return flat(stored)[rows].float()
+
+    def write(self, stored: Stored, rows: slice, values: Tensor) -> None:
+        # At random here too: bfloat16's nearest would drop most of what a beta2 of 0.999 adds to the second moment.
+        store(values, flat(stored)[rows], self.rounding)
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """Codes of bitsandbytes' dynamic map, and the largest value of each block (Dettmers et al. 2021)."""
+
+    signed: bool
+    block = 256
+
+    def zeros(self, parameter: Tensor) -> Stored:
+        return {
+            "codes": torch.zeros(parameter.numel(), dtype=torch.uint8, device=parameter.device),
+            "scale": torch.zeros(-(-parameter.numel() // self.block), device=parameter.device),
+        }
+
+    def read(self, stored: Stored, rows: slice) -> Tensor:
+        codes, scale = stored["codes"][rows], stored["scale"][_blocks(rows, self.block)]
+        code_map = _dynamic_map(self.signed, codes.device)
+        return _bitsandbytes().dequantize_blockwise(codes, absmax=scale, code=code_map, blocksize=self.block)
+
+    def write(self, stored: Stored, rows: slice, values: Tensor) -> None:
+        code_map = _dynamic_map(self.signed, values.device)
+        codes, quantized = _bitsandbytes().quantize_blockwise(values, code=code_map, blocksize=self.block)
+        stored["codes"][rows] = codes
+        stored["scale"][_blocks(rows, self.block)] = quantized.absmax
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """torchao's 4-bit states: two codes a byte, and the largest value of each block (Li et al. 2023)."""
+
+    signed: bool
+    block = 128
+
+    def zeros(self, parameter: Tensor) -> Stored:
+        state = _torchao_state().zeros((parameter.numel(),), self.signed, self.block, parameter.device)
+        return {"codes": state.codes, "scale": state.scale}
+
+    def read(self, stored: Stored, rows: slice) -> Tensor:
+        return self._view(stored, rows).dequantize()
+
+    def write(self, stored: Stored, rows: slice, values: Tensor) -> None:
+        self._view(stored, rows).copy_(values)
+
+    def _view(self, stored: Stored, rows: slice) -> Any:
+        """torchao's own object for these rows, on the same memory."""
+        codes, scale = stored["codes"][rows.start // 2 : rows.stop // 2], stored["scale"][_blocks(rows, self.block)]
+        code_map = _four_bit_map(self.signed, codes.device)
+        return _torchao_state()(codes, scale, code_map, self.signed, (2 * codes.numel(),))
+
+
+def moments(bits: int | None, parameter: Tensor, rounding: Rounding) -> tuple[Moment, Moment]:
+    """How a parameter's first and second moment are kept: in 8 or 4 bits where its size allows, else in its type."""
+    if bits == 8 and parameter.numel() >= SMALL:
+        return EightBits(signed=True), EightBits(signed=False)
+    if bits == 4 and parameter.numel() >= SMALL and parameter.numel() % FourBits.block == 0:
+        return FourBits(signed=True), FourBits(signed=False)
+    return AsWeights(rounding), AsWeights(rounding)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The same memory with one dimension; of a sharded tensor this device's share."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.view(-1)
+
+
+def need_torchao() -> None:
+    """Raise UserError when torchao is missing."""
+    _torchao_state()
+
+
+def _blocks(rows: slice, block: int) -> slice:
+    return slice(rows.start // block, -(-rows.stop // block))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The libraries log a line for each kernel that was not made for this machine."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@functools.cache
+def _bitsandbytes() -> Any:
+    with _quietly():
+        from bitsandbytes import functional
+    return functional
+
+
+@functools.cache
+def _torchao_state() -> Any:
+    try:
+        with _quietly():
+            from torchao.optim.subclass_4bit import OptimState4bit
+    except ImportError:
+        raise UserError(
+            "train.optimizer: adamw_4bit needs torchao: pip install 'distill-small-card[low-bit]'"
+        ) from None
+    return OptimState4bit
+
+
+@functools.cache
+def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    return _bitsandbytes().create_dynamic_map(signed=signed).to(device)
+
+
+@functools.cache
+def _four_bit_map(signed: bool, device: torch.device) -> Tensor:
+    return _torchao_state().zeros((FourBits.block,), signed, FourBits.block, device).qmap

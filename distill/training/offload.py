@@ -1,0 +1,53 @@
+"""What the backward pass needs waits for it in host memory: large activations, never the weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from distill.errors import UserError
+
+LARGE = 2**20
+"""Bytes from which on a tensor is worth the way to the host and back."""
+
+
+def offload_activations(module: nn.Module) -> AbstractContextManager[Any]:
+    """Context in which a card's activations are copied to pinned host memory instead of kept for the backward pass.
+
+    Weights of `module` stay; the copies of weights that autocast makes are activations. The copies are queued behind
+    what makes the tensors and before what needs them, so nobody waits but the card's own queue.
+    """
+    return saved_on_host(module, large=LARGE, pin_memory=True)
+
+
+def saved_on_host(module: nn.Module, *, large: int, pin_memory: bool) -> AbstractContextManager[Any]:
+    """Context in which tensors of `large` bytes or more are copied to the host until backward asks for them.
+
+    As `torch.autograd.graph.save_on_cpu`, which would copy the weights too: a linear layer saves its weight, and an
+    optimiser or another layer keeps that on the card anyway.
+    """
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor, bool]:
+        if tensor.nbytes < large or tensor.untyped_storage().data_ptr() in weights:
+            return tensor.device, tensor, False
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pin_memory)
+        return tensor.device, host.copy_(tensor, non_blocking=pin_memory), True
+
+    def unpack(packed: tuple[torch.device, Tensor, bool]) -> Tensor:
+        device, tensor, moved = packed
+        return tensor.to(device, non_blocking=pin_memory) if moved else tensor
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def check_offload(device_type: str) -> None:
+    """Raise UserError where there is no other memory than the host's."""
+    if device_type != "cuda":
+        raise UserError(
+            f"train.offload_activations: needs a CUDA device; on {device_type} activations are in host memory already"
+        )

@@ -1,0 +1,87 @@
+"""More than one device: whole copies whose gradients are summed (ddp), or a share of the student on each (fsdp)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from distill.errors import UserError
+from distill.models.language_model import Head
+
+BUCKET_BYTES = 32 * 2**20
+
+
+class SummedGradients(DDPStrategy):
+    """Lightning's ddp without torch's wrapper: `sum_gradients` adds the gradients up once a step, when all passes of
+    all devices have succeeded, so that a device that ran out of memory can begin its step anew."""
+
+    def configure_ddp(self) -> None:
+        """Every device begins with the weights of the first."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):  # type: ignore[union-attr]
+            dist.broadcast(tensor.data, src=0)
+
+    def _register_ddp_hooks(self) -> None:
+        """There is no wrapper that could have one."""
+
+
+def sum_gradients(module: nn.Module) -> None:
+    """Add up the gradients of all devices, in buckets. One without a gradient has zero (it saw no such position)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or is_sharded(module):
+        return
+    bucket: list[Tensor] = []
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and (bucket[0].dtype != parameter.dtype or _bytes(bucket) >= BUCKET_BYTES):
+            _sum(bucket)
+            bucket = []
+        bucket.append(parameter.grad)
+    if bucket:
+        _sum(bucket)
+
+
+def _sum(bucket: list[Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in bucket])
+    dist.all_reduce(flat)
+    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each device holds a share of the weights (fsdp)."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def whole(head: Head) -> Head:
+    """The head with all its rows on every device; the gradient goes back to where the shares are."""
+    if not isinstance(head.weight_VD, DTensor):
+        return head
+    bias = None if head.bias_V is None else _gathered(head.bias_V)
+    return replace(head, weight_VD=_gathered(head.weight_VD), bias_V=bias)
+
+
+def _gathered(tensor: Any) -> Tensor:
+    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+
+
+def make_strategy(name: str, devices: int) -> Any:
+    """Lightning's strategy `auto`, `ddp` or `fsdp`. Raises UserError for fsdp on one device."""
+    if name == "fsdp":
+        if devices == 1:
+            raise UserError("train.strategy: fsdp shares the student out over devices: give --train.devices, or auto")
+        return ModelParallelStrategy(
+            data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return SummedGradients() if devices > 1 else "auto"

@@ -1,0 +1,96 @@
+"""The optimiser's step inside the backward pass, so that never more than a few gradients exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+
+
+class StepInBackward(torch.optim.Optimizer):
+    """Updates each parameter with `optimizer` as soon as its gradient is complete, and frees the gradient.
+
+    The backward pass makes the step; one pass a step. `step()` ends it: all it does is to make the next one possible.
+    Groups, learning rates and state are those of `optimizer`, so its checkpoints are interchangeable with those of a
+    plain training. The results are those of `optimizer` to the last bit, but for what it draws at random: parameters
+    come in another order.
+
+    A shared parameter is updated once: autograd adds up all it gets before it stores the gradient, and no part of the
+    backward pass that still needs a parameter comes after that.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+        """Hooks into the parameters of `optimizer`; `module` knows their names."""
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.optimizer = optimizer
+        self._share()
+        self.gradient_norm: Tensor | None = None
+        """Norm of all gradients of the last step."""
+        self._norms: dict[Tensor, Tensor] = {}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._update)
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    @torch.no_grad()
+    def _update(self, parameter: Tensor) -> None:
+        assert parameter not in self._norms, "step() comes after every backward pass"
+        assert parameter.grad is not None
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient of {self._names.get(parameter, 'a weight')} is not finite, and others have been used "
+                "already: go on from the last checkpoint with --resume and a lower --train.learning_rate, or with "
+                "--train.step_in_backward false"
+            )
+        self._norms[parameter] = norm
+        self.optimizer.step()  # this parameter is the only one with a gradient
+        parameter.grad = None
+
+    def step(self, closure: Any = None) -> Any:
+        """End the step that the backward pass has made."""
+        loss = None if closure is None else closure()
+        if self._norms:
+            norms = list(self._norms.values())
+            self.gradient_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+            self._norms.clear()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the optimiser inside."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the optimiser inside."""
+        self.optimizer.load_state_dict(state_dict)
+        self._share()
+
+
+def check_step_in_backward(
+    *,
+    accumulate_grad_batches: int,
+    gradient_clip: float,
+    devices: int,
+    num_nodes: int,
+    strategy: str,
+    precision: str,
+    non_finite: str,
+) -> None:
+    """Raise UserError when something else needs the gradients of all parameters at one time."""
+    conflicts = [
+        (accumulate_grad_batches != 1, "train.accumulate_grad_batches 1, for no gradient is left to add to"),
+        (gradient_clip != 0, "train.gradient_clip 0, for the norm is known only when all weights have moved"),
+        (devices * num_nodes != 1, "train.devices 1 and train.num_nodes 1, for gradients are added up after backward"),
+        (strategy == "fsdp", "train.strategy auto, for fsdp stores gradients in its own way"),
+        (precision == "16-mixed", "train.precision bf16-mixed, for float16's gradients are unscaled after backward"),
+        (non_finite != "stop", "train.non_finite stop, for a part of the step cannot be left out"),
+    ]
+    for conflict, needed in conflicts:
+        if conflict:
+            raise UserError(f"train.step_in_backward: needs {needed}")

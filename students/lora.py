@@ -1,0 +1,161 @@
+"""A pretrained student that learns through low-rank adapters: LoRA (Hu et al. 2021), QLoRA (Dettmers et al. 2023).
+
+Shapes: O outputs, I inputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.checkpoints import resolve
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.quantization import full_weight, is_linear, is_quantized, is_transposed, load_quantized
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAME = "default"  # of the one adapter that a layer has
+
+
+def load_lora_student(
+    model: str,
+    rank: int = 16,
+    lora_alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Literal["all-linear"] | list[str] = "all-linear",
+    quantization: Literal["none", "nf4"] = "none",
+    base_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    vocab_size: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoraLanguageModel:
+    """The frozen `model` with trainable float32 adapters, which change nothing at first; seed torch before.
+
+    rank, lora_alpha, dropout: an adapted layer adds `lora_alpha / rank * B(A(dropout(x)))`; lora_alpha: 2 * rank.
+    target_modules: names of the linear layers to adapt, such as [q_proj, v_proj]; all-linear: all but the head.
+    quantization: the frozen linear layers as they are, or in 4 bits (QLoRA).
+    base_dtype: the frozen weights' type (nf4: of the rest and of the products). A mixed train.precision computes in 16
+    bits anyway, so that a frozen float32 copy only costs memory; for train.precision 32-true give float32.
+    export_dtype: type of the merged weights; 16 bits halve the folder and round away the finest of what was learnt.
+    `vocab_size` is supplied by the pipeline.
+    """
+    _check_numbers(rank, lora_alpha, dropout)
+    checkpoint = resolve(model, revision, trust_remote_code)
+    if is_quantized(checkpoint, trust_remote_code):
+        raise ValueError(f"the weights of {model} are quantized already: set model to an unquantized copy")
+    loaded = load_quantized(checkpoint, quantization, DTYPES[base_dtype], trust_remote_code=trust_remote_code)
+    add_adapters(loaded, target_modules, rank, 2.0 * rank if lora_alpha is None else lora_alpha, dropout)
+    student = LoraLanguageModel(loaded, DTYPES[export_dtype])
+    rows = student.head.weight_VD.shape[0]
+    if vocab_size is not None and rows < vocab_size:
+        raise ValueError(f"the student has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
+    student.check()
+    return student
+
+
+class LoraLanguageModel(HuggingFaceLanguageModel):
+    """A Hugging Face model with adapters in it, which leaves the pipeline as an ordinary one: merged."""
+
+    def __init__(self, model: Any, export_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(model)
+        self.export_dtype = export_dtype
+
+    @torch.no_grad()
+    def merged(self) -> HuggingFaceLanguageModel:
+        """A model of its own in host memory, adapters added to the weights and 4-bit weights dequantised.
+
+        This one stays as it is, and so does torch's random state.
+        """
+        config = copy.deepcopy(self.model.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):  # for its names only
+            empty = type(self.model)(copy.deepcopy(config))
+        weights = {name: self._merged_tensor(name, empty).to("cpu", copy=True) for name in empty.state_dict()}
+        with quiet():
+            plain, report = type(self.model).from_pretrained(
+                None, config=config, state_dict=weights, dtype=self.export_dtype, output_loading_info=True
+            )
+        complain_about_missing(report, "merged student")
+        plain.generation_config = copy.deepcopy(self.model.generation_config)
+        return HuggingFaceLanguageModel(plain)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the merged model as an ordinary Hugging Face folder, which needs no peft."""
+        self.merged().save_pretrained(folder)
+
+    def _merged_tensor(self, name: str, empty: nn.Module) -> Tensor:
+        """What the plain model holds under `name`: with the adapter of its layer, if it has one."""
+        parent, _, leaf = name.rpartition(".")
+        layer, adapter = self.model.get_submodule(parent), None
+        if hasattr(layer, "get_base_layer"):
+            layer, adapter = layer.get_base_layer(), layer
+        if leaf != "weight" or not is_linear(layer):
+            tensor = getattr(layer, leaf).detach()
+            return tensor.to(self.export_dtype) if tensor.is_floating_point() else tensor
+        weight_OI = full_weight(layer).float()
+        if adapter is not None:
+            weight_OI = weight_OI + adapter.scaling[NAME] * (adapter.lora_B[NAME].weight @ adapter.lora_A[NAME].weight)
+        # The plain layer's way to keep it, which is not that of the quantised layer.
+        weight = weight_OI.T if is_transposed(empty.get_submodule(parent)) else weight_OI
+        return weight.to(self.export_dtype).contiguous()
+
+
+def add_adapters(
+    model: Any, target_modules: Literal["all-linear"] | list[str], rank: int, lora_alpha: float, dropout: float
+) -> None:
+    """Freeze a `transformers` model and put float32 adapters into the chosen linear layers, in place."""
+    import peft
+
+    chosen = chosen_layers(model, target_modules)
+    layers = [model.get_submodule(name) for name in chosen]
+    if any(hasattr(layer.weight, "quant_state") for layer in layers):
+        model.is_loaded_in_4bit = True  # how peft knows; a GGUF file's layers were quantised past transformers
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a fraction works as well
+        lora_dropout=dropout,
+        target_modules=chosen,
+        fan_in_fan_out=any(is_transposed(layer) for layer in layers),
+    )
+    model.requires_grad_(False)
+    peft.inject_adapter_in_model(config, model, NAME)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # small, and updated by steps that 16 bits would round away
+            parameter.data = parameter.data.float()
+
+
+def chosen_layers(model: Any, target_modules: Literal["all-linear"] | list[str]) -> list[str]:
+    """Full names of the layers to adapt; the head is never one. Raises ValueError for a name that no layer has."""
+    head = model.get_output_embeddings()
+    linear = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+    if target_modules == "all-linear":
+        return linear
+    for target in target_modules:
+        if not any(_ends_with(name, target) for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            near = difflib.get_close_matches(target, known, n=1)
+            question = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"target_modules: no linear layer '{target}'{question} (known: {', '.join(known)})")
+    if not target_modules:
+        raise ValueError("target_modules: none given, so that nothing would learn; all-linear takes all")
+    return [name for name in linear if any(_ends_with(name, target) for target in target_modules)]
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _check_numbers(rank: int, lora_alpha: float | None, dropout: float) -> None:
+    """A ValueError becomes one short message to the user."""
+    if rank < 1:
+        raise ValueError(f"rank: {rank} is not at least 1")
+    if lora_alpha is not None and not lora_alpha > 0:
+        raise ValueError(f"lora_alpha: {lora_alpha} is not above 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: {dropout} is not from 0 to below 1")

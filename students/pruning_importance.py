@@ -1,0 +1,213 @@
+"""What each layer, neuron, head and channel of a teacher is worth on calibration samples, in one pass over its weights.
+
+Shapes: B samples, L sequence length, N counted positions of a sample, I layers, D hidden size, F neurons,
+G key-value groups, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.language_model import Head
+from students.pruning_stream import LayerCall, StreamedTeacher
+from students.pruning_width import Widths
+
+STATE_BYTES = 2**31  # hidden states kept at once; more samples than fit mean another pass over the weights
+CHUNK = 256  # positions whose logits exist at once
+NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration samples: rows of the corpus."""
+
+    input_ids_BL: Tensor
+    position_ids_BL: Tensor
+    counted_BL: Tensor
+    """bool: positions that count, which padding must not."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which importances to measure."""
+
+    depth: bool = False
+    hidden: bool = False
+    groups: bool = False
+    neurons: bool = False
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Importances, float64 on the CPU; None what was not wanted.
+
+    Width is scored by activations, as Minitron found best (Muralidharan et al. 2024, "Compact Language Models via
+    Pruning and Knowledge Distillation", §2.2): at each position the absolute value of the MLP's inner activation
+    (neurons), the norm of each head's output, summed over the heads of a group (groups), the absolute output of a
+    norm (channels); of that the mean over a sample's positions, then the L2 norm over samples.
+    """
+
+    depth_I: Tensor | None = None
+    """KL(teacher ‖ teacher without this layer), nats, mean over the counted positions of all samples: how Minitron
+    (§2.2) and ShortGPT (Men et al. 2024) rank layers by loss, with the loss that the student will be trained on."""
+    hidden_ID: Tensor | None = None
+    """Summed over the layer's norms; the last row is the norm behind all layers, so there are I + 1."""
+    groups_IG: Tensor | None = None
+    neurons_IF: Tensor | None = None
+
+
+@torch.no_grad()
+def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted, vocab_size: int | None = None) -> Importance:
+    """Measure what is wanted; `vocab_size`: rows of the head that are tokens.
+
+    Besides one layer of the teacher (or its embedding, or its head), the hidden states of the samples are in memory: one each, for
+    depth one more for each layer. Samples take turns so that these stay within `STATE_BYTES`; a turn reads all layers.
+    """
+    rows = [row for row in range(samples.input_ids_BL.shape[0]) if bool(samples.counted_BL[row].any())]
+    if not rows:
+        raise ValueError("the calibration samples have no position that counts")
+    states = len(teacher) + 1 if wanted.depth else 1
+    size = 4 * samples.input_ids_BL.shape[1] * Widths.of(teacher.model.config).hidden * states
+    turn = max(1, STATE_BYTES // size)
+    measurement = _Measurement(teacher, samples, wanted, vocab_size)
+    for start in range(0, len(rows), turn):
+        measurement.take(rows[start : start + turn])
+    return measurement.result()
+
+
+class _Measurement:
+    """Sums over samples, as they come through the layers."""
+
+    def __init__(self, teacher: StreamedTeacher, samples: Samples, wanted: Wanted, vocab_size: int | None) -> None:
+        self.teacher, self.samples, self.wanted, self.vocab_size = teacher, samples, wanted, vocab_size
+        self.widths = Widths.of(teacher.model.config)
+        self.squares: dict[tuple[str, int], Tensor] = {}  # (which activation, layer): of the means over positions
+        self.kl_I = torch.zeros(len(teacher), dtype=torch.float64)
+        self.positions = 0
+
+    def take(self, rows: list[int]) -> None:
+        """Take samples through all layers, each layer read once.
+
+        A sample's states are those of the whole teacher and, for depth, of the teacher without layer 0, 1, ...; the
+        one without layer i comes into being as what enters layer i.
+        """
+        states: dict[int, list[Tensor]] = {}
+        calls: dict[int, list[LayerCall]] = {}
+        begun = self.teacher.begin(self.samples.input_ids_BL[rows], self.samples.position_ids_BL[rows])
+        for row, (entering_LD, its_calls) in zip(rows, begun, strict=True):
+            states[row], calls[row] = [entering_LD.cpu()], its_calls
+        for index in _shown(range(len(self.teacher))):
+            with self.teacher.layer(index) as layer:
+                for row in rows:
+                    states[row] = self._through(layer, index, row, calls[row][index], states[row])
+        for row in rows:
+            self.positions += int(self.samples.counted_BL[row].sum())
+            if self.wanted.hidden:
+                final_LD = self.teacher.norm(states[row][0].to(self.teacher.device))
+                self._add("norm", len(self.teacher), row, final_LD)
+        if self.wanted.depth:
+            with self.teacher.head() as head:
+                for row in rows:
+                    self.kl_I += self._kl(
+                        head, [state_LD[self.samples.counted_BL[row]] for state_LD in states.pop(row)]
+                    )
+
+    def _through(self, layer: nn.Module, index: int, row: int, call: LayerCall, states: list[Tensor]) -> list[Tensor]:
+        """A sample's states behind a layer."""
+        device = self.teacher.device
+        entering_LD, *without = states
+        with _watched(layer, self.wanted) as seen:
+            after = [call(layer, entering_LD.to(device)).cpu()]
+        for name, activation in seen.items():
+            self._add(name, index, row, activation)
+        if self.wanted.depth:
+            after += [call(layer, state_LD.to(device)).cpu() for state_LD in without]
+            after.append(entering_LD)
+        return after
+
+    def _add(self, name: str, index: int, row: int, activation: Tensor) -> None:
+        """Score a sample's activations `[L, units]`."""
+        counted = activation[self.samples.counted_BL[row].to(activation.device)]
+        if name == "groups":
+            heads = counted.unflatten(-1, (self.widths.groups, self.widths.heads_per_group, self.widths.head))
+            scores = torch.linalg.vector_norm(heads, dim=-1).sum(dim=-1)
+        else:
+            scores = counted.abs()
+        square = scores.mean(dim=0).double().square().cpu()
+        self.squares[name, index] = self.squares[name, index] + square if (name, index) in self.squares else square
+
+    def _kl(self, head: Head, states: list[Tensor]) -> Tensor:
+        """Sums over positions of KL(first ‖ each other) of the distributions of hidden states before the last norm."""
+        head = head if self.vocab_size is None else head.with_rows(self.vocab_size)
+        kl_I = torch.zeros(len(states) - 1, dtype=torch.float64)
+        for start in range(0, states[0].shape[0], CHUNK):
+            chunks = (state_ND[start : start + CHUNK].to(self.teacher.device) for state_ND in states)
+            log_probs = (head(self.teacher.norm(chunk)).log_softmax(dim=-1) for chunk in chunks)
+            whole_NV = next(log_probs)
+            probs_NV = whole_NV.exp()
+            kl_I += torch.stack([(probs_NV * (whole_NV - other)).sum().double().cpu() for other in log_probs])
+        return kl_I
+
+    def result(self) -> Importance:
+        layers = range(len(self.teacher))
+        hidden = []
+        for index in [*layers, len(self.teacher)] if self.wanted.hidden else []:
+            parts = [self.squares[key].sqrt() for key in self.squares if key[1] == index and key[0] in (*NORMS, "norm")]
+            hidden.append(torch.stack(parts).sum(dim=0))
+        stacked = {
+            name: torch.stack([self.squares[name, index].sqrt() for index in layers])
+            for name, wanted in (("groups", self.wanted.groups), ("neurons", self.wanted.neurons))
+            if wanted
+        }
+        return Importance(
+            depth_I=self.kl_I / self.positions if self.wanted.depth else None,
+            hidden_ID=torch.stack(hidden) if hidden else None,
+            groups_IG=stacked.get("groups"),
+            neurons_IF=stacked.get("neurons"),
+        )
+
+
+@contextlib.contextmanager
+def _watched(layer: nn.Module, wanted: Wanted) -> Iterator[dict[str, Tensor]]:
+    """Where the wanted activations `[L, units]` of the layer's next call appear, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def keep_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name] = args[0][0]
+
+    def keep_output(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = output[0]
+
+    hooks = []
+    if wanted.neurons:
+        down = layer.get_submodule("mlp.down_proj")
+        hooks.append(down.register_forward_pre_hook(partial(keep_input, "neurons")))
+    if wanted.groups:
+        output = layer.get_submodule("self_attn.o_proj")
+        hooks.append(output.register_forward_pre_hook(partial(keep_input, "groups")))
+    if wanted.hidden:
+        norms = [(name, module) for name, module in layer.named_children() if name in NORMS]
+        hooks += [module.register_forward_hook(partial(keep_output, name)) for name, module in norms]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _shown(layers: Iterable[int]) -> Iterator[int]:
+    """The same, with a progress bar where there is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(
+        layers, "importance of the teacher's parts", console=console, transient=True, disable=not sys.stderr.isatty()
+    )

@@ -1,0 +1,148 @@
+"""A teacher whose embedding, decoder layers and head are in memory one at a time, read when their turn comes.
+
+Shapes: L sequence length, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.huggingface import HuggingFaceLanguageModel, quiet, transformation
+from distill.models.language_model import Head
+
+LAYER = re.compile(r"(?:^|(?<=\.))(layers|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h
+COMPUTED = "rotary_emb.inv_freq"  # early Llama checkpoints store what the model computes
+
+
+class Source(Protocol):
+    """Tensors by name, read when asked for: `distill.models.tensors`."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """Layer and name within it of a tensor of a checkpoint; of one outside the layers, None and its name."""
+    found = LAYER.search(name)
+    return (None, name.removeprefix("model.")) if found is None else (int(found[2]), name[found.end() :])
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model's own forward gives one of its layers besides the hidden states: mask, rotation, positions."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, hidden_LD: Tensor) -> Tensor:
+        """The layer's output `[L, D]`."""
+        out = layer(hidden_LD[None], *self.args, **self.kwargs)
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer was: writes down how it is called and passes the hidden states on."""
+
+    call: LayerCall
+    entered: Tensor
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.call, self.entered = LayerCall(args, kwargs), hidden_states[0]
+        return hidden_states
+
+
+class StreamedTeacher:
+    """A decoder of a llama-like family in float32: its last norm in memory, the rest on disk.
+
+    The family's own code runs: its forward is called once a sample with recorders in place of the layers, which
+    yields the embeddings it makes and the masks and rotations it gives each layer (documents packed in one row are
+    kept apart by it); then the layers themselves are called with these, in any grouping.
+    """
+
+    def __init__(self, config: Any, source: Source, device: str = "cpu", trust_remote_code: bool = False) -> None:
+        """`source` has the tensors of a checkpoint of `config`. Raises ValueError when one is missing or unknown."""
+        import accelerate
+        import transformers
+
+        config = copy.deepcopy(config)
+        # Parameters without memory, but buffers (rotary frequencies, an embedding's scale) with their values.
+        with quiet(), accelerate.init_empty_weights(include_buffers=False):
+            self.model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            ).eval()
+        self.device = torch.device(device)
+        self._source = source
+        self._names: dict[int | None, dict[str, str]] = {}  # of each layer, and outside them: name in module → stored
+        for name in source.names():
+            layer, local = split_name(name)
+            if not local.endswith(COMPUTED):
+                self._names.setdefault(layer, {})[local] = name
+        base = self.model.base_model
+        self._layers: list[nn.Module] = list(base.layers)
+        self._recorders = [_Recorder() for _ in self._layers]
+        base.layers = nn.ModuleList(self._recorders)
+        self.norm: nn.Module = base.norm
+        self._fill(self.norm, None, "norm.")
+        base.rotary_emb.to(self.device)
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    @torch.no_grad()
+    def begin(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> list[tuple[Tensor, list[LayerCall]]]:
+        """For each sample: the hidden states `[L, D]` that enter the first layer, and how each layer is called."""
+        model, begun = HuggingFaceLanguageModel(self.model), []
+        with self._held(self.model.base_model.embed_tokens, None, "embed_tokens."):
+            for ids_L, positions_L in zip(input_ids_BL, position_ids_BL, strict=True):
+                model.body(ids_L[None].to(self.device), positions_L[None].to(self.device))
+                begun.append((self._recorders[0].entered, [recorder.call for recorder in self._recorders]))
+        return begun
+
+    def layer(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
+        """A layer with its weights, for as long as the context lasts."""
+        return self._held(self._layers[index], index)
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Head]:
+        """The output matrix, the embedding where they are tied, for as long as the context lasts."""
+        config = self.model.config
+        tied = config.tie_word_embeddings
+        module, prefix = (
+            (self.model.base_model.embed_tokens, "embed_tokens.") if tied else (self.model.lm_head, "lm_head.")
+        )
+        with self._held(module, None, prefix):
+            yield Head(module.weight, None, **transformation(config))
+
+    @contextlib.contextmanager
+    def _held(self, module: nn.Module, layer: int | None, prefix: str = "") -> Iterator[nn.Module]:
+        self._fill(module, layer, prefix)
+        try:
+            yield module
+        finally:
+            for parameter in module.parameters():
+                parameter.data = torch.empty_like(parameter, device="meta")
+
+    def _fill(self, module: nn.Module, layer: int | None, prefix: str = "") -> None:
+        """Give a module its weights from disk, in float32."""
+        stored = {
+            local.removeprefix(prefix): name
+            for local, name in self._names.get(layer, {}).items()
+            if local.startswith(prefix)
+        }
+        weights = {local: self._source.read(name).to(self.device, torch.float32) for local, name in stored.items()}
+        try:
+            module.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as error:
+            where = prefix.rstrip(".") or f"layer {layer}"
+            raise ValueError(f"the checkpoint's {where} is not what its configuration says: {error}") from error
+        module.to(self.device)

@@ -1,0 +1,322 @@
+"""LoRA students: only adapters learn, the rest stays, and what is saved is an ordinary model that equals them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from distill.losses.chunks import SparseChunk
+from distill.losses.fused import fused_loss
+from distill.losses.objective import Mixture
+from distill.models.isolation import isolates_documents
+from distill.models.language_model import Head
+from distill.models.quantization import full_weight, quantize_linears
+from distill.training.activation_checkpointing import checkpoint_blocks
+from students.lora import LoraLanguageModel, add_adapters, load_lora_student
+
+V = 99
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 4},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+IDS_BL = torch.arange(24).reshape(2, 12) * 5 % V
+POSITIONS_BL = torch.arange(12).expand(2, -1)
+
+
+def plain_model(family: str = "llama") -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**SIZES, **EXTRA.get(family, {})})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("base")
+    plain_model().save_pretrained(path)
+    return str(path)
+
+
+def fresh(folder: str, seed: int = 1, **options: Any) -> LoraLanguageModel:
+    torch.manual_seed(seed)
+    return load_lora_student(folder, **{"rank": 4, "base_dtype": "float32", **options})
+
+
+def logits(model: Any, ids_BL: torch.Tensor = IDS_BL) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval().head(model.body(ids_BL, POSITIONS_BL))
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def loss(model: Any, ids_BL: torch.Tensor = IDS_BL) -> torch.Tensor:
+    return torch.logsumexp(model.head(model.body(ids_BL, POSITIONS_BL)), -1).sum()
+
+
+def train(model: Any, steps: int = 3, ids_BL: torch.Tensor = IDS_BL) -> None:
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.03)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model.train(), ids_BL).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+def test_only_the_adapters_learn_and_they_are_float32(folder: str, quantization: str, base_dtype: str) -> None:
+    student = fresh(folder, quantization=quantization, base_dtype=base_dtype)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    dtype = getattr(torch, base_dtype)
+    assert len(trainable(student)) == 2 * 7 * 2
+    for name, parameter in student.named_parameters():
+        assert parameter.requires_grad is (".lora_" in name)
+        frozen = torch.uint8 if quantization == "nf4" and "_proj" in name else dtype
+        assert parameter.dtype is (torch.float32 if parameter.requires_grad else frozen), name
+    assert student.head.weight_VD.dtype is dtype and not student.head.weight_VD.requires_grad
+    train(student)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name]) is (".lora_" not in name), name
+
+
+def test_fresh_adapters_change_nothing(folder: str) -> None:
+    assert torch.equal(logits(fresh(folder)), logits(fresh(folder, rank=2, seed=5)))
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(fresh(folder)), plain(input_ids=IDS_BL).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
+def test_a_state_space_model_has_adapters_too(base_dtype: str, tmp_path: Path) -> None:
+    plain_model("mamba2").save_pretrained(tmp_path)
+    student = fresh(str(tmp_path), target_modules=["in_proj"], base_dtype=base_dtype)
+    train(student)
+    error = (logits(student.merged()) - logits(student)).norm() / logits(student).norm()
+    assert error < (1e-5 if base_dtype == "float32" else 3e-2)
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        fresh(str(tmp_path))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
+def test_the_saved_folder_is_an_ordinary_model_that_equals_the_adapted_one(
+    family: str, quantization: str, tmp_path: Path
+) -> None:
+    plain_model(family).save_pretrained(tmp_path / "base")
+    student = fresh(str(tmp_path / "base"), quantization=quantization)
+    untrained = logits(student)
+    train(student)
+    student.save_pretrained(tmp_path / "student")
+    assert sorted(file.name for file in (tmp_path / "student").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert "quantization_config" not in (tmp_path / "student/config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert type(again).__name__ == type(plain_model(family)).__name__
+    with torch.no_grad():
+        found = again(input_ids=IDS_BL).logits
+    assert (logits(student) - untrained).norm() > 0.1 * untrained.norm()
+    torch.testing.assert_close(found, logits(student), rtol=0, atol=1e-5)
+
+
+def test_merging_leaves_the_training_as_it_is(folder: str) -> None:
+    one, other = (fresh(folder, quantization="nf4", dropout=0.2) for _ in range(2))
+    checkpoint_blocks(one), checkpoint_blocks(other)
+    for model in (one, other):
+        torch.manual_seed(3)
+        train(model, steps=1)
+        if model is one:
+            merged = one.merged()
+            assert not any(
+                tensor.untyped_storage().data_ptr() == found.untyped_storage().data_ptr()
+                for tensor in one.state_dict().values()
+                for found in merged.state_dict().values()
+            )
+        train(model, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_bfloat16_bases_are_merged_in_float32(folder: str, quantization: str) -> None:
+    student = fresh(folder, quantization=quantization, base_dtype="bfloat16", lora_alpha=6)
+    train(student)
+    name = "model.layers.1.mlp.down_proj"
+    layer = student.model.get_submodule(name)
+    delta = 6 / 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+    base = full_weight(layer.get_base_layer())
+    merged = student.merged().model
+    assert base.dtype is torch.bfloat16 and {p.dtype for p in merged.parameters()} == {torch.float32}
+    assert torch.equal(merged.get_submodule(name).weight, base.float() + delta)
+    half = fresh(folder, export_dtype="bfloat16").merged().model
+    assert {p.dtype for p in half.parameters()} == {half.config.dtype} == {torch.bfloat16}
+
+
+def test_layers_quantised_one_by_one_as_a_gguf_files_are() -> None:
+    model = plain_model("gpt2")
+    quantize_linears(model, "nf4", torch.float32, "cpu")
+    add_adapters(model, ["c_attn", "c_fc"], 4, 8.0, 0.0)
+    student = LoraLanguageModel(model)
+    train(student)
+    torch.testing.assert_close(logits(student.merged()), logits(student), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_gradients_reach_every_adapter_and_recomputation_changes_none(folder: str, quantization: str) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        student = fresh(folder, quantization=quantization)
+        with torch.no_grad():
+            for parameter in trainable(student).values():
+                parameter.add_(0.05)
+        if checkpointed:
+            assert checkpoint_blocks(student) == 2
+        loss(student.train()).backward()
+        gradients.append([parameter.grad for parameter in trainable(student).values()])
+        assert all(parameter.grad is None for parameter in student.parameters() if not parameter.requires_grad)
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and recomputed is not None and plain.norm() > 0
+        torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # with a head of its own, and with a tied one
+def test_a_trimmed_vocabulary_stays_frozen_and_is_merged(family: str, quantization: str, tmp_path: Path) -> None:
+    plain_model(family).save_pretrained(tmp_path)
+    full, trimmed = (fresh(str(tmp_path), quantization=quantization) for _ in range(2))
+    kept_ids = torch.arange(0, V, 2)
+    trimmed.keep_tokens(kept_ids)
+    assert trainable(trimmed).keys() == trainable(full).keys()
+    assert trimmed.head.weight_VD.shape[0] == len(kept_ids)
+    train(trimmed, ids_BL=IDS_BL // 2)
+    assert all(torch.equal(a, b) for a, b in zip(trimmed.head.weight_VD, full.head.weight_VD[kept_ids], strict=True))
+    again = trimmed.merged()
+    assert again.model.config.vocab_size == len(kept_ids)
+    torch.testing.assert_close(logits(again, IDS_BL // 2), logits(trimmed, IDS_BL // 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_packed_documents_stay_apart(folder: str, quantization: str) -> None:
+    student = fresh(folder, quantization=quantization, dropout=0.5)
+    train(student)
+    assert isolates_documents(student, V, "cpu")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_what_learns_is_enough_of_a_checkpoint(folder: str, quantization: str) -> None:
+    """The rest is made again from the base model and the seed, to the last bit."""
+    trained = fresh(folder, quantization=quantization, base_dtype="bfloat16")
+    train(trained)
+    kept = {name: tensor for name, tensor in trained.state_dict().items() if name in trainable(trained)}
+    again = fresh(folder, quantization=quantization, base_dtype="bfloat16")
+    assert not torch.equal(logits(again), logits(trained))
+    assert again.load_state_dict(kept, strict=False).unexpected_keys == []
+    assert again.state_dict().keys() == trained.state_dict().keys()
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert torch.equal(logits(again), logits(trained))
+
+
+def test_the_seed_makes_the_adapters(folder: str) -> None:
+    one, same, other = fresh(folder), fresh(folder), fresh(folder, seed=2)
+    name = "model.model.layers.0.mlp.up_proj.lora_A.default.weight"
+    assert torch.equal(trainable(one)[name], trainable(same)[name])
+    assert not torch.equal(trainable(one)[name], trainable(other)[name])
+
+
+def test_dropout_is_for_training_alone(folder: str) -> None:
+    student = fresh(folder, dropout=0.5)
+    train(student)
+    assert torch.equal(logits(student), logits(student))
+    assert not torch.equal(loss(student.train()), loss(student))
+
+
+def test_chosen_layers_alone_are_adapted(folder: str) -> None:
+    student = fresh(folder, target_modules=["q_proj", "layers.1.mlp.up_proj"])
+    assert {name.partition(".lora_")[0] for name in trainable(student)} == {
+        "model.model.layers.0.self_attn.q_proj",
+        "model.model.layers.1.self_attn.q_proj",
+        "model.model.layers.1.mlp.up_proj",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["q_proj", "k_prj"]}, "no linear layer 'k_prj'; did you mean 'k_proj'.*known: .*v_proj"),
+        ({"target_modules": ["lm_head"]}, "no linear layer 'lm_head'"),
+        ({"target_modules": ["embed_tokens"]}, "no linear layer 'embed_tokens'"),
+        ({"target_modules": []}, "none given"),
+        ({"rank": 0}, "rank: 0"),
+        ({"lora_alpha": 0}, "lora_alpha: 0"),
+        ({"dropout": 1.0}, r"dropout: 1\.0"),
+        ({"vocab_size": 100}, "99 rows, the tokenizer 100 tokens"),
+    ],
+)
+def test_mistakes_are_named(folder: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fresh(folder, **changes)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_quantized_base_is_refused(quantization: str, tmp_path: Path) -> None:
+    config = plain_model().config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantized already: set model to an unquantized copy"):
+        fresh(str(tmp_path), quantization=quantization)
+
+
+class _Made(TorchDispatchMode):
+    """Counts matrix products, and new tensors as large as the head."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head, self.products, self.as_large = head, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.products += func is torch.ops.aten.mm.default
+        if isinstance(result, torch.Tensor) and result.numel() >= self.head.weight_VD.numel():
+            own = self.head.weight_VD.untyped_storage().data_ptr()
+            self.as_large += result.untyped_storage().data_ptr() != own
+        return result
+
+
+@pytest.mark.parametrize(("frozen", "products", "as_large"), [(True, 2, False), (False, 3, True)])
+def test_a_frozen_head_has_no_weight_gradient(frozen: bool, products: int, as_large: bool) -> None:
+    positions, chunks = 12, 3
+    generator = torch.Generator().manual_seed(0)
+    head = Head(torch.randn(997, 32, generator=generator).requires_grad_(not frozen))
+    hidden_ND = torch.randn(positions, 32, generator=generator).requires_grad_()
+    ids_NK = torch.randint(997, (positions, 3), generator=generator)
+    target = SparseChunk(ids_NK, torch.full((positions, 3), 1 / 3), torch.zeros(positions), ids_NK[:, 0])
+    with _Made(head) as made:
+        fused_loss(hidden_ND, head, target, Mixture(), positions // chunks).backward()
+    assert made.products == products * chunks
+    assert (made.as_large > 0) is as_large
+    assert (head.weight_VD.grad is None) is frozen
+    assert hidden_ND.grad is not None and hidden_ND.grad.norm() > 0
