@@ -278,10 +278,10 @@ def build_student(
     options = plugins.arguments(student.class_path, "student", student.options, offered)
     torch.manual_seed(experiment.train.seed)
     model = plugins.build(student.class_path, "student", options, {})
-    if vocabulary is not None and model.head.weight_VD.shape[0] > rows:
+    if vocabulary is not None and model.head.weight_VD.shape[0] >= vocabulary.full_size > rows:
         if not hasattr(model, "keep_tokens"):
             raise UserError(
-                f"student {student.class_path}: its head has more than the {rows} rows of the vocabulary, and no method "
+                f"student {student.class_path}: its head has all of the teacher's tokens, and no method "
                 "keep_tokens: build it with the vocab_size that it is given, or use --student.vocabulary full"
             )
         model.keep_tokens(vocabulary.kept_ids)

@@ -31,7 +31,6 @@ def prune_teacher(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "cpu",
-    vocab_size: int | None = None,
     calibration: Calibration | None = None,
 ) -> HuggingFaceLanguageModel:
     """The teacher made smaller, in float32, as an ordinary model of its family; a size not given stays the teacher's.
@@ -43,7 +42,7 @@ def prune_teacher(
     heads that share it): what is most active on `calibration_samples` samples stays.
 
     Only what is kept stays in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
-    (a GGUF file is dequantised whole). `teacher`, `device`, `vocab_size` and `calibration` come from the pipeline.
+    (a GGUF file is dequantised whole). `teacher`, `device` and `calibration` come from the pipeline.
     """
     config, source = _open(teacher, revision, trust_remote_code)
     if layers is None and hidden_size is None and intermediate_size is None and key_value_groups is None:
@@ -58,12 +57,11 @@ def prune_teacher(
         wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)
         importance = Importance()
         if wanted != Wanted():
+            whole = pruned_config(config, list(range(total)))  # a plain one: nothing is quantized
             samples = _calibrate(calibration, calibration_samples)
-            streamed = StreamedTeacher(pruned_config(config, list(range(total))), source, device, trust_remote_code)
-            importance = measure(streamed, samples, wanted, vocab_size)
-            del streamed  # its embedding and head
+            importance = measure(StreamedTeacher(whole, source, device, trust_remote_code), samples, wanted)
         if importance.depth_I is not None:
-            chosen = largest(importance.depth_I, len(chosen)).tolist()
+            chosen = largest(importance.depth_I, len(chosen)).tolist()  # all at once, after one measurement
         narrowing = _narrowing(config, widths, importance, chosen)
     weights = pruned_weights(source, chosen, narrowing)
     made = pruned_config(config, chosen, widths)

@@ -64,11 +64,12 @@ class Importance:
 
 
 @torch.no_grad()
-def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted, vocab_size: int | None = None) -> Importance:
-    """Measure what is wanted; `vocab_size`: rows of the head that are tokens.
+def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted) -> Importance:
+    """Measure what is wanted.
 
-    Besides one layer of the teacher (or its embedding, or its head), the hidden states of the samples are in memory: one each, for
-    depth one more for each layer. Samples take turns so that these stay within `STATE_BYTES`; a turn reads all layers.
+    Besides one layer of the teacher (or its embedding, or its head), the samples' hidden states are in memory: one
+    each, for depth one more for each layer. Samples take turns so that these stay within `STATE_BYTES`; each turn
+    reads all layers.
     """
     rows = [row for row in range(samples.input_ids_BL.shape[0]) if bool(samples.counted_BL[row].any())]
     if not rows:
@@ -76,7 +77,7 @@ def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted, vocab_si
     states = len(teacher) + 1 if wanted.depth else 1
     size = 4 * samples.input_ids_BL.shape[1] * Widths.of(teacher.model.config).hidden * states
     turn = max(1, STATE_BYTES // size)
-    measurement = _Measurement(teacher, samples, wanted, vocab_size)
+    measurement = _Measurement(teacher, samples, wanted)
     for start in range(0, len(rows), turn):
         measurement.take(rows[start : start + turn])
     return measurement.result()
@@ -85,8 +86,8 @@ def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted, vocab_si
 class _Measurement:
     """Sums over samples, as they come through the layers."""
 
-    def __init__(self, teacher: StreamedTeacher, samples: Samples, wanted: Wanted, vocab_size: int | None) -> None:
-        self.teacher, self.samples, self.wanted, self.vocab_size = teacher, samples, wanted, vocab_size
+    def __init__(self, teacher: StreamedTeacher, samples: Samples, wanted: Wanted) -> None:
+        self.teacher, self.samples, self.wanted = teacher, samples, wanted
         self.widths = Widths.of(teacher.model.config)
         self.squares: dict[tuple[str, int], Tensor] = {}  # (which activation, layer): of the means over positions
         self.kl_I = torch.zeros(len(teacher), dtype=torch.float64)
@@ -103,6 +104,7 @@ class _Measurement:
         begun = self.teacher.begin(self.samples.input_ids_BL[rows], self.samples.position_ids_BL[rows])
         for row, (entering_LD, its_calls) in zip(rows, begun, strict=True):
             states[row], calls[row] = [entering_LD.cpu()], its_calls
+        del begun
         for index in _shown(range(len(self.teacher))):
             with self.teacher.layer(index) as layer:
                 for row in rows:
@@ -115,9 +117,8 @@ class _Measurement:
         if self.wanted.depth:
             with self.teacher.head() as head:
                 for row in rows:
-                    self.kl_I += self._kl(
-                        head, [state_LD[self.samples.counted_BL[row]] for state_LD in states.pop(row)]
-                    )
+                    counted_L = self.samples.counted_BL[row]
+                    self.kl_I += self._kl(head, [state_LD[counted_L] for state_LD in states.pop(row)])
 
     def _through(self, layer: nn.Module, index: int, row: int, call: LayerCall, states: list[Tensor]) -> list[Tensor]:
         """A sample's states behind a layer."""
@@ -127,7 +128,7 @@ class _Measurement:
             after = [call(layer, entering_LD.to(device)).cpu()]
         for name, activation in seen.items():
             self._add(name, index, row, activation)
-        if self.wanted.depth:
+        if self.wanted.depth:  # in the order of the layers that they skip
             after += [call(layer, state_LD.to(device)).cpu() for state_LD in without]
             after.append(entering_LD)
         return after
@@ -140,37 +141,35 @@ class _Measurement:
             scores = torch.linalg.vector_norm(heads, dim=-1).sum(dim=-1)
         else:
             scores = counted.abs()
-        square = scores.mean(dim=0).double().square().cpu()
+        square = scores.mean(dim=0).cpu().double().square()
         self.squares[name, index] = self.squares[name, index] + square if (name, index) in self.squares else square
 
     def _kl(self, head: Head, states: list[Tensor]) -> Tensor:
         """Sums over positions of KL(first ‖ each other) of the distributions of hidden states before the last norm."""
-        head = head if self.vocab_size is None else head.with_rows(self.vocab_size)
         kl_I = torch.zeros(len(states) - 1, dtype=torch.float64)
         for start in range(0, states[0].shape[0], CHUNK):
             chunks = (state_ND[start : start + CHUNK].to(self.teacher.device) for state_ND in states)
             log_probs = (head(self.teacher.norm(chunk)).log_softmax(dim=-1) for chunk in chunks)
             whole_NV = next(log_probs)
             probs_NV = whole_NV.exp()
-            kl_I += torch.stack([(probs_NV * (whole_NV - other)).sum().double().cpu() for other in log_probs])
+            kl_I += torch.stack([(probs_NV * (whole_NV - other)).sum().cpu().double() for other in log_probs])
         return kl_I
 
     def result(self) -> Importance:
+        """What the sums amount to."""
         layers = range(len(self.teacher))
-        hidden = []
-        for index in [*layers, len(self.teacher)] if self.wanted.hidden else []:
-            parts = [self.squares[key].sqrt() for key in self.squares if key[1] == index and key[0] in (*NORMS, "norm")]
-            hidden.append(torch.stack(parts).sum(dim=0))
-        stacked = {
-            name: torch.stack([self.squares[name, index].sqrt() for index in layers])
-            for name, wanted in (("groups", self.wanted.groups), ("neurons", self.wanted.neurons))
-            if wanted
-        }
+
+        def stacked(wanted: bool, names: tuple[str, ...], rows: Iterable[int]) -> Tensor | None:
+            if not wanted:
+                return None
+            found = [[self.squares[name, row].sqrt() for name in names if (name, row) in self.squares] for row in rows]
+            return torch.stack([torch.stack(parts).sum(dim=0) for parts in found])
+
         return Importance(
             depth_I=self.kl_I / self.positions if self.wanted.depth else None,
-            hidden_ID=torch.stack(hidden) if hidden else None,
-            groups_IG=stacked.get("groups"),
-            neurons_IF=stacked.get("neurons"),
+            hidden_ID=stacked(self.wanted.hidden, (*NORMS, "norm"), range(len(self.teacher) + 1)),
+            groups_IG=stacked(self.wanted.groups, ("groups",), layers),
+            neurons_IF=stacked(self.wanted.neurons, ("neurons",), layers),
         )
 
 

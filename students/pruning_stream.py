@@ -115,13 +115,11 @@ class StreamedTeacher:
     @contextlib.contextmanager
     def head(self) -> Iterator[Head]:
         """The output matrix, the embedding where they are tied, for as long as the context lasts."""
-        config = self.model.config
-        tied = config.tie_word_embeddings
-        module, prefix = (
-            (self.model.base_model.embed_tokens, "embed_tokens.") if tied else (self.model.lm_head, "lm_head.")
-        )
-        with self._held(module, None, prefix):
-            yield Head(module.weight, None, **transformation(config))
+        model = self.model
+        tied = model.config.tie_word_embeddings
+        module, name = (model.base_model.embed_tokens, "embed_tokens") if tied else (model.lm_head, "lm_head")
+        with self._held(module, None, name + "."):
+            yield Head(module.weight, None, **transformation(model.config))
 
     @contextlib.contextmanager
     def _held(self, module: nn.Module, layer: int | None, prefix: str = "") -> Iterator[nn.Module]:
@@ -129,8 +127,8 @@ class StreamedTeacher:
         try:
             yield module
         finally:
-            for parameter in module.parameters():
-                parameter.data = torch.empty_like(parameter, device="meta")
+            empty = {name: torch.empty_like(weight, device="meta") for name, weight in module.state_dict().items()}
+            module.load_state_dict(empty, assign=True)  # and not `to("meta")`, which takes the buffers' values too
 
     def _fill(self, module: nn.Module, layer: int | None, prefix: str = "") -> None:
         """Give a module its weights from disk, in float32."""

@@ -17,7 +17,7 @@ PACKAGES = ("distill", "teachers", "students")
 # and a saved model of a plug-in's class is opened through it.
 FLOORS = (
     {"__init__", "errors"},
-    {"config", "files", "progress", "interrupt"},
+    {"config", "durations", "files", "progress", "interrupt"},
     {"models", "plugins", "experiment_file"},
     {"losses", "targets", "cache", "corpus"},
     {"training", "evaluation", "memory", "report"},

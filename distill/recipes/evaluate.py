@@ -18,7 +18,7 @@ from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.evaluation.fidelity import covered, dropped_mass, student_fidelity, teacher_likelihood, teacher_states
 from distill.evaluation.metrics import perplexity
-from distill.models.saving import load_language_model
+from distill.models.saving import load_language_model, recover
 from distill.models.vocabulary import Vocabulary
 from distill.progress import Progress, say
 from distill.workspace import (
@@ -42,6 +42,7 @@ def main(experiment: Experiment) -> int:
     make_run_folder(folders)
     roles = ["student", "control"] if experiment.evaluate.control else ["student"]
     for role in roles:
+        recover(folders.model(role))
         if not folders.model(role).exists():
             raise UserError(f"{folders.model(role)}: no trained {role} here: run `distill train-student` first")
         _check_student(experiment, folders.model(role))

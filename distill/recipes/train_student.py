@@ -20,9 +20,10 @@ from distill.cache.tokenizer_files import checked_tokenizer
 from distill.config import Experiment
 from distill.durations import parse_duration
 from distill.errors import UserError
+from distill.losses.features import check_features
 from distill.losses.objective import Mixture, check_divergence, make_divergence
 from distill.models import devices
-from distill.models.saving import save_language_model
+from distill.models.saving import recover, save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.progress import Progress, say
@@ -104,10 +105,7 @@ def _check_choices(experiment: Experiment, cache: Manifest, held_out: int) -> No
     """Raises UserError for what does not go together, before anything is built."""
     loss, train = experiment.loss, experiment.train
     check_divergence(loss.divergence, cache.scheme)
-    if loss.feature_weight and cache.scheme != "hidden":
-        raise UserError(
-            f"loss.feature_weight: {cache.scheme} targets have no hidden states: cache with --cache.scheme hidden"
-        )
+    check_features(loss.feature_weight, cache.scheme)
     if train.early_stopping is not None and not held_out:
         raise UserError("train.early_stopping: the cache holds no held-out samples to watch (cache.held_out_samples)")
     device = devices.pick_device(train.accelerator).type
@@ -138,7 +136,9 @@ def _vocabulary(
     if experiment.student.vocabulary == "full":
         return None
     tokenizer = AutoTokenizer.from_pretrained(checked_tokenizer(storage.folder))
-    counts_V = count_tokens([train, held_out], train.manifest.vocab_size)
+    total = (len(train) + len(held_out)) * train.manifest.sequence_length
+    with Progress("count tokens", total, "tokens") as progress:
+        counts_V = count_tokens([train, held_out], train.manifest.vocab_size, progress.advance)
     vocabulary = needed_tokens(tokenizer, counts_V)
     say(f"vocabulary: {len(vocabulary):,} of the teacher's {vocabulary.full_size:,} tokens{_mass(train, vocabulary)}")
     return vocabulary
@@ -166,6 +166,7 @@ class _Training:
         """Train what is not trained. Raises Interrupted when asked to stop, or at the deadline."""
         name = self.role.name
         folder = self.folders.model(name)
+        recover(folder)
         if self._is_done(folder):
             say(f"{name}: {folder} is trained; nothing to do")
             return

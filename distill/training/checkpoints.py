@@ -92,9 +92,7 @@ class KeepCheckpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         interrupt.retake()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         late = self.deadline is not None and time.monotonic() >= self.deadline
         # One device may have been asked, and not the others.
         stop = trainer.strategy.reduce_boolean_decision(interrupt.asked() or late, all=False)

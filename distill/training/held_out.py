@@ -34,9 +34,7 @@ class MeasureHeldOut(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_early(trainer)  # a training that was resumed after it had decided so
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.steps_begun % self.every_steps == 0:
             self._measure(trainer, pl_module)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,16 @@ from distill.errors import UserError
 
 LARGE = 2**20
 """Bytes from which on a tensor is worth the way to the host and back."""
+
+
+class _Kept(NamedTuple):
+    tensor: Tensor
+    version: int
+
+
+class _Moved(NamedTuple):
+    host: Tensor
+    device: torch.device
 
 
 def offload_activations(module: nn.Module) -> AbstractContextManager[Any]:
@@ -32,15 +42,18 @@ def saved_on_host(module: nn.Module, *, large: int, pin_memory: bool) -> Abstrac
     """
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
 
-    def pack(tensor: Tensor) -> tuple[torch.device, Tensor, bool]:
+    def pack(tensor: Tensor) -> _Kept | _Moved:
         if tensor.nbytes < large or tensor.untyped_storage().data_ptr() in weights:
-            return tensor.device, tensor, False
+            return _Kept(tensor, tensor._version)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pin_memory)
-        return tensor.device, host.copy_(tensor, non_blocking=pin_memory), True
+        return _Moved(host.copy_(tensor, non_blocking=pin_memory), tensor.device)
 
-    def unpack(packed: tuple[torch.device, Tensor, bool]) -> Tensor:
-        device, tensor, moved = packed
-        return tensor.to(device, non_blocking=pin_memory) if moved else tensor
+    def unpack(saved: _Kept | _Moved) -> Tensor:
+        if isinstance(saved, _Moved):
+            return saved.host.to(saved.device, non_blocking=pin_memory)
+        # torch does not look at tensors behind hooks.
+        assert saved.tensor._version == saved.version, "a tensor that backward needs was changed since"
+        return saved.tensor
 
     return saved_tensors_hooks(pack, unpack)
 

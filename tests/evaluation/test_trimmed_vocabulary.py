@@ -61,6 +61,7 @@ def ignore(tokens: int) -> None:
     pass
 
 
+@torch.no_grad()
 def reference(student: Tiny, teacher: Tiny) -> dict[str, float]:
     """Position by position, over the kept tokens; the teacher's mass on the others beside."""
     student, teacher = student.double(), teacher.double()
@@ -69,7 +70,7 @@ def reference(student: Tiny, teacher: Tiny) -> dict[str, float]:
     for index in range(0, 7, 2):
         row = Samples()[index]
         ids_L, own_L = row["input_ids"], KEPT.mapped(row["input_ids"])
-        p_LV = teacher.head(teacher.body(ids_L, row["position_ids"])).softmax(-1)
+        p_LV = teacher.head(teacher.body(ids_L, row["position_ids"]))[:, :V].softmax(-1)
         q_LK = student.head(student.body(own_L, row["position_ids"]))[:, : len(KEPT)].softmax(-1)
         for place in row["loss_mask"].nonzero().flatten().tolist():
             p_V, q_K = p_LV[place], q_LK[place]

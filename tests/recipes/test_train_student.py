@@ -25,8 +25,9 @@ def logged(run: Path, column: str, role: str = "student") -> list[float]:
         return [float(row[column]) for row in csv.DictReader(file) if row[column]]
 
 
-def checkpoint(run: Path, name: str) -> dict[str, Any]:
-    return torch.load(run / "checkpoints/student" / name, map_location="cpu", weights_only=True)
+def checkpoint(run: Path, pattern: str = "step-*.ckpt") -> dict[str, Any]:
+    """The newest of those."""
+    return torch.load(max((run / "checkpoints/student").glob(pattern)), map_location="cpu", weights_only=True)
 
 
 LLAMA = {
@@ -83,7 +84,10 @@ def plain(finished: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory)
     [
         (["--train.precision", "bf16-mixed"], torch.float32, 3e-2),
         (["--train.precision", "bf16-true"], torch.bfloat16, 5e-2),
+        (["--train.precision", "bf16-true", "--train.rounding", "kahan"], torch.bfloat16, 5e-2),
         (["--train.activation_checkpointing"], torch.float32, 1e-6),
+        (["--train.activation_checkpointing", "--train.checkpoint_every_k", "2"], torch.float32, 1e-6),
+        (["--train.optimizer", "adamw_8bit"], torch.float32, 5e-2),
         (["--train.batch_size", "2", "--train.accumulate_grad_batches", "2"], torch.float32, 1e-3),
         (["--train.num_workers", "1"], torch.float32, 0.0),
         (["--loss.chunk_size", "7"], torch.float32, 1e-3),
@@ -100,17 +104,26 @@ def test_a_lever_of_memory_changes_the_training_by_rounding_alone(
         assert ours[name].dtype == dtype
         distance = torch.linalg.vector_norm(ours[name].float() - theirs_x) / torch.linalg.vector_norm(theirs_x)
         assert distance <= tolerance, (name, float(distance))
-    assert checkpoint(tmp_path / "run", "last.ckpt")["global_step"] == 6
+    assert checkpoint(tmp_path / "run")["global_step"] == 6
     for column in ("loss", "held_out_kl", "held_out_loss"):
         values = logged(tmp_path / "run", column)
         assert values and all(math.isfinite(value) and value > 0 for value in values)
         assert values == pytest.approx(logged(plain, column), rel=max(tolerance, 1e-6))
 
 
+def test_the_step_in_the_backward_pass_is_the_same_step(train: Any, tmp_path: Path) -> None:
+    own = ["--train.max_steps", 6, "--train.gradient_clip", 0]
+    for run, lever in (("after", "false"), ("within", "true")):
+        train(*own, "--run_dir", tmp_path / run, "--train.step_in_backward", lever).done()
+    after, within = (load_file(tmp_path / run / "student/model.safetensors") for run in ("after", "within"))
+    assert all(torch.equal(after[name], within[name]) for name in after)
+    train("--train.step_in_backward").refused("step_in_backward", "train.gradient_clip 0")
+
+
 def test_the_schedule_is_the_one_asked_for(train: Any, tmp_path: Path) -> None:
     def final_rate(run: str, *arguments: object) -> float:
         train("--run_dir", tmp_path / run, "--train.learning_rate", 1e-3, *arguments).done()
-        return float(checkpoint(tmp_path / run, "last.ckpt")["optimizer_states"][0]["param_groups"][0]["lr"])
+        return float(checkpoint(tmp_path / run)["optimizer_states"][0]["param_groups"][0]["lr"])
 
     stable = final_rate("stable", "--train.schedule", "wsd", "--train.decay_fraction", 0, "--train.max_steps", 4)
     assert stable == pytest.approx(1e-3)
@@ -125,10 +138,10 @@ def test_logs_and_checkpoints_lie_where_they_are_looked_for(finished: Any) -> No
         assert len(logged(finished.run, "held_out_kl", role)) == STEPS // 8
         events = list((finished.run / "logs" / role).glob("events.out.tfevents.*"))
         assert len(events) == 1 and events[0].stat().st_size > 0
-        for name in ("best.ckpt", "last.ckpt"):
-            found = torch.load(finished.run / "checkpoints" / role / name, weights_only=True)
-            assert set(found) >= {"state_dict", "optimizer_states", "lr_schedulers", "global_step"}
-    last = checkpoint(finished.run, "last.ckpt")
+        found = torch.load(finished.run / "checkpoints" / role / "best.ckpt", weights_only=True)
+        assert "state_dict" in found and "optimizer_states" not in found
+    last = checkpoint(finished.run)
+    assert set(last) >= {"state_dict", "optimizer_states", "lr_schedulers", "global_step"}
     assert last["global_step"] == STEPS
     saved = load_file(finished.run / "student/model.safetensors")
     assert torch.equal(saved["lm_head.weight"], last["state_dict"]["student.model.lm_head.weight"])
@@ -149,7 +162,7 @@ def test_without_held_out_text_there_is_the_last_checkpoint_alone(world: Any, di
     file = world.write(tmp_path / "experiment.yaml", cache={"held_out_samples": 0}, train={"max_steps": 9})
     distill("cache-teacher", file).done()
     distill("train-student", file).done()
-    assert [path.name for path in (tmp_path / "run/checkpoints/student").glob("*.ckpt")] == ["last.ckpt"]
+    assert [path.name for path in (tmp_path / "run/checkpoints/student").glob("*.ckpt")] == ["step-00000009.ckpt"]
 
 
 def test_the_seed_makes_the_training_and_another_seed_another(train: Any, plain: Path, tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "student/model.safetensors")
 
 
+def last(run: Path) -> Path:
+    """The newest checkpoint of the student."""
+    return max((run / "checkpoints/student").glob("step-*.ckpt"))
+
+
 def assert_same_weights(run: Path, other: Path) -> None:
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
@@ -47,26 +52,26 @@ def test_a_signal_stops_a_real_process_which_says_how_to_go_on(
     assert "Traceback" not in stopped.err and not (run / "student").exists()
     suggested = stopped.err.partition("everything so far is kept. To go on: distill ")[2].split()
     assert suggested == [command, *arguments, *(["--resume"] if command == "train-student" else [])]
-    assert torch.load(run / "checkpoints/student/last.ckpt", weights_only=True)["global_step"] >= 5
+    assert torch.load(last(run), weights_only=True)["global_step"] >= 5
     if command == "train-student":
         before = untouched(run)
-        distill(command, *arguments).refused("last.ckpt", "unfinished training", "--resume")
+        distill(command, *arguments).refused(last(run).name, "unfinished training", "--resume")
         assert untouched(run) == before
     assert "student: continuing from" in distill(*suggested).done().out
     assert_same_weights(run, undisturbed)
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) -> None:
-    """Send Ctrl-C to this process when a training has made so many forward passes."""
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
+    """Send Ctrl-C to this process when a training has made so many steps."""
     advance = Progress.advance
-    passes = 0
+    steps = 0
 
     def advanced(self: Progress, amount: int, **values: object) -> None:
-        nonlocal passes
+        nonlocal steps
         advance(self, amount, **values)
-        passes += self.title.startswith("train")
-        if passes == batch:
-            passes += 1
+        steps += self.title.startswith("train")
+        if steps == step:
+            steps += 1
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -74,6 +79,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) ->
 
 
 TWO_EPOCHS = ["--train.epochs", "2", "--train.accumulate_grad_batches", "3", "--train.validate_every_steps", "4"]
+TWO_EPOCHS += ["--train.checkpoint_every_steps", "4"]
 
 
 @pytest.fixture(scope="session")
@@ -85,14 +91,14 @@ def two_epochs(finished: Any, distill: Any, tmp_path_factory: pytest.TempPathFac
     return run
 
 
-@pytest.mark.parametrize(("batch", "step"), [(4, 2), (12, 4), (25, 9), (29, 11), (50, 18)])
+@pytest.mark.parametrize("step", [2, 4, 9, 11, 18])
 def test_wherever_it_is_stopped_no_sample_is_missed_or_seen_twice(
-    train: Any, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int, step: int
+    train: Any, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: int
 ) -> None:
-    """In an accumulation, at a measurement, at an epoch's end, in the second epoch, at the last step."""
-    interrupt_at(monkeypatch, batch)
+    """In an epoch, at a measurement, at an epoch's end, in the second epoch, at the last step."""
+    interrupt_at(monkeypatch, step)
     assert train(*TWO_EPOCHS).status == 130
-    saved = torch.load(tmp_path / "run/checkpoints/student/last.ckpt", weights_only=True)
+    saved = torch.load(last(tmp_path / "run"), weights_only=True)
     assert saved["global_step"] == step
     train(*TWO_EPOCHS, "--resume").done()
     assert_same_weights(tmp_path / "run", two_epochs)
@@ -101,9 +107,9 @@ def test_wherever_it_is_stopped_no_sample_is_missed_or_seen_twice(
 def test_a_second_ctrl_c_stops_at_once_and_costs_the_steps_since_the_last_checkpoint(
     train: Any, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    interrupt_at(monkeypatch, 20, times=2)
+    interrupt_at(monkeypatch, 7, times=2)
     assert train(*TWO_EPOCHS).status == 130
-    saved = torch.load(tmp_path / "run/checkpoints/student/last.ckpt", weights_only=True)
+    saved = torch.load(last(tmp_path / "run"), weights_only=True)
     assert saved["global_step"] == 4
     train(*TWO_EPOCHS, "--resume").done()
     assert_same_weights(tmp_path / "run", two_epochs)
@@ -111,7 +117,7 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_the_steps_since_the_last_checkp
 
 def test_continuing_keeps_the_log_of_before(train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     often = [*TWO_EPOCHS, "--train.log_every_steps", "1"]
-    interrupt_at(monkeypatch, 15)
+    interrupt_at(monkeypatch, 5)
     assert train(*often).status == 130
     train(*often, "--resume").done()
     steps = []
@@ -125,7 +131,7 @@ def test_continuing_keeps_the_log_of_before(train: Any, monkeypatch: pytest.Monk
 def test_interrupted_before_anything_is_saved_it_begins_again(
     train: Any, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    interrupt_at(monkeypatch, 4, times=2)
+    interrupt_at(monkeypatch, 2, times=2)
     assert train(*TWO_EPOCHS).status == 130
     assert not list((tmp_path / "run/checkpoints/student").glob("*.ckpt"))
     train(*TWO_EPOCHS, "--resume").done()
@@ -135,7 +141,7 @@ def test_interrupted_before_anything_is_saved_it_begins_again(
 def test_other_settings_do_not_continue_a_training(
     train: Any, monkeypatch: pytest.MonkeyPatch, untouched: Any, tmp_path: Path
 ) -> None:
-    interrupt_at(monkeypatch, 6)
+    interrupt_at(monkeypatch, 2)
     assert train(*TWO_EPOCHS).status == 130
     before = untouched(tmp_path / "run")
     for changed, words in (
@@ -163,3 +169,54 @@ def test_the_student_is_kept_when_the_control_is_interrupted(
     monkeypatch.undo()
     continued = distill(*arguments, "--resume").done()
     assert "run/student is trained; nothing to do" in continued.out and "control: continuing from" in continued.out
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(
+    train: Any, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupt_at(monkeypatch, 11)
+    assert train(*TWO_EPOCHS).status == 130
+    found = sorted((tmp_path / "run/checkpoints/student").glob("step-*.ckpt"))
+    assert [path.name for path in found] == ["step-00000008.ckpt", "step-00000011.ckpt"]
+    content = bytearray(found[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    found[1].write_bytes(content)
+    resumed = train(*TWO_EPOCHS, "--resume").done()
+    assert f"{found[1]}: damaged; going back" in resumed.out and f"continuing from {found[0]}" in resumed.out
+    assert_same_weights(tmp_path / "run", two_epochs)
+
+
+def test_only_damaged_checkpoints_are_refused(
+    train: Any, monkeypatch: pytest.MonkeyPatch, untouched: Any, tmp_path: Path
+) -> None:
+    interrupt_at(monkeypatch, 2)
+    assert train(*TWO_EPOCHS).status == 130
+    os.truncate(last(tmp_path / "run"), 1000)
+    before = untouched(tmp_path / "run")
+    train(*TWO_EPOCHS, "--resume").refused("all checkpoints are damaged")
+    assert untouched(tmp_path / "run") == before
+
+
+def test_out_of_time_is_a_stop_with_a_checkpoint(train: Any, two_epochs: Path, tmp_path: Path) -> None:
+    stopped = train(*TWO_EPOCHS, "--train.max_time", "0s")
+    assert stopped.status == 130 and "train.max_time is over at step 1" in stopped.out
+    assert "To go on: distill train-student" in stopped.err
+    train(*TWO_EPOCHS, "--resume", "--train.max_time", "2h").done()
+    assert_same_weights(tmp_path / "run", two_epochs)
+    train("--train.max_time", "soon").refused("train.max_time: 'soon'", "11h30m")
+
+
+def test_early_stopping_hands_over_the_best_weights(
+    train: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A learning rate that soon does harm; stopped and resumed, the same."""
+    hasty = ["--train.learning_rate", "0.5", "--train.gradient_clip", "0", "--train.validate_every_steps", "2"]
+    hasty += ["--train.early_stopping", "2", "--train.warmup_fraction", "0.5", "--train.epochs", "3"]
+    early = train(*hasty).done()
+    assert "stopping early: 2 measurements" in early.out
+    measured = [float(line.split()[4].rstrip(",")) for line in early.out.splitlines() if ": held-out KL" in line]
+    assert len(measured) == measured.index(min(measured)) + 3
+    best = torch.load(tmp_path / "run/checkpoints/student/best.ckpt", weights_only=True)
+    assert best["global_step"] == 2 * (measured.index(min(measured)) + 1)
+    ours = weights(tmp_path / "run")
+    assert all(torch.equal(best["state_dict"][f"student.model.{name}"], ours[name]) for name in ours)

@@ -194,16 +194,6 @@ def test_what_does_not_count_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(getattr(again, name), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_beyond_the_vocabulary_take_no_part() -> None:
-    model, samples = teacher_model("llama"), packed_samples()
-    samples.input_ids_BL.clamp_(max=VOCABULARY - 4)
-    narrow = teacher_model("llama")
-    narrow.resize_token_embeddings(VOCABULARY - 3)
-    expected = measured(narrow, samples, Wanted(depth=True)).depth_I
-    wide = measure(StreamedTeacher(model.config, Weights(model)), samples, Wanted(depth=True), VOCABULARY - 3)
-    torch.testing.assert_close(wide.depth_I, expected)
-
-
 def test_only_what_is_wanted_is_measured() -> None:
     found = measured(teacher_model("llama"), packed_samples(), Wanted(neurons=True))
     assert found.neurons_IF is not None

@@ -36,7 +36,8 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     empty = torch.empty
 
     def counted(shape: torch.Size, **options: Any) -> Tensor:
-        shapes.append(shape)
+        if "pin_memory" in options:
+            shapes.append(shape)
         return empty(shape, **options)
 
     monkeypatch.setattr(offload.torch, "empty", counted)
@@ -77,13 +78,13 @@ def test_what_is_not_contiguous_comes_back_as_it_was() -> None:
 
 
 def test_a_changed_weight_is_noticed() -> None:
-    """Weights are not copied, so autograd still sees that one has been changed since."""
+    """Weights are not copied, and torch does not see behind these hooks that one has been changed since."""
     layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     with saved_on_host(layers, large=0, pin_memory=False):
         loss = layers(torch.ones(1, 3)).sum()
     with torch.no_grad():
         layers[1].weight.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(AssertionError, match="changed since"):
         loss.backward()
 
 

@@ -1,0 +1,214 @@
+"""Peak memory and step time of every memory lever, alone and together: `python tests/benchmarks/memory_levers.py`.
+
+A student of Llama's architecture (by default 8 layers of 256, vocabulary 8,192, 8 x 256 tokens a step) makes steps as
+the training does: body, fused loss, backward, clip, step. For each lever are printed the largest number of bytes that
+exist at one time, from the first parameter to the end of the second step, and the median time of a step. On a CPU the
+bytes are torch's own allocations, added up from the profiler's record of its allocator; on a CUDA device they are its
+counter's (`torch.cuda.max_memory_allocated`). Levers that need a CUDA device say so where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from distill.losses.chunks import SparseChunk
+from distill.losses.divergences import forward_kl
+from distill.losses.fused import fused_loss
+from distill.training.activation_checkpointing import checkpoint_blocks
+from distill.training.offload import offload_activations
+from distill.training.optimizer import make_optimizer
+from distill.training.step_in_backward import StepInBackward
+from students.compact import CompactDecoder
+
+ENTRIES = 40
+"""Tokens of a sparse target."""
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What can be turned on; the defaults are the table's first row."""
+
+    precision: str = "bf16-mixed"
+    optimizer: str = "adamw"
+    rounding: Any = "nearest"
+    checkpoint_every_k: int = 0
+    accumulate: int = 1
+    step_in_backward: bool = False
+    offload: bool = False
+
+    @property
+    def needs_cuda(self) -> bool:
+        return self.offload or self.optimizer.startswith("paged")
+
+
+ROWS: dict[str, Levers] = {
+    "none (bf16-mixed: float32 master weights)": Levers(),
+    "`precision: 32-true`": Levers(precision="32-true"),
+    "`accumulate_grad_batches: 4`, a fourth of the samples each": Levers(accumulate=4),
+    "`activation_checkpointing`": Levers(checkpoint_every_k=1),
+    "`activation_checkpointing`, `checkpoint_every_k: 2`": Levers(checkpoint_every_k=2),
+    "`offload_activations`": Levers(offload=True),
+    "`precision: bf16-true`": Levers(precision="bf16-true"),
+    "`bf16-true`, `rounding: stochastic`": Levers(precision="bf16-true", rounding="stochastic"),
+    "`bf16-true`, `rounding: kahan`": Levers(precision="bf16-true", rounding="kahan"),
+    "`optimizer: adamw_8bit`": Levers(optimizer="adamw_8bit"),
+    "`optimizer: adamw_4bit`": Levers(optimizer="adamw_4bit"),
+    "`optimizer: paged_adamw_8bit`": Levers(optimizer="paged_adamw_8bit"),
+    "`step_in_backward`": Levers(step_in_backward=True),
+    "together, float32 weights: 8-bit, checkpointing, accumulation": Levers(
+        optimizer="adamw_8bit", checkpoint_every_k=1, accumulate=4
+    ),
+    "together, float32 weights: 8-bit, checkpointing, step in backward": Levers(
+        optimizer="adamw_8bit", checkpoint_every_k=1, step_in_backward=True
+    ),
+    "together, bfloat16: stochastic, 8-bit, checkpointing, step in backward": Levers(
+        "bf16-true", "adamw_8bit", "stochastic", checkpoint_every_k=1, step_in_backward=True
+    ),
+    "together, bfloat16: kahan, 4-bit, checkpointing, step in backward": Levers(
+        "bf16-true", "adamw_4bit", "kahan", checkpoint_every_k=1, step_in_backward=True
+    ),
+    "the same and `offload_activations`": Levers(
+        "bf16-true", "adamw_4bit", "kahan", checkpoint_every_k=1, step_in_backward=True, offload=True
+    ),
+}
+
+
+@dataclass
+class Training:
+    """A student and its optimiser under some levers."""
+
+    levers: Levers
+    sizes: argparse.Namespace
+    device: torch.device
+    step_times: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        sizes, levers = self.sizes, self.levers
+        student = CompactDecoder(sizes.vocabulary, sizes.hidden, sizes.layers, heads=4)
+        self.student = student.to(self.device, torch.bfloat16 if levers.precision == "bf16-true" else None)
+        if levers.checkpoint_every_k:
+            checkpoint_blocks(self.student, levers.checkpoint_every_k)
+        self.optimizer = make_optimizer(
+            self.student,
+            name=levers.optimizer,
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            rounding=levers.rounding,
+        )
+        if levers.step_in_backward:
+            self.optimizer = StepInBackward(self.optimizer, self.student)
+
+    def micro_batches(self) -> Iterator[tuple[Tensor, SparseChunk]]:
+        """Token ids and their targets, made pass by pass."""
+        sizes, samples = self.sizes, self.sizes.samples // self.levers.accumulate
+        for _ in range(self.levers.accumulate):
+            ids_BL = torch.randint(sizes.vocabulary, (samples, sizes.length), device=self.device)
+            positions = samples * sizes.length
+            ids_NK = torch.randint(sizes.vocabulary, (positions, ENTRIES), device=self.device)
+            weights_NK = torch.full((positions, ENTRIES), 1 / ENTRIES, device=self.device)
+            yield ids_BL, SparseChunk(ids_NK, weights_NK, torch.zeros(positions, device=self.device), ids_BL.flatten())
+
+    def loss(self, ids_BL: Tensor, target: SparseChunk) -> Tensor:
+        positions_BL = torch.arange(self.sizes.length, device=self.device).expand_as(ids_BL)
+        mixed = self.levers.precision == "bf16-mixed"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            with offload_activations(self.student) if self.levers.offload else nullcontext():
+                hidden_BLD = self.student.body(ids_BL, positions_BL)
+            loss = fused_loss(hidden_BLD.flatten(0, 1), self.student.head, target, forward_kl, self.sizes.chunk)
+        return loss / (self.sizes.samples * self.sizes.length)
+
+    def step(self) -> None:
+        started = time.perf_counter()
+        for ids_BL, target in self.micro_batches():
+            self.loss(ids_BL, target).backward()
+        if not self.levers.step_in_backward:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.step_times.append(time.perf_counter() - started)
+
+
+def peak_bytes(levers: Levers, sizes: argparse.Namespace, device: torch.device) -> int:
+    """Largest number of bytes at one time, of two steps from nothing."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _two_steps(levers, sizes, device)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _two_steps(levers, sizes, device)
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def _two_steps(levers: Levers, sizes: argparse.Namespace, device: torch.device) -> None:
+    training = Training(levers, sizes, device)
+    training.step()
+    training.step()
+
+
+def step_seconds(levers: Levers, sizes: argparse.Namespace, device: torch.device) -> float:
+    """Median, after one step that is not counted."""
+    training = Training(levers, sizes, device)
+    for _ in range(sizes.steps + 1):
+        training.step()
+    return statistics.median(training.step_times[1:])
+
+
+def table(sizes: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    yield f"| levers | peak MB | of none | s a step (median of {sizes.steps}) | of none |"
+    yield "|---|---:|---:|---:|---:|"
+    baseline: tuple[int, float] | None = None
+    for name, levers in ROWS.items():
+        if levers.needs_cuda and device.type != "cuda":
+            yield f"| {name} | needs a CUDA device | | | |"
+            continue
+        peak, seconds = peak_bytes(levers, sizes, device), step_seconds(levers, sizes, device)
+        baseline = baseline or (peak, seconds)
+        yield f"| {name} | {peak / 1e6:,.1f} | {peak / baseline[0]:.0%} | {seconds:.2f} | {seconds / baseline[1]:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    for name, default in (("layers", 8), ("hidden", 256), ("vocabulary", 8192), ("samples", 8), ("length", 256)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--chunk", type=int, default=256, help="positions whose logits exist at one time")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    sizes = parser.parse_args()
+    device = torch.device(sizes.device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would log its every start
+    # Kernels, autotuning and imports before the first measurement.
+    _two_steps(replace(Levers(), optimizer="adamw_8bit"), sizes, device)
+    parameters = sum(p.numel() for p in Training(Levers(), sizes, device).student.parameters())
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{parameters / 1e6:.1f} M parameters, {sizes.samples} x {sizes.length} tokens a step, {where}\n")
+    for line in table(sizes, device):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
