@@ -85,13 +85,36 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
             experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
         for step in steps:
             interrupt.stop_if_asked()  # the step before may have been in its last batch
-            importlib.import_module(f"distill.recipes.{step.replace('-', '_')}").main(experiment)
+            if command == "run" and step == "train-student" and experiment.train.devices > 1:
+                status = _in_a_process_of_its_own([step, path, *overrides, "--train.resume", "true"])
+                if status:
+                    return status
+            else:
+                importlib.import_module(f"distill.recipes.{step.replace('-', '_')}").main(experiment)
         return 0
     except interrupt.Interrupted:
         resume = " --resume" if command == "train-student" and "--train.resume" not in overrides else ""
         again = shlex.join(["distill", command, path, *overrides])
         print(f"\nstopped; everything so far is kept. To go on: {again}{resume}", file=sys.stderr)
         return 130
+
+
+def _in_a_process_of_its_own(arguments: list[str]) -> int:
+    """Run a command whose other devices run it too: each of their processes is started with the command line."""
+    import subprocess
+
+    from distill import interrupt
+
+    with subprocess.Popen([sys.executable, "-m", "distill.cli", *arguments]) as process:
+        try:
+            status = process.wait()
+        except interrupt.Interrupted:
+            process.terminate()  # Ctrl-C reaches both, SIGTERM may not
+            process.wait()
+            raise
+    if status == 130:
+        raise interrupt.Interrupted("interrupted")
+    return status
 
 
 def _spelled_out(overrides: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,7 +61,7 @@ def make_run_folder(folders: Folders) -> None:
     """Raises UserError when the run folder cannot be written."""
     try:
         folders.run.mkdir(parents=True, exist_ok=True)
-        probe = folders.run / ".writable"
+        probe = folders.run / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -18,6 +18,7 @@ PACKAGES = ("distill", "teachers", "students")
 FLOORS = (
     {"__init__", "errors"},
     {"config", "durations", "files", "progress", "interrupt"},
+    {"processes"},
     {"models", "plugins", "experiment_file"},
     {"losses", "targets", "cache", "corpus"},
     {"training", "evaluation", "memory", "report"},

@@ -57,6 +57,17 @@ class Batch:
             self.surprisal_N[of_positions],
         )
 
+    def without_loss(self) -> Batch:
+        """The samples, without the positions that carry loss."""
+        none = slice(0, 0)
+        return replace(
+            self,
+            loss_mask_BL=torch.zeros_like(self.loss_mask_BL),
+            targets=_sliced(self.targets, none),
+            entropy_N=self.entropy_N[none],
+            surprisal_N=self.surprisal_N[none],
+        )
+
 
 def collate(records: list[Record], scheme: AnyScheme, draw: int = 0) -> Batch:
     """Records to one batch, with one of the cache's draws; targets are padded to the longest of them."""

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Dataset
 
-from distill import interrupt
 from distill.cache.background import BackgroundWriter
 from distill.cache.format import seal
 from distill.cache.predict import ShardWriter, TeacherModule, shard_loader
 from distill.cache.writer import CacheWriter
+from distill.processes import leave_if_not_first, run_together
 from distill.progress import Progress
 
 _PATIENCE = timedelta(days=30)
 """How long a process may wait for the others at the end: they do not work equally fast."""
-
-_SECONDS_TO_STOP = 60.0
-_SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def make_trainer(accelerator: str, devices: int = 1, num_nodes: int = 1) -> pl.Trainer:
@@ -108,59 +100,10 @@ class ShardShares(pl.LightningDataModule):
 
 def predict(trainer: pl.Trainer, module: TeacherModule, shares: ShardShares) -> None:
     """Make the shards; returns in the process of rank 0 only, the others end here. A failure of one ends all."""
-    with _processes_of_its_own(trainer):
-        try:
-            with shares.background:
-                trainer.predict(module, datamodule=shares, return_predictions=False)
-        except interrupt.Interrupted:
-            _leave_if_not_first(trainer)
-            raise
-        except Exception:
-            # Where the others ended first, because they were asked to, the connection to them is lost.
-            if not interrupt.asked():
-                raise
-            _leave_if_not_first(trainer)
-            raise interrupt.Interrupted("interrupted") from None
-    _leave_if_not_first(trainer)
 
+    def work() -> None:
+        with shares.background:
+            trainer.predict(module, datamodule=shares, return_predictions=False)
 
-def _leave_if_not_first(trainer: pl.Trainer) -> None:
-    """Any other status would make Lightning kill the process of rank 0, which is the one that tells the user."""
-    if trainer.global_rank > 0:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # it is ending already
-        sys.exit(0)
-
-
-@contextlib.contextmanager
-def _processes_of_its_own(trainer: pl.Trainer) -> Iterator[None]:
-    """However it ends, no process that Lightning started outlasts it, and the next Trainer starts from scratch."""
-    before = {name: os.environ.get(name) for name in _SET_BY_LIGHTNING}
-    try:
-        yield
-    except BaseException:
-        for process in _started(trainer):
-            process.send_signal(signal.SIGTERM)
-        raise
-    finally:
-        if trainer.world_size > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        _wait_for(_started(trainer))
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _started(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    return getattr(trainer.strategy.launcher, "procs", [])
-
-
-def _wait_for(started: list[subprocess.Popen[bytes]]) -> None:
-    """What does not end is killed, which costs the shard in flight."""
-    for process in started:
-        try:
-            process.wait(_SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    run_together(trainer, work)
+    leave_if_not_first(trainer)

@@ -26,7 +26,8 @@ from distill.models import devices
 from distill.models.saving import recover, save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
-from distill.progress import Progress, say
+from distill.processes import is_first_process, leave_if_not_first, run_together
+from distill.progress import Progress, be_quiet, say
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, newest
@@ -36,6 +37,7 @@ from distill.training.held_out import MeasureHeldOut
 from distill.training.module import DistillationModule
 from distill.training.offload import check_offload, offload_activations
 from distill.training.optimizer import check_optimizer, make_optimizer
+from distill.training.parallel import is_sharded
 from distill.training.schedule import Schedule
 from distill.training.step_in_backward import StepInBackward, check_step_in_backward
 from distill.training.trainer import make_trainer
@@ -69,6 +71,8 @@ class Role:
 def main(experiment: Experiment) -> int:
     """Train the student and, if asked for, the control."""
     config = experiment.train
+    if not is_first_process():
+        be_quiet()
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     folders = Folders.of(experiment)
     make_run_folder(folders)
@@ -172,10 +176,11 @@ class _Training:
             return
         resume_from = self._checkpoint_to_resume()
         student, options = self._student()
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_json(self.checkpoints / settings.FILE, self.settings)
+        if is_first_process():
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.checkpoints / settings.FILE, self.settings)
         started = time.monotonic()
-        self._fit(student, resume_from, deadline)
+        student = self._fit(student, resume_from, deadline)
         self._save(student, folder, options)
         say(f"{name}: {folder} after {time.monotonic() - started:,.0f} s")
 
@@ -239,7 +244,8 @@ class _Training:
     def _vocab_size(self) -> int:
         return len(self.data.vocabulary) if self.data.vocabulary else self.manifest.vocab_size
 
-    def _fit(self, student: Any, resume_from: Path | None, deadline: float | None) -> None:
+    def _fit(self, student: Any, resume_from: Path | None, deadline: float | None) -> Any:
+        """The trained student, in the first process; the others end here."""
         config, name = self.experiment.train, self.role.name
         progress = Progress(f"train {name}", total=0, unit="steps")
         best = self.checkpoints / BEST
@@ -264,12 +270,25 @@ class _Training:
         )
         module = self._module(student)
         with progress, interrupt.deferred():
-            trainer.fit(module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
+            fit = partial(trainer.fit, module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
+            run_together(trainer, fit)
+        leave_if_not_first(trainer)
         if module.non_finite.skipped:
             say(f"{name}: {module.non_finite.skipped} of {module.steps_begun} steps were left out (not finite)")
         if config.early_stopping is not None:
             say(f"{name}: the weights of the lowest {self.role.monitor}, {held_out.lowest:.4f}")
-            module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+            return self._with_weights_of(best)
+        return self._with_weights_of(newest(self.checkpoints)) if is_sharded(student) else student
+
+    def _with_weights_of(self, checkpoint: Path | None) -> Any:
+        """A student with the weights of a checkpoint."""
+        assert checkpoint is not None, "every training ends with a checkpoint"
+        student, _ = self._student()
+        trained = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        prefix = "student."
+        own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
+        student.load_state_dict(own, strict=False)
+        return student
 
     def _module(self, student: Any) -> DistillationModule:
         train, loss = self.experiment.train, self.experiment.loss

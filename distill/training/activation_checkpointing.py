@@ -16,15 +16,20 @@ def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
     """
     if every_k < 1:
         raise ValueError(f"every {every_k}-th block: must be 1 or more")
+    found = blocks(model)
+    if found is None:
+        raise ValueError("no nn.ModuleList of equal blocks found, so there is nothing to checkpoint")
+    recomputed = [block for number, block in enumerate(found) if number % every_k == 0]
+    for block in recomputed:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(recomputed)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The longest list of modules of one class: every family's layers."""
     lists = [
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
     ]
-    if not lists:
-        raise ValueError("no nn.ModuleList of equal blocks found, so there is nothing to checkpoint")
-    blocks = max(lists, key=len)
-    recomputed = [block for number, block in enumerate(blocks) if number % every_k == 0]
-    for block in recomputed:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return len(recomputed)
+    return max(lists, key=len) if lists else None

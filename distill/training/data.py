@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import lightning.pytorch as pl
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distill.cache.batches import Batch
@@ -85,7 +84,7 @@ class Samples(Dataset[Record | None]):
     def collate(self, records: list[Record | None]) -> Batch:
         """A batch; of NOTHING, one with a sample in it and no position that counts."""
         some = [record for record in records if record is not None]
-        batch = self.reader.collate(some) if some else _without_loss(self.reader.collate([self.reader[0]]))
+        batch = self.reader.collate(some) if some else self.reader.collate([self.reader[0]]).without_loss()
         return batch if self.vocabulary is None else trim_batch(batch, self.vocabulary)[0]
 
 
@@ -170,19 +169,3 @@ class CacheDataModule(pl.LightningDataModule):
                 f"(--train.devices {processes})"
             )
         self._begin = state_dict["epoch"], state_dict["seen"]
-
-
-def _without_loss(batch: Batch) -> Batch:
-    """The samples, without the positions that carry loss."""
-    none: dict[str, Any] = {
-        field.name: None if value is None else value[:0]
-        for field in fields(batch.targets)
-        for value in [getattr(batch.targets, field.name)]
-    }
-    return replace(
-        batch,
-        loss_mask_BL=torch.zeros_like(batch.loss_mask_BL),
-        targets=replace(batch.targets, **none),
-        entropy_N=batch.entropy_N[:0],
-        surprisal_N=batch.surprisal_N[:0],
-    )

@@ -6,7 +6,7 @@ Shapes: B batch, L sequence length, N positions with loss, D hidden size.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from distill.models.language_model import Head
 from distill.progress import say
 from distill.targets.extract import next_ids
 from distill.training.guards import NonFinite, out_of_memory, too_large
-from distill.training.parallel import is_sharded, sum_gradients, whole
+from distill.training.parallel import is_sharded, shard, sum_gradients
 from distill.training.schedule import Schedule
 from distill.training.step_in_backward import StepInBackward
 
@@ -113,8 +113,8 @@ class DistillationModule(pl.LightningModule):
         while True:
             try:
                 total = torch.zeros((), device=self.device)
-                for start in range(0, len(batch.input_ids_BL), self.micro_batch):
-                    total += self._pass(batch.rows(start, start + self.micro_batch), positions)
+                for part in self._parts(batch):
+                    total += self._pass(part, positions)
                 sum_gradients(self)
                 return total
             except Exception as error:
@@ -130,14 +130,27 @@ class DistillationModule(pl.LightningModule):
             self.micro_batch = -(-self.micro_batch // 2)
             say(f"step {self.steps_begun}: out of memory; from here on {self.micro_batch} samples a forward pass")
 
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """The passes of a step: those with a position that counts."""
+        samples = len(batch.input_ids_BL)
+        parts = (batch.rows(start, start + self.micro_batch) for start in range(0, samples, self.micro_batch))
+        if not is_sharded(self):
+            yield from (part for part in parts if part.loss_mask_BL.any())
+            return
+        # Every pass gathers weights from all devices, so all make equally many, some of them of nothing.
+        yield from parts
+        mine = -(-samples // self.micro_batch)
+        most = int(self.trainer.strategy.reduce(torch.tensor(mine, device=self.device), reduce_op="max"))
+        yield from [batch.rows(0, 1).without_loss()] * (most - mine)
+
     def _pass(self, batch: Batch, positions: float) -> Tensor:
         """Forward and backward of some of a step's samples."""
-        if not batch.loss_mask_BL.any():
-            return torch.zeros((), device=self.device)
         loss = self._loss(batch.to(self.device), self._objective()) / positions
+        # fsdp takes the mean over the devices, and the sum is wanted.
+        scale = self.trainer.world_size if is_sharded(self) else 1
         # Lightning runs the whole step under autocast; backward must not be.
         with torch.autocast(self.device.type, enabled=False):
-            self.manual_backward(loss)
+            self.manual_backward(loss * scale)
         return loss.detach()
 
     def _loss(self, batch: Batch, objective: Mixture) -> Tensor:
@@ -146,7 +159,7 @@ class DistillationModule(pl.LightningModule):
         with self.saved_activations(self.student):
             hidden_BLD = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
         hidden_ND = hidden_BLD[batch.loss_mask_BL]
-        head = whole(self.student.head).with_rows(self.vocab_size)
+        head = self.student.head.with_rows(self.vocab_size)
         loss = fused_loss(hidden_ND, head, target, objective, self.chunk_size)
         if self.projection is not None and torch.is_grad_enabled():
             assert isinstance(target, DenseChunk)
@@ -214,6 +227,11 @@ class DistillationModule(pl.LightningModule):
     def _reduced(self, sums: Tensor) -> Tensor:
         """Added up over all devices."""
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+
+    def configure_model(self) -> None:
+        """Called where devices share the weights out (fsdp), and once more before each other use."""
+        if self.device_mesh is not None and not is_sharded(self):
+            shard(self.student, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self)

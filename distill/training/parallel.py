@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from distill.errors import UserError
-from distill.models.language_model import Head
+from distill.training.activation_checkpointing import blocks
 
 BUCKET_BYTES = 32 * 2**20
 
@@ -25,9 +25,6 @@ class SummedGradients(DDPStrategy):
         """Every device begins with the weights of the first."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):  # type: ignore[union-attr]
             dist.broadcast(tensor.data, src=0)
-
-    def _register_ddp_hooks(self) -> None:
-        """There is no wrapper that could have one."""
 
 
 def sum_gradients(module: nn.Module) -> None:
@@ -64,16 +61,16 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def whole(head: Head) -> Head:
-    """The head with all its rows on every device; the gradient goes back to where the shares are."""
-    if not isinstance(head.weight_VD, DTensor):
-        return head
-    bias = None if head.bias_V is None else _gathered(head.bias_V)
-    return replace(head, weight_VD=_gathered(head.weight_VD), bias_V=bias)
+def shard(student: nn.Module, mesh: Any) -> None:
+    """Give each device a share of every block's weights, and of all others together (torch's fully_shard).
 
-
-def _gathered(tensor: Any) -> Tensor:
-    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    The others, embedding and head among them, are whole from the body to the end of the backward pass: the head is
+    used outside of any module's forward.
+    """
+    for block in blocks(student) or []:
+        fully_shard(block, mesh=mesh)
+    fully_shard(student, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(student, "body")
 
 
 def make_strategy(name: str, devices: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from distill.processes import is_first_process
 from distill.training.checkpoints import DurableCheckpoints
 from distill.training.parallel import make_strategy
 
@@ -54,6 +55,6 @@ def _loggers(folder: Path) -> list[Logger]:
     """CSV and TensorBoard. Lightning deletes a CSV log that is there: that of an earlier start gets a number."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "metrics.csv"
-    if log.exists():
+    if log.exists() and is_first_process():
         log.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
     return [CSVLogger(folder, name=None, version=""), TensorBoardLogger(folder, name=None, version="")]

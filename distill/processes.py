@@ -1,0 +1,85 @@
+"""Several processes that Lightning starts, each running the command anew: together to the end, and none left over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from distill import interrupt
+
+_SECONDS_TO_STOP = 60.0
+_SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_first_process() -> bool:
+    """Whether this process has rank 0, as far as is known before there is a Trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
+    """`work` in every process of the Trainer. A failure of one, or a stop that was asked for, ends all.
+
+    When it was stopped, it returns (with Interrupted) in the process of rank 0 only; the others end here.
+    """
+    with _processes_of_its_own(trainer):
+        try:
+            work()
+        except interrupt.Interrupted:
+            leave_if_not_first(trainer)
+            raise
+        except Exception:
+            # Where the others ended first, because they were asked to, the connection to them is lost.
+            if not interrupt.asked():
+                raise
+            leave_if_not_first(trainer)
+            raise interrupt.Interrupted("interrupted") from None
+
+
+def leave_if_not_first(trainer: pl.Trainer) -> None:
+    """Any other status would make Lightning kill the process of rank 0, which is the one that tells the user."""
+    if trainer.global_rank > 0:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it is ending already
+        sys.exit(0)
+
+
+@contextlib.contextmanager
+def _processes_of_its_own(trainer: pl.Trainer) -> Iterator[None]:
+    """However it ends, no process that Lightning started outlasts it, and the next Trainer starts from scratch."""
+    before = {name: os.environ.get(name) for name in _SET_BY_LIGHTNING}
+    try:
+        yield
+    except BaseException:
+        for process in _started(trainer):
+            process.send_signal(signal.SIGTERM)
+        raise
+    finally:
+        if trainer.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        _wait_for(_started(trainer))
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _started(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
+def _wait_for(started: list[subprocess.Popen[bytes]]) -> None:
+    """What does not end is killed, which costs the shard in flight."""
+    for process in started:
+        try:
+            process.wait(_SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
