@@ -101,20 +101,21 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
 
 def _in_a_process_of_its_own(arguments: list[str]) -> int:
     """Run a command whose other devices run it too: each of their processes is started with the command line."""
+    import signal
     import subprocess
 
     from distill import interrupt
 
     with subprocess.Popen([sys.executable, "-m", "distill.cli", *arguments]) as process:
-        try:
-            status = process.wait()
-        except interrupt.Interrupted:
-            process.terminate()  # Ctrl-C reaches both, SIGTERM may not
-            process.wait()
-            raise
-    if status == 130:
+        while process.returncode is None:
+            try:
+                process.wait()
+            except interrupt.Interrupted as stop:
+                # It may have been sent to both, and a second signal of one kind would be impatience.
+                process.send_signal(signal.SIGTERM if str(stop) == "SIGINT" else signal.SIGINT)
+    if process.returncode == 130:
         raise interrupt.Interrupted("interrupted")
-    return status
+    return process.returncode
 
 
 def _spelled_out(overrides: list[str]) -> list[str]:
@@ -176,6 +177,8 @@ def _quiet_libraries() -> None:
         "transformers",
         "bitsandbytes",
         "datasets",
+        "torchao",
+        "torch.utils._pytree",  # about torchao
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
 

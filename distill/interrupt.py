@@ -14,21 +14,23 @@ class Interrupted(BaseException):
 
 _installed = False
 _deferred = False
-_asked = False
+_received: set[int] = set()
+"""Signals that wait. One of each kind is one wish to stop: a process may be sent SIGTERM because of the Ctrl-C that
+reached it too. The second of a kind is impatience."""
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
-    global _asked
-    if _deferred and not _asked:
-        _asked = True
+    if _deferred and signum not in _received:
+        _received.add(signum)
         return
     raise Interrupted(signal.Signals(signum).name)
 
 
 def install() -> None:
     """Take over Ctrl-C and SIGTERM for this process; none is waiting yet."""
-    global _installed, _asked
-    _installed, _asked = True, False
+    global _installed
+    _installed = True
+    _received.clear()
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
 
@@ -42,7 +44,7 @@ def retake() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a first signal waits for `stop_if_asked`; a second one stops at once."""
+    """Inside, a first signal waits for `stop_if_asked`; a second one of its kind stops at once."""
     global _deferred
     _deferred = True
     try:
@@ -53,10 +55,10 @@ def deferred() -> Iterator[None]:
 
 def asked() -> bool:
     """Whether a signal is waiting."""
-    return _asked
+    return bool(_received)
 
 
 def stop_if_asked() -> None:
     """Raise Interrupted when a signal is waiting."""
-    if _asked:
+    if asked():
         raise Interrupted("interrupted")

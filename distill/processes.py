@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import lightning.pytorch as pl
@@ -14,8 +15,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from distill import interrupt
+from distill.errors import UserError
 
 _SECONDS_TO_STOP = 60.0
+_SECONDS_TO_AGREE = 5.0
+"""In which the process of rank 0 meets what another one met, if all meet it: then it alone tells."""
 _SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -27,7 +31,8 @@ def is_first_process() -> bool:
 def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
     """`work` in every process of the Trainer. A failure of one, or a stop that was asked for, ends all.
 
-    When it was stopped, it returns (with Interrupted) in the process of rank 0 only; the others end here.
+    When it was stopped, or all failed, it returns (with the exception) in the process of rank 0 only; the others end
+    here. A failure of one of the others is told by that one, and ends the process of rank 0 with its status.
     """
     with _processes_of_its_own(trainer):
         try:
@@ -35,7 +40,11 @@ def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
         except interrupt.Interrupted:
             leave_if_not_first(trainer)
             raise
-        except Exception:
+        except Exception as error:
+            if trainer.global_rank > 0:
+                _wait_until(interrupt.asked, _SECONDS_TO_AGREE)
+            elif not isinstance(error, UserError) and (status := _status_of_failed(trainer)):
+                raise SystemExit(status) from None
             # Where the others ended first, because they were asked to, the connection to them is lost.
             if not interrupt.asked():
                 raise
@@ -69,6 +78,22 @@ def _processes_of_its_own(trainer: pl.Trainer) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _status_of_failed(trainer: pl.Trainer) -> int:
+    """Of a process that this one started and that ended by itself: the connection to it is lost. 0: there is none."""
+
+    def failed() -> int:
+        return next((process.returncode for process in _started(trainer) if process.poll()), 0)
+
+    _wait_until(lambda: failed() != 0, seconds=1.0)
+    return failed()
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _started(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:

@@ -246,17 +246,16 @@ def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -
         )
 
 
-Calibration = Callable[[int], tuple[Tensor, Tensor]]
-"""count -> token ids and position ids `[count, L]` of the first training samples."""
+Calibration = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+"""count -> token ids, position ids and loss mask `[count, L]` of the first training samples."""
 
 
 def calibration_samples(reader: CacheReader) -> Calibration:
     """The first training samples, for students that look at text while they are made."""
 
-    def first(count: int) -> tuple[Tensor, Tensor]:
-        records = [reader[index] for index in range(min(count, len(reader)))]
-        batch = reader.collate(records)
-        return batch.input_ids_BL, batch.position_ids_BL
+    def first(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        batch = reader.collate([reader[index] for index in range(min(count, len(reader)))])
+        return batch.input_ids_BL, batch.position_ids_BL, batch.loss_mask_BL
 
     return first
 
@@ -274,6 +273,7 @@ def build_student(
         "sequence_length": experiment.corpus.sequence_length,
         "teacher": experiment.teacher.model,
         "calibration": calibration,
+        "device": str(devices.pick_device(experiment.train.accelerator)),
     }
     student = experiment.student
     options = plugins.arguments(student.class_path, "student", student.options, offered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -217,7 +218,7 @@ class _Training:
         say(f"{self.role.name}: continuing from {last}")
         return last
 
-    def _student(self) -> tuple[Any, dict[str, Any]]:
+    def _student(self, tell: Callable[[str], None] = say) -> tuple[Any, dict[str, Any]]:
         """A fresh student, checked, and the options it was made with."""
         config, manifest = self.experiment.train, self.manifest
         student, options = build_student(
@@ -227,7 +228,7 @@ class _Training:
         check_length(student, name, manifest.sequence_length)
         check_model(student, name, self._vocab_size(), devices.pick_device(config.accelerator), manifest.pack)
         parameters = sum(parameter.numel() for parameter in student.parameters())
-        say(
+        tell(
             f"{self.role.name}: {self.experiment.student.class_path}, {parameters / 1e6:,.1f} M parameters, "
             f"alpha {self.role.alpha:g}"
         )
@@ -236,7 +237,7 @@ class _Training:
                 recomputed = checkpoint_blocks(student, config.checkpoint_every_k)
             except ValueError as error:
                 raise UserError(f"{name}: {error}: leave --train.activation_checkpointing off") from None
-            say(f"{self.role.name}: activation checkpointing of {recomputed} blocks")
+            tell(f"{self.role.name}: activation checkpointing of {recomputed} blocks")
         if config.precision == "bf16-true":
             student.to(torch.bfloat16)
         return student, options
@@ -283,7 +284,7 @@ class _Training:
     def _with_weights_of(self, checkpoint: Path | None) -> Any:
         """A student with the weights of a checkpoint."""
         assert checkpoint is not None, "every training ends with a checkpoint"
-        student, _ = self._student()
+        student, _ = self._student(tell=lambda message: None)
         trained = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         prefix = "student."
         own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.training.moments import flat, moments
 from distill.training.rounding import Rounding, read_compensated, store, store_compensated
 
-CHUNK = 2**20
+CHUNK = 2**18
 """Values whose float32 form exists at one time; a multiple of every block of `moments`."""
 
 

@@ -232,6 +232,8 @@ class DistillationModule(pl.LightningModule):
         """Called where devices share the weights out (fsdp), and once more before each other use."""
         if self.device_mesh is not None and not is_sharded(self):
             shard(self.student, self.device_mesh["data_parallel"])
+            if self.projection is not None:
+                shard(self.projection, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self)

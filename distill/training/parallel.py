@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from distill.errors import UserError
 from distill.training.activation_checkpointing import blocks
@@ -56,9 +55,18 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+class SharedWeights(ModelParallelStrategy):
+    """Lightning's fsdp. The weights of a checkpoint are loaded here already, and their names alone handed on."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Tensors and plain values only, whatever the caller says."""
+        names = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+        return {**super().load_checkpoint(checkpoint_path, weights_only=True), "state_dict": dict.fromkeys(names)}
+
+
 def is_sharded(module: nn.Module) -> bool:
-    """Whether each device holds a share of the weights (fsdp)."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    """Whether each device holds a share of the weights (fsdp), also while they are gathered."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def shard(student: nn.Module, mesh: Any) -> None:
@@ -70,7 +78,8 @@ def shard(student: nn.Module, mesh: Any) -> None:
     for block in blocks(student) or []:
         fully_shard(block, mesh=mesh)
     fully_shard(student, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(student, "body")
+    if hasattr(student, "body"):
+        register_fsdp_forward_method(student, "body")
 
 
 def make_strategy(name: str, devices: int) -> Any:
@@ -78,7 +87,5 @@ def make_strategy(name: str, devices: int) -> Any:
     if name == "fsdp":
         if devices == 1:
             raise UserError("train.strategy: fsdp shares the student out over devices: give --train.devices, or auto")
-        return ModelParallelStrategy(
-            data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
+        return SharedWeights(data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
     return SummedGradients() if devices > 1 else "auto"

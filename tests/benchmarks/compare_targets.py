@@ -4,8 +4,8 @@
 
 CORPUS is what `corpus.path` takes. Every step is a command of the product in a process of its own: three caches
 (varopt, top_k, random), seven trainings of the same student (from each cache one with alpha 0 and one with `--alpha`; a
-control with alpha 1), seven evaluations beside the live teacher on the same held-out samples. Everything lies in FOLDER; the same
-command goes on where it was stopped. Prints a markdown table and writes FOLDER/comparison.json.
+control with alpha 1), seven evaluations beside the live teacher on the same held-out samples. Everything lies in
+FOLDER; the same command goes on where it was stopped. Prints a markdown table and writes FOLDER/comparison.json.
 """
 
 from __future__ import annotations
@@ -241,7 +241,8 @@ def print_report(result: dict[str, Any]) -> None:
         f"\n{tokens:,} tokens of {options['corpus']}, {options['epochs']} epoch(s), {rows['control']['steps']:,} steps "
         f"of {options['batch_size']} x {options['sequence_length']} tokens; student {options['student']} "
         f"{json.dumps(options['student_options'])}, {size:.1f} M parameters; "
-        f"{result['positions']:,} held-out positions; alpha of mixed {options['alpha']:g}; {options['jobs']} at a time\n"
+        f"{result['positions']:,} held-out positions; alpha of mixed {options['alpha']:g}; "
+        f"{options['jobs']} processes of one thread\n"
     )
     print("| targets | " + " | ".join(METRICS.values()) + " | s/step |")
     print("|---|" + "---:|" * (len(METRICS) + 1))

@@ -1,6 +1,6 @@
 """Peak memory and step time of every memory lever, alone and together: `python tests/benchmarks/memory_levers.py`.
 
-A student of Llama's architecture (by default 8 layers of 256, vocabulary 8,192, 8 x 256 tokens a step) makes steps as
+A student of Llama's architecture (by default 8 layers of 256, vocabulary 8,192, 8 x 128 tokens a step) makes steps as
 the training does: body, fused loss, backward, clip, step. For each lever are printed the largest number of bytes that
 exist at one time, from the first parameter to the end of the second step, and the median time of a step. On a CPU the
 bytes are torch's own allocations, added up from the profiler's record of its allocator; on a CUDA device they are its
@@ -47,6 +47,7 @@ class Levers:
     accumulate: int = 1
     step_in_backward: bool = False
     offload: bool = False
+    chunk_size: int = 256
 
     @property
     def needs_cuda(self) -> bool:
@@ -66,21 +67,24 @@ ROWS: dict[str, Levers] = {
     "`optimizer: adamw_8bit`": Levers(optimizer="adamw_8bit"),
     "`optimizer: adamw_4bit`": Levers(optimizer="adamw_4bit"),
     "`optimizer: paged_adamw_8bit`": Levers(optimizer="paged_adamw_8bit"),
+    "`loss.chunk_size: 64`": Levers(chunk_size=64),
     "`step_in_backward`": Levers(step_in_backward=True),
-    "together, float32 weights: 8-bit, checkpointing, accumulation": Levers(
-        optimizer="adamw_8bit", checkpoint_every_k=1, accumulate=4
+    "checkpointing, chunks of 64": Levers(checkpoint_every_k=1, chunk_size=64),
+    "checkpointing, chunks of 64, step in backward": Levers(checkpoint_every_k=1, chunk_size=64, step_in_backward=True),
+    "checkpointing, chunks of 64, 8-bit, accumulation of 4": Levers(
+        optimizer="adamw_8bit", checkpoint_every_k=1, accumulate=4, chunk_size=64
     ),
-    "together, float32 weights: 8-bit, checkpointing, step in backward": Levers(
-        optimizer="adamw_8bit", checkpoint_every_k=1, step_in_backward=True
+    "checkpointing, chunks of 64, 8-bit, step in backward": Levers(
+        optimizer="adamw_8bit", checkpoint_every_k=1, chunk_size=64, step_in_backward=True
     ),
-    "together, bfloat16: stochastic, 8-bit, checkpointing, step in backward": Levers(
-        "bf16-true", "adamw_8bit", "stochastic", checkpoint_every_k=1, step_in_backward=True
+    "checkpointing, chunks of 64, 8-bit, step in backward, bf16-true stochastic": Levers(
+        "bf16-true", "adamw_8bit", "stochastic", checkpoint_every_k=1, chunk_size=64, step_in_backward=True
     ),
-    "together, bfloat16: kahan, 4-bit, checkpointing, step in backward": Levers(
-        "bf16-true", "adamw_4bit", "kahan", checkpoint_every_k=1, step_in_backward=True
+    "checkpointing, chunks of 64, 4-bit, step in backward, bf16-true kahan": Levers(
+        "bf16-true", "adamw_4bit", "kahan", checkpoint_every_k=1, chunk_size=64, step_in_backward=True
     ),
     "the same and `offload_activations`": Levers(
-        "bf16-true", "adamw_4bit", "kahan", checkpoint_every_k=1, step_in_backward=True, offload=True
+        "bf16-true", "adamw_4bit", "kahan", 1, step_in_backward=True, offload=True, chunk_size=64
     ),
 }
 
@@ -128,7 +132,7 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             with offload_activations(self.student) if self.levers.offload else nullcontext():
                 hidden_BLD = self.student.body(ids_BL, positions_BL)
-            loss = fused_loss(hidden_BLD.flatten(0, 1), self.student.head, target, forward_kl, self.sizes.chunk)
+            loss = fused_loss(hidden_BLD.flatten(0, 1), self.student.head, target, forward_kl, self.levers.chunk_size)
         return loss / (self.sizes.samples * self.sizes.length)
 
     def step(self) -> None:
@@ -193,14 +197,13 @@ def table(sizes: argparse.Namespace, device: torch.device) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name, default in (("layers", 8), ("hidden", 256), ("vocabulary", 8192), ("samples", 8), ("length", 256)):
+    for name, default in (("layers", 8), ("hidden", 256), ("vocabulary", 8192), ("samples", 8), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--chunk", type=int, default=256, help="positions whose logits exist at one time")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     sizes = parser.parse_args()
     device = torch.device(sizes.device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler would log its every start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would log its every start
     # Kernels, autotuning and imports before the first measurement.
     _two_steps(replace(Levers(), optimizer="adamw_8bit"), sizes, device)
     parameters = sum(p.numel() for p in Training(Levers(), sizes, device).student.parameters())
