@@ -21,6 +21,9 @@ COMMANDS = {
     "merge": "parts of a cache, made on several machines, joined into one",
 }
 
+_PART_OF_A_RUN = "DISTILL_PART_OF_A_RUN"
+"""In the environment of a command that `run` started, and that says how to go on."""
+
 _EPILOG = "\n".join(f"  distill {name:<14} {text}" for name, text in COMMANDS.items())
 
 
@@ -93,6 +96,8 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
                 importlib.import_module(f"distill.recipes.{step.replace('-', '_')}").main(experiment)
         return 0
     except interrupt.Interrupted:
+        if _PART_OF_A_RUN in os.environ:
+            return 130
         resume = " --resume" if command == "train-student" and "--train.resume" not in overrides else ""
         again = shlex.join(["distill", command, path, *overrides])
         print(f"\nstopped; everything so far is kept. To go on: {again}{resume}", file=sys.stderr)
@@ -106,7 +111,8 @@ def _in_a_process_of_its_own(arguments: list[str]) -> int:
 
     from distill import interrupt
 
-    with subprocess.Popen([sys.executable, "-m", "distill.cli", *arguments]) as process:
+    environment = {**os.environ, _PART_OF_A_RUN: "1"}
+    with subprocess.Popen([sys.executable, "-m", "distill.cli", *arguments], env=environment) as process:
         while process.returncode is None:
             try:
                 process.wait()

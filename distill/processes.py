@@ -43,8 +43,8 @@ def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
         except Exception as error:
             if trainer.global_rank > 0:
                 _wait_until(interrupt.asked, _SECONDS_TO_AGREE)
-            elif not isinstance(error, UserError) and (status := _status_of_failed(trainer)):
-                raise SystemExit(status) from None
+            elif not isinstance(error, UserError):
+                _end_with_the_one_that_failed(trainer)
             # Where the others ended first, because they were asked to, the connection to them is lost.
             if not interrupt.asked():
                 raise
@@ -80,14 +80,17 @@ def _processes_of_its_own(trainer: pl.Trainer) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _status_of_failed(trainer: pl.Trainer) -> int:
-    """Of a process that this one started and that ended by itself: the connection to it is lost. 0: there is none."""
+def _end_with_the_one_that_failed(trainer: pl.Trainer) -> None:
+    """Where a process that this one started failed alone, it has said why, and the connection to it is lost."""
 
-    def failed() -> int:
-        return next((process.returncode for process in _started(trainer) if process.poll()), 0)
+    def statuses() -> list[int]:
+        return [process.returncode for process in _started(trainer) if process.poll()]
 
-    _wait_until(lambda: failed() != 0, seconds=1.0)
-    return failed()
+    _wait_until(lambda: bool(statuses()), seconds=1.0)
+    for status in statuses():
+        if status < 0:
+            raise UserError(f"the process of another device was killed (signal {-status})") from None
+        raise SystemExit(status) from None
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -19,9 +19,9 @@ def be_quiet() -> None:
     _is_quiet = True
 
 
-def say(message: str) -> None:
-    """A line for the person at the terminal or the reader of the log."""
-    if not _is_quiet:
+def say(message: str, *, by_any: bool = False) -> None:
+    """A line for the person at the terminal or the reader of the log; `by_any` process, for what only it knows."""
+    if by_any or not _is_quiet:
         print(message, flush=True)
 
 

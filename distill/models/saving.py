@@ -25,7 +25,7 @@ except ImportError:  # Windows has no such locks: there, nothing keeps two write
 
 DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options}
 WEIGHTS = "model.safetensors"
-NOT_KEPT = ("calibration",)  # what the pipeline supplies to make a student, and not to make it again
+NOT_KEPT = ("calibration", "device")  # what the pipeline supplies to make a student, and not to make it again
 
 
 def save_language_model(

@@ -32,7 +32,7 @@ from distill.workspace import (
     write_json,
 )
 
-_OF_A_SAMPLE = ("input_ids", "position_ids")
+_OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
 _MEASURED = ["nll", "kl", "top1_agreement", "acceptance", "ece"]
 
 
@@ -77,10 +77,10 @@ def main(experiment: Experiment) -> int:
 def _calibration(samples: SampleSets, max_samples: int | None) -> Calibration:
     """The first training samples, as the student saw them in the cache while it was made; no cache is needed."""
 
-    def first(count: int) -> tuple[Tensor, Tensor]:
+    def first(count: int) -> tuple[Tensor, Tensor, Tensor]:
         rows = [samples.train[index] for index in range(min(count, len(samples.train), max_samples or count))]
-        input_ids_BL, position_ids_BL = (torch.stack([row[name] for row in rows]) for name in _OF_A_SAMPLE)
-        return input_ids_BL, position_ids_BL
+        ids_BL, positions_BL, mask_BL = (torch.stack([row[name] for row in rows]) for name in _OF_A_SAMPLE)
+        return ids_BL, positions_BL, mask_BL
 
     return first
 

@@ -128,7 +128,11 @@ class DistillationModule(pl.LightningModule):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.micro_batch = -(-self.micro_batch // 2)
-            say(f"step {self.steps_begun}: out of memory; from here on {self.micro_batch} samples a forward pass")
+            where = f" on device {self.global_rank}" if self.trainer.world_size > 1 else ""
+            say(
+                f"step {self.steps_begun}: out of memory{where}; from here on {self.micro_batch} samples a forward pass",
+                by_any=True,
+            )
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         """The passes of a step: those with a position that counts."""

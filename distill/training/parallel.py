@@ -69,17 +69,17 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
-def shard(student: nn.Module, mesh: Any) -> None:
+def shard(module: nn.Module, mesh: Any) -> None:
     """Give each device a share of every block's weights, and of all others together (torch's fully_shard).
 
     The others, embedding and head among them, are whole from the body to the end of the backward pass: the head is
     used outside of any module's forward.
     """
-    for block in blocks(student) or []:
+    for block in blocks(module) or []:
         fully_shard(block, mesh=mesh)
-    fully_shard(student, mesh=mesh, reshard_after_forward=False)
-    if hasattr(student, "body"):
-        register_fsdp_forward_method(student, "body")
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    if hasattr(module, "body"):
+        register_fsdp_forward_method(module, "body")
 
 
 def make_strategy(name: str, devices: int) -> Any:

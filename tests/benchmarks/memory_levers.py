@@ -1,6 +1,6 @@
 """Peak memory and step time of every memory lever, alone and together: `python tests/benchmarks/memory_levers.py`.
 
-A student of Llama's architecture (by default 8 layers of 256, vocabulary 8,192, 8 x 128 tokens a step) makes steps as
+A student of Llama's architecture (by default 8 layers of 384, vocabulary 4,096, 8 x 64 tokens a step) makes steps as
 the training does: body, fused loss, backward, clip, step. For each lever are printed the largest number of bytes that
 exist at one time, from the first parameter to the end of the second step, and the median time of a step. On a CPU the
 bytes are torch's own allocations, added up from the profiler's record of its allocator; on a CUDA device they are its
@@ -197,7 +197,7 @@ def table(sizes: argparse.Namespace, device: torch.device) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name, default in (("layers", 8), ("hidden", 256), ("vocabulary", 8192), ("samples", 8), ("length", 128)):
+    for name, default in (("layers", 8), ("hidden", 384), ("vocabulary", 4096), ("samples", 8), ("length", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -67,6 +67,8 @@ class Storm:
         (folder / "experiment.yaml").write_text(yaml.safe_dump(content))
         self.hits: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
+        self.story: list[str] = []
+        """What happened to the training at hand."""
         assert self._run_here("cache-teacher", "warm") == 0
         assert self._run_here("train-student", "warm", "--train.max_steps", "6") == 0  # imports what is imported late
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -109,6 +111,7 @@ class Storm:
     def _disturb(self, name: str, most: int) -> int:
         """Kill until there were `most`, then leave it alone; the number of kills."""
         run, kills, damaged = self.folder / name, 0, None
+        self.story = []
         while True:
             limit = ["--train.max_time", "0s"] if self.random.random() < 0.1 else []
             child = self._start(name, *limit)
@@ -116,10 +119,10 @@ class Storm:
             status = self._wait(child)
             kills += sent is not None
             self._check_end(name, status, sent, limited=bool(limit), damaged=damaged)
-            if status == 0 or self.problems:
+            if status == 0 or any(problem.startswith(f"{name}:") for problem in self.problems):
                 return kills
             if limit:
-                self.hits["max_time was over"] += 1
+                self._note("max_time was over", run)
             damaged = self._damage(run) if kills < most and self.random.random() < 0.2 else None
 
     def _check_end(
@@ -157,7 +160,7 @@ class Storm:
         os.kill(child, signum)
         if signum == signal.SIGKILL:
             os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        self.hits[f"{signum.name:8} {where(run)}"] += 1
+        self._note(f"{signum.name:8} {where(run)}", run)
         return signum
 
     def _damage(self, run: Path) -> Path | None:
@@ -171,15 +174,24 @@ class Storm:
         else:
             content[len(content) // 2] ^= 4
         found[-1].write_bytes(content)
-        self.hits["damaged the newest checkpoint"] += 1
+        self._note("damaged the newest checkpoint", run)
         return found[-1]
+
+    def _note(self, words: str, run: Path) -> None:
+        self.hits[words] += 1
+        self.story.append(f"{words} at step {newest_step(run)}")
 
     def _compare(self, name: str) -> None:
         import torch
 
         run, undisturbed = self.folder / name, self.folder / "undisturbed"
-        if contents(run / "student") != self.undisturbed:
-            self.problems.append(f"{name}: is not the undisturbed student")
+        found = contents(run / "student")
+        other = sorted(
+            file for file in found.keys() | self.undisturbed if found.get(file) != self.undisturbed.get(file)
+        )
+        if other:
+            story = "; ".join(self.story)
+            self.problems.append(f"{name}: not the undisturbed student ({', '.join(other)}) after: {story}")
             return
         for file in ("best.ckpt", f"step-{self.steps:08}.ckpt"):
             ours, theirs = (

@@ -88,3 +88,17 @@ def test_a_students_vocabulary_that_is_missing_or_anothers_is_refused(
     distill("evaluate", *own).refused("student and control have other tokens")
     (tmp_path / "run/student/vocabulary.safetensors").unlink()
     distill("evaluate", *own).refused("vocabulary.safetensors", "missing", "train again")
+
+
+def test_adapters_on_few_tokens(trained: tuple[str, Path], distill: Any, teacher: str, tmp_path: Path) -> None:
+    """Trimmed, adapted, merged: an ordinary folder."""
+    from transformers import AutoModelForCausalLM
+
+    file, run = trained
+    lora = ["--student.class_path", "lora", "--student.options", json.dumps({"model": teacher, "rank": 2})]
+    own = [file, "--run_dir", tmp_path, "--cache.dir", run / "cache", *lora, "--evaluate.control", "false"]
+    distill("train-student", *own).done()
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    plain = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert adapted.config.vocab_size == plain.config.vocab_size
+    distill("evaluate", *own).done()

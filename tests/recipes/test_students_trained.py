@@ -120,6 +120,19 @@ def test_compact(finished: Any, distill: Any, tmp_path: Path) -> None:
     assert type(load_language_model(learns(distill, tmp_path, chosen))).__name__ == "CompactDecoder"
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"layers": 2, "depth": "importance", "calibration_samples": 4},
+        {"hidden_size": 24, "intermediate_size": 40, "key_value_groups": 1, "calibration_samples": 4},
+    ],
+    ids=["depth", "width"],
+)
+def test_pruned_by_importance(finished: Any, distill: Any, tmp_path: Path, sizes: dict[str, Any]) -> None:
+    chosen = [*finished.elsewhere(tmp_path), *student("pruned", **sizes)]
+    check_ordinary(learns(distill, tmp_path, chosen), "llama")
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_lora(finished: Any, distill: Any, base: str, tmp_path: Path, quantization: str) -> None:
     chosen = [*finished.elsewhere(tmp_path), *student("lora", model=base, quantization=quantization, **LORA)]
