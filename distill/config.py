@@ -160,7 +160,7 @@ class TrainConfig:
     rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
     """bf16-true: how a step smaller than a bfloat16 weight's last digit is kept, at random or in a compensation."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW's moments in the weights' type, 8 or 4 bits (torchao), or 8 bits that move to the host (bitsandbytes)."""
+    """AdamW's moments: in the weights' type, 8 bits, 4 bits, or 8 bits that move to the host (CUDA)."""
     step_in_backward: bool = False
     """Update each weight as soon as its gradient is there, so that never all gradients exist (no clipping then)."""
     learning_rate: float = 6e-4

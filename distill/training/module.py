@@ -196,7 +196,7 @@ class DistillationModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at the gradient, clip it. (Under float16 it was unscaled just before this.)"""
         parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        if not parameters:
+        if isinstance(optimizer, StepInBackward) or not parameters:
             return
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         self.log("gradient_norm", norm)

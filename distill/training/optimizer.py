@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +11,9 @@ from distill.errors import UserError, did_you_mean
 from distill.training.chunked_adamw import ChunkedAdamW
 from distill.training.moments import need_torchao
 from distill.training.rounding import Rounding
-from distill.training.schedule import Schedule as Schedule
 
 MOMENT_BITS = {"adamw": None, "adamw_8bit": 8, "adamw_4bit": 4, "paged_adamw_8bit": 8}
 """Bits a value of AdamW's moments by the optimiser's name; None: as the weights."""
-
-OptimizerName = Literal["adamw", "adamw_8bit", "adamw_4bit", "paged_adamw_8bit"]
 
 
 def make_optimizer(
@@ -76,13 +73,6 @@ def check_optimizer(name: str, *, rounding: str, precision: str, device_type: st
             )
     if name == "adamw_4bit":
         need_torchao()
-
-
-def adamw(
-    module: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.Optimizer:
-    """AdamW with moments in the weights' type."""
-    return make_optimizer(module, name="adamw", learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
 
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ class Training:
     def loss(self, ids_BL: Tensor, target: SparseChunk) -> Tensor:
         positions_BL = torch.arange(self.sizes.length, device=self.device).expand_as(ids_BL)
         mixed = self.levers.precision == "bf16-mixed"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed, cache_enabled=False):
             with offload_activations(self.student) if self.levers.offload else nullcontext():
                 hidden_BLD = self.student.body(ids_BL, positions_BL)
             loss = fused_loss(hidden_BLD.flatten(0, 1), self.student.head, target, forward_kl, self.levers.chunk_size)
