@@ -27,15 +27,9 @@ from distill.errors import UserError
 from distill.models import devices
 from distill.progress import Progress, be_quiet, say
 from distill.targets.schemes import VarOpt
-from distill.workspace import (
-    Folders,
-    Teacher,
-    make_manifest,
-    make_run_folder,
-    make_token_order,
-    open_samples,
-    with_budgeted_threshold,
-)
+from distill.workspace.cache import make_manifest, make_token_order, with_budgeted_threshold
+from distill.workspace.folders import Folders, make_run_folder
+from distill.workspace.teacher import Teacher, open_samples
 
 
 def main(experiment: Experiment) -> int:

@@ -21,16 +21,10 @@ from distill.evaluation.metrics import perplexity
 from distill.models.saving import load_language_model, recover
 from distill.models.vocabulary import Vocabulary
 from distill.progress import Progress, say
-from distill.workspace import (
-    Calibration,
-    Folders,
-    Teacher,
-    build_student,
-    check_model,
-    make_run_folder,
-    open_samples,
-    write_json,
-)
+from distill.workspace.checks import check_model
+from distill.workspace.folders import Folders, make_run_folder, write_json
+from distill.workspace.student import Calibration, build_student
+from distill.workspace.teacher import Teacher, open_samples
 
 _OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
 _MEASURED = ["nll", "kl", "top1_agreement", "acceptance", "ece"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ from distill.cache.tokenizer_files import checked_tokenizer
 from distill.config import Experiment
 from distill.durations import parse_duration
 from distill.errors import UserError
-from distill.losses.features import check_features
-from distill.losses.objective import Mixture, check_divergence, make_divergence
 from distill.models import devices
 from distill.models.saving import recover, save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
@@ -33,40 +31,15 @@ from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, newest
 from distill.training.data import CacheDataModule
-from distill.training.guards import NonFinite
 from distill.training.held_out import MeasureHeldOut
-from distill.training.module import DistillationModule
-from distill.training.offload import check_offload, offload_activations
-from distill.training.optimizer import check_optimizer, make_optimizer
 from distill.training.parallel import is_sharded
-from distill.training.schedule import Schedule
-from distill.training.step_in_backward import StepInBackward, check_step_in_backward
 from distill.training.trainer import make_trainer
 from distill.training.vocabulary import count_tokens, trim_batch
-from distill.workspace import (
-    Folders,
-    build_student,
-    calibration_samples,
-    check_cache_settings,
-    check_length,
-    check_model,
-    make_run_folder,
-    open_cache,
-    write_json,
-)
-
-
-@dataclass(frozen=True)
-class Role:
-    """What is trained: the `student`, or the `control`, which learns from the text alone."""
-
-    name: str
-    alpha: float
-
-    @property
-    def monitor(self) -> str:
-        """What is best: for a control its own loss, since it never sees the teacher."""
-        return "held_out_loss" if self.alpha == 1 else "held_out_kl"
+from distill.workspace.cache import check_cache_settings, open_cache
+from distill.workspace.checks import check_length, check_model
+from distill.workspace.folders import Folders, make_run_folder, write_json
+from distill.workspace.student import build_student, calibration_samples
+from distill.workspace.training import Role, check_training, make_module
 
 
 def main(experiment: Experiment) -> int:
@@ -77,11 +50,10 @@ def main(experiment: Experiment) -> int:
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     folders = Folders.of(experiment)
     make_run_folder(folders)
-    _check_precision(experiment)
     storage = open_cache(experiment)
     train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
     check_cache_settings(experiment, train.manifest, storage.name)
-    _check_choices(experiment, train.manifest, len(held_out))
+    check_training(experiment, train.manifest.scheme, len(held_out))
     vocabulary = _vocabulary(experiment, storage, train, held_out)
     data = CacheDataModule(
         train,
@@ -98,41 +70,6 @@ def main(experiment: Experiment) -> int:
     for role in roles:
         _Training(experiment, folders, data, role).run(deadline)
     return 0
-
-
-def _check_precision(experiment: Experiment) -> None:
-    device = devices.pick_device(experiment.train.accelerator)
-    if experiment.train.precision == "16-mixed" and device.type != "cuda":
-        raise UserError("train.precision: 16-mixed needs a CUDA device; use bf16-mixed or 32-true here")
-
-
-def _check_choices(experiment: Experiment, cache: Manifest, held_out: int) -> None:
-    """Raises UserError for what does not go together, before anything is built."""
-    loss, train = experiment.loss, experiment.train
-    check_divergence(loss.divergence, cache.scheme)
-    check_features(loss.feature_weight, cache.scheme)
-    if train.early_stopping is not None and not held_out:
-        raise UserError("train.early_stopping: the cache holds no held-out samples to watch (cache.held_out_samples)")
-    device = devices.pick_device(train.accelerator).type
-    check_optimizer(
-        train.optimizer,
-        rounding=train.rounding,
-        precision=train.precision,
-        device_type=device,
-        strategy=train.strategy,
-    )
-    if train.offload_activations:
-        check_offload(device)
-    if train.step_in_backward:
-        check_step_in_backward(
-            accumulate_grad_batches=train.accumulate_grad_batches,
-            gradient_clip=train.gradient_clip,
-            devices=train.devices,
-            num_nodes=train.num_nodes,
-            strategy=train.strategy,
-            precision=train.precision,
-            non_finite=train.non_finite,
-        )
 
 
 def _vocabulary(
@@ -269,7 +206,9 @@ class _Training:
                 KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
             ],
         )
-        module = self._module(student)
+        module = make_module(
+            self.experiment, self.role, student, self._vocab_size(), self.manifest, self._teacher_head()
+        )
         with progress, interrupt.deferred():
             fit = partial(trainer.fit, module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
             run_together(trainer, fit)
@@ -290,49 +229,6 @@ class _Training:
         own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
         student.load_state_dict(own, strict=False)
         return student
-
-    def _module(self, student: Any) -> DistillationModule:
-        train, loss = self.experiment.train, self.experiment.loss
-        schedule = partial(
-            Schedule,
-            train.schedule,
-            warmup_fraction=train.warmup_fraction,
-            decay_fraction=train.decay_fraction,
-            final=train.final_learning_rate,
-        )
-        return DistillationModule(
-            student,
-            vocab_size=self._vocab_size(),
-            objective=Mixture(
-                self.role.alpha,
-                self.manifest.temperature,
-                make_divergence(loss.divergence, beta=loss.beta, skew=loss.skew),
-            ),
-            chunk_size=loss.chunk_size,
-            micro_batch=train.batch_size,
-            make_optimizer=self._optimizer,
-            make_schedule=lambda total: schedule(total=total),
-            gradient_clip=train.gradient_clip,
-            non_finite=NonFinite(train.non_finite),
-            seed=train.seed,
-            teacher_head=self._teacher_head(),
-            schedule_teacher=loss.alpha_schedule == "with_learning_rate",
-            feature=loss.feature,
-            feature_weight=0.0 if self.role.alpha == 1 else loss.feature_weight,
-            **({"saved_activations": offload_activations} if train.offload_activations else {}),
-        )
-
-    def _optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
-        train = self.experiment.train
-        optimizer = make_optimizer(
-            module,
-            name=train.optimizer,
-            learning_rate=train.learning_rate,
-            weight_decay=train.weight_decay,
-            betas=(train.beta1, train.beta2),
-            rounding=train.rounding,
-        )
-        return StepInBackward(optimizer, module) if train.step_in_backward else optimizer
 
     def _teacher_head(self) -> Any:
         if self.manifest.scheme != "hidden":

@@ -117,6 +117,7 @@ class CacheDataModule(pl.LightningDataModule):
         self.step_samples, self.batch_size = step_samples, batch_size
         self.seed, self.num_workers = seed, num_workers
         self._begin = 0, 0
+        self._order: EpochPermutation | None = None
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._process()
@@ -124,6 +125,7 @@ class CacheDataModule(pl.LightningDataModule):
         order = EpochPermutation(
             len(self.train), self.seed, *self._begin, batch_size=self.step_samples, rank=rank, world=world, draws=draws
         )
+        self._order = order
         return self._loader(self.train, order, self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -169,3 +171,5 @@ class CacheDataModule(pl.LightningDataModule):
                 f"(--train.devices {processes})"
             )
         self._begin = state_dict["epoch"], state_dict["seen"]
+        if self._order is not None:  # under fsdp Lightning restores when it has asked for the loader already
+            self._order.first_epoch, self._order.seen = self._begin

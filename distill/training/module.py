@@ -24,9 +24,9 @@ from distill.models.language_model import Head
 from distill.progress import say
 from distill.targets.extract import next_ids
 from distill.training.guards import NonFinite, out_of_memory, too_large
+from distill.training.optimizers.schedule import Schedule
+from distill.training.optimizers.step_in_backward import StepInBackward
 from distill.training.parallel import is_sharded, shard, sum_gradients
-from distill.training.schedule import Schedule
-from distill.training.step_in_backward import StepInBackward
 
 
 class DistillationModule(pl.LightningModule):
@@ -129,10 +129,8 @@ class DistillationModule(pl.LightningModule):
                 torch.cuda.empty_cache()
             self.micro_batch = -(-self.micro_batch // 2)
             where = f" on device {self.global_rank}" if self.trainer.world_size > 1 else ""
-            say(
-                f"step {self.steps_begun}: out of memory{where}; from here on {self.micro_batch} samples a forward pass",
-                by_any=True,
-            )
+            what = f"out of memory{where}; from here on {self.micro_batch} samples a forward pass"
+            say(f"step {self.steps_begun}: {what}", by_any=True)
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         """The passes of a step: those with a position that counts."""

@@ -1,6 +1,6 @@
 """Students of pure distillation, of a mixture and of the text alone, from three kinds of sparse target, side by side.
 
-    python tests/benchmarks/compare_targets.py CORPUS --work FOLDER --tokens 100000
+    python tests/benchmarks/compare_targets.py CORPUS --work FOLDER --tokens 160000
 
 CORPUS is what `corpus.path` takes. Every step is a command of the product in a process of its own: three caches
 (varopt, top_k, random), seven trainings of the same student (from each cache one with alpha 0 and one with `--alpha`; a
@@ -73,16 +73,16 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder for all that is made; continued if it is there"
     )
-    parser.add_argument("--tokens", type=int, default=100_000, help="tokens of the training samples")
-    parser.add_argument("--alpha", type=float, default=0.3, help="the text's share of the mixture")
+    parser.add_argument("--tokens", type=int, default=160_000, help="tokens of the training samples")
+    parser.add_argument("--alpha", type=float, default=0.3, help="weight of the true token in mixed rows")
     parser.add_argument("--student", default="pruned", help="student.class_path")
-    parser.add_argument("--student-options", type=json.loads, default={"layers": 4}, help="student.options as JSON")
+    parser.add_argument("--student-options", type=json.loads, default={"layers": 3}, help="student.options as JSON")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4, help="samples an optimiser step")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--quantization", default="nf4", help="teacher.quantization: nf4, int8 or none")
-    parser.add_argument("--held-out", type=int, default=64, help="held-out samples to measure on")
+    parser.add_argument("--held-out", type=int, default=48, help="held-out samples to measure on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time, of one thread each")
     return parser.parse_args()

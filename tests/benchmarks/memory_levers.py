@@ -28,8 +28,8 @@ from distill.losses.divergences import forward_kl
 from distill.losses.fused import fused_loss
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.offload import offload_activations
-from distill.training.optimizer import make_optimizer
-from distill.training.step_in_backward import StepInBackward
+from distill.training.optimizers.adamw import make_optimizer
+from distill.training.optimizers.step_in_backward import StepInBackward
 from students.compact import CompactDecoder
 
 ENTRIES = 40

@@ -19,7 +19,8 @@ from distill.cache.token_order import TokenOrder
 from distill.errors import UserError
 from distill.experiment_file import load_experiment
 from distill.targets.schemes import RandomDraws, VarOpt
-from distill.workspace import Teacher, make_manifest, make_token_order, open_samples
+from distill.workspace.cache import make_manifest, make_token_order
+from distill.workspace.teacher import Teacher, open_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

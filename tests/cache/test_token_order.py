@@ -29,7 +29,7 @@ from distill.models.language_model import Head
 from distill.targets import schemes
 from distill.targets.extract import extract
 from distill.targets.stored import StoredHidden
-from distill.workspace import Teacher, open_samples
+from distill.workspace.teacher import Teacher, open_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,16 +1,19 @@
-"""`--train.devices 2` on the command line: the training of one device, stopped and continued, with nothing left over."""
+"""`--train.devices 2` on the command line trains as one device does, stops, continues, and leaves nothing behind."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 STEPS = ["--train.epochs", "2", "--train.max_steps", "30", "--train.validate_every_steps", "5"]
 STEPS += ["--train.log_every_steps", "1", "--train.checkpoint_every_steps", "10", "--evaluate.control", "false"]
 STEPS += ["--train.accelerator", "cpu", "--train.precision", "32-true"]
-COMPACT = ["--student.class_path", "compact", "--student.options", json.dumps({"hidden_size": 16, "layers": 2})]
-COMPACT[-1] = json.dumps({"hidden_size": 16, "layers": 2, "heads": 2})
+SMALL = ["--student.options", json.dumps({"hidden_size": 16, "layers": 2, "heads": 2})]
+COMPACT = ["--student.class_path", "compact", *SMALL]
 
 
 def two(strategy: str) -> list[str]:
@@ -36,24 +39,12 @@ def two(strategy: str) -> list[str]:
     return ["--train.devices", "2", "--train.strategy", strategy, "--train.batch_size", "2"]
 
 
+@dataclass(frozen=True)
 class Ended:
-    """A command in processes of its own that has ended, and all of its processes with it."""
+    """How a command in processes of its own ended, and what they all said."""
 
-    def __init__(self, *arguments: str, when: Callable[[str], bool] | None = None, send: int = signal.SIGTERM) -> None:
-        line = [sys.executable, "-m", "distill.cli", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(line, cwd=ROOT, env=environment, **pipes) as process:
-            assert process.stdout is not None
-            begun, lines = time.monotonic(), []
-            # The pipe ends when the last process that holds it has ended.
-            for text in process.stdout:
-                lines.append(text.rstrip())
-                if when is not None and when(text):
-                    process.send_signal(send)
-                    when = None
-                assert time.monotonic() - begun < PATIENCE
-        self.status, self.lines = process.returncode, lines
+    status: int
+    lines: list[str]
 
     def done(self) -> Ended:
         assert self.status == 0, self.lines
@@ -64,6 +55,32 @@ class Ended:
         assert max(Counter(self.lines).values()) == 1, self.lines
         assert not any("Traceback" in line for line in self.lines), self.lines
         return self
+
+
+Command = Callable[..., Ended]
+
+
+def make_command(environment: dict[str, str]) -> Command:
+    """`command("run", file, ...)`: run it to its end, or `send` a signal to its first process `when` a line is said."""
+
+    def command(*arguments: str, when: str | None = None, send: int = signal.SIGTERM) -> Ended:
+        line = [sys.executable, "-m", "distill.cli", *arguments]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(line, cwd=ROOT, env=environment, **pipes) as process:
+            late = threading.Timer(PATIENCE, process.kill)
+            late.start()
+            assert process.stdout is not None
+            lines = []
+            # The pipe ends when the last process that holds it has ended.
+            for text in process.stdout:
+                lines.append(text.rstrip())
+                if when is not None and when in text:
+                    process.send_signal(send)
+                    when = None
+            late.cancel()
+        return Ended(process.returncode, lines)
+
+    return command
 
 
 def logged(run: Path, column: str) -> dict[int, float]:
@@ -102,83 +119,101 @@ def on_one(finished: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory
     return train
 
 
+def stop_and_go_on(command: Command, name: str, arguments: list[str], run: Path, send: int) -> Path:
+    """A signal to the first process alone; then the training goes on."""
+    stopped = command(name, *arguments, when="step 5: held-out KL", send=send).checked()
+    assert stopped.status == 130 and not (run / "student").exists(), stopped.lines
+    newest = max((run / "checkpoints/student").glob("step-*.ckpt"))
+    assert 5 <= torch.load(newest, weights_only=True)["global_step"] < 30
+    suggested = [line.partition("To go on: ")[2] for line in stopped.lines if "To go on" in line]
+    resume = ["--resume"] if name == "train-student" else []
+    assert [shlex.split(line) for line in suggested] == [["distill", name, *arguments, *resume]]
+    continued = command("train-student", *arguments, "--resume").done()
+    assert f"student: continuing from {newest}" in continued.lines
+    return run
+
+
+STUDENTS = '''"""Students that cannot be trained: on any device, or on one."""
+import os
+
+import torch
+
+from students.compact import CompactDecoder
+
+
+class Sick(CompactDecoder):
+    def body(self, input_ids_BL, position_ids_BL):
+        hidden_BLD = super().body(input_ids_BL, position_ids_BL)
+        return hidden_BLD / 0 if torch.is_grad_enabled() and torch.distributed.is_initialized() else hidden_BLD
+
+
+class Alone(CompactDecoder):
+    def body(self, input_ids_BL, position_ids_BL):
+        if torch.is_grad_enabled() and os.environ.get("LOCAL_RANK") == "1":
+            raise ValueError("this device is too small")
+        return super().body(input_ids_BL, position_ids_BL)
+'''
+
+
 @pytest.fixture(scope="module")
-def ddp(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
-    """`distill run` on two devices, undisturbed."""
-    run = tmp_path_factory.mktemp("ddp") / "run"
-    return run, Ended("run", *finished.elsewhere(run), *STEPS, *two("ddp"))
+def started(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
+    """All commands of this file, two at a time: their processes spend most of the time with imports."""
+    folder = tmp_path_factory.mktemp("devices")
+    (folder / "students.py").write_text(STUDENTS)
+    command = make_command({**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def arguments(name: str, *more: str) -> list[str]:
+        return [*finished.elsewhere(folder / name), *STEPS, *more]
+
+    def failing(name: str) -> list[str]:
+        return arguments(name, "--student.class_path", f"{folder / 'students.py'}:{name}", *SMALL, *two("ddp"))
+
+    ddp, fsdp = arguments("stopped ddp", *two("ddp")), arguments("stopped fsdp", *COMPACT, *two("fsdp"))
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            "run": pool.submit(command, "run", *arguments("run", *two("ddp"))),
+            "ddp": pool.submit(stop_and_go_on, command, "run", ddp, folder / "stopped ddp", signal.SIGTERM),
+            "fsdp": pool.submit(stop_and_go_on, command, "train-student", fsdp, folder / "stopped fsdp", signal.SIGINT),
+            "sick": pool.submit(command, "run", *failing("Sick")),
+            "alone": pool.submit(command, "train-student", *failing("Alone")),
+            "folder": folder,
+        }
 
 
-def test_run_on_two_devices_does_all_steps_once_and_trains_as_one_device(on_one: Any, ddp: Any) -> None:
-    run, ended = ddp
-    said = "\n".join(ended.done().lines)
-    for part in ("nothing to do", "student: pruned", "step 30: held-out KL", "30 of 30 steps", "measured on", "nll"):
-        assert part in said, (part, said)
+def test_run_on_two_devices_does_all_steps_once_and_trains_as_one_device(on_one: Any, started: Any) -> None:
     one = on_one()
+    said = "\n".join(started["run"].result().done().lines)
+    for part in ("nothing to do", "student: pruned", "step 30: held-out KL", "30 of 30 steps", "held-out positions"):
+        assert part in said, (part, said)
+    run = started["folder"] / "run"
     check_curves(run, one)
     assert distance(run, one) < 1e-4
     assert set(json.loads((run / "evaluation.json").read_text())) > {"teacher", "student", "before"}
     assert not list(run.rglob("*.tmp"))
 
 
-def last(run: Path) -> dict[str, Any]:
-    return torch.load(max((run / "checkpoints/student").glob("step-*.ckpt")), weights_only=True)
-
-
-def stop_and_go_on(command: str, arguments: list[str], run: Path, number: int) -> None:
-    """A signal to the first process alone; then the command that was suggested."""
-    stopped = Ended(command, *arguments, when=lambda text: "step 5: held-out KL" in text, send=number).checked()
-    assert stopped.status == 130 and not (run / "student").exists(), stopped.lines
-    suggested = [line for line in stopped.lines if "To go on" in line]
-    assert len(suggested) == 1
-    assert 5 <= last(run)["global_step"] < 30
-    again = suggested[0].partition("To go on: distill ")[2].replace("'", "")
-    assert again.startswith(" ".join([command, *arguments]).replace("'", ""))
-    extra = ["--resume"] if command == "train-student" else []
-    continued = Ended("train-student", *arguments, *(extra or ["--resume"])).done()
-    assert "student: continuing from" in "\n".join(continued.lines)
-
-
-def test_stopped_and_continued_ddp_ends_with_the_very_weights(finished: Any, ddp: Any, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    stop_and_go_on("run", [*finished.elsewhere(run), *STEPS, *two("ddp")], run, signal.SIGTERM)
-    assert distance(run, ddp[0]) == 0
-
-
-def test_stopped_and_continued_fsdp_trains_as_one_device(finished: Any, on_one: Any, tmp_path: Path) -> None:
+def test_stopped_and_continued_fsdp_trains_as_one_device(on_one: Any, started: Any) -> None:
     """With tied embeddings, of which a checkpoint has both names."""
-    run = tmp_path / "run"
-    stop_and_go_on("train-student", [*finished.elsewhere(run), *STEPS, *COMPACT, *two("fsdp")], run, signal.SIGINT)
     one = on_one(*COMPACT)
+    run = started["fsdp"].result()
     check_curves(run, one, but=1)
     assert distance(run, one) < 1e-4
 
 
-def test_what_all_devices_meet_is_told_once(finished: Any, tmp_path: Path) -> None:
-    hasty = ["--train.learning_rate", "1e30", "--train.gradient_clip", "0", *two("ddp")]
-    ended = Ended("run", *finished.elsewhere(tmp_path / "run"), *STEPS, *hasty).checked()
+def test_stopped_and_continued_ddp_ends_with_the_very_weights(started: Any) -> None:
+    run = started["ddp"].result()
+    started["run"].result()
+    assert distance(run, started["folder"] / "run") == 0
+
+
+def test_what_all_devices_meet_is_told_once(started: Any) -> None:
+    ended = started["sick"].result().checked()
     assert ended.status == 2
-    assert len([line for line in ended.lines if line.startswith("distill: step")]) == 1, ended.lines
+    assert len([line for line in ended.lines if line.startswith("distill: step 1: the loss is")]) == 1, ended.lines
 
 
-ALONE = '''"""A student that one device cannot train."""
-import os
-
-from students.compact import CompactDecoder
-
-
-class Alone(CompactDecoder):
-    def body(self, input_ids_BL, position_ids_BL):
-        if self.training and os.environ.get("LOCAL_RANK") == "1":
-            raise ValueError("this device is too small")
-        return super().body(input_ids_BL, position_ids_BL)
-'''
-
-
-def test_what_one_device_meets_ends_all(finished: Any, tmp_path: Path) -> None:
-    (tmp_path / "alone.py").write_text(ALONE)
-    student = ["--student.class_path", f"{tmp_path / 'alone.py'}:Alone", *COMPACT[2:]]
-    ended = Ended("train-student", *finished.elsewhere(tmp_path / "run"), *STEPS, *student, *two("ddp"))
-    assert ended.status not in (0, 130)
-    assert any("this device is too small" in line for line in ended.lines), ended.lines
-    assert not (tmp_path / "run/student").exists()
+def test_what_one_device_meets_ends_all(started: Any) -> None:
+    ended = started["alone"].result()
+    assert ended.status == 1
+    assert sum("this device is too small" in line for line in ended.lines) == 1, ended.lines
+    assert not (started["folder"] / "Alone/student").exists()

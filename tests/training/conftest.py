@@ -19,7 +19,7 @@ from distill.models.language_model import Head
 from distill.targets import schemes
 from distill.targets.extract import extract
 from distill.training.module import DistillationModule
-from distill.training.schedule import Schedule
+from distill.training.optimizers.schedule import Schedule
 
 V, D, L = 37, 6, 11
 

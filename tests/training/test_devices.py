@@ -28,9 +28,9 @@ from distill.targets import schemes
 from distill.targets.extract import extract
 from distill.training.guards import NonFinite
 from distill.training.module import DistillationModule
+from distill.training.optimizers.schedule import Schedule
 from distill.training.order import NOTHING, share
 from distill.training.parallel import make_strategy
-from distill.training.schedule import Schedule
 from students.compact import CompactDecoder
 
 V, D, L = 37, 8, 12

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from distill.training.schedule import Schedule
+from distill.training.optimizers.schedule import Schedule
 
 
 def curve(kind: str, total: int = 100, warmup: float = 0.1, decay: float = 0.2, final: float = 0.1) -> list[float]:

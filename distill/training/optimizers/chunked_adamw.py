@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.training.moments import flat, moments
-from distill.training.rounding import Rounding, read_compensated, store, store_compensated
+from distill.training.optimizers.moments import flat, moments
+from distill.training.optimizers.rounding import Rounding, read_compensated, store, store_compensated
 
 CHUNK = 2**18
 """Values whose float32 form exists at one time; a multiple of every block of `moments`."""

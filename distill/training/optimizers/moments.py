@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.training.rounding import Rounding, store
+from distill.training.optimizers.rounding import Rounding, store
 
 Stored = Any
 """One moment of one parameter: a tensor, or the tensors of its codes by name."""

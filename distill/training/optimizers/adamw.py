@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from distill.errors import UserError, did_you_mean
-from distill.training.chunked_adamw import ChunkedAdamW
-from distill.training.moments import need_torchao
-from distill.training.rounding import Rounding
+from distill.training.optimizers.chunked_adamw import ChunkedAdamW
+from distill.training.optimizers.moments import need_torchao
+from distill.training.optimizers.rounding import Rounding
 
 MOMENT_BITS = {"adamw": None, "adamw_8bit": 8, "adamw_4bit": 4, "paged_adamw_8bit": 8}
 """Bits a value of AdamW's moments by the optimiser's name; None: as the weights."""
@@ -45,7 +45,7 @@ def make_optimizer(
     check_optimizer(name, rounding=rounding, precision=precision, device_type=device_type)
     settings: dict[str, Any] = {"lr": learning_rate, "betas": betas}
     if name == "paged_adamw_8bit":
-        from distill.training.paged import PagedAdamW8bit
+        from distill.training.optimizers.paged import PagedAdamW8bit
 
         return PagedAdamW8bit(groups, **settings)
     if name == "adamw" and rounding == "nearest":

@@ -17,8 +17,8 @@ from distill.losses.divergences import forward_kl
 from distill.losses.fused import fused_loss
 from distill.models.language_model import Head
 from distill.training.activation_checkpointing import checkpoint_blocks
-from distill.training.optimizer import make_optimizer
-from distill.training.step_in_backward import StepInBackward, check_step_in_backward
+from distill.training.optimizers.adamw import make_optimizer
+from distill.training.optimizers.step_in_backward import StepInBackward, check_step_in_backward
 
 V, D = 80, 64
 OPTIMIZERS = [("adamw", "nearest"), ("adamw", "kahan"), ("adamw_8bit", "nearest"), ("adamw_4bit", "kahan")]

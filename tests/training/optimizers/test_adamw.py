@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
-from distill.training import chunked_adamw, moments
-from distill.training.optimizer import check_optimizer, make_optimizer
+from distill.training.optimizers import chunked_adamw, moments
+from distill.training.optimizers.adamw import check_optimizer, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,7 +243,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_paged_moments_are_paged_again_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU nothing is paged, but the way that a state takes is the same."""
-    from distill.training.paged import PagedAdamW8bit
+    from distill.training.optimizers.paged import PagedAdamW8bit
 
     buffers: list[Tensor] = []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.training.rounding import read_compensated, stochastic_round, store_compensated
+from distill.training.optimizers.rounding import read_compensated, stochastic_round, store_compensated
 
 
 def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:

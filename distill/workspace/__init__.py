@@ -1,0 +1,1 @@
+"""From an experiment to the things it names: what several recipes need."""

@@ -1,0 +1,57 @@
+"""Where an experiment keeps what it makes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.config import Experiment
+from distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where an experiment keeps what it makes."""
+
+    run: Path
+    cache: Path
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Folders:
+        run = Path(experiment.run_dir)
+        return cls(run, Path(experiment.cache.dir) if experiment.cache.dir else run / "cache")
+
+    @property
+    def evaluation(self) -> Path:
+        return self.run / "evaluation.json"
+
+    def model(self, role: str) -> Path:
+        """The finished `student` or `control`."""
+        return self.run / role
+
+    def checkpoints(self, role: str) -> Path:
+        return self.run / "checkpoints" / role
+
+    def logs(self, role: str) -> Path:
+        return self.run / "logs" / role
+
+
+def make_run_folder(folders: Folders) -> None:
+    """Raises UserError when the run folder cannot be written."""
+    try:
+        folders.run.mkdir(parents=True, exist_ok=True)
+        probe = folders.run / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir {folders.run}: cannot be written ({error.strerror}): choose another") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content`, readable, all of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
