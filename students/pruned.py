@@ -54,6 +54,7 @@ def prune_teacher(
     widths, narrowing = None, None
     if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
         widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
+        _check_family(pruned_config(config, chosen, widths), widths)
         wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)
         importance = Importance()
         if wanted != Wanted():
@@ -94,6 +95,22 @@ def chosen_layers(layers: int | list[int], total: int) -> list[int]:
     if len(set(layers)) != len(layers) or sorted(layers) != layers:
         raise ValueError(f"layers: {layers} must ascend, each layer once")
     return layers
+
+
+def _check_family(config: Any, widths: Widths) -> None:
+    """Raise ValueError, before anything is measured, for sizes that the family does not load again."""
+    try:
+        config.validate()
+    except Exception as error:  # transformers' own, of whatever kind
+        heads = widths.groups * widths.heads_per_group
+        rest = widths.hidden % heads
+        if rest == 0:
+            raise ValueError(f"{config.model_type} has no such sizes: {error.__cause__ or error}") from None
+        near = [size for size in (widths.hidden - rest, widths.hidden - rest + heads) if size]
+        raise ValueError(
+            f"hidden_size: {widths.hidden} is not a multiple of the {heads} heads, which {config.model_type} asks for; "
+            f"nearest: {' or '.join(map(str, near))}"
+        ) from None
 
 
 def _wanted(teacher: Widths, student: Widths, depth: bool) -> Wanted:

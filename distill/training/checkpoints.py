@@ -91,6 +91,16 @@ class KeepCheckpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         interrupt.retake()
+        if trainer.is_global_zero:
+            for unfinished in self.folder.glob("*" + TEMPORARY):  # of a process that was killed while it wrote
+                unfinished.unlink()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Continued at the end of an epoch, Lightning does not count the next one as begun."""
+        epochs = trainer.fit_loop.epoch_progress
+        if epochs.current.ready <= epochs.current.processed:
+            epochs.increment_ready()
+            epochs.increment_started()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         late = self.deadline is not None and time.monotonic() >= self.deadline

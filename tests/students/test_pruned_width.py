@@ -155,11 +155,11 @@ def test_idle_heads_are_found_and_not_missed(family: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("family", NARROWABLE)
 def test_idle_channels_are_found_and_not_missed(family: str, tmp_path: Path) -> None:
     model = teacher_model(family)
-    silence_channels(model, [0, 4, 5, 23])
-    student = pruned(model, tmp_path, hidden_size=20)
-    rescale(wide_norms(student.model, family, "hidden"), math.sqrt(HIDDEN / 20))
+    silence_channels(model, [0, 4, 5, 9, 14, 23])
+    student = pruned(model, tmp_path, hidden_size=18)
+    rescale(wide_norms(student.model, family, "hidden"), math.sqrt(HIDDEN / 18))
     torch.testing.assert_close(logits(student), logits(HuggingFaceLanguageModel(model)), rtol=1e-3, atol=1e-4)
-    assert student.head.weight_VD.shape == (VOCABULARY, 20)
+    assert student.head.weight_VD.shape == (VOCABULARY, 18)
 
 
 @pytest.mark.parametrize("family", NARROWABLE)
@@ -233,9 +233,9 @@ def test_tensors_that_are_not_known_or_have_another_shape_are_never_sliced() -> 
         ({"depth": "importance", "hidden_size": 8}, "layers must be the number"),
         ({"depth": "importance", "layers": [0, 1]}, "layers must be the number"),
         ({"layers": 4, "depth": "importance"}, "layers: 4 is out of range"),
-        ({"hidden_size": 8, "calibration_samples": 0}, "calibration_samples: 0"),
-        ({"hidden_size": 8, "calibration_samples": 9}, "calibration_samples: 9, but the corpus has 5"),
-        ({"hidden_size": 8, "calibration": None}, "samples of the corpus"),
+        ({"hidden_size": 12, "calibration_samples": 0}, "calibration_samples: 0"),
+        ({"hidden_size": 12, "calibration_samples": 9}, "calibration_samples: 9, but the corpus has 5"),
+        ({"hidden_size": 12, "calibration": None}, "samples of the corpus"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -263,3 +263,9 @@ def test_a_hidden_size_that_the_family_computes_with_is_refused(family: str, tmp
 def test_the_largest_ascend_and_of_equal_ones_the_first_win() -> None:
     assert largest(torch.tensor([1.0, 5.0, 2.0, 5.0, 2.0]), 3).tolist() == [1, 2, 3]
     assert blocks(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+
+
+def test_a_size_that_the_family_does_not_load_again_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    """transformers asks of llama that the hidden size is a multiple of the heads, whatever the size of a head."""
+    with pytest.raises(ValueError, match="hidden_size: 20 is not a multiple of the 6 heads.* nearest: 18 or 24"):
+        pruned(teacher_model("llama"), tmp_path, hidden_size=20)
