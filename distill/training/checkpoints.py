@@ -97,7 +97,7 @@ class KeepCheckpoints(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Continued at the end of an epoch, Lightning does not count the next one as begun."""
-        epochs = trainer.fit_loop.epoch_progress
+        epochs: Any = trainer.fit_loop.epoch_progress
         if epochs.current.ready <= epochs.current.processed:
             epochs.increment_ready()
             epochs.increment_started()
