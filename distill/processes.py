@@ -25,7 +25,7 @@ _SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MA
 
 def is_first_process() -> bool:
     """Whether this process has rank 0, as far as is known before there is a Trainer."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    return getattr(rank_zero_only, "rank", 0) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
 def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:

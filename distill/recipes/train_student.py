@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 from distill import interrupt, settings
 from distill.cache.format import Manifest
 from distill.cache.head import load_head
+from distill.cache.locking import sole_writer
 from distill.cache.reader import CacheReader
 from distill.cache.storage import Storage
 from distill.cache.tokenizer_files import checked_tokenizer
@@ -29,7 +31,7 @@ from distill.processes import is_first_process, leave_if_not_first, run_together
 from distill.progress import Progress, be_quiet, say
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.callbacks import ShowProgress
-from distill.training.checkpoints import BEST, KeepCheckpoints, newest
+from distill.training.checkpoints import BEST, KeepCheckpoints, is_whole, newest
 from distill.training.data import CacheDataModule
 from distill.training.held_out import MeasureHeldOut
 from distill.training.parallel import is_sharded
@@ -54,7 +56,11 @@ def main(experiment: Experiment) -> int:
     train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
     check_cache_settings(experiment, train.manifest, storage.name)
     check_training(experiment, train.manifest.scheme, len(held_out))
-    vocabulary = _vocabulary(experiment, storage, train, held_out)
+    roles = [Role("student", experiment.loss.alpha)]
+    if experiment.evaluate.control:
+        roles.append(Role("control", 1.0))
+    pending = [training for role in roles if not (training := _Training(experiment, folders, train, role)).is_done()]
+    vocabulary = _vocabulary(experiment, storage, train, held_out) if pending else None
     data = CacheDataModule(
         train,
         held_out if len(held_out) else None,
@@ -64,11 +70,9 @@ def main(experiment: Experiment) -> int:
         num_workers=config.num_workers,
         vocabulary=vocabulary,
     )
-    roles = [Role("student", experiment.loss.alpha)]
-    if experiment.evaluate.control:
-        roles.append(Role("control", 1.0))
-    for role in roles:
-        _Training(experiment, folders, data, role).run(deadline)
+    for training in pending:
+        with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
+            training.run(data, deadline)
     return 0
 
 
@@ -98,31 +102,31 @@ def _mass(train: CacheReader, vocabulary: Vocabulary) -> str:
 class _Training:
     """One role's training, from what is there already to the finished folder."""
 
-    def __init__(self, experiment: Experiment, folders: Folders, data: CacheDataModule, role: Role) -> None:
-        self.experiment, self.folders, self.data, self.role = experiment, folders, data, role
-        self.manifest = data.train.manifest
+    data: CacheDataModule
+
+    def __init__(self, experiment: Experiment, folders: Folders, train: CacheReader, role: Role) -> None:
+        self.experiment, self.folders, self.role = experiment, folders, role
+        self.manifest = train.manifest
         self.checkpoints = folders.checkpoints(role.name)
         self.settings = _settings(experiment, role, self.manifest)
 
-    def run(self, deadline: float | None) -> None:
-        """Train what is not trained. Raises Interrupted when asked to stop, or at the deadline."""
-        name = self.role.name
+    def run(self, data: CacheDataModule, deadline: float | None) -> None:
+        """Train. Raises Interrupted when asked to stop, or at the deadline."""
+        self.data, name = data, self.role.name
         folder = self.folders.model(name)
-        recover(folder)
-        if self._is_done(folder):
-            say(f"{name}: {folder} is trained; nothing to do")
-            return
         resume_from = self._checkpoint_to_resume()
         student, options = self._student()
         if is_first_process():
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.checkpoints / settings.FILE, self.settings)
         started = time.monotonic()
         student = self._fit(student, resume_from, deadline)
         self._save(student, folder, options)
         say(f"{name}: {folder} after {time.monotonic() - started:,.0f} s")
 
-    def _is_done(self, folder: Path) -> bool:
+    def is_done(self) -> bool:
+        """Whether the model is there. Raises UserError when what is there is another one."""
+        folder = self.folders.model(self.role.name)
+        recover(folder)
         if not folder.exists():
             return False
         if not (folder / settings.FILE).exists():
@@ -135,6 +139,7 @@ class _Training:
                 f"{folder} was trained with other settings ({'; '.join(different)}): "
                 f"choose another --run_dir, or remove {folder} and {self.checkpoints}"
             )
+        say(f"{self.role.name}: {folder} is trained; nothing to do")
         return True
 
     def _checkpoint_to_resume(self) -> Path | None:
@@ -215,9 +220,11 @@ class _Training:
         leave_if_not_first(trainer)
         if module.non_finite.skipped:
             say(f"{name}: {module.non_finite.skipped} of {module.steps_begun} steps were left out (not finite)")
-        if config.early_stopping is not None:
+        if config.early_stopping is not None and is_whole(best):
             say(f"{name}: the weights of the lowest {self.role.monitor}, {held_out.lowest:.4f}")
             return self._with_weights_of(best)
+        if config.early_stopping is not None:
+            say(f"{name}: {best} is damaged or was never written: these are the weights of the last step, not the best")
         return self._with_weights_of(newest(self.checkpoints)) if is_sharded(student) else student
 
     def _with_weights_of(self, checkpoint: Path | None) -> Any:
@@ -251,18 +258,25 @@ class _Training:
         save_language_model(student, folder, class_path, options, tokenizer, write_more=write_more)
 
 
+# What may change before a training is gone on with: it is the same training, faster, in less memory, or seen better.
+_MAY_CHANGE = (
+    *("resume", "num_workers", "log_every_steps", "max_time", "checkpoint_every_steps", "keep_checkpoints"),
+    *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
+    *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
+)
+
+
 def _settings(experiment: Experiment, role: Role, cache: Manifest) -> dict[str, Any]:
     """What a trained model depends on; a model made with other settings is another model."""
-    train, loss = asdict(experiment.train), asdict(experiment.loss)
-    for only_looks in ("resume", "num_workers", "log_every_steps", "accelerator", "devices", "num_nodes", "strategy"):
-        del train[only_looks]
-    for about_checkpoints in ("max_time", "checkpoint_every_steps", "keep_checkpoints"):
-        del train[about_checkpoints]
+    train, loss = experiment.train, asdict(experiment.loss)
     del loss["alpha"], loss["chunk_size"]
+    samples = train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
     return {
         "student": asdict(experiment.student),
+        "teacher": experiment.teacher.model,
         "alpha": role.alpha,
         "loss": loss,
-        "train": train,
+        "samples_a_step": samples,
+        "train": {key: value for key, value in asdict(train).items() if key not in _MAY_CHANGE},
         "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
     }

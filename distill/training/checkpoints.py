@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Mapping
@@ -36,11 +37,13 @@ class DurableCheckpoints(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer makes the one the other
             temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or "the writer failed"
+            free = f"{shutil.disk_usage(path.parent).free / 1e9:,.1f} GB are free"
             raise UserError(
-                f"{path}: cannot be written ({error.strerror or error}); the checkpoints before it are kept: make room "
-                "there and go on with --resume"
+                f"{path}: cannot be written ({reason}; {free}); the checkpoints before it are kept: make room there and "
+                "go on with --resume"
             ) from None
         sync_folder(path.parent)
 
@@ -117,7 +120,9 @@ class KeepCheckpoints(pl.Callback):
         self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, module: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"step-{module.steps_begun:08}.ckpt", weights_only=False)
+        path = self.folder / f"step-{module.steps_begun:08}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob(PATTERN))[: -self.keep]:
+            # Later ones are damaged, or they would have been gone on with: they do not count, and are written anew.
+            for old in sorted(other for other in self.folder.glob(PATTERN) if other <= path)[: -self.keep]:
                 old.unlink()

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from distill.cache.batches import Batch
 from distill.cache.reader import CacheReader
 from distill.cache.records import Record
-from distill.errors import UserError
 from distill.models.vocabulary import Vocabulary
 from distill.targets.stored import StoredTargets
 from distill.training.order import NOTHING, batches_of, permuted, share
@@ -158,18 +157,11 @@ class CacheDataModule(pl.LightningDataModule):
         batches = loop.epoch_loop.batch_progress.current.ready
         _, world = self._process()
         if batches >= batches_of(len(self.train), self.step_samples, world):
-            return {"epoch": epoch + 1, "seen": 0, "processes": world}
-        return {"epoch": epoch, "seen": batches * self.step_samples * world, "processes": world}
+            return {"epoch": epoch + 1, "seen": 0}
+        return {"epoch": epoch, "seen": batches * self.step_samples * world}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Raises UserError in the middle of an epoch that other processes began: they counted other batches."""
-        _, world = self._process()
-        processes = state_dict.get("processes", 1)
-        if state_dict["seen"] and processes != world:
-            raise UserError(
-                f"this training stopped in the middle of an epoch on {processes} devices: continue it on as many "
-                f"(--train.devices {processes})"
-            )
+        """Go on there, with as many samples a step of all processes together, however many they are."""
         self._begin = state_dict["epoch"], state_dict["seen"]
         if self._order is not None:  # under fsdp Lightning restores when it has asked for the loader already
             self._order.first_epoch, self._order.seen = self._begin

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.progress import say
 
-IN_A_ROW = 10
+IN_A_ROW = 20
 """Steps left out one after another at which a training ends: nothing is learned any more."""
 
 
@@ -41,29 +41,47 @@ class NonFinite:
     def _found(self, what: str, step: int) -> bool:
         if self.policy == "stop":
             raise UserError(
-                f"step {step}: {what}; the weights are as they were before it: lower --train.learning_rate or "
-                "--train.gradient_clip and go on from the last checkpoint with --resume, or leave such steps out with "
-                "--train.non_finite skip"
+                f"step {step}: {what}; it has not reached the weights: leave such steps out, going on from the last "
+                "checkpoint with --resume --train.non_finite skip, or train anew with a lower --train.learning_rate"
             )
+        self._leave_out(what, step)
+        return False
+
+    def overflowed(self, is_left_out: bool, step: int) -> None:
+        """Told after each step under float16 whether the loss's scale was too large, which now and then it is.
+
+        Raises UserError when it never fits.
+        """
+        if is_left_out:
+            self._leave_out("a gradient is beyond float16", step)
+        else:
+            self.in_a_row = 0
+
+    def _leave_out(self, what: str, step: int) -> None:
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row == IN_A_ROW:
-            raise UserError(f"step {step}: {what}, the {IN_A_ROW}th step in a row: lower --train.learning_rate")
+            raise UserError(
+                f"step {step}: {what}, the {IN_A_ROW}th step in a row: train anew with a lower --train.learning_rate, "
+                "or --train.precision bf16-mixed"
+            )
         say(f"step {step}: {what}: left out ({self.skipped} so far)")
-        return False
+
+
+_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a tensor found no room, on a card or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def too_large(micro_batch: int) -> UserError:
     """What it means when there is no smaller pass to try."""
+    samples = f"{micro_batch} sample{'s' * (micro_batch > 1)}"
     return UserError(
-        f"out of memory with {micro_batch} sample{'s' * (micro_batch > 1)} a forward pass: use a smaller "
-        "--train.batch_size, --train.activation_checkpointing true, a smaller --loss.chunk_size, a shorter "
-        "--corpus.sequence_length or a smaller student"
+        f"out of memory with {samples} a forward pass; everything so far is kept: go on with --resume and half of --train.batch_size with twice the --train.accumulate_grad_batches, "
+        "--train.activation_checkpointing or a smaller --loss.chunk_size, or train a smaller student"
     )

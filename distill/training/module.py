@@ -34,8 +34,9 @@ class DistillationModule(pl.LightningModule):
 
     The loss of a step is the sum over its positions, on all devices, divided by their number. The number is counted
     before the first pass, so every pass is scaled rightly at once, and a step can be begun anew: after an
-    out-of-memory error it is, in passes of half the size, with the same result. What is random in a step (dropout) is
-    a function of seed, step and device, so that a resumed training draws what an undisturbed one draws.
+    out-of-memory error it is, in passes of half the size, with the same result (but for dropout, which is drawn pass by
+    pass). What is random in a step is a function of seed, step and device, so that a resumed training draws what an
+    undisturbed one draws.
 
     Args:
         student: an nn.Module with `body` and `head`.
@@ -94,7 +95,6 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimiser step."""
-        torch.manual_seed((self.seed * 1_000_003 + self.steps_begun) * 1_009 + self.global_rank)
         self.steps_begun += 1
         positions = float(self._reduced(batch.loss_mask_BL.sum().float()))
         scheduler: Any = self.lr_schedulers()
@@ -104,19 +104,35 @@ class DistillationModule(pl.LightningModule):
             if self.non_finite.loss_is_fine(loss, self.steps_begun):
                 self.log("loss", loss, prog_bar=True)
                 self.log("learning_rate", scheduler.get_last_lr()[0])
-                optimizer.step()
+                self._draw_anew(0)  # alike on all devices: so must their weights be rounded
+                self._step(optimizer)
             optimizer.zero_grad()
         scheduler.step()
+
+    def _draw_anew(self, purpose: int) -> None:
+        """What is drawn at random from here on is a function of seed, step and purpose."""
+        torch.manual_seed((self.seed * 1_000_003 + self.steps_begun) * 4_099 + purpose)
+
+    def _step(self, optimizer: Any) -> None:
+        """The optimiser's step. Under float16 the scaler leaves it out where a gradient is not finite."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 0.0 if scaler is None else scaler.get_scale()
+        optimizer.step()
+        inner = optimizer.optimizer
+        if isinstance(inner, StepInBackward) and inner.gradient_norm is not None:
+            self.log("gradient_norm", inner.gradient_norm)
+        if scaler is not None:
+            self.non_finite.overflowed(scaler.get_scale() < scale, self.steps_begun)
 
     def _accumulated(self, batch: Batch, positions: float) -> Tensor:
         """The step's loss, its gradients in place. Out of memory: all passes again, with half the samples each."""
         while True:
             try:
+                self._draw_anew(1 + self.global_rank)
                 total = torch.zeros((), device=self.device)
                 for part in self._parts(batch):
                     total += self._pass(part, positions)
-                sum_gradients(self)
-                return total
+                break
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -131,6 +147,8 @@ class DistillationModule(pl.LightningModule):
             where = f" on device {self.global_rank}" if self.trainer.world_size > 1 else ""
             what = f"out of memory{where}; from here on {self.micro_batch} samples a forward pass"
             say(f"step {self.steps_begun}: {what}", by_any=True)
+        sum_gradients(self)
+        return total
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         """The passes of a step: those with a position that counts."""
@@ -198,8 +216,8 @@ class DistillationModule(pl.LightningModule):
             return
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         self.log("gradient_norm", norm)
-        if self._is_scaled():  # overflows are the scaler's business: it leaves the step out and scales less
-            fine = True
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            fine = True  # overflows are the scaler's business: it leaves the step out and scales less
         else:
             named = ((name, parameter.grad) for name, parameter in self.student.named_parameters())
             fine = self.non_finite.gradients_are_fine(norm, named, self.steps_begun)
@@ -207,9 +225,6 @@ class DistillationModule(pl.LightningModule):
             optimizer.zero_grad()  # what has no gradient is not moved
         elif self.gradient_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
-
-    def _is_scaled(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -219,9 +234,9 @@ class DistillationModule(pl.LightningModule):
         was_training = self.student.training
         self.student.eval()
         with self.trainer.precision_plugin.val_step_context():
-            for batch in batches:
-                losses = [self._loss(batch.to(self.device), divergence).float().cpu() for divergence in divergences]
-                sums += torch.stack([*losses, batch.loss_mask_BL.sum().float()])
+            for part in (part for batch in batches for part in self._parts(batch)):
+                losses = [self._loss(part.to(self.device), divergence).float().cpu() for divergence in divergences]
+                sums += torch.stack([*losses, part.loss_mask_BL.sum().float()])
         self.student.train(was_training)
         kl, loss, positions = self._reduced(sums).tolist()
         return {"held_out_kl": kl / positions, "held_out_loss": loss / positions} if positions else {}
@@ -262,7 +277,7 @@ class DistillationModule(pl.LightningModule):
             odd = sorted(here ^ there)
             raise UserError(f"the checkpoint is of another student ({len(odd)} weights differ, such as {odd[0]})")
         steps = checkpoint["steps"]
-        self.steps_begun, self.micro_batch = steps["begun"], steps["micro_batch"]
+        self.steps_begun, self.micro_batch = steps["begun"], min(self.micro_batch, steps["micro_batch"])
         self.non_finite.skipped, self.non_finite.in_a_row = steps["skipped"], steps["in_a_row"]
 
     def _frozen(self) -> set[str]:

@@ -27,13 +27,17 @@ class SummedGradients(DDPStrategy):
 
 
 def sum_gradients(module: nn.Module) -> None:
-    """Add up the gradients of all devices, in buckets. One without a gradient has zero (it saw no such position)."""
+    """Add up the gradients of all devices, in buckets.
+
+    Where a device has no gradient and another has one, it is zero; a weight that none of them used has none.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1 or is_sharded(module):
         return
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    used = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()
+    dist.all_reduce(used, dist.ReduceOp.MAX)
     bucket: list[Tensor] = []
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in (parameter for parameter, is_used in zip(trained, used.tolist(), strict=True) if is_used):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and (bucket[0].dtype != parameter.dtype or _bytes(bucket) >= BUCKET_BYTES):

@@ -56,5 +56,6 @@ def _loggers(folder: Path) -> list[Logger]:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "metrics.csv"
     if log.exists() and is_first_process():
-        log.rename(folder / f"metrics.{len(list(folder.glob('metrics.*.csv'))) + 1}.csv")
+        taken = [int(old.suffixes[0][1:]) for old in folder.glob("metrics.*.csv") if old.suffixes[0][1:].isdigit()]
+        log.rename(folder / f"metrics.{max(taken, default=0) + 1}.csv")
     return [CSVLogger(folder, name=None, version=""), TensorBoardLogger(folder, name=None, version="")]

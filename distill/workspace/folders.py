@@ -10,6 +10,7 @@ from typing import Any
 
 from distill.config import Experiment
 from distill.errors import UserError
+from distill.files import write_durably
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,5 @@ def make_run_folder(folders: Folders) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, readable, all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write `content`, readable, all of it or nothing, also in a power cut."""
+    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())

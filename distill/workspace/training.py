@@ -42,6 +42,11 @@ def check_training(experiment: Experiment, scheme: str, held_out: int) -> None:
     device = devices.pick_device(train.accelerator).type
     if train.precision == "16-mixed" and device != "cuda":
         raise UserError("train.precision: 16-mixed needs a CUDA device; use bf16-mixed or 32-true here")
+    if train.num_nodes > 1 and experiment.evaluate.control:
+        raise UserError(
+            "train.num_nodes: several machines train one model a command: give --evaluate.control false, and train the "
+            "control as a student of its own (--loss.alpha 1 with another --run_dir)"
+        )
     check_divergence(loss.divergence, scheme)
     check_features(loss.feature_weight, scheme)
     if train.early_stopping is not None and not held_out:
