@@ -1,4 +1,4 @@
-"""Files that survive a power cut: written whole or not at all, and read with no more trust than they have earned."""
+"""Files that survive a power cut, written whole or not at all; folders of one writer; reading without trust."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+
+from distill.errors import UserError
 
 try:
     import fcntl
@@ -47,7 +50,7 @@ def append_durably(path: Path, line: bytes) -> None:
     is_new = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        _wait_for_others(descriptor)
+        _lock(descriptor, wait=True)  # or one process would cut off what another wrote
         size = os.fstat(descriptor).st_size
         try:
             _write_all(descriptor, line)
@@ -61,11 +64,34 @@ def append_durably(path: Path, line: bytes) -> None:
         sync_folder(path.parent)
 
 
-def _wait_for_others(descriptor: int) -> None:
-    """Several processes may append to one file: one at a time, so that none cuts off what another wrote."""
-    if fcntl:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other writers out of a folder, which is made; a process that dies leaves no lock behind.
+
+    Raises UserError while another process holds it, and OSError when the folder cannot be made.
+    """
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if descriptor is not None and not _lock(descriptor, wait=False):
+            raise UserError(f"{folder}: another process is writing here: wait for it, or stop it")
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    """Lock an open file or folder until it is closed; False: another process has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 
 from distill.models.checkpoints import resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
-from distill.models.quantization import full_weight, is_linear, is_quantized, is_transposed, load_quantized
+from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME = "default"  # of the one adapter that a layer has
 
 
@@ -65,6 +65,10 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
         super().__init__(model)
         self.export_dtype = export_dtype
 
+    def not_cast(self) -> Iterable[Tensor]:
+        """The adapters stay float32: train.precision bf16-true is for the weights under them."""
+        return [*super().not_cast(), *(parameter for parameter in self.parameters() if parameter.requires_grad)]
+
     @torch.no_grad()
     def merged(self) -> HuggingFaceLanguageModel:
         """A model of its own in host memory, adapters added to the weights and 4-bit weights dequantised.
@@ -100,7 +104,8 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
             return tensor.to(self.export_dtype) if tensor.is_floating_point() else tensor
         weight_OI = full_weight(layer).float()
         if adapter is not None:
-            weight_OI = weight_OI + adapter.scaling[NAME] * (adapter.lora_B[NAME].weight @ adapter.lora_A[NAME].weight)
+            product_OI = adapter.lora_B[NAME].weight.float() @ adapter.lora_A[NAME].weight.float()
+            weight_OI = weight_OI + adapter.scaling[NAME] * product_OI
         # The plain layer's way to keep it, which is not that of the quantised layer.
         weight = weight_OI.T if is_transposed(empty.get_submodule(parent)) else weight_OI
         return weight.to(self.export_dtype).contiguous()

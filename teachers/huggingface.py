@@ -6,9 +6,7 @@ import torch
 
 from distill.models.checkpoints import resolve
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.quantization import Quantization, load_quantized
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from distill.models.quantization import DTYPES, Quantization, load_quantized
 
 
 def load_teacher(

@@ -1,4 +1,4 @@
-"""A tiny world for tests that run commands: a teacher's folder, a corpus, an experiment file, and the command line."""
+"""Tiny models, and a tiny world for tests that run commands: teacher, corpus, experiment file, and the command line."""
 
 from __future__ import annotations
 
@@ -155,6 +155,46 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))  # for commands in processes of their own
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield World(folder, content)
+
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+TINY_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},  # low, so that the cap shows
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.25},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """`tiny_model("llama")`: a random `transformers` model of 99 tokens, always the same; sizes as keywords."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(family: str, **sizes: Any) -> Any:
+        config = AutoConfig.for_model(family, **{**TINY, **TINY_OF_FAMILY.get(family, {}), **sizes})
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():  # away from the initial weights, whose biases are 0 and logits too small to show mistakes
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        return model
+
+    return make
 
 
 @contextlib.contextmanager

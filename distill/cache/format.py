@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from distill.cache.journal import JOURNAL, SHARDS, JournalEntry, read_journal, seal, shard_file
 from distill.cache.manifest import FORMAT, MANIFEST, VERSION, Manifest, differences, read_manifest
-from distill.files import sha256_of, write_durably
 
 PART = "part.json"
 """Which part of a cache a folder holds, where it is not all of it."""
@@ -28,7 +27,5 @@ __all__ = [
     "read_journal",
     "read_manifest",
     "seal",
-    "sha256_of",
     "shard_file",
-    "write_durably",
 ]

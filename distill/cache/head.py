@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from distill.cache.format import write_durably
 from distill.errors import UserError
+from distill.files import write_durably
 from distill.models.language_model import Head
 
 HEAD = "head.safetensors"

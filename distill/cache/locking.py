@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill import files
 from distill.errors import UserError
-from distill.files import make_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there, nothing keeps two writers apart
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other writers out of a folder, which is made; a process that dies leaves no lock behind.
+    """Keep other writers out of a cache's folder, which is made; a process that dies leaves no lock behind.
 
-    Raises UserError while another process holds it.
+    Raises UserError while another process holds it, and when it cannot be made.
     """
-    try:
-        make_folder(folder)
-        descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    try:
-        if descriptor is not None:
-            _lock(descriptor, folder)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(files.sole_writer(folder))
+        except OSError as error:
+            raise cannot_write(folder, error) from None
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is writing here: wait for it, or stop it") from None
-    except OSError:
-        return  # a file system without locks
 
 
 def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> UserError:

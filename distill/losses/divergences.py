@@ -69,10 +69,10 @@ def adaptive_kl(logits_NV: Tensor, target: ChunkTarget, head_mass: float = 0.5) 
     """`h KL(p‖q) + (1 − h) KL(q‖p)`: h is the share of `Σ |p − q|` that lies on the teacher's head.
 
     The head are the most probable tokens as long as they have at most `head_mass` together, and the first in any case.
-    h is a constant to the gradient. Both are so in the authors' code. "Any other token" (a rest) is never of the head:
+    h is a constant to the gradient. "Any other token" (a rest) is never of the head:
     its tokens are less probable than every entry, so that with the head among the entries h differs from the exact
-    one by the tail's shape alone. Source: Wu et al. 2024, "Rethinking Kullback-Leibler divergence in knowledge
-    distillation for large language models" (AKL).
+    one by the tail's shape alone. Source: Wu et al. 2024 (arXiv 2404.02657), "Rethinking Kullback-Leibler divergence
+    in knowledge distillation for large language models" (AKL).
     """
     outcomes = _outcomes(logits_NV, target)
     head_N = _share_of_head(outcomes, head_mass)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,28 @@ class HuggingFaceLanguageModel(torch.nn.Module):
                 "the head of this checkpoint is quantized itself; use a checkpoint that keeps it unquantized"
             )
         return Head(output.weight, getattr(output, "bias", None), **transformation(self.model.config))
+
+    def not_cast(self) -> Iterable[Tensor]:
+        """Tensors that keep their type when the model is given another one: what is computed and never stored.
+
+        Rotary frequencies in 16 bits would put far positions elsewhere, and not where the saved model has them.
+        """
+        return [
+            buffer
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set
+        ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Torch's way to every cast and move, from whatever module around this one it is asked for."""
+        keep = {id(tensor) for tensor in self.not_cast()}
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in keep and new.dtype != tensor.dtype else new
+
+        return super()._apply(moved, recurse)
 
     @torch.no_grad()
     def check(self) -> None:

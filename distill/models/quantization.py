@@ -12,6 +12,8 @@ from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.huggingface import load_pretrained
 
 Quantization = Literal["nf4", "int8", "none"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types of what is not quantised, by name."""
 
 
 def load_quantized(

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.errors import UserError
-from distill.files import sync_folder
+from distill.files import sole_writer, sync_folder
 from distill.models.checkpoints import Checkpoint
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.tokenizers import load_tokenizer, vocab_size
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there, nothing keeps two writers apart
-    fcntl = None  # type: ignore[assignment]
 
 DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options}
 WEIGHTS = "model.safetensors"
@@ -49,7 +43,7 @@ def save_language_model(
     model = model if merged is None else merged()
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = _new(folder), _old(folder)
-    with _held(new):
+    with sole_writer(new):
         try:
             _remove_content(new)  # of a process that died
             shutil.rmtree(old, ignore_errors=True)
@@ -73,7 +67,7 @@ def recover(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() or not _old(folder).exists():
         return
-    with _held(_new(folder)):  # not while it is being replaced
+    with sole_writer(_new(folder)):  # not while it is being replaced
         if not folder.exists():
             _old(folder).rename(folder)
             sync_folder(folder.parent)
@@ -100,24 +94,6 @@ def _replace(folder: Path, new: Path, old: Path) -> None:
             old.rename(folder)
         raise
     sync_folder(folder.parent)
-
-
-@contextlib.contextmanager
-def _held(new: Path) -> Iterator[None]:
-    """Make the folder `new`, which no other process may write meanwhile; one that dies leaves no lock behind."""
-    new.mkdir(exist_ok=True)
-    descriptor = os.open(new, os.O_RDONLY) if fcntl else None
-    try:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(f"{new.parent}: another process is saving a model here: wait for it") from None
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _remove_content(folder: Path) -> None:

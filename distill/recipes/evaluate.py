@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from distill.cache.format import sha256_of
+from distill import settings
 from distill.config import Experiment
 from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.evaluation.fidelity import covered, dropped_mass, student_fidelity, teacher_likelihood, teacher_states
 from distill.evaluation.metrics import perplexity
+from distill.files import sha256_of
 from distill.models.saving import load_language_model, recover
 from distill.models.vocabulary import Vocabulary
 from distill.progress import Progress, say
@@ -27,6 +28,7 @@ from distill.workspace.student import Calibration, build_student
 from distill.workspace.teacher import Teacher, open_samples
 
 _OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
+_OF_THE_BEGINNING = ("student.", "train.seed:")
 _MEASURED = ["nll", "kl", "top1_agreement", "acceptance", "ece"]
 
 
@@ -43,13 +45,12 @@ def main(experiment: Experiment) -> int:
     teacher = Teacher(experiment)
     samples = open_samples(experiment, teacher)
     inputs = _inputs(experiment, folders, teacher, samples.fingerprint, roles)
-    if folders.evaluation.exists():
-        found = json.loads(folders.evaluation.read_text(encoding="utf-8"))
-        if found.get("inputs") == inputs:
-            say(f"evaluation: {folders.evaluation} is there; nothing to do")
-            _print_table(found)
-            _say_what_is_missing(found)
-            return 0
+    found = _earlier(folders.evaluation, inputs)
+    if found is not None:
+        say(f"evaluation: {folders.evaluation} is there; nothing to do")
+        _print_table(found)
+        _say_what_is_missing(found)
+        return 0
     if not len(samples.held_out):
         raise UserError("nothing to evaluate on: corpus.held_out is 0")
     limit = experiment.evaluate.max_samples or len(samples.held_out)
@@ -66,6 +67,18 @@ def main(experiment: Experiment) -> int:
     _say_what_is_missing(result)
     say(f"evaluation: {folders.evaluation}")
     return 0
+
+
+def _earlier(path: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The evaluation in a file, if it is one of the same inputs."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if found["inputs"] == inputs else None
+    except (ValueError, TypeError, KeyError):
+        say(f"evaluation: {path} is damaged: measuring anew")
+        return None
 
 
 def _calibration(samples: SampleSets, max_samples: int | None) -> Calibration:
@@ -154,13 +167,13 @@ def _measure(
 
 
 def _check_student(experiment: Experiment, folder: Path) -> None:
-    """Raises UserError when the folder's student is another than the experiment's, which is the one `before`."""
-    try:
-        trained = json.loads((folder / "settings.json").read_text(encoding="utf-8"))["student"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder}: its settings.json is missing or damaged: remove it and train again") from None
-    if trained != json.loads(json.dumps(asdict(experiment.student))):
-        raise UserError(f"{folder} holds a student trained as {trained}: give the student that it was trained with")
+    """Raises UserError when the folder's student did not begin as the experiment's, which is the one `before`."""
+    beginning = {"student": asdict(experiment.student), "train": {"seed": experiment.train.seed}}
+    different = [line for line in settings.differences(folder, beginning) if line.startswith(_OF_THE_BEGINNING)]
+    if different:
+        raise UserError(
+            f"{folder} holds another student ({'; '.join(different)}): give the options that it was trained with"
+        )
 
 
 def _parameters(model: Any) -> int:
@@ -179,6 +192,12 @@ def _inputs(
     return {
         "models": models,
         **teacher.fingerprints,
+        "teacher_plugin": {"class_path": experiment.teacher.class_path, "options": experiment.teacher.options},
+        "before": {
+            "student": asdict(experiment.student),
+            "seed": experiment.train.seed,
+            "calibration_samples": experiment.cache.max_samples,
+        },
         "corpus": corpus,
         "corpus_settings": asdict(experiment.corpus),
         "max_samples": experiment.evaluate.max_samples,

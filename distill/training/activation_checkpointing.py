@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
     """Make every k-th block of `model`, from the first on, keep only its inputs; returns the number of those blocks.
 
-    The blocks are the elements of the longest `nn.ModuleList` whose elements are of one class: every family's layers.
-    What a block draws at random (dropout) it draws again. Raises ValueError when there are no blocks.
+    What a block draws at random (dropout) it draws again. Raises ValueError when there are no `blocks`.
     """
     if every_k < 1:
         raise ValueError(f"every {every_k}-th block: must be 1 or more")
@@ -26,10 +25,11 @@ def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList | None:
-    """The longest list of modules of one class: every family's layers."""
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
-    ]
-    return max(lists, key=len) if lists else None
+    """The longest `nn.ModuleList` whose elements are of one class, but for lists inside another list's elements.
+
+    In most models these are the layers; a layer's experts are not, though they may be more.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inside = {module for outer in lists for block in outer for module in block.modules()}
+    equal = [blocks for blocks in lists if blocks not in inside and len({type(block) for block in blocks}) == 1]
+    return max(equal, key=len) if equal else None

@@ -82,6 +82,7 @@ def too_large(micro_batch: int) -> UserError:
     """What it means when there is no smaller pass to try."""
     samples = f"{micro_batch} sample{'s' * (micro_batch > 1)}"
     return UserError(
-        f"out of memory with {samples} a forward pass; everything so far is kept: go on with --resume and half of --train.batch_size with twice the --train.accumulate_grad_batches, "
-        "--train.activation_checkpointing or a smaller --loss.chunk_size, or train a smaller student"
+        f"out of memory with {samples} a forward pass; everything so far is kept: go on with --resume and half of "
+        "--train.batch_size with twice the --train.accumulate_grad_batches, --train.activation_checkpointing or a "
+        "smaller --loss.chunk_size, or train a smaller student"
     )

@@ -13,6 +13,7 @@ from distill.cache.reader import CacheReader
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.models import devices
+from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.vocabulary import Vocabulary
 
 Calibration = Callable[[int], tuple[Tensor, Tensor, Tensor]]
@@ -36,9 +37,8 @@ def build_student(
 
     With a `vocabulary` it has these of the teacher's tokens alone: made so, or trimmed.
     """
-    rows = vocab_size if vocabulary is None else len(vocabulary.kept_ids)
     offered = {
-        "vocab_size": rows,
+        "vocab_size": vocab_size if vocabulary is None else len(vocabulary),
         "sequence_length": experiment.corpus.sequence_length,
         "teacher": experiment.teacher.model,
         "calibration": calibration,
@@ -48,11 +48,29 @@ def build_student(
     options = plugins.arguments(student.class_path, "student", student.options, offered)
     torch.manual_seed(experiment.train.seed)
     model = plugins.build(student.class_path, "student", options, {})
-    if vocabulary is not None and model.head.weight_VD.shape[0] >= vocabulary.full_size > rows:
-        if not hasattr(model, "keep_tokens"):
-            raise UserError(
-                f"student {student.class_path}: its head has all of the teacher's tokens, and no method "
-                "keep_tokens: build it with the vocab_size that it is given, or use --student.vocabulary full"
-            )
-        model.keep_tokens(vocabulary.kept_ids)
+    if vocabulary is not None:
+        _trim(model, f"student {student.class_path}", vocabulary)
     return model, options
+
+
+def _trim(model: Any, name: str, vocabulary: Vocabulary) -> None:
+    """Cut a student of all the teacher's tokens down to the kept ones; one made with these alone has them already.
+
+    Raises UserError for a head of any other size, whose rows are another tokenizer's tokens, and for students that
+    would be cut and could not be made again so from their options.
+    """
+    rows, kept, full = model.head.weight_VD.shape[0], len(vocabulary), vocabulary.full_size
+    if rows == kept or rows >= full == kept:
+        return
+    if rows < full:
+        raise UserError(
+            f"{name}: its head has {rows} rows; student.vocabulary corpus takes all of the teacher's {full} tokens, to "
+            f"be trimmed, or the {kept} kept ones: set no size for a fresh student; a pretrained one of another "
+            "tokenizer cannot learn from this teacher"
+        )
+    if not isinstance(model, HuggingFaceLanguageModel):
+        raise UserError(
+            f"{name}: its head has all of the teacher's tokens, and only Hugging Face models are trimmed: build it "
+            "with the vocab_size that it is given, or use --student.vocabulary full"
+        )
+    model.keep_tokens(vocabulary.kept_ids)

@@ -44,6 +44,16 @@ def test_head_of_body_is_the_models_own_logits(family: str, tiny_model: Any) -> 
     assert isinstance(adapter, LanguageModel)
 
 
+def test_a_cast_model_has_exact_positions(tiny_model: Any) -> None:
+    adapter = HuggingFaceLanguageModel(tiny_model("llama"))
+    exact = adapter.model.model.rotary_emb.inv_freq.clone()
+    torch.nn.ModuleList([adapter]).to(torch.bfloat16)
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.bfloat16}
+    assert torch.equal(adapter.model.model.rotary_emb.inv_freq, exact)
+    adapter.check()
+    assert adapter.to("meta").model.model.rotary_emb.inv_freq.is_meta
+
+
 @pytest.mark.parametrize(("family", "isolated"), [(f, f != "mamba2") for f in FAMILIES])
 def test_isolation_is_measured(family: str, isolated: bool, tiny_model: Any) -> None:
     adapter = HuggingFaceLanguageModel(tiny_model(family)).train()

@@ -183,7 +183,7 @@ def test_a_save_in_progress_is_left_alone(tmp_path: Path, tokenizer: Any) -> Non
     with killed("wait", folder) as process:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == "writing\n"
-        with pytest.raises(UserError, match="another process is saving a model here"):
+        with pytest.raises(UserError, match="another process is writing here"):
             save_language_model(model, folder, "compact", OPTIONS, tokenizer)
         process.stdin.close()
         assert process.wait(120) == 0

@@ -65,6 +65,22 @@ def make_teacher(world: Any, tmp_path: Path) -> Callable[..., str]:
     return make
 
 
+@pytest.fixture
+def mamba2() -> dict[str, Any]:
+    """The `config` of a tiny recurrent student."""
+    return {
+        "model_type": "mamba2",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "state_size": 8,
+        "num_heads": 4,
+        "head_dim": 8,
+        "expand": 2,
+        "n_groups": 2,
+        "chunk_size": 8,
+    }
+
+
 @pytest.fixture(scope="session")
 def contents() -> Callable[[Path], dict[str, str]]:
     """`contents(folder)`: the hash of every file below a folder."""

@@ -48,6 +48,24 @@ def test_other_inputs_are_measured_anew(run: Any, distill: Any, tmp_path: Path) 
     assert read(tmp_path / "run")["tokens"] > fewer["tokens"]
 
 
+@pytest.mark.parametrize("content", ['{"inputs": {', "[]", "{}", "3"])
+def test_a_damaged_evaluation_is_measured_anew(
+    run: Any, finished: Any, distill: Any, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "run/evaluation.json").write_text(content)
+    fewer = ["--evaluate.max_samples", 1, "--evaluate.control", "false"]
+    assert "evaluation.json is damaged: measuring anew" in distill("evaluate", *run, *fewer).done().out
+    assert read(tmp_path / "run")["tokens"] > 0
+
+
+def test_what_the_beginning_depends_on_is_an_input(run: Any, distill: Any) -> None:
+    """Students look at the first samples of the cache while they are made."""
+    fewer = ["--evaluate.max_samples", 1, "--evaluate.control", "false"]
+    distill("evaluate", *run, *fewer).done()
+    assert "nothing to do" in distill("evaluate", *run, *fewer).done().out
+    assert "nothing to do" not in distill("evaluate", *run, *fewer, "--cache.max_samples", 3).done().out
+
+
 def test_before_training_there_is_nothing_to_evaluate(finished: Any, distill: Any, tmp_path: Path) -> None:
     outcome = distill("evaluate", *finished.elsewhere(tmp_path / "run"))
     outcome.refused(str(tmp_path / "run/student"), "no trained student", "distill train-student")
@@ -60,7 +78,8 @@ def test_without_held_out_text_there_is_nothing_to_evaluate(run: Any, distill: A
 def test_a_student_of_another_make_is_refused(run: Any, distill: Any) -> None:
     """`before` is made from the experiment: with another student it would not be the trained one's beginning."""
     outcome = distill("evaluate", *run, "--student.options", "{layers: 3}")
-    outcome.refused("holds a student trained as", "'layers': 2")
+    outcome.refused("holds another student", "student.options.layers: 2 there, 3 here")
+    distill("evaluate", *run, "--train.seed", 5).refused("holds another student", "train.seed: 0 there, 5 here")
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(run: Any, make_teacher: Any, distill: Any) -> None:

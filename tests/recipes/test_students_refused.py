@@ -15,17 +15,6 @@ LLAMA = {
     "num_attention_heads": 2,
     "intermediate_size": 24,
 }
-MAMBA = {
-    "model_type": "mamba2",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "state_size": 8,
-    "num_heads": 4,
-    "head_dim": 8,
-    "expand": 2,
-    "n_groups": 2,
-    "chunk_size": 8,
-}
 SOURCE = """
 import torch
 from distill.models.language_model import Head
@@ -100,7 +89,6 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ),
             ["8 tokens", "48 tokens"],
         ),
-        (student("huggingface", config=MAMBA), ["packed documents see one another", "--corpus.pack false"]),
         (
             [*student("mine.py:Plain"), "--train.activation_checkpointing"],
             ["nn.ModuleList", "activation_checkpointing"],
@@ -114,12 +102,16 @@ def test_it_is_refused(train: Any, mine: None, tmp_path: Path, given: list[str],
     assert {name for name in left if not name.startswith("__pycache__")} == {"mine.py"}
 
 
-def test_a_recurrent_student_trains_on_unpacked_samples(world: Any, distill: Any, tmp_path: Path) -> None:
+def test_a_recurrent_student_trains_on_unpacked_samples_alone(
+    world: Any, distill: Any, train: Any, mamba2: dict[str, Any], tmp_path: Path
+) -> None:
+    refused = train(*student("huggingface", config=mamba2), "--run_dir", tmp_path / "packed")
+    refused.refused("packed documents see one another", "--corpus.pack false")
     file = world.write(
         tmp_path / "experiment.yaml",
         corpus={"pack": False},
         cache={"max_samples": 12},
-        student={"class_path": "huggingface", "options": {"config": MAMBA}},
+        student={"class_path": "huggingface", "options": {"config": mamba2}},
         train={"validate_every_steps": 3},
         evaluate={"max_samples": 4},
     )

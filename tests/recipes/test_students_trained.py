@@ -17,17 +17,6 @@ from distill.models.saving import load_language_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-MAMBA2 = {
-    "model_type": "mamba2",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "state_size": 8,
-    "num_heads": 4,
-    "head_dim": 8,
-    "expand": 2,
-    "n_groups": 2,
-    "chunk_size": 8,
-}
 LORA = {"rank": 4, "base_dtype": "float32"}
 GATED = '''
 """A student without attention: a gated linear recurrence (h = a * h + (1 - a) * v) in every block."""
@@ -176,8 +165,8 @@ def test_another_family_from_its_configuration(finished: Any, distill: Any, tmp_
     check_ordinary(learns(distill, tmp_path, chosen), "gpt2")
 
 
-def test_mamba2(unpacked: list[str], distill: Any, tmp_path: Path) -> None:
-    chosen = [*unpacked, *student("huggingface", config=MAMBA2)]
+def test_mamba2(unpacked: list[str], distill: Any, mamba2: dict[str, Any], tmp_path: Path) -> None:
+    chosen = [*unpacked, *student("huggingface", config=mamba2)]
     check_ordinary(learns(distill, tmp_path, chosen), "mamba2")
 
 

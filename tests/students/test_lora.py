@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from distill.losses.chunks import SparseChunk
 from distill.losses.fused import fused_loss
@@ -20,42 +20,14 @@ from distill.training.activation_checkpointing import checkpoint_blocks
 from students.lora import LoraLanguageModel, add_adapters, load_lora_student
 
 V = 99
-SIZES: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-EXTRA: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
-    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 4},
-    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-}
 IDS_BL = torch.arange(24).reshape(2, 12) * 5 % V
 POSITIONS_BL = torch.arange(12).expand(2, -1)
 
 
-def plain_model(family: str = "llama") -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **EXTRA.get(family, {})})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("base")
-    plain_model().save_pretrained(path)
+    tiny_model("llama").save_pretrained(path)
     return str(path)
 
 
@@ -110,8 +82,8 @@ def test_fresh_adapters_change_nothing(folder: str) -> None:
 
 
 @pytest.mark.parametrize("base_dtype", ["float32", "bfloat16"])
-def test_a_state_space_model_has_adapters_too(base_dtype: str, tmp_path: Path) -> None:
-    plain_model("mamba2").save_pretrained(tmp_path)
+def test_a_state_space_model_has_adapters_too(base_dtype: str, tiny_model: Any, tmp_path: Path) -> None:
+    tiny_model("mamba2").save_pretrained(tmp_path)
     student = fresh(str(tmp_path), target_modules=["in_proj"], base_dtype=base_dtype)
     train(student)
     error = (logits(student.merged()) - logits(student)).norm() / logits(student).norm()
@@ -123,9 +95,9 @@ def test_a_state_space_model_has_adapters_too(base_dtype: str, tmp_path: Path) -
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
 def test_the_saved_folder_is_an_ordinary_model_that_equals_the_adapted_one(
-    family: str, quantization: str, tmp_path: Path
+    family: str, quantization: str, tiny_model: Any, tmp_path: Path
 ) -> None:
-    plain_model(family).save_pretrained(tmp_path / "base")
+    tiny_model(family).save_pretrained(tmp_path / "base")
     student = fresh(str(tmp_path / "base"), quantization=quantization)
     untrained = logits(student)
     train(student)
@@ -137,7 +109,7 @@ def test_the_saved_folder_is_an_ordinary_model_that_equals_the_adapted_one(
     ]
     assert "quantization_config" not in (tmp_path / "student/config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    assert type(again).__name__ == type(plain_model(family)).__name__
+    assert type(again).__name__ == type(tiny_model(family)).__name__
     with torch.no_grad():
         found = again(input_ids=IDS_BL).logits
     assert (logits(student) - untrained).norm() > 0.1 * untrained.norm()
@@ -176,8 +148,27 @@ def test_bfloat16_bases_are_merged_in_float32(folder: str, quantization: str) ->
     assert {p.dtype for p in half.parameters()} == {half.config.dtype} == {torch.bfloat16}
 
 
-def test_layers_quantised_one_by_one_as_a_gguf_files_are() -> None:
-    model = plain_model("gpt2")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_casting_the_model_leaves_the_adapters_as_they_are(folder: str, quantization: str) -> None:
+    """As train.precision bf16-true does, through whatever module is around it."""
+    student = fresh(folder, quantization=quantization)
+    drawn = {name: parameter.clone() for name, parameter in trainable(student).items()}
+    torch.nn.ModuleList([student]).to(torch.bfloat16)
+    assert drawn and all(torch.equal(parameter, drawn[name]) for name, parameter in trainable(student).items())
+    assert student.head.weight_VD.dtype is student.model.model.norm.weight.dtype is torch.bfloat16
+    untrained = logits(student)
+    train(student)
+    assert not any(torch.equal(parameter, drawn[name]) for name, parameter in trainable(student).items())
+    assert {parameter.grad.dtype for parameter in trainable(student).values() if parameter.grad is not None} == {
+        torch.float32
+    }
+    assert (logits(student) - untrained).norm() > 0.1 * untrained.norm()
+    error = (logits(student.merged()) - logits(student)).norm() / logits(student).norm()
+    assert error < 3e-2
+
+
+def test_layers_quantised_one_by_one_as_a_gguf_files_are(tiny_model: Any) -> None:
+    model = tiny_model("gpt2")
     quantize_linears(model, "nf4", torch.float32, "cpu")
     add_adapters(model, ["c_attn", "c_fc"], 4, 8.0, 0.0)
     student = LoraLanguageModel(model)
@@ -205,8 +196,10 @@ def test_gradients_reach_every_adapter_and_recomputation_changes_none(folder: st
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # with a head of its own, and with a tied one
-def test_a_trimmed_vocabulary_stays_frozen_and_is_merged(family: str, quantization: str, tmp_path: Path) -> None:
-    plain_model(family).save_pretrained(tmp_path)
+def test_a_trimmed_vocabulary_stays_frozen_and_is_merged(
+    family: str, quantization: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
     full, trimmed = (fresh(str(tmp_path), quantization=quantization) for _ in range(2))
     kept_ids = torch.arange(0, V, 2)
     trimmed.keep_tokens(kept_ids)
@@ -282,8 +275,8 @@ def test_mistakes_are_named(folder: str, changes: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_quantized_base_is_refused(quantization: str, tmp_path: Path) -> None:
-    config = plain_model().config
+def test_a_quantized_base_is_refused(quantization: str, tiny_model: Any, tmp_path: Path) -> None:
+    config = tiny_model("llama").config
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quantized already: set model to an unquantized copy"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.training.activation_checkpointing import checkpoint_blocks
+from distill.training.activation_checkpointing import blocks, checkpoint_blocks
 
 
 def gradients(student: Any) -> list[Tensor]:
@@ -84,6 +84,19 @@ def test_a_model_without_blocks_is_refused() -> None:
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="ModuleList"):
         checkpoint_blocks(nn.ModuleList([nn.Linear(2, 2), nn.Tanh()]))
+
+
+def test_lists_inside_blocks_are_not_the_blocks() -> None:
+    """A layer's experts are more than the layers, and parts of them."""
+
+    def layer() -> nn.Module:
+        return nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(9))})
+
+    layers = nn.ModuleList(layer() for _ in range(3))
+    model = nn.ModuleDict({"layers": layers, "shorter": nn.ModuleList([nn.Linear(2, 2)])})
+    assert blocks(model) is layers
+    mixed = nn.ModuleList([layer(), nn.Linear(2, 2)])
+    assert blocks(nn.ModuleDict({"layers": mixed})) is None
 
 
 @pytest.mark.parametrize(("every_k", "runs"), [(1, [2, 2, 2]), (2, [2, 1, 2]), (3, [2, 1, 1]), (9, [2, 1, 1])])

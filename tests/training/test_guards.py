@@ -129,7 +129,7 @@ def test_not_finite_at_step_5_stops_with_the_weights_of_step_4(
         kept.append(student)
         return harmed(not_finite_at(5, what))(student)
 
-    with pytest.raises(UserError, match=rf"step 5: {WHAT[what]}.*--train.learning_rate.*--train.non_finite skip"):
+    with pytest.raises(UserError, match=rf"step 5: {WHAT[what]}.*--train.non_finite skip.*--train.learning_rate"):
         run(4, 1, change=change, **ten_steps)
     expected = run(4, 1, samples=ten_steps["samples"], trainer={"max_steps": 4})
     del expected["loss"]
@@ -157,4 +157,15 @@ def test_nothing_but_steps_left_out_ends_the_training(run: Run, ten_steps: dict[
         return hidden_BLD * torch.nan
 
     with pytest.raises(UserError, match=f"the {IN_A_ROW}th step in a row"):
-        run(4, 1, change=harmed(harm), non_finite=NonFinite("skip"), samples=ten_steps["samples"] * 2)
+        run(4, 1, change=harmed(harm), non_finite=NonFinite("skip"), samples=ten_steps["samples"] * 3)
+
+
+def test_a_float16_that_never_fits_ends_the_training() -> None:
+    guard = NonFinite("stop")
+    for step in range(1, 10):
+        guard.overflowed(step % 2 == 0, step)
+    assert (guard.skipped, guard.in_a_row) == (4, 0)
+    for step in range(1, IN_A_ROW):
+        guard.overflowed(True, step)
+    with pytest.raises(UserError, match="beyond float16.*bf16-mixed"):
+        guard.overflowed(True, IN_A_ROW)

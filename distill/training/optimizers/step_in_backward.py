@@ -46,8 +46,8 @@ class StepInBackward(torch.optim.Optimizer):
         if not norm.isfinite():
             raise UserError(
                 f"the gradient of {self._names.get(parameter, 'a weight')} is not finite, and others have been used "
-                "already: go on from the last checkpoint with --resume and a lower --train.learning_rate, or with "
-                "--train.step_in_backward false"
+                "already: go on from the last checkpoint with `--resume --train.step_in_backward false "
+                "--train.non_finite skip`, or train anew with a lower --train.learning_rate"
             )
         self._norms[parameter] = norm
         self.optimizer.step()  # this parameter is the only one with a gradient
