@@ -83,14 +83,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 def _lock(descriptor: int, wait: bool) -> bool:
     """Lock an open file or folder until it is closed; False: another process has it."""
-    if fcntl is None:
-        return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        return True
+        pass
     return True
 
 

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 from distill import interrupt, settings
 from distill.cache.format import Manifest
 from distill.cache.head import load_head
-from distill.cache.locking import sole_writer
 from distill.cache.reader import CacheReader
 from distill.cache.storage import Storage
 from distill.cache.tokenizer_files import checked_tokenizer
 from distill.config import Experiment
 from distill.durations import parse_duration
 from distill.errors import UserError
+from distill.files import sole_writer
 from distill.models import devices
 from distill.models.saving import recover, save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer

@@ -42,8 +42,8 @@ class DurableCheckpoints(CheckpointIO):
             reason = getattr(error, "strerror", None) or "the writer failed"
             free = f"{shutil.disk_usage(path.parent).free / 1e9:,.1f} GB are free"
             raise UserError(
-                f"{path}: cannot be written ({reason}; {free}); the checkpoints before it are kept: make room and go on "
-                "with --resume"
+                f"{path}: cannot be written ({reason}; {free}); the checkpoints before it are kept: make room and go "
+                "on with --resume"
             ) from None
         sync_folder(path.parent)
 

@@ -8,14 +8,8 @@ them is the whole command. Prints a tally of where the kills hit; exit status 1 
 
 from __future__ import annotations
 
-import os
-
-# Before anything heavy is imported: a process with threads cannot be forked safely.
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-
 import argparse
 import collections
-import json
 import random
 import signal
 import sys
@@ -23,13 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
+from forked import Children, contents, distill_here, exited, send, write_experiment
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
-
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
-PATIENCE = 60.0
-"""Seconds after which a process counts as hanging."""
 HEAD_START = 0.02
 """Seconds before the first file, from which on kills are thrown."""
 
@@ -47,22 +36,13 @@ class Storm:
     """A tiny teacher and a corpus, a cache that nobody disturbed, and any number of caches that were."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        from conftest import passages, save_teacher
-
         self.folder, self.random = folder, random.Random(seed)
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
-        texts = passages(12)
-        (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        content = {
-            "corpus": {"path": str(folder / "corpus.jsonl"), "sequence_length": 16, "held_out": 0.2},
-            "teacher": {"model": str(save_teacher(folder / "teacher", texts)), "quantization": "none"},
-            "cache": {"batch_size": 3, "shard_samples": 4, "held_out_samples": 6},
-            "run_dir": str(folder / "run"),
-        }
-        (folder / "experiment.yaml").write_text(yaml.safe_dump(content))
+        self.file = write_experiment(folder, cache={"batch_size": 3, "shard_samples": 4, "held_out_samples": 6})
         self.hits: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
-        self._run_here(folder / "warm")  # imports what is imported late, and fills the data set's cache
+        self.children = Children(folder, self.problems.append)
+        # Imports what is imported late, and fills the data set's cache.
+        assert distill_here(*self._command(folder / "warm")) == 0
         signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that has just begun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         child, cache = self._start("undisturbed")
@@ -92,9 +72,9 @@ class Storm:
         while True:
             child, cache = self._start(name)
             hit = kills < min(most, 12) and self._kill(child, cache)
-            status = self._wait(child)
+            status = self.children.wait(child)
             if status not in (0, 130, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGINT):
-                self.problems.append(f"{name}: exit status {status}: {self._said(name)}")
+                self.problems.append(f"{name}: exit status {status}: {self.children.said(name)[-500:]}")
                 return kills
             kills += hit
             if status == 0:
@@ -118,46 +98,16 @@ class Storm:
                 self.duration = max(self.duration * 0.9, self.before * 1.2)
             return False
         signum = self.random.choice([signal.SIGKILL] * 8 + [signal.SIGINT, signal.SIGTERM])
-        os.kill(child, signum)
-        if signum == signal.SIGKILL:
-            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        send(signum, child)
         self.hits[f"{signum.name:8} {where(cache)}"] += 1
         return True
 
     def _start(self, name: str) -> tuple[int, Path]:
         cache = self.folder / name
-        # A signal between the fork and `try` would send the child back into the storm.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        child = os.fork()
-        if child == 0:
-            self._become(cache)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return child, cache
+        return self.children.start(name, *self._command(cache)), cache
 
-    def _become(self, cache: Path) -> None:
-        """The child: the whole command, its words into a file."""
-        from distill.interrupt import Interrupted
-
-        status = 1
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            words = os.open(self.folder / f"{cache.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(words, 1)
-            os.dup2(words, 2)
-            status = self._run_here(cache)
-        except (KeyboardInterrupt, Interrupted):  # before the command was under way, or behind its end
-            status = 130
-        finally:
-            os._exit(status)
-
-    def _run_here(self, cache: Path) -> int:
-        from distill.cli import main as distill
-
-        try:
-            distill(["cache-teacher", str(self.folder / "experiment.yaml"), "--cache.dir", str(cache)])
-        except SystemExit as ended:
-            return int(ended.code or 0)
-        raise AssertionError("the command line ends with SystemExit")
+    def _command(self, cache: Path) -> list[str]:
+        return ["cache-teacher", str(self.file), "--cache.dir", str(cache)]
 
     def _time(self, child: int, cache: Path) -> tuple[float, float]:
         """Seconds until the cache's folder is there, and until the end."""
@@ -165,24 +115,8 @@ class Storm:
         while not cache.exists() and not exited(child):
             time.sleep(0.0005)
         before = time.monotonic() - started
-        assert self._wait(child) == 0, self._said(cache.name)
+        assert self.children.wait(child) == 0, self.children.said(cache.name)
         return before, time.monotonic() - started
-
-    def _wait(self, child: int) -> int:
-        deadline = time.monotonic() + PATIENCE
-        while not exited(child):
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                self.problems.append("a process hung")
-            time.sleep(0.001)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    def _said(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()[-500:]
-
-
-def exited(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def where(cache: Path) -> str:
@@ -203,10 +137,6 @@ def where(cache: Path) -> str:
     if shards > done:
         return "between a shard and its journal line"
     return "before the first shard" if done == 0 else "between shards, or with one in memory"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
-import os
 import random
 import signal
 import sys
@@ -21,8 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
-from kill_storm import PATIENCE, SIGNALS, exited  # sets the environment, before anything heavy is imported
+from forked import Children, contents, distill_here, exited, send, write_experiment
 
 KILLS_A_RUN = 12
 STUDENT = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}  # dropout is 0.1
@@ -51,31 +48,25 @@ class Storm:
     """A tiny cache, a training that nobody disturbed, and any number of trainings that were."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        from conftest import passages, save_teacher
-
         self.folder, self.random = folder, random.Random(seed)
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
-        texts = passages(12)
-        (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        content = {
-            "corpus": {"path": str(folder / "corpus.jsonl"), "sequence_length": 16, "held_out": 0.2},
-            "teacher": {"model": str(save_teacher(folder / "teacher", texts)), "quantization": "none"},
-            "cache": {"dir": str(folder / "cache"), "held_out_samples": 6, "max_samples": 38},
-            "student": {"class_path": "huggingface", "options": {"config": STUDENT}},
-            "train": TRAIN,
-        }
-        (folder / "experiment.yaml").write_text(yaml.safe_dump(content))
+        self.file = write_experiment(
+            folder,
+            cache={"dir": str(folder / "cache"), "held_out_samples": 6, "max_samples": 38},
+            student={"class_path": "huggingface", "options": {"config": STUDENT}},
+            train=TRAIN,
+        )
         self.hits: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
+        self.children = Children(folder, self.problems.append)
         self.story: list[str] = []
         """What happened to the training at hand."""
-        assert self._run_here("cache-teacher", "warm") == 0
-        assert self._run_here("train-student", "warm", "--train.max_steps", "6") == 0  # imports what is imported late
+        assert distill_here("cache-teacher", str(self.file), "--run_dir", str(folder / "warm")) == 0
+        assert distill_here(*self._command("warm", "--train.max_steps", "6")) == 0  # imports what is imported late
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # of the instants before the command has its own
         started = time.monotonic()
-        status = self._wait(self._start("undisturbed"))
-        assert status == 0, self._said("undisturbed")
+        status = self.children.wait(self._start("undisturbed"))
+        assert status == 0, self.children.said("undisturbed")
         self.duration = time.monotonic() - started
         self.undisturbed = contents(folder / "undisturbed" / "student")
         self.steps = newest_step(folder / "undisturbed")
@@ -102,11 +93,11 @@ class Storm:
     def _stop_in_time(self, name: str) -> None:
         """Three starts whose time is over at once: each makes a step and keeps it. Then one that has all the time."""
         for step in (1, 2, 3):
-            status = self._wait(self._start(name, "--train.max_time", "0s"))
-            said = self._said(name)
+            status = self.children.wait(self._start(name, "--train.max_time", "0s"))
+            said = self.children.said(name)
             if (status, newest_step(self.folder / name)) != (130, step) or "train.max_time is over" not in said:
                 self.problems.append(f"{name}: exit status {status} at step {step} of max_time: {said[-1500:]}")
-        self._check_end(name, self._wait(self._start(name)), None, limited=False, damaged=None)
+        self._check_end(name, self.children.wait(self._start(name)), None, limited=False, damaged=None)
 
     def _disturb(self, name: str, most: int) -> int:
         """Kill until there were `most`, then leave it alone; the number of kills."""
@@ -116,7 +107,7 @@ class Storm:
             limit = ["--train.max_time", "0s"] if self.random.random() < 0.1 else []
             child = self._start(name, *limit)
             sent = self._kill(child, run) if kills < most and not limit else None
-            status = self._wait(child)
+            status = self.children.wait(child)
             kills += sent is not None
             self._check_end(name, status, sent, limited=bool(limit), damaged=damaged)
             if status == 0 or any(problem.startswith(f"{name}:") for problem in self.problems):
@@ -128,7 +119,7 @@ class Storm:
     def _check_end(
         self, name: str, status: int, sent: signal.Signals | None, limited: bool, damaged: Path | None
     ) -> None:
-        said = self._said(name)
+        said = self.children.said(name)
         if sent == signal.SIGKILL:
             return
         # What was asked to stop may have been at its end already.
@@ -157,9 +148,7 @@ class Storm:
         if exited(child):
             return None
         signum = self.random.choice([signal.SIGKILL] * 6 + [signal.SIGINT] * 2 + [signal.SIGTERM] * 2)
-        os.kill(child, signum)
-        if signum == signal.SIGKILL:
-            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        send(signum, child)
         self._note(f"{signum.name:8} {where(run)}", run)
         return signum
 
@@ -202,52 +191,10 @@ class Storm:
                 self.problems.append(f"{name}: its {file} is another")
 
     def _start(self, name: str, *options: str) -> int:
-        # A signal between the fork and `try` would send the child back into the storm.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        child = os.fork()
-        if child == 0:
-            self._become(name, options)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return child
+        return self.children.start(name, *self._command(name, *options))
 
-    def _become(self, name: str, options: tuple[str, ...]) -> None:
-        """The child: the whole command, its words into a file."""
-        from distill.interrupt import Interrupted
-
-        status = 1
-        try:
-            words = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(words, 1)
-            os.dup2(words, 2)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            status = self._run_here("train-student", name, *options)
-        except (KeyboardInterrupt, Interrupted):  # before the command was under way, or behind its end
-            status = 130
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-
-    def _run_here(self, command: str, name: str, *options: str) -> int:
-        from distill.cli import main as distill
-
-        own = ["--run_dir", str(self.folder / name), *options, *(["--resume"] if command == "train-student" else [])]
-        try:
-            distill([command, str(self.folder / "experiment.yaml"), *own])
-        except SystemExit as ended:
-            return int(ended.code or 0)
-        raise AssertionError("the command line ends with SystemExit")
-
-    def _wait(self, child: int) -> int:
-        deadline = time.monotonic() + PATIENCE
-        while not exited(child):
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                self.problems.append("a process hung")
-            time.sleep(0.001)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    def _said(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text(errors="replace")
+    def _command(self, name: str, *options: str) -> list[str]:
+        return ["train-student", str(self.file), "--run_dir", str(self.folder / name), *options, "--resume"]
 
 
 def newest_step(run: Path) -> int:
@@ -271,10 +218,6 @@ def where(run: Path) -> str:
     if not (run / "checkpoints/student").exists():
         return "before the training"
     return "between checkpoints" if newest_step(run) else "before the first checkpoint"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 if __name__ == "__main__":

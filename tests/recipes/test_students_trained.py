@@ -133,11 +133,12 @@ def test_lora(finished: Any, distill: Any, base: str, tmp_path: Path, quantizati
         assert torch.equal(trained[name], tensor) is ("_proj" not in name), name
 
 
-def test_lora_under_mixed_precision_with_recomputed_blocks(
-    finished: Any, distill: Any, base: str, tmp_path: Path
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lora_in_16_bits_with_recomputed_blocks(
+    finished: Any, distill: Any, base: str, tmp_path: Path, precision: str
 ) -> None:
     chosen = [*finished.elsewhere(tmp_path), *student("lora", model=base, quantization="nf4", rank=4, dropout=0.1)]
-    levers = ["--train.precision", "bf16-mixed", "--train.activation_checkpointing"]
+    levers = ["--train.precision", precision, "--train.activation_checkpointing"]
     check_ordinary(learns(distill, tmp_path, [*chosen, *levers]), "llama")
 
 

@@ -267,5 +267,5 @@ def test_the_largest_ascend_and_of_equal_ones_the_first_win() -> None:
 
 def test_a_size_that_the_family_does_not_load_again_is_refused_with_the_nearest(tmp_path: Path) -> None:
     """transformers asks of llama that the hidden size is a multiple of the heads, whatever the size of a head."""
-    with pytest.raises(ValueError, match="hidden_size: 20 is not a multiple of the 6 heads.* nearest: 18 or 24"):
+    with pytest.raises(ValueError, match=r"hidden_size: 20 is not a multiple of the 6 heads.* nearest: 18 or 24"):
         pruned(teacher_model("llama"), tmp_path, hidden_size=20)

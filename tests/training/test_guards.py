@@ -167,5 +167,5 @@ def test_a_float16_that_never_fits_ends_the_training() -> None:
     assert (guard.skipped, guard.in_a_row) == (4, 0)
     for step in range(1, IN_A_ROW):
         guard.overflowed(True, step)
-    with pytest.raises(UserError, match="beyond float16.*bf16-mixed"):
+    with pytest.raises(UserError, match=r"beyond float16.*bf16-mixed"):
         guard.overflowed(True, IN_A_ROW)

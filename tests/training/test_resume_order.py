@@ -22,7 +22,6 @@ from torch.utils.data import Dataset
 
 from distill.cache.batches import Batch, collate
 from distill.cache.records import Record
-from distill.errors import UserError
 from distill.training.data import CacheDataModule, EpochPermutation, Samples
 from distill.training.order import NOTHING, batches_of, permuted
 
@@ -222,12 +221,21 @@ def test_from_the_checkpoint_of_an_epochs_end(tmp_path: Path) -> None:
         assert resumed == whole[13 * (epoch + 1) :]
 
 
-def test_other_devices_do_not_continue_the_middle_of_an_epoch() -> None:
-    data = CacheDataModule(Numbers(13), None, step_samples=3, batch_size=3, seed=5)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"on 2 devices: continue it on as many \(--train.devices 2\)"):
-        data.load_state_dict({"epoch": 1, "seen": 6, "processes": 2})
-    data.load_state_dict({"epoch": 1, "seen": 0, "processes": 2})
-    assert list(data.train_dataloader().sampler) == list(EpochPermutation(13, 5, first_epoch=1))
+def test_other_devices_continue_where_one_stopped() -> None:
+    """As many samples a step of all of them together: the same steps, dealt out."""
+    one = CacheDataModule(Numbers(13), None, step_samples=4, batch_size=4, seed=5)  # type: ignore[arg-type]
+    one.load_state_dict({"epoch": 1, "seen": 4})
+    rest = list(one.train_dataloader().sampler)
+    shares = []
+    for rank in range(2):
+        half = CacheDataModule(Numbers(13), None, step_samples=2, batch_size=2, seed=5)  # type: ignore[arg-type]
+        half.trainer = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        half.load_state_dict({"epoch": 1, "seen": 4})
+        shares.append(list(half.train_dataloader().sampler))
+    for step in range(2):
+        together = shares[0][2 * step : 2 * step + 2] + shares[1][2 * step : 2 * step + 2]
+        assert sorted(together) == sorted(rest[4 * step : 4 * step + 4])
+    assert sorted(number for share in shares for number in share if number != NOTHING) == sorted(rest)
 
 
 # NOTHING, in a real step and in real processes.

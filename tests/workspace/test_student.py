@@ -84,7 +84,7 @@ def test_a_fresh_student_is_made_with_the_kept_tokens(mine: str) -> None:
 
 
 def test_a_fresh_student_of_a_size_of_its_own_is_refused(mine: str) -> None:
-    with pytest.raises(UserError, match="its head has 60 rows.*set no size for a fresh student"):
+    with pytest.raises(UserError, match=r"its head has 60 rows.*set no size for a fresh student"):
         build("huggingface", config={**LLAMA, "vocab_size": 60})
     with pytest.raises(UserError, match="its head has 60 rows"):
         build(mine, rows=60)
