@@ -325,9 +325,9 @@ def test_dropout_differs_between_devices_and_rounding_does_not(both: Path, strat
     """And both do between steps."""
     first, second = read(both, strategy, "curve")
     drawn = [*first["seed of passes"], *second["seed of passes"]]
-    assert len(set(drawn)) == len(drawn) > 12
+    assert len(set(drawn)) == len(drawn) > 9, "nine steps, and one process has nothing in some of them"
     assert first["seed of rounding"] == second["seed of rounding"]
-    assert len(set(first["seed of rounding"])) == 12
+    assert len(set(first["seed of rounding"])) == len(first["seed of rounding"]) == 9
 
 
 if __name__ == "__main__":
