@@ -220,3 +220,24 @@ def test_early_stopping_hands_over_the_best_weights(
     assert best["global_step"] == 2 * (measured.index(min(measured)) + 1)
     ours = weights(tmp_path / "run")
     assert all(torch.equal(best["state_dict"][f"student.model.{name}"], ours[name]) for name in ours)
+    resumed = tmp_path / "resumed"
+    interrupt_at(monkeypatch, 5)
+    assert train(*hasty, "--run_dir", resumed).status == 130
+    train(*hasty, "--run_dir", resumed, "--resume").done()
+    assert_same_weights(resumed, tmp_path / "run")
+
+
+def test_less_memory_a_step_goes_on_with_the_same_training(
+    train: Any, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the messages about memory advise is taken by --resume; another number of samples a step is not."""
+    interrupt_at(monkeypatch, 7)
+    assert train(*TWO_EPOCHS).status == 130
+    train(*TWO_EPOCHS, "--train.batch_size", 1, "--resume").refused(
+        "other settings", "samples_a_step: 12 there, 3 here"
+    )
+    less = ["--train.batch_size", 2, "--train.accumulate_grad_batches", 6, "--train.activation_checkpointing", "true"]
+    train(*TWO_EPOCHS, *less, "--loss.chunk_size", 16, "--train.non_finite", "skip", "--resume").done()
+    ours, theirs = weights(tmp_path / "run"), weights(two_epochs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4 * float(tensor.norm()))
