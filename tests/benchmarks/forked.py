@@ -7,9 +7,11 @@ import os
 # Before anything heavy is imported: a process with threads cannot be forked safely.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
+import argparse
 import json
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 PATIENCE = 60.0
 """Seconds after which a process counts as hanging."""
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+def main(description: str | None, kills: int, storm: Callable[[Path, int], Any]) -> None:
+    """The command line of a storm: `storm(folder, seed).rage(kills)` gives the exit status."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=kills)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(storm(Path(folder), options.seed).rage(options.kills))
 
 
 def write_experiment(folder: Path, **sections: dict[str, Any]) -> Path:

@@ -8,28 +8,17 @@ them is the whole command. Prints a tally of where the kills hit; exit status 1 
 
 from __future__ import annotations
 
-import argparse
 import collections
 import random
 import signal
-import sys
-import tempfile
 import time
 from pathlib import Path
 
+import forked
 from forked import Children, contents, distill_here, exited, send, write_experiment
 
 HEAD_START = 0.02
 """Seconds before the first file, from which on kills are thrown."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sys.exit(Storm(Path(folder), options.seed).rage(options.kills))
 
 
 class Storm:
@@ -140,4 +129,4 @@ def where(cache: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    forked.main(__doc__, 500, Storm)

@@ -10,15 +10,13 @@ a tally of where the kills hit; exit status 1 when a student came out different.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import random
 import signal
-import sys
-import tempfile
 import time
 from pathlib import Path
 
+import forked
 from forked import Children, contents, distill_here, exited, send, write_experiment
 
 KILLS_A_RUN = 12
@@ -33,15 +31,6 @@ TRAIN = {
     "checkpoint_every_steps": 3,
     "log_every_steps": 4,
 }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sys.exit(Storm(Path(folder), options.seed).rage(options.kills))
 
 
 class Storm:
@@ -221,4 +210,4 @@ def where(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    forked.main(__doc__, 300, Storm)
