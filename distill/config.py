@@ -193,6 +193,10 @@ class TrainConfig:
     """Stop after this many measurements of the held-out KL without a new best; the best weights become the student."""
     seed: int = 0
     """Seed of weights and order."""
+    loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"]] = field(
+        default_factory=lambda: ["tensorboard", "csv"]
+    )
+    """Where the curves go; the report draws them from csv. wandb, mlflow and trackio: when they are installed."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, cuda, mps."""
     devices: int = 1
@@ -221,10 +225,26 @@ class EvaluateConfig:
 
     control: bool = False
     """Also train and measure a control: the same student and steps, learning from the text alone (alpha 1)."""
+    seeds: int = 1
+    """Trainings of the student (and control), with the seeds `train.seed`, `train.seed + 1`, …: mean and deviation."""
     max_samples: int | None = None
     """Held-out samples to measure on at most; default: all."""
     batch_size: int = 8
     """Samples a forward pass."""
+    tasks: list[str] = field(default_factory=list)
+    """Benchmarks of lm-eval for teacher, student and control, such as `[arc_easy, hellaswag]` (extra `eval`)."""
+    tasks_path: str | None = None
+    """Folder of further task files for lm-eval, such as `configs/tasks`. A task can hold code, which is run."""
+    tasks_limit: int | None = None
+    """Documents of each benchmark at most, for a quick look; default: all."""
+    cost: bool = True
+    """Measure the speed and memory of teacher, student and control."""
+    cost_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    """Sequences at a time of which the speed is measured."""
+    texts: int = 4
+    """Held-out prompts that teacher, student and control continue, side by side; 0: none."""
+    text_tokens: int = 48
+    """Tokens of each continuation."""
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.checkpoint_every_k": (1, 10**6),
     "train.early_stopping": (1, 10**6),
     "train.num_nodes": (1, 1024),
+    "evaluate.seeds": (1, 100),
+    "evaluate.tasks_limit": (1, 2**40),
+    "evaluate.texts": (0, 1000),
+    "evaluate.text_tokens": (1, 2**16),
     "evaluate.max_samples": (1, 2**40),
     "evaluate.batch_size": (1, 2**16),
 }

@@ -142,6 +142,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "teacher": {"model": str(save_teacher(folder / "teacher", texts)), "quantization": "none"},
         "cache": {"batch_size": 4, "shard_samples": 8, "held_out_samples": 8},
         "student": {"class_path": "pruned", "options": {"layers": 2}},
+        "evaluate": {"cost": False, "texts": 0},
         "train": {
             "batch_size": 4,
             "precision": "32-true",
@@ -177,6 +178,12 @@ TINY_OF_FAMILY: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2, "chunk_size": 4},
 }
+
+
+@pytest.fixture
+def tiny_config() -> dict[str, Any]:
+    """The `config` of a tiny llama, which leaves the number of tokens to whoever builds it."""
+    return {"model_type": "llama", **{key: value for key, value in TINY.items() if key != "vocab_size"}}
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_a_strangers_student_trains_by_the_readmes_own_words(
     distill(*command).done()
     distill("evaluate", *command[1:]).done()
     result = json.loads((tmp_path / "tiny/evaluation.json").read_text())
-    assert result["student"]["kl"] < result["before"]["kl"]
+    assert result["fidelity"]["student"]["kl"] < result["fidelity"]["before"]["kl"]
     options = json.loads((tmp_path / "tiny/student/student.json").read_text())["options"]
     assert options == {"size": 64, "layers": 2, "vocab_size": 400, "sequence_length": 48}
 

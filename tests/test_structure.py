@@ -18,12 +18,14 @@ PACKAGES = ("distill", "teachers", "students")
 FLOORS = (
     {"__init__", "errors"},
     {"config", "durations", "files", "progress", "interrupt"},
-    {"processes"},
+    {"processes", "energy"},
+    {"ledger"},
     {"models", "plugins", "experiment_file"},
     {"losses", "targets", "cache", "corpus"},
-    {"training", "evaluation", "memory", "report"},
+    {"training", "evaluation", "export", "memory", "report"},
     {"workspace", "settings"},
     {"recipes"},
+    {"folder_commands"},
     {"cli", "__main__"},
 )
 NEIGHBOURS = {("cache", "targets"), ("plugins", "models"), ("models", "plugins")}
@@ -33,7 +35,7 @@ READ_CONFIGURATION = {"experiment_file", "workspace", "recipes", "cli"}
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # These answer `distill --help`, which has half a second.
-LIGHT = ("distill", "distill.cli", "distill.config", "distill.errors", "distill.experiment_file")
+LIGHT = ("distill", "distill.cli", "distill.folder_commands", "distill.config", "distill.errors", "distill.experiment_file")
 HEAVY = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "numpy", "safetensors"}
 
 TOP_LEVEL = {

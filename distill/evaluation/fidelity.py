@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedTokenizerBase
 
-from distill.evaluation.metrics import Fidelity, Likelihood, log_probabilities
+from distill.evaluation.breakdown import Fidelity, Likelihood, Measured, Places
+from distill.evaluation.metrics import log_probabilities
 from distill.models.language_model import Head, LanguageModel
 from distill.models.vocabulary import Vocabulary, trim_head
 
@@ -61,14 +62,24 @@ def dropped_mass(states: TeacherStates, vocabulary: Vocabulary, chunk_size: int,
 
 @torch.no_grad()
 def teacher_likelihood(
-    states: TeacherStates, samples: Dataset, batch_size: int, chunk_size: int, device: torch.device
-) -> dict[str, Any]:
-    """The teacher's own nll and perplexity on the samples."""
-    metric, head = Likelihood(), states.head.to(device)
-    for batch, hidden_ND in zip(DataLoader(samples, batch_size=batch_size), states.hidden, strict=True):
-        for rows, next_ids_C in _chunks(batch, chunk_size, device):
-            metric.update(head(hidden_ND[rows].to(device)).float(), next_ids_C)
-    return metric.compute()
+    states: TeacherStates,
+    samples: Dataset,
+    batch_size: int,
+    chunk_size: int,
+    device: torch.device,
+    *,
+    text_bytes: int | None = None,
+) -> Measured:
+    """The teacher alone on the samples: likelihood and calibration, by its own entropy and by position.
+
+    The batch size is that of `teacher_states`; for bits per byte, `text_bytes` is what the function of that name gives.
+    Raises UserError when no position carries loss.
+    """
+    metric, head = Likelihood(len(samples)), states.head.to(device)  # type: ignore[arg-type]
+    for batch, first, hidden_ND in _batches(samples, batch_size, states):
+        for rows, places in _chunks(batch, first, chunk_size, device):
+            metric.update(head(hidden_ND[rows].to(device)).float(), places)
+    return metric.measured(text_bytes)
 
 
 @torch.no_grad()
@@ -81,24 +92,57 @@ def student_fidelity(
     device: torch.device,
     advance: Advance,
     vocabulary: Vocabulary | None = None,
-) -> dict[str, Any]:
-    """nll, KL(teacher || student), top-1 agreement and acceptance rate over the full vocabulary.
+    *,
+    text_bytes: int | None = None,
+) -> Measured:
+    """The student beside the teacher over the full vocabulary, by the teacher's entropy and by position.
 
     With the `vocabulary` of a student that has only some of the tokens: over these, where the teacher's distribution
-    is the one given that one of them comes. The samples must be made of them (`covered`).
+    (its entropy too) is the one given that one of them comes. The samples must be made of them (`covered`).
+    The batch size is that of `teacher_states`; for bits per byte, `text_bytes` is what the function of that name gives.
+    Raises UserError when no position carries loss.
     """
-    metric = Fidelity()
+    metric = Fidelity(len(samples))  # type: ignore[arg-type]
     teacher_head = (states.head if vocabulary is None else trim_head(states.head, vocabulary)).to(device)
     head = student.head.with_rows(teacher_head.weight_VD.shape[0])
-    for batch, teacher_hidden_ND in zip(DataLoader(samples, batch_size=batch_size), states.hidden, strict=True):
+    for batch, first, teacher_hidden_ND in _batches(samples, batch_size, states):
         if vocabulary is not None:
             batch = {**batch, "input_ids": vocabulary.mapped(batch["input_ids"])}
         hidden_ND = _hidden(student, batch, device)
-        for rows, next_ids_C in _chunks(batch, chunk_size, device):
+        for rows, places in _chunks(batch, first, chunk_size, device):
             teacher_logits_CV = teacher_head(teacher_hidden_ND[rows].to(device)).float()
-            metric.update(head(hidden_ND[rows]).float(), teacher_logits_CV, next_ids_C)
+            metric.update(head(hidden_ND[rows]).float(), teacher_logits_CV, places)
         advance(batch["input_ids"].numel())
-    return metric.compute()
+    return metric.measured(text_bytes)
+
+
+def text_bytes(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the text that the positions with loss predict, for bits per byte.
+
+    A run of neighbouring positions with loss, which ends with its document, is decoded together with the token that it
+    begins at, whose own text is taken off again: SentencePiece drops a space at the beginning of a text. Special tokens
+    have no text (their likelihood counts, so that bits per byte err to the high side by a token a document or turn).
+    Approximate where a run begins or ends inside a character: its part counts as the replacement character's 3 bytes.
+    """
+
+    def length(ids: Tensor) -> int:
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(str(text).encode("utf-8", "replace"))
+
+    total = 0
+    for index in range(len(samples)):  # type: ignore[arg-type]
+        sample = samples[index]
+        ids_L = sample["input_ids"]
+        for begin, end in _runs(sample["loss_mask"]):
+            total += length(ids_L[begin : end + 1]) - length(ids_L[begin : begin + 1])
+    return total
+
+
+def _runs(loss_mask_L: Tensor) -> list[tuple[int, int]]:
+    """First and last-but-one place of each run of positions with loss."""
+    padded = torch.nn.functional.pad(loss_mask_L.to(torch.int8), (1, 1))
+    edges = padded.diff().nonzero().flatten().tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def covered(samples: Subset, vocabulary: Vocabulary) -> Subset:
@@ -112,9 +156,24 @@ def _hidden(model: LanguageModel, batch: dict[str, Tensor], device: torch.device
     return hidden_BLD[batch["loss_mask"].to(device)]
 
 
-def _chunks(batch: dict[str, Tensor], chunk_size: int, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of a batch's positions with loss, and the true next tokens there."""
-    next_ids_N = batch["input_ids"].roll(-1, dims=-1)[batch["loss_mask"]].to(device)
+def _batches(
+    samples: Dataset, batch_size: int, states: TeacherStates
+) -> Iterator[tuple[dict[str, Tensor], int, Tensor]]:
+    """Each batch, the number of its first sample, and the teacher's hidden states there."""
+    first = 0
+    for batch, hidden_ND in zip(DataLoader(samples, batch_size=batch_size), states.hidden, strict=True):
+        yield batch, first, hidden_ND
+        first += len(batch["input_ids"])
+
+
+def _chunks(
+    batch: dict[str, Tensor], first: int, chunk_size: int, device: torch.device
+) -> Iterator[tuple[slice, Places]]:
+    """Slices of a batch's positions with loss, and what and where they are; `first` is the batch's first sample."""
+    mask_BL = batch["loss_mask"]
+    next_ids_N = batch["input_ids"].roll(-1, dims=-1)[mask_BL].to(device)
+    samples_N = mask_BL.nonzero()[:, 0] + first
+    positions_N = batch["position_ids"][mask_BL]
     for start in range(0, len(next_ids_N), chunk_size):
         rows = slice(start, start + chunk_size)
-        yield rows, next_ids_N[rows]
+        yield rows, Places(next_ids_N[rows], samples_N[rows], positions_N[rows])

@@ -1,7 +1,6 @@
-"""How close a student is to its teacher, over the full vocabulary: pure functions, and the Metrics that average them.
+"""How close a student is to its teacher at one position, over the full vocabulary: pure functions of logits.
 
-Shapes: N positions that carry loss, V vocabulary, M bins of confidence. Every position counts the same, however the
-positions are cut into chunks, batches and devices.
+Shapes: N positions that carry loss, V vocabulary, M bins of confidence. Divergences and likelihoods are in nats.
 """
 
 from __future__ import annotations
@@ -10,9 +9,6 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-
-from distill.errors import UserError
 
 BINS = 15
 """Bins of confidence of the expected calibration error, as in Guo et al. 2017 and most reports since."""
@@ -44,18 +40,85 @@ def kl_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
     return terms.sub_(p).add_(student_logp_NV.exp()).sum(-1).clamp_min(0.0)
 
 
+def reverse_kl_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+    """Reverse KL(student ‖ teacher) of each position: `[N]`, nats, from 0 (equal) up; computed as `kl_divergence` is.
+
+    Equals `(q * (log q - log p)).sum(-1)`. Where the forward KL asks whether the student covers what the teacher says,
+    this one asks whether the student says what the teacher would not. Infinite where the teacher rules out (p = 0) what
+    the student does not.
+    """
+    return kl_divergence(teacher_logp_NV, student_logp_NV)
+
+
+def js_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of each position: `[N]`, nats, 0 (equal) to log 2 (disjoint), symmetrical.
+
+    Equals `(KL(p ‖ m) + KL(q ‖ m)) / 2` with `m = (p + q) / 2`: the generalised one of Agarwal et al., "On-policy
+    distillation of language models", ICLR 2024, eq. 1, at beta 1/2. Source: Lin, "Divergence measures based on the
+    Shannon entropy", IEEE Trans. Inf. Theory 37(1), 1991.
+
+    With `u = |log q - log p|` the summand of a token is `((p + q) a - min(p, q) u) / 2`, where `a = -log((1 + exp(-u))
+    / 2)` is the log of the larger over m, and `a - u` that of the smaller. Written with expm1 and log1p it keeps its
+    digits around 0, and the rounding of a row's normaliser, which shifts u, enters at second order only.
+    """
+    p, q = teacher_logp_NV.exp(), student_logp_NV.exp()
+    # Of a token that both rule out (-inf - -inf) any u will do, of one that one rules out any large one.
+    gap = (student_logp_NV - teacher_logp_NV).abs_().nan_to_num_(nan=0.0, posinf=1e4)
+    of_larger = gap.neg().expm1_().mul_(0.5).log1p_().neg_()
+    terms = of_larger.mul_(p + q).sub_(gap.mul_(torch.minimum(p, q, out=p)))
+    return terms.sum(-1).mul_(0.5).clamp(0.0, math.log(2))
+
+
+def entropy(logp_NV: Tensor) -> Tensor:
+    """`-Σ_v p_v log p_v` of each position: `[N]`, nats, 0 (sure) to log V."""
+    p = logp_NV.exp()
+    return (p * logp_NV).masked_fill_(p == 0, 0.0).sum(-1).neg_().clamp_min_(0.0)
+
+
 def acceptance_rate(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
     """`Σ_v min(p_v, q_v)` of each position: `[N]`, a probability, 0 (disjoint) to 1 (equal), symmetrical.
 
     The chance that speculative decoding with the student as draft accepts its token; 1 - total variation distance.
+    Divided by the mean of Σp and Σq, which rounding leaves beside 1, so that equals give 1 and nothing more than 1.
     Source: Leviathan, Kalman, Matias, "Fast inference from transformers via speculative decoding", ICML 2023, §3.2.
     """
-    return torch.minimum(student_logp_NV, teacher_logp_NV).exp_().sum(-1)
+    p, q = teacher_logp_NV.exp(), student_logp_NV.exp()
+    whole = p.sum(-1) + q.sum(-1)
+    return torch.minimum(p, q, out=p).sum(-1).mul_(2) / whole
 
 
 def top1_agreement(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
     """Whether both put the same token first: `[N]`, bool, of logits or log-probabilities; of equals the lowest id."""
     return student_NV.argmax(-1) == teacher_NV.argmax(-1)
+
+
+def top5_agreement(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """The share of the teacher's 5 most probable tokens that are among the student's 5: `[N]`, one of 0, 1/5, … 1.
+
+    `|T ∩ S| / 5`, whatever the order within the five: the overlap at depth 5 (Webber, Moffat, Zobel, "A similarity
+    measure for indefinite rankings", TOIS 2010, §3). Of logits or log-probabilities; of equals the lower ids are in. Of
+    a vocabulary smaller than 5, all tokens.
+    """
+    student_ids, teacher_ids = top_ids(student_NV, 5), top_ids(teacher_NV, 5)
+    shared = (student_ids[:, :, None] == teacher_ids[:, None, :]).flatten(1).sum(-1)
+    return shared.to(torch.float32) / teacher_ids.shape[-1]
+
+
+def top_ids(values_NV: Tensor, count: int) -> Tensor:
+    """Ids `[N, count]` of each row's largest values, in no order; of equals the lower ids are in, on every device."""
+    vocabulary = values_NV.shape[-1]
+    if vocabulary <= count:
+        return torch.arange(vocabulary, device=values_NV.device).expand(len(values_NV), -1)
+    values, ids = values_NV.topk(count + 1)
+    ids = ids[:, :count]
+    # Which of equals topk takes is not said and differs; argmax takes the first. It matters at the border alone.
+    tied = (values[:, count - 1] == values[:, count]).nonzero().squeeze(-1)
+    left = values_NV[tied].clamp_min_(torch.finfo(values_NV.dtype).min)  # above what is taken out
+    for place in range(count if len(tied) else 0):
+        best = left.argmax(-1, keepdim=True)
+        ids[tied, place] = best.squeeze(-1)
+        left.scatter_(-1, best, -math.inf)
+    return ids
 
 
 def confidence_bins(confidence_N: Tensor, bins: int = BINS) -> Tensor:
@@ -73,7 +136,7 @@ def expected_calibration_error(gap_sums_M: Tensor, positions: int) -> float:
     """How far confidence and accuracy are apart, 0 (calibrated) to 1: `Σ_m n_m / N |accuracy_m - confidence_m|`.
 
     accuracy and confidence are means over the n_m positions of bin m, so n_m cancels: `gap_sums_M` holds, for each bin,
-    the sum of (1 if the top-1 token was right, else 0) - its probability. Source: Guo, Pleiss, Sun, Weinberger, "On
+    the sum of the top-1 token's probability - (1 if it was right, else 0). Source: Guo, Pleiss, Sun, Weinberger, "On
     calibration of modern neural networks", ICML 2017, eq. 3. It is biased upwards: N positions of a calibrated model
     give about `0.8 Σ_m sqrt(n_m v_m) / N`, v_m the variance of an outcome in bin m.
     """
@@ -88,100 +151,10 @@ def perplexity(nll: float) -> float:
         return math.inf
 
 
-class _MeanOverPositions(Metric):
-    """Means over positions of named per-position values, and the calibration of the model that is measured.
+def bits_per_byte(nll: float, positions: int, text_bytes: int) -> float:
+    """`nll · positions / (log 2 · bytes)`: bits a byte of text, from 0 up, which tokenizers share where nll is not.
 
-    The state is float64 sums and a count, which add up across devices; torchmetrics' MulticlassCalibrationError would
-    keep the confidence of every position. The sums stay where the metric is: on the CPU, also when the values come
-    from a card, since not every accelerator knows float64; on the card after `.to(card)`, as a sum over several cards
-    needs it.
+    `nll` is the mean of `positions` next tokens (nats), `text_bytes` (above 0) the UTF-8 bytes of the text they stand
+    for. Source: Gao et al., "The Pile", 2020, §3.1.
     """
-
-    full_state_update = False
-    names: tuple[str, ...] = ()
-    gap_sums: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in self.names:
-            self.add_state(f"{name}_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("gap_sums", torch.zeros(BINS, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def _add(self, logp_NV: Tensor, next_ids_N: Tensor, values: dict[str, Tensor]) -> None:
-        """Add N positions: the measured model's log-probabilities, the true tokens, and values `[N]` a name."""
-        assert set(values) == set(self.names), (sorted(values), self.names)
-        for name, values_N in values.items():
-            total = getattr(self, f"{name}_sum")
-            setattr(self, f"{name}_sum", total + values_N.to(total.device).double().sum())
-        confidence_N, right_N = (outcome_N.to(self.gap_sums.device) for outcome_N in top1_outcomes(logp_NV, next_ids_N))
-        gaps_N = right_N.double() - confidence_N.double()
-        self.gap_sums = self.gap_sums.index_add(0, confidence_bins(confidence_N), gaps_N)
-        self.tokens = self.tokens + next_ids_N.numel()
-
-    def _means(self) -> dict[str, float]:
-        """The mean of each name, `ece` and `tokens`; raises UserError when there was no position at all."""
-        tokens = int(self.tokens)
-        if tokens == 0:
-            raise UserError(
-                "evaluation: nothing to measure, no held-out position carries loss "
-                "(no held-out text, or all of it masked); give more text, or hold more of it out"
-            )
-        means = {name: float(getattr(self, f"{name}_sum")) / tokens for name in self.names}
-        return means | {"ece": expected_calibration_error(self.gap_sums, tokens), "tokens": tokens}
-
-
-class Fidelity(_MeanOverPositions):
-    """A student against its teacher: means over positions of `nll`, `kl`, `top1_agreement` and `acceptance`.
-
-    `nll` is the student's on the true next token (nats/token), `kl` is KL(teacher ‖ student) (nats/token, at least 0),
-    the other two are shares between 0 and 1. `ece` is the student's expected calibration error: its probability of its
-    top-1 token against how often that is the true next token. `tokens` is the number of positions. The vocabulary is
-    the whole one: padded rows of a head are cut off before (`Head.with_rows`).
-    """
-
-    names = ("nll", "kl", "top1_agreement", "acceptance")
-
-    @torch.no_grad()
-    def update(self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, next_ids_N: Tensor) -> None:
-        """Count N positions with loss: both models' logits there, and the token that really came next."""
-        assert student_logits_NV.shape == teacher_logits_NV.shape, (student_logits_NV.shape, teacher_logits_NV.shape)
-        assert next_ids_N.shape == student_logits_NV.shape[:-1], (next_ids_N.shape, student_logits_NV.shape)
-        student_logp_NV = log_probabilities(student_logits_NV)
-        teacher_logp_NV = log_probabilities(teacher_logits_NV)
-        self._add(
-            student_logp_NV,
-            next_ids_N,
-            {
-                "nll": negative_log_likelihood(student_logp_NV, next_ids_N),
-                "kl": kl_divergence(student_logp_NV, teacher_logp_NV),
-                "top1_agreement": top1_agreement(student_logits_NV, teacher_logits_NV),
-                "acceptance": acceptance_rate(student_logp_NV, teacher_logp_NV),
-            },
-        )
-
-    def compute(self) -> dict[str, float]:
-        """The means, `ece` and `tokens`; raises UserError when no position was counted."""
-        return self._means()
-
-
-class Likelihood(_MeanOverPositions):
-    """A model alone on real text: `nll` of the true next token (nats/token), `perplexity` = exp(nll), `ece`, `tokens`.
-
-    `ece` is the expected calibration error of the top-1 token.
-    """
-
-    names = ("nll",)
-
-    @torch.no_grad()
-    def update(self, logits_NV: Tensor, next_ids_N: Tensor) -> None:
-        """Count N positions with loss: the model's logits there, and the token that really came next."""
-        assert next_ids_N.shape == logits_NV.shape[:-1], (next_ids_N.shape, logits_NV.shape)
-        logp_NV = log_probabilities(logits_NV)
-        self._add(logp_NV, next_ids_N, {"nll": negative_log_likelihood(logp_NV, next_ids_N)})
-
-    def compute(self) -> dict[str, float]:
-        """The mean, its exponential, `ece` and `tokens`; raises UserError when no position was counted."""
-        means = self._means()
-        return means | {"perplexity": perplexity(means["nll"])}
+    return nll * positions / (math.log(2) * text_bytes)

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
-from distill import interrupt
+from distill import interrupt, ledger
 from distill.cache.budget import Calibration, parse_size
 from distill.cache.format import MANIFEST, Manifest, differences, read_journal, read_manifest
 from distill.cache.head import HEAD, save_head
@@ -67,7 +67,8 @@ def main(experiment: Experiment) -> int:
                 say(f"cache: {len(shards) - len(missing)} of {len(shards)} shards are there; continuing")
         elif _is_finished(folders, manifest, shards):
             return 0
-        _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
+        with ledger.phase(folders.run, "cache-teacher"):
+            _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
     _summarise(folders, part)
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from distill import interrupt, settings
+from distill import interrupt, ledger, settings
 from distill.cache.format import Manifest
 from distill.cache.head import load_head
 from distill.cache.reader import CacheReader
@@ -34,6 +34,7 @@ from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, is_whole, newest
 from distill.training.data import CacheDataModule
 from distill.training.held_out import MeasureHeldOut
+from distill.training.loggers import make_loggers
 from distill.training.parallel import is_sharded
 from distill.training.trainer import make_trainer
 from distill.training.vocabulary import count_tokens, trim_batch
@@ -41,7 +42,7 @@ from distill.workspace.cache import check_cache_settings, open_cache
 from distill.workspace.checks import check_length, check_model
 from distill.workspace.folders import Folders, make_run_folder, write_json
 from distill.workspace.student import build_student, calibration_samples
-from distill.workspace.training import Role, check_training, make_module
+from distill.workspace.training import Role, check_training, make_module, roles
 
 
 def main(experiment: Experiment) -> int:
@@ -56,23 +57,27 @@ def main(experiment: Experiment) -> int:
     train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
     check_cache_settings(experiment, train.manifest, storage.name)
     check_training(experiment, train.manifest.scheme, len(held_out))
-    roles = [Role("student", experiment.loss.alpha)]
-    if experiment.evaluate.control:
-        roles.append(Role("control", 1.0))
-    pending = [training for role in roles if not (training := _Training(experiment, folders, train, role)).is_done()]
-    vocabulary = _vocabulary(experiment, storage, train, held_out) if pending else None
-    data = CacheDataModule(
-        train,
-        held_out if len(held_out) else None,
-        step_samples=config.batch_size * config.accumulate_grad_batches,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        vocabulary=vocabulary,
-    )
-    for training in pending:
-        with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
-            training.run(data, deadline)
+    pending = [
+        training
+        for role in roles(experiment)
+        if not (training := _Training(role.own(experiment), folders, train, role)).is_done()
+    ]
+    if not pending:
+        return 0
+    vocabulary = _vocabulary(experiment, storage, train, held_out)
+    with ledger.phase(folders.run, "train-student"):
+        for training in pending:
+            data = CacheDataModule(
+                train,
+                held_out if len(held_out) else None,
+                step_samples=config.batch_size * config.accumulate_grad_batches,
+                batch_size=config.batch_size,
+                seed=training.role.seed,
+                num_workers=config.num_workers,
+                vocabulary=vocabulary,
+            )
+            with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
+                training.run(data, deadline)
     return 0
 
 
@@ -204,7 +209,9 @@ class _Training:
             epochs=config.epochs,
             max_steps=config.max_steps,
             log_every_steps=config.log_every_steps,
-            logs=self.folders.logs(name),
+            loggers=make_loggers(
+                config.loggers, self.folders.logs(name), f"{self.folders.run.name}-{name}", self.settings
+            ),
             callbacks=[
                 ShowProgress(progress),
                 held_out,
@@ -260,7 +267,7 @@ class _Training:
 
 # What may change before a training is gone on with: it is the same training, faster, in less memory, or seen better.
 _MAY_CHANGE = (
-    *("resume", "num_workers", "log_every_steps", "max_time", "checkpoint_every_steps", "keep_checkpoints"),
+    *("resume", "num_workers", "log_every_steps", "loggers", "max_time", "checkpoint_every_steps", "keep_checkpoints"),
     *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
     *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
-from distill.processes import is_first_process
 from distill.training.checkpoints import DurableCheckpoints
 from distill.training.parallel import make_strategy
 
@@ -23,7 +21,7 @@ def make_trainer(
     epochs: int,
     max_steps: int | None,
     log_every_steps: int,
-    logs: Path,
+    loggers: list[Logger],
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
     """A Trainer that fits. Accumulation and clipping are the module's; the held-out measurement is a callback's.
@@ -46,16 +44,6 @@ def make_trainer(
         enable_model_summary=False,
         enable_checkpointing=False,
         plugins=[DurableCheckpoints()],
-        logger=_loggers(logs),
+        logger=loggers,
         callbacks=callbacks,
     )
-
-
-def _loggers(folder: Path) -> list[Logger]:
-    """CSV and TensorBoard. Lightning deletes a CSV log that is there: that of an earlier start gets a number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "metrics.csv"
-    if log.exists() and is_first_process():
-        taken = [int(old.suffixes[0][1:]) for old in folder.glob("metrics.*.csv") if old.suffixes[0][1:].isdigit()]
-        log.rename(folder / f"metrics.{max(taken, default=0) + 1}.csv")
-    return [CSVLogger(folder, name=None, version=""), TensorBoardLogger(folder, name=None, version="")]

@@ -11,6 +11,7 @@ from typing import Any
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.files import write_durably
+from distill.models.saving import DESCRIPTION, recover
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Folders:
     def evaluation(self) -> Path:
         return self.run / "evaluation.json"
 
+    @property
+    def report(self) -> Path:
+        return self.run / "report.html"
+
     def model(self, role: str) -> Path:
         """The finished `student` or `control`."""
         return self.run / role
@@ -38,6 +43,16 @@ class Folders:
 
     def logs(self, role: str) -> Path:
         return self.run / "logs" / role
+
+
+def finished_model(run: str | Path) -> Path:
+    """The finished student of a run folder, or the folder of a language model itself. Raises UserError for others."""
+    run = Path(run)
+    for folder in (run / "student", run):
+        recover(folder)
+        if any((folder / name).is_file() for name in ("config.json", DESCRIPTION)):
+            return folder
+    raise UserError(f"{run}: holds no finished student: give the run_dir of a finished training, or a model's folder")
 
 
 def make_run_folder(folders: Folders) -> None:

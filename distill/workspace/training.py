@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,15 +25,32 @@ from distill.training.optimizers.step_in_backward import StepInBackward, check_s
 
 @dataclass(frozen=True)
 class Role:
-    """What is trained: the `student`, or the `control`, which learns from the text alone."""
+    """What is trained: the `student`, or the `control`, which learns from the text alone; each with its seed."""
 
     name: str
+    """Its folder in the run: `student`, `control`, and with a further seed `seeds/1/student`."""
     alpha: float
+    seed: int
 
     @property
     def monitor(self) -> str:
         """What is best: for a control its own loss, since it never sees the teacher."""
         return "held_out_loss" if self.alpha == 1 else "held_out_kl"
+
+    def own(self, experiment: Experiment) -> Experiment:
+        """The experiment with this role's seed."""
+        return replace(experiment, train=replace(experiment.train, seed=self.seed))
+
+
+def roles(experiment: Experiment) -> list[Role]:
+    """All that the experiment trains, in this order: its own seed first, then the further ones."""
+    first = experiment.train.seed
+    kinds = {"student": experiment.loss.alpha, **({"control": 1.0} if experiment.evaluate.control else {})}
+    return [
+        Role(kind if seed == first else f"seeds/{seed}/{kind}", alpha, seed)
+        for seed in range(first, first + experiment.evaluate.seeds)
+        for kind, alpha in kinds.items()
+    ]
 
 
 def check_training(experiment: Experiment, scheme: str, held_out: int) -> None:

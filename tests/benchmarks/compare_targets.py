@@ -186,18 +186,22 @@ def comparison(work: Path, rows: list[Row], options: argparse.Namespace) -> dict
     """What the evaluations measured, with what it took."""
     evaluations = {row.name: read(work / "runs" / row.folder / "evaluation.json") for row in rows}
     any_one = evaluations[rows[0].name]
-    assert all(evaluation["teacher"] == any_one["teacher"] for evaluation in evaluations.values())
-    assert all(evaluation["before"] == any_one["before"] for evaluation in evaluations.values())
+    for name in ("teacher", "before"):
+        assert all(found["fidelity"][name] == any_one["fidelity"][name] for found in evaluations.values())
     return {
         "options": {**vars(options), "work": None, "corpus": Path(options.corpus).name},
-        "positions": any_one["tokens"],
+        "positions": any_one["text"]["tokens"],
         "parameters": any_one["parameters"],
         "caches": {scheme: cache_facts(work, scheme) for scheme in SCHEMES},
         "rows": {
-            "teacher": any_one["teacher"],
-            "before": any_one["before"],
+            "teacher": any_one["fidelity"]["teacher"],
+            "before": any_one["fidelity"]["before"],
             **{
-                row.name: {**evaluations[row.name]["student"], "alpha": row.alpha, **training_facts(work, row)}
+                row.name: {
+                    **evaluations[row.name]["fidelity"]["student"],
+                    "alpha": row.alpha,
+                    **training_facts(work, row),
+                }
                 for row in rows
             },
         },

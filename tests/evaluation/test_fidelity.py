@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
+from distill.evaluation.breakdown import Measured
 from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
 from distill.evaluation.metrics import BINS
 from distill.models.language_model import Head
@@ -66,10 +68,20 @@ class Samples(torch.utils.data.Dataset):
         return self.rows[index]
 
 
-def measured(student: Tiny, teacher: Tiny, batch_size: int = 3, chunk_size: int = 4) -> dict[str, float]:
-    samples = Samples()
+def walked(
+    student: Tiny, teacher: Tiny, batch_size: int = 3, chunk_size: int = 4, samples: Samples | None = None
+) -> Measured:
+    samples = samples or Samples()
     states = teacher_states(teacher, samples, batch_size, VOCABULARY, CPU, lambda amount: None)
     return student_fidelity(student, states, samples, batch_size, chunk_size, CPU, lambda amount: None)
+
+
+def measured(student: Tiny, teacher: Tiny, batch_size: int = 3, chunk_size: int = 4) -> dict[str, float]:
+    """What `reference` gives, as the walk measured it."""
+    found = walked(student, teacher, batch_size, chunk_size)
+    summary = found.summary()
+    names = ("nll", "kl", "reverse_kl", "jsd", "top1_agreement", "top5_agreement", "acceptance", "confidence_gap")
+    return {name: summary[name] for name in (*names, "ece")} | {"tokens": found.tokens}
 
 
 def logp(model: Tiny, row: dict[str, Tensor]) -> Tensor:
@@ -91,7 +103,8 @@ def positions(shift: int = 0) -> Iterator[tuple[dict[str, Tensor], int]]:
 @torch.no_grad()
 def reference(student: Tiny, teacher: Tiny, shift: int = 0, ahead: int = 1) -> dict[str, float]:
     """The definitions, position by position; `ahead` is how far the true token lies ahead."""
-    sums, count = {"nll": 0.0, "kl": 0.0, "top1_agreement": 0.0, "acceptance": 0.0}, 0
+    names = ("nll", "kl", "reverse_kl", "jsd", "top1_agreement", "top5_agreement", "acceptance", "confidence_gap")
+    sums, count = dict.fromkeys(names, 0.0), 0
     gaps = dict.fromkeys(range(BINS), 0.0)  # of each bin of confidence: times right minus confidence
     for row, position in positions(shift):
         q_V, p_V = logp(student, row)[position].exp(), logp(teacher, row)[position].exp()
@@ -99,6 +112,10 @@ def reference(student: Tiny, teacher: Tiny, shift: int = 0, ahead: int = 1) -> d
         sums["nll"] -= math.log(q_V[next_id])
         gaps[math.ceil(confidence * BINS) - 1] += float(q_V.argmax() == next_id) - confidence
         sums["kl"] += float((p_V * (p_V.log() - q_V.log())).sum())
+        sums["reverse_kl"] += float((q_V * (q_V.log() - p_V.log())).sum())
+        sums["jsd"] += float((p_V * (2 * p_V / (p_V + q_V)).log() + q_V * (2 * q_V / (p_V + q_V)).log()).sum()) / 2
+        sums["top5_agreement"] += len({*p_V.topk(5).indices.tolist()} & {*q_V.topk(5).indices.tolist()}) / 5
+        sums["confidence_gap"] += confidence - float(q_V.argmax() == next_id)
         sums["top1_agreement"] += float(p_V.argmax() == q_V.argmax())
         sums["acceptance"] += float(torch.minimum(p_V, q_V).sum())
         count += 1
@@ -131,8 +148,30 @@ def test_an_off_by_one_would_be_seen(shift: int, ahead: int) -> None:
 
 @pytest.mark.parametrize(("batch_size", "chunk_size"), [(1, 1), (2, 5), (7, 1000), (100, 3)])
 def test_neither_batch_nor_chunk_changes_anything(batch_size: int, chunk_size: int) -> None:
-    expected = measured(Tiny(1), Tiny(2), batch_size=3, chunk_size=4)
-    assert measured(Tiny(1), Tiny(2), batch_size, chunk_size) == pytest.approx(expected, rel=1e-6)
+    """Sums of each sample and of each bin too, so they are under the right sample and in the right bin."""
+    expected, found = walked(Tiny(1), Tiny(2)), walked(Tiny(1), Tiny(2), batch_size, chunk_size)
+    for name in ("sample", "entropy", "position"):
+        assert (getattr(found, f"{name}_positions") == getattr(expected, f"{name}_positions")).all()
+        sums, expected_sums = getattr(found, f"{name}_sums"), getattr(expected, f"{name}_sums")
+        np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-6)
+    assert measured(Tiny(1), Tiny(2), batch_size, chunk_size) == pytest.approx(measured(Tiny(1), Tiny(2)), rel=1e-6)
+
+
+@torch.no_grad()
+def test_each_position_is_counted_under_its_sample_and_its_place_in_the_document() -> None:
+    found, student, teacher = walked(Tiny(1), Tiny(2)), Tiny(1), Tiny(2)
+    by_sample, by_place = [0.0] * SAMPLES, dict.fromkeys((0, 4), 0.0)
+    for index, row in enumerate(Samples().rows):
+        p_LV, q_LV = logp(teacher, row).exp(), logp(student, row).exp()
+        for position in row["loss_mask"].nonzero().flatten().tolist():
+            kl = float((p_LV[position] * (p_LV[position] / q_LV[position]).log()).sum())
+            by_sample[index] += kl
+            by_place[0 if row["position_ids"][position] < 4 else 4] += kl
+    np.testing.assert_allclose(found.sums.values["kl"], by_sample, rtol=1e-5)
+    assert found.sums.positions.tolist() == [int(row["loss_mask"].sum()) for row in Samples().rows]
+    bins = found.summary()["by_position"]
+    assert [(bin["from"], bin["to"]) for bin in bins] == [(0, 4), (4, 16)]
+    assert [bin["kl"] * bin["positions"] for bin in bins] == pytest.approx(list(by_place.values()), rel=1e-5)
 
 
 def test_what_the_mask_hides_takes_no_part() -> None:
@@ -146,19 +185,15 @@ def test_what_the_mask_hides_takes_no_part() -> None:
             row["input_ids"][behind:] = 0
             return row
 
-    def walk(samples: Samples) -> dict[str, float]:
-        states = teacher_states(Tiny(2), samples, 3, VOCABULARY, CPU, lambda amount: None)
-        return student_fidelity(Tiny(1), states, samples, 3, 4, CPU, lambda amount: None)
-
     assert any((Corrupted()[i]["input_ids"] != Samples()[i]["input_ids"]).any() for i in range(SAMPLES))
-    assert walk(Corrupted()) == walk(Samples())
+    assert walked(Tiny(1), Tiny(2), samples=Corrupted()).summary() == walked(Tiny(1), Tiny(2)).summary()
 
 
 def test_a_teacher_is_its_own_best_student() -> None:
     same = measured(Tiny(2), Tiny(2))
-    assert same["kl"] == pytest.approx(0, abs=1e-9)
-    assert same["top1_agreement"] == 1.0
-    assert same["acceptance"] == pytest.approx(1, abs=1e-6)
+    assert (same["kl"], same["reverse_kl"], same["jsd"]) == (0, 0, 0)
+    assert same["top1_agreement"] == same["top5_agreement"] == 1.0
+    assert same["acceptance"] == 1.0
     assert same["nll"] == pytest.approx(reference(Tiny(2), Tiny(2))["nll"])
 
 
@@ -177,12 +212,16 @@ def test_padding_rows_take_no_probability() -> None:
 def test_the_teachers_own_likelihood() -> None:
     samples = Samples()
     states = teacher_states(Tiny(2, rows=57), samples, 3, VOCABULARY, CPU, lambda amount: None)
-    likelihood = teacher_likelihood(states, samples, 3, 4, CPU)
+    measured = teacher_likelihood(states, samples, 3, 4, CPU, text_bytes=70)
+    likelihood = measured.summary()
     expected = reference(Tiny(2, rows=57), Tiny(2, rows=57))
     assert likelihood["nll"] == pytest.approx(expected["nll"])
     assert likelihood["perplexity"] == pytest.approx(math.exp(expected["nll"]))
     assert likelihood["ece"] == pytest.approx(expected["ece"], rel=1e-5)
-    assert likelihood["tokens"] == expected["tokens"]
+    assert likelihood["confidence_gap"] == pytest.approx(expected["confidence_gap"], rel=1e-5)
+    assert likelihood["bits_per_byte"] == pytest.approx(expected["nll"] * expected["tokens"] / (math.log(2) * 70))
+    assert measured.tokens == expected["tokens"]
+    assert sum(bin["positions"] for bin in likelihood["by_entropy"]) == measured.tokens
 
 
 def test_progress_counts_every_token_of_every_sample_once() -> None:

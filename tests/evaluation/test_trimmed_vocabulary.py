@@ -66,7 +66,7 @@ def reference(student: Tiny, teacher: Tiny) -> dict[str, float]:
     """Position by position, over the kept tokens; the teacher's mass on the others beside."""
     student, teacher = student.double(), teacher.double()
     sums = dict.fromkeys(("nll", "kl", "top1_agreement", "acceptance", "dropped", "teacher_nll"), 0.0)
-    count = 0
+    count = low = 0
     for index in range(0, 7, 2):
         row = Samples()[index]
         ids_L, own_L = row["input_ids"], KEPT.mapped(row["input_ids"])
@@ -81,9 +81,10 @@ def reference(student: Tiny, teacher: Tiny) -> dict[str, float]:
             sums["top1_agreement"] += float(p_K.argmax() == q_K.argmax())
             sums["acceptance"] += float(torch.minimum(p_K, q_K).sum())
             sums["dropped"] += 1 - float(p_V[KEPT.kept_ids].sum())
+            low += float(-(p_K * p_K.log()).sum()) < 2
             count += 1
     student.float(), teacher.float()
-    return {name: total / count for name, total in sums.items()} | {"tokens": count}
+    return {name: total / count for name, total in sums.items()} | {"tokens": count, "of_low_entropy": low}
 
 
 @pytest.mark.parametrize("padding", [0, 3])
@@ -91,12 +92,17 @@ def test_it_equals_the_dense_program(padding: int) -> None:
     student, teacher = Tiny(1, len(KEPT) + padding), Tiny(2, V + 5)
     states = teacher_states(teacher, SAMPLES, 3, V, CPU, ignore)
     expected = reference(student, teacher)
-    found = student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore, KEPT)
-    for name in ("nll", "kl", "top1_agreement", "acceptance", "tokens"):
+    measured = student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore, KEPT)
+    found = measured.summary()
+    for name in ("nll", "kl", "top1_agreement", "acceptance"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert measured.tokens == expected["tokens"]
+    first = [bin["positions"] for bin in found["by_entropy"] if bin["from"] < 2]
+    assert sum(first) == expected["of_low_entropy"] > 0, "binned by the entropy of what is left of the teacher"
     assert dropped_mass(states, KEPT, 4, CPU) == pytest.approx(expected["dropped"], rel=1e-5)
     assert 0.2 < expected["dropped"] < 0.9, "else this says little"
-    assert teacher_likelihood(states, SAMPLES, 3, 4, CPU)["nll"] == pytest.approx(expected["teacher_nll"], rel=1e-5)
+    alone = teacher_likelihood(states, SAMPLES, 3, 4, CPU).summary()
+    assert alone["nll"] == pytest.approx(expected["teacher_nll"], rel=1e-5)
 
 
 def test_the_teacher_cut_down_to_the_kept_tokens_is_the_best_student() -> None:
@@ -105,7 +111,7 @@ def test_the_teacher_cut_down_to_the_kept_tokens_is_the_best_student() -> None:
         for weight, own in zip(student.parameters(), teacher.parameters(), strict=True):
             weight.copy_(own if weight.shape == own.shape else own[KEPT.kept_ids])
     states = teacher_states(teacher, SAMPLES, 3, V, CPU, ignore)
-    found = student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore, KEPT)
+    found = student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore, KEPT).summary()
     assert found["kl"] == pytest.approx(0, abs=1e-9)
     assert found["top1_agreement"] == 1 and found["acceptance"] == pytest.approx(1)
 
@@ -122,5 +128,5 @@ def test_nothing_is_dropped_of_the_whole_vocabulary() -> None:
     everything = Vocabulary(torch.arange(V), V)
     states = teacher_states(teacher, SAMPLES, 3, V, CPU, ignore)
     assert dropped_mass(states, everything, 4, CPU) == 0
-    whole = student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore)
-    assert student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore, everything) == whole
+    whole = student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore).summary()
+    assert student_fidelity(student, states, SAMPLES, 3, 4, CPU, ignore, everything).summary() == whole

@@ -41,7 +41,7 @@ def test_a_lever_trains_and_resumes(cached: list[str], distill: Any, tmp_path: P
     distill("train-student", *own, "--resume").done()
     distill("evaluate", *own).done()
     result = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert result["student"]["kl"] < 0.9 * result["before"]["kl"]
+    assert result["fidelity"]["student"]["kl"] < 0.9 * result["fidelity"]["before"]["kl"]
 
 
 def test_float16s_scaler_is_in_the_checkpoint(cached: list[str], distill: Any, tmp_path: Path) -> None:

@@ -18,13 +18,17 @@ def run(finished: Any, tmp_path: Path) -> Any:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    result = json.loads((folder / "evaluation.json").read_text())
-    return {key: value for key, value in result.items() if key != "seconds"}
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """What an evaluation found, without the file that it was asked by."""
+    return {key: value for key, value in read(folder).items() if key != "experiment"}
 
 
 def test_it_needs_no_cache_and_repeats_to_the_last_bit(run: Any, finished: Any, distill: Any, tmp_path: Path) -> None:
     distill("evaluate", *run, "--cache.dir", tmp_path / "none").done()
-    assert read(tmp_path / "run") == read(finished.run)
+    assert measured(tmp_path / "run") == measured(finished.run)
 
 
 def test_neither_batch_nor_chunk_changes_what_is_measured(
@@ -32,30 +36,39 @@ def test_neither_batch_nor_chunk_changes_what_is_measured(
 ) -> None:
     distill("evaluate", *run, "--evaluate.batch_size", 3, "--loss.chunk_size", 7).done()
     ours, theirs = read(tmp_path / "run"), read(finished.run)
-    assert ours["tokens"] == theirs["tokens"]
+    assert ours["text"] == theirs["text"]
     for role in ("before", "student", "control"):
-        assert ours[role] == pytest.approx(theirs[role], rel=1e-4)
+        mine, other = (
+            {name: value for name, value in result["fidelity"][role].items() if isinstance(value, float)}
+            for result in (ours, theirs)
+        )
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 def test_other_inputs_are_measured_anew(run: Any, distill: Any, tmp_path: Path) -> None:
     distill("evaluate", *run, "--evaluate.max_samples", 4, "--evaluate.control", "false").done()
     fewer = read(tmp_path / "run")
-    assert 0 < fewer["tokens"] < 4 * 48 and "control" not in fewer
+    assert 0 < fewer["text"]["tokens"] < 4 * 48 and "control" not in fewer["fidelity"]
     again = distill("evaluate", *run, "--evaluate.max_samples", 4, "--evaluate.control", "false")
     assert "nothing to do" in again.done().out and "│ student" in again.out
     more = distill("evaluate", *run, "--evaluate.max_samples", 8, "--evaluate.control", "false")
     assert "nothing to do" not in more.done().out
-    assert read(tmp_path / "run")["tokens"] > fewer["tokens"]
+    assert read(tmp_path / "run")["text"]["tokens"] > fewer["text"]["tokens"]
 
 
-@pytest.mark.parametrize("content", ['{"inputs": {', "[]", "{}", "3"])
+@pytest.mark.parametrize(
+    "content", ['{"made_from": {', "[]", "{}", "3", '{"made_from": {"fidelity::student": ["a", "b"]}}']
+)
 def test_a_damaged_evaluation_is_measured_anew(
     run: Any, finished: Any, distill: Any, tmp_path: Path, content: str
 ) -> None:
     (tmp_path / "run/evaluation.json").write_text(content)
     fewer = ["--evaluate.max_samples", 1, "--evaluate.control", "false"]
-    assert "evaluation.json is damaged: measuring anew" in distill("evaluate", *run, *fewer).done().out
-    assert read(tmp_path / "run")["tokens"] > 0
+    assert (
+        "evaluation.json is damaged, or of an earlier version: measuring anew"
+        in distill("evaluate", *run, *fewer).done().out
+    )
+    assert read(tmp_path / "run")["text"]["tokens"] > 0
 
 
 def test_what_the_beginning_depends_on_is_an_input(run: Any, distill: Any) -> None:

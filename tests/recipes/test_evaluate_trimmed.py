@@ -39,15 +39,15 @@ def test_all_is_measured_on_the_text_that_all_can_read(trained: tuple[str, Path]
     file, run = trained
     outcome = distill("evaluate", file).done()
     found = json.loads((run / "evaluation.json").read_text())
-    assert found["left_out_samples"] > 0
-    assert 0 < found["dropped_mass"] < 1
-    assert f"{found['dropped_mass']:.2%} of the teacher's probability" in outcome.out
-    assert f"{found['left_out_samples']} samples with others" in outcome.out
+    left_out, dropped = (found["text"][name] for name in ("left_out_samples", "dropped_mass"))
+    assert left_out > 0 and 0 < dropped < 1
+    assert f"{dropped:.2%} of the teacher's probability" in outcome.out
+    assert f"{left_out} samples with others" in outcome.out
     for role in ("before", "student", "control"):
-        assert found[role]["kl"] > 0
+        assert found["fidelity"][role]["kl"] > 0
         assert found["parameters"][role] < found["parameters"]["teacher"]
-    assert found["student"]["kl"] < found["before"]["kl"]
-    assert f"{found['left_out_samples']} samples" in distill("evaluate", file).done().out, "said again"
+    assert found["fidelity"]["student"]["kl"] < found["fidelity"]["before"]["kl"]
+    assert f"{left_out} samples" in distill("evaluate", file).done().out, "said again"
 
 
 def test_the_students_folder_goes_by_itself(trained: tuple[str, Path]) -> None:

@@ -27,7 +27,7 @@ def test_a_student_learns_from_it(cache: dict[str, Any], world: Any, distill: An
     outcome = distill("run", file)
     assert outcome.status == 0, outcome.text
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert result["student"]["kl"] < 0.9 * result["before"]["kl"]
+    assert result["fidelity"]["student"]["kl"] < 0.9 * result["fidelity"]["before"]["kl"]
 
 
 def _exact(world: Any, batch: Any, reader: Any) -> torch.Tensor:

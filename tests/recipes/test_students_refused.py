@@ -8,13 +8,6 @@ from typing import Any
 
 import pytest
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
 SOURCE = """
 import torch
 from distill.models.language_model import Head
@@ -52,6 +45,11 @@ def student(name: str, **options: Any) -> list[str]:
     return ["--student.class_path", name, "--student.options", json.dumps(options)]
 
 
+def files(folder: Path) -> set[str]:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in found if not name.startswith("__pycache__")}
+
+
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working directory of a stranger, with a file of students."""
@@ -79,10 +77,6 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (student("pruned", layers=[0, 9]), ["[9] out of range"]),
         (student("pruned", layers="all"), ["layers", "'all'"]),
         (student("huggingface"), ["either model (pretrained) or config"]),
-        (student("huggingface", config={**LLAMA, "vocab_size": 399}), ["399 rows", "400 tokens"]),
-        (student("huggingface", config={**LLAMA, "hidden_sise": 3}), ["'hidden_sise'", "did you mean 'hidden_size'?"]),
-        (student("huggingface", config={**LLAMA, "model_type": "lama"}), ["'lama'", "did you mean 'llama'?"]),
-        (student("huggingface", config={**LLAMA, "max_position_embeddings": 47}), ["47 tokens", "48 tokens"]),
         (
             student(
                 "huggingface", config={"model_type": "gpt2", "n_embd": 8, "n_head": 1, "n_layer": 1, "n_positions": 8}
@@ -98,8 +92,23 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_it_is_refused(train: Any, mine: None, tmp_path: Path, given: list[str], words: list[str]) -> None:
     train(*given).refused(*words)
-    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {name for name in left if not name.startswith("__pycache__")} == {"mine.py"}
+    assert files(tmp_path) == {"mine.py"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 399}, ["399 rows", "400 tokens"]),
+        ({"hidden_sise": 3}, ["'hidden_sise'", "did you mean 'hidden_size'?"]),
+        ({"model_type": "lama"}, ["'lama'", "did you mean 'llama'?"]),
+        ({"max_position_embeddings": 47}, ["47 tokens", "48 tokens"]),
+    ],
+)
+def test_a_config_is_refused(
+    train: Any, tiny_config: dict[str, Any], tmp_path: Path, change: dict[str, Any], words: list[str]
+) -> None:
+    train(*student("huggingface", config={**tiny_config, **change})).refused(*words)
+    assert files(tmp_path) == set()
 
 
 def test_a_recurrent_student_trains_on_unpacked_samples_alone(
@@ -117,7 +126,7 @@ def test_a_recurrent_student_trains_on_unpacked_samples_alone(
     )
     distill("run", file).done()
     result = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert 0 < result["student"]["kl"] < result["before"]["kl"]
+    assert 0 < result["fidelity"]["student"]["kl"] < result["fidelity"]["before"]["kl"]
 
 
 def test_a_refused_student_leaves_an_earlier_one_alone(finished: Any, distill: Any, untouched: Any) -> None:

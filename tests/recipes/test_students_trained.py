@@ -88,7 +88,7 @@ def learns(distill: Any, run: Path, chosen: list[str]) -> Path:
     distill("train-student", *chosen).done()
     distill("evaluate", *chosen).done()
     result = json.loads((run / "evaluation.json").read_text())
-    assert 0 < result["student"]["kl"] < 0.95 * result["before"]["kl"]
+    assert 0 < result["fidelity"]["student"]["kl"] < 0.95 * result["fidelity"]["before"]["kl"]
     return run / "student"
 
 

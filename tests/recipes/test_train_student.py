@@ -59,7 +59,7 @@ def test_every_kind_of_student_trains_and_is_measured(
     assert (tmp_path / "run/student" / ("student.json" if name == "compact" else "config.json")).is_file()
     distill("evaluate", *finished.elsewhere(tmp_path / "run"), *chosen).done()
     result = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert result["student"]["kl"] < result["before"]["kl"]
+    assert result["fidelity"]["student"]["kl"] < result["fidelity"]["before"]["kl"]
 
 
 def test_a_pretrained_student(train: Any, world: Any, make_teacher: Any, tmp_path: Path) -> None:

@@ -15,13 +15,6 @@ from distill.workspace.student import build_student
 
 FULL = 120  # the teacher's tokens
 KEPT = torch.arange(0, FULL, 3)
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
 SOURCE = """
 import torch
 from distill.models.language_model import Head
@@ -77,15 +70,15 @@ def test_a_pretrained_student_is_trimmed_and_one_of_another_tokenizer_refused(cl
         assert full.head.weight_VD.shape[0] == rows
 
 
-def test_a_fresh_student_is_made_with_the_kept_tokens(mine: str) -> None:
-    for student in (build("huggingface", config=LLAMA), build("compact", hidden_size=8, heads=2), build(mine)):
+def test_a_fresh_student_is_made_with_the_kept_tokens(mine: str, tiny_config: dict[str, Any]) -> None:
+    for student in (build("huggingface", config=tiny_config), build("compact", hidden_size=8, heads=2), build(mine)):
         assert student.head.weight_VD.shape[0] == len(KEPT)
-    assert build("huggingface", config={**LLAMA, "vocab_size": FULL}).head.weight_VD.shape[0] == len(KEPT)
+    assert build("huggingface", config={**tiny_config, "vocab_size": FULL}).head.weight_VD.shape[0] == len(KEPT)
 
 
-def test_a_fresh_student_of_a_size_of_its_own_is_refused(mine: str) -> None:
+def test_a_fresh_student_of_a_size_of_its_own_is_refused(mine: str, tiny_config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"its head has 60 rows.*set no size for a fresh student"):
-        build("huggingface", config={**LLAMA, "vocab_size": 60})
+        build("huggingface", config={**tiny_config, "vocab_size": 60})
     with pytest.raises(UserError, match="its head has 60 rows"):
         build(mine, rows=60)
 

@@ -1,4 +1,4 @@
-"""Two gloo processes make the very steps of one: however a step is cut, packed or not, with whole weights or shares.
+"""Trainings by one process and by two gloo processes, for the tests beside this file, which compare what they saw.
 
 The two processes are one script, this file, which trains all of `CASES` under ddp and under fsdp one after the other.
 """
@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,11 +229,11 @@ def main(folder: str, port: str) -> None:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what the two processes saw."""
+@pytest.fixture(scope="session")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[dict[str, Any]]]:
+    """`both(strategy, name)`: what each of the two processes saw of a case."""
     folder = tmp_path_factory.mktemp("both")
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -247,87 +247,47 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    return folder
+    return lambda strategy, name: [
+        torch.load(folder / f"{strategy} {name} {rank}.pt", weights_only=True) for rank in range(2)
+    ]
 
 
-def read(folder: Path, strategy: str, name: str) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{strategy} {name} {rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def check_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
-    for key in ("loss", "norm"):
-        assert found[key] == pytest.approx(expected[key], rel=tolerance, nan_ok=True), key
-    for key in ("gradient", "weights"):
-        pairs = zip(found[key], expected[key], strict=True) if key == "gradient" else [(found[key], expected[key])]
-        for ours, theirs in pairs:
-            assert (ours - theirs).norm() <= tolerance * theirs.norm()
-    for ours, theirs in zip(found["measured"], expected["measured"], strict=True):
-        assert ours == pytest.approx(theirs, rel=tolerance)
-
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks"),
-]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one() -> dict[str, dict[str, Any]]:
     """One process, every case."""
-    return {name: trained(case) for name, case in CASES.items()}
+    return {name: on_one_thread(case) for name, case in CASES.items()}
 
 
-MATRIX = [name for name in CASES if "packed" in name]
+@pytest.fixture(scope="session")
+def in_one_pass() -> Callable[[bool], dict[str, Any]]:
+    """`in_one_pass(packed)`: one process with all samples of a step in one pass."""
+    return lambda packed: on_one_thread(Case(STEP, packed))
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
-@pytest.mark.parametrize("name", MATRIX)
-def test_a_step_is_the_same_however_it_is_cut(one: Any, request: Any, strategy: str, name: str) -> None:
-    """Against one process with all samples of a step in one pass."""
-    expected = trained(Case(STEP, CASES[name].packed))
-    assert [len(expected[key]) for key in ("loss", "gradient")] == [4, 3]  # one step has no position
-    assert expected["gradient"][0].norm() > 0.01
-    found = [one[name]] if strategy == "auto" else read(request.getfixturevalue("both"), strategy, name)
-    for process in found:
-        check_same(process, expected)
+def on_one_thread(case: Case) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return trained(case)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def test_packing_makes_a_difference(one: Any) -> None:
-    """Else the two halves of the matrix would be one."""
-    gap = one["packed 4"]["gradient"][0] - one["unpacked 4"]["gradient"][0]
-    assert gap.norm() > 0.01 * one["packed 4"]["gradient"][0].norm()
+@pytest.fixture(scope="session")
+def check_same() -> Callable[..., None]:
+    """`check_same(found, expected)`: two trainings are one, but for the rounding of another order of sums."""
 
+    def check(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+        for key in ("loss", "norm"):
+            assert found[key] == pytest.approx(expected[key], rel=tolerance, nan_ok=True), key
+        for key in ("gradient", "weights"):
+            pairs = zip(found[key], expected[key], strict=True) if key == "gradient" else [(found[key], expected[key])]
+            for ours, theirs in pairs:
+                assert (ours - theirs).norm() <= tolerance * theirs.norm()
+        for ours, theirs in zip(found["measured"], expected["measured"], strict=True):
+            assert ours == pytest.approx(theirs, rel=tolerance)
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["curve", "features", "no blocks", "not finite"])
-def test_two_processes_train_as_one_does(one: Any, both: Path, strategy: str, name: str) -> None:
-    """A curve of several epochs with clipping; features; a student in one piece; a step that is left out by both."""
-    for process in read(both, strategy, name):
-        check_same(process, one[name])
-
-
-def test_these_cases_are_what_they_say(one: Any) -> None:
-    assert len(one["curve"]["loss"]) == 12 and max(one["curve"]["norm"]) > 0.2
-    assert one["curve"]["loss"][-4] < one["curve"]["loss"][0] - 0.05
-    assert len(one["not finite"]["gradient"]) == 2
-
-
-def test_a_device_that_runs_out_of_memory_makes_smaller_passes_and_the_same_training(one: Any, both: Path) -> None:
-    first, second = read(both, "ddp", "narrow")
-    assert first["micro_batch"] == [4] * 8 and second["micro_batch"] == [4] * 2 + [2] * 6
-    for process in (first, second):
-        check_same(process, one["narrow"], tolerance=1e-6)
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_dropout_differs_between_devices_and_rounding_does_not(both: Path, strategy: str) -> None:
-    """And both do between steps."""
-    first, second = read(both, strategy, "curve")
-    drawn = [*first["seed of passes"], *second["seed of passes"]]
-    assert len(set(drawn)) == len(drawn) > 9, "nine steps, and one process has nothing in some of them"
-    assert first["seed of rounding"] == second["seed of rounding"]
-    assert len(set(first["seed of rounding"])) == len(first["seed of rounding"]) == 9
+    return check
 
 
 if __name__ == "__main__":

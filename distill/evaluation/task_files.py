@@ -1,0 +1,152 @@
+"""Tasks of lm-eval by name, from its own index or a folder of the user's, and lm-eval kept quiet and to itself."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import importlib.util
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+from distill.models.checkpoints import first_line
+from distill.models.huggingface import quiet
+
+NOISY = ("lm_eval", "datasets", "huggingface_hub", "httpx")
+
+
+def demand_lm_eval() -> None:
+    """Raise UserError when lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("benchmarks (evaluate.tasks) need lm-eval: pip install 'distill-small-card[eval]'")
+
+
+def load_task(name: str, tasks_path: str | None) -> dict[str, Any]:
+    """lm-eval's `{"tasks": …, "groups": …}` of one task or group, with its data."""
+    manager = _manager_of(name, tasks_path)
+    entry = manager.task_index.get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        where = f" and {tasks_path} has none" if tasks_path else ""
+        question = f"; did you mean {', '.join(near)}?" if near else ""
+        raise UserError(f"evaluate.tasks: lm-eval has no task '{name}'{where}{question}")
+    try:
+        loaded = manager.load([name])
+    except Exception as error:  # a task file is a program: anything can be wrong with it
+        raise task_error(name, entry.yaml_path, error) from error
+    group = loaded["groups"].get(name)
+    if name not in loaded["tasks"] and (group is None or not group.has_aggregation):
+        members = sorted(loaded["tasks"])
+        shown = ", ".join(members[:8]) + (", …" if len(members) > 8 else "")
+        raise UserError(
+            f"evaluate.tasks: '{name}' is {len(members)} tasks without a score in common; name them: {shown}"
+        )
+    return loaded
+
+
+def task_error(name: str, file: Path | None, error: Exception) -> UserError:
+    """What went wrong in a task, in one line."""
+    said = first_line(error) or type(error).__name__
+    if type(error).__module__.startswith(("httpx", "requests")) or isinstance(error, ConnectionError):
+        return UserError(
+            f"task '{name}': its data set is not on this machine, and the Hub cannot be reached ({said}): "
+            "set evaluate.tasks_path to a folder of task files with local data, such as configs/tasks"
+        )
+    if isinstance(error, UserError | ImportError):
+        return UserError(f"task '{name}': {said}")
+    return UserError(f"task '{name}' ({file or 'lm-eval'}): {type(error).__name__}: {said}")
+
+
+def _manager_of(name: str, tasks_path: str | None) -> Any:
+    """lm-eval's index to look `name` up in; of two tasks with one name the folder's is taken.
+
+    lm-eval's own index, which takes ten seconds and more to read, is left alone when the folder has the task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if tasks_path is None:
+        return _own_manager()
+    _check_folder(Path(tasks_path))
+    local = TaskManager(include_path=tasks_path, include_defaults=False)
+    entry = local.task_index.get(name)
+    if entry is not None and entry.kind.name in ("TASK", "PY_TASK"):  # a group's members may be lm-eval's
+        return local
+    both = copy.copy(_own_manager())
+    both._index = {**both.task_index, **local.task_index}
+    both._all_tasks = sorted(both._index)
+    return both
+
+
+@functools.lru_cache(maxsize=1)
+def _own_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _check_folder(folder: Path) -> None:
+    """lm-eval passes over files that it cannot read, and takes its own task instead of the one meant."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not folder.is_dir():
+        raise UserError(f"evaluate.tasks_path: {folder} is no folder")
+    files: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            config = load_yaml(file, resolve_func=False)
+        except Exception as error:  # yaml's errors, a missing `include`, a file that is a list
+            raise UserError(f"{file}: no task file of lm-eval: {first_line(error)}") from error
+        name = config.get("group", config.get("task"))
+        if not isinstance(name, str):
+            continue  # a part that others include
+        if name in files:
+            raise UserError(f"{file}: task '{name}' is in {files[name]} already")
+        files[name] = file
+    if not files:
+        raise UserError(f"evaluate.tasks_path: {folder} has no task files of lm-eval (*.yaml)")
+
+
+@contextlib.contextmanager
+def lm_eval_alone(seed: int) -> Iterator[None]:
+    """lm-eval inside: without its log lines, bars and prints, in this process alone, and with randomness of its own."""
+    import datasets
+    import lm_eval.api.metrics as metrics
+    import lm_eval.api.task as task
+    import numpy
+
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    kept = task.tqdm, metrics.bootstrap_stderr, random.getstate(), numpy.random.get_state()
+    has_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    task.tqdm = lambda iterable, **_: iterable
+    metrics.bootstrap_stderr = _bootstrap_stderr
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
+        with quiet():
+            yield
+    finally:
+        task.tqdm, metrics.bootstrap_stderr = kept[:2]
+        random.setstate(kept[2])
+        numpy.random.set_state(kept[3])
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if has_bars:
+            datasets.enable_progress_bars()
+
+
+def _bootstrap_stderr(statistic: Any, values: Any, iters: int) -> float:
+    """lm-eval's function of this name, without its bar, its print and its pool of processes."""
+    from lm_eval.api import metrics
+
+    chunk = min(1000, iters)
+    resample = metrics._bootstrap_internal(statistic, chunk)
+    return metrics.sample_stddev([value for seed in range(iters // chunk) for value in resample((seed, values))])

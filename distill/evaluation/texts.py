@@ -1,0 +1,103 @@
+"""Held-out prompts, and how each model goes on with them: what no number shows.
+
+Shapes: B batch, L sequence length.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distill.models.generation import HALF, decode_text, decoder, encode_prompt, ending_tokens, room, sample
+from distill.models.language_model import LanguageModel
+from distill.models.tokenizers import vocab_size
+
+
+def pick_prompts(
+    samples: Dataset, tokenizer: Any, count: int, *, prompt_tokens: int = 32, text_tokens: int = 48
+) -> tuple[list[str], list[str]]:
+    """Prompts and their true continuations as text, from the first samples that have a document long enough.
+
+    A sample gives one at most: from the first document that begins in it, or, where none is long enough, from the one
+    that it begins in the middle of. Special tokens (a conversation's turns) do not show in the texts. There are fewer
+    than `count` when the samples have no more. `tokenizer` is the one that made the samples.
+    """
+    prompts, truth = [], []
+    for index in range(len(samples) if count else 0):  # type: ignore[arg-type]  # a Dataset of map style has a length
+        ids = _long_document(samples[index], prompt_tokens + text_tokens)
+        if ids is None:
+            continue
+        before, behind = _split(tokenizer, ids, prompt_tokens)
+        if before.strip() and behind.strip():
+            prompts.append(before)
+            truth.append(behind)
+        if len(prompts) == count:
+            break
+    return prompts, truth
+
+
+def _long_document(sample: dict[str, Tensor], tokens: int) -> list[int] | None:
+    """The first `tokens` ids of a document in the sample, if there is one so long."""
+    is_start_L = sample["position_ids"] == 0
+    starts = [*is_start_L.nonzero().flatten().tolist(), len(is_start_L)]
+    # A sample's first document may have begun in the sample before; padding looks like a document without loss.
+    for start, end in [*pairwise(starts[1:]), (starts[0], starts[1])]:
+        if end - start >= tokens and bool(sample["loss_mask"][start:end].any()):
+            return sample["input_ids"][start : start + tokens].tolist()
+    return None
+
+
+def _split(tokenizer: Any, ids: Sequence[int], prompt_tokens: int) -> tuple[str, str]:
+    """The text of the first tokens, and that of those behind them as it reads after the first."""
+    whole = decode_text(tokenizer, ids)
+    # A character may lie across the border; it is the continuation's then.
+    before = decode_text(tokenizer, ids[:prompt_tokens]).rstrip(HALF)
+    while not whole.startswith(before):
+        before = before[:-1]
+    return before, whole[len(before) :].rstrip(HALF)
+
+
+def continue_text(model: LanguageModel, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int = 48) -> list[str]:
+    """What `model` writes behind each prompt, greedily; without the prompt, up to the end of its text or answer.
+
+    The prompts are encoded by `tokenizer`, which is the model's own. Prompts of the same number of tokens are continued
+    together. The model must be in evaluation mode. Raises UserError for a prompt beyond its context.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    stop_ids, size = ending_tokens(model, tokenizer), vocab_size(tokenizer)
+    same_length: dict[int, list[int]] = defaultdict(list)
+    for index, ids in enumerate(encoded):
+        same_length[len(ids)].append(index)
+    texts = [""] * len(encoded)
+    for indices in same_length.values():
+        written = _greedy(model, [encoded[index] for index in indices], new_tokens, size, stop_ids)
+        for index, ids in zip(indices, written, strict=True):
+            texts[index] = _split(tokenizer, [*encoded[index], *ids], len(encoded[index]))[1]
+    return texts
+
+
+@torch.no_grad()
+def _greedy(
+    model: LanguageModel, prompts: list[list[int]], new_tokens: int, size: int, stop_ids: frozenset[int]
+) -> list[list[int]]:
+    """New tokens behind each of several prompts of one length; the stopping ones are left out."""
+    decode, device = decoder(model, size), model.head.weight_VD.device
+    written: list[list[int]] = [[] for _ in prompts]
+    is_done = [False] * len(prompts)
+    ids_BL = torch.tensor(prompts)
+    for _ in range(min(new_tokens, room(model, ids_BL.shape[1]))):
+        tokens = [sample(logits_V) for logits_V in decode(ids_BL.to(device))]
+        for row, token in enumerate(tokens):
+            is_done[row] = is_done[row] or token in stop_ids
+            if not is_done[row]:
+                written[row].append(token)
+        if all(is_done):
+            break
+        ids_BL = torch.tensor(tokens)[:, None]
+    return written

@@ -1,0 +1,102 @@
+"""The model card of an exported folder: the report of the run, or what the student's own folder tells."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from distill.models.checkpoints import Checkpoint, weight_files
+
+FILE = "README.md"
+REPORT = "report.md"
+
+USE = {
+    "hf": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})
+inputs = tokenizer("The state of the union", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+""",
+    "onnx": """\
+`model.onnx` takes `input_ids` `[batch, sequence]` (int64) and gives `logits` `[batch, sequence, vocabulary]` (float32).
+It takes no attention mask: pad on the right, where a causal model does not look, and leave those logits out.
+
+```python
+import numpy, onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = onnxruntime.InferenceSession("{name}/model.onnx")
+ids = numpy.array([tokenizer("The state of the union").input_ids])
+logits = model.run(["logits"], {{"input_ids": ids}})[0]
+print(tokenizer.decode(logits[0, -1].argmax()))
+```
+""",
+    "gguf": """\
+Open the `.gguf` file with llama.cpp, or whatever is made from it.
+""",
+}
+
+
+def write_card(source: Path, folder: Path, name: str, format: str, checked: str) -> None:
+    """Write `README.md`, where the format itself wrote none; `checked` says what was compared."""
+    card = folder / FILE
+    if card.exists():
+        return
+    report = source.parent / REPORT
+    if source.name == "student" and report.is_file():
+        card.write_bytes(report.read_bytes())
+    else:
+        card.write_text(short_card(source, folder, name, format, checked), encoding="utf-8")
+
+
+def short_card(source: Path, folder: Path, name: str, format: str, checked: str) -> str:
+    """A card of what the folders know; no path of this machine is in it."""
+    settings = _read(source / "settings.json")
+    student, cache = settings.get("student", {}), settings.get("cache", {})
+    rows = {
+        "parameters": f"{_parameters(source):,}",
+        "made by": "`" + _last(str(student["class_path"])) + "`" if "class_path" in student else None,
+        "teacher": _last(str(settings["teacher"])) if "teacher" in settings else None,
+        "learnt from": "samples of {:,} tokens".format(cache["sequence_length"])
+        if "sequence_length" in cache
+        else None,
+        "checked": checked,
+    }
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items() if value is not None)
+    trust = ", trust_remote_code=True" if list(folder.glob("modeling_*.py")) else ""
+    library = "library_name: transformers\n" if format == "hf" else ""
+    return (
+        f"---\n{library}pipeline_tag: text-generation\ntags:\n- distillation\n---\n\n# {name}\n\n"
+        "A small language model that learnt from a larger one.\n\n"
+        f"| | |\n|---|---|\n{table}\n## Use\n\n{USE[format].format(name=name, trust=trust)}\n"
+        "## Licence\n\nFor the publisher to name: the teacher's applies, and that of the text it was taught with.\n"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _last(name: str) -> str:
+    """A hub name as it is; of a path, which says more about a machine than about a model, the last part."""
+    path, colon, attribute = name.partition(".py:")
+    local = colon or path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
+    return (Path(path).name if local else path) + colon + attribute
+
+
+def _parameters(source: Path) -> int:
+    """Numbers in the weight files; a tied weight is there once."""
+    total = 0
+    for path in weight_files(Checkpoint(source, None, str(source))):
+        with safe_open(path, framework="pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total

@@ -1,0 +1,180 @@
+"""A student of the user's own code as a Hugging Face folder that brings this code along."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from distill import __version__, plugins
+from distill.errors import UserError
+from distill.export import probe
+from distill.models import isolation, language_model
+from distill.models.saving import DESCRIPTION, WEIGHTS, load_language_model
+from distill.models.tokenizers import vocab_size
+
+CONTRACT = "distill.models.language_model"
+WRAPPER = "modeling_student"
+OURS = "# SPDX-License-Identifier: Apache-2.0\n"
+THEIRS = "# The student's own code: its licence is its author's to give.\n"
+
+
+def is_custom(folder: Path) -> bool:
+    """Whether an exported folder is opened with code of its own."""
+    return (folder / f"{WRAPPER}.py").is_file()
+
+
+def write(
+    source: Path, folder: Path, dtype: torch.dtype, tokenizer: Any, with_code: bool, shard_size: str = "5GB"
+) -> None:
+    """Write weights, configuration and code, for `from_pretrained(folder, trust_remote_code=True)`.
+
+    Raises UserError without `with_code`, and for code that needs more of distill than the contract.
+    """
+    description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+    class_path = description["class_path"]
+    if not with_code:
+        raise UserError(
+            f"{source}: {class_path} is code of its own and no transformers model: --with_code puts this code into the "
+            "folder, and people then open it with trust_remote_code=True"
+        )
+    options = plugins.arguments(class_path, "student", description["options"], {"vocab_size": vocab_size(tokenizer)})
+    model = load_language_model(source)
+    _write_code(class_path, folder)
+    _write_weights(source, folder, dtype, shard_size)
+    _write_configuration(folder, _configuration(model, source, options, dtype, tokenizer))
+    _write_generation_settings(folder, tokenizer)
+
+
+def token_ids(tokenizer: Any) -> dict[str, Any]:
+    """The special tokens that `generate` needs to know, by their names there; None: the tokenizer has none."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _configuration(
+    model: Any, source: Path, options: dict[str, Any], dtype: torch.dtype, tokenizer: Any
+) -> dict[str, Any]:
+    tied = _tied(model, source)
+    long_enough = probe.longest_input(source) >= isolation.FIRST + isolation.SECOND
+    vocabulary = model.head.weight_VD.shape[0]
+    return {
+        "architectures": ["StudentForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{WRAPPER}.StudentConfig",
+            "AutoModelForCausalLM": f"{WRAPPER}.StudentForCausalLM",
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "isolates_documents": long_enough and isolation.isolates_documents(model, vocabulary, "cpu"),
+        "model_type": "distill_student",
+        "student_options": options,
+        "tie_word_embeddings": bool(tied),
+        "tied_weights": tied,
+        "vocab_size": vocabulary,
+        **token_ids(tokenizer),
+    }
+
+
+def _tied(model: Any, source: Path) -> dict[str, str]:
+    """Names of weights that are another one, with the name of that one in the weight file."""
+    with safe_open(source / WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(f"student.{name}")
+    tied = {}
+    for group in names.values():
+        kept = next(name for name in group if name.removeprefix("student.") in saved)
+        tied.update({name: kept for name in group if name != kept})
+    return tied
+
+
+def _write_configuration(folder: Path, configuration: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_generation_settings(folder: Path, tokenizer: Any) -> None:
+    import transformers
+
+    transformers.GenerationConfig(use_cache=False, **token_ids(tokenizer)).save_pretrained(folder)
+
+
+def _write_weights(source: Path, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
+    """The student's weights under the names that they have behind the wrapper; a tied one stays written once."""
+    from huggingface_hub import save_torch_state_dict
+
+    weights = {
+        f"student.{name}": value.to(dtype) if value.is_floating_point() else value
+        for name, value in load_file(source / WEIGHTS).items()
+    }
+    save_torch_state_dict(weights, folder, max_shard_size=shard_size, metadata={"format": "pt"})
+
+
+def _write_code(class_path: str, folder: Path) -> None:
+    """The wrapper, the contract, and the student's file; each says at its top where it comes from."""
+    full = plugins.BUILT_IN["student"].get(class_path, class_path)
+    file, name = _where(full)
+    wrapper = Path(__file__).with_name(f"{WRAPPER}.py").read_text(encoding="utf-8")
+    wrapper, count = re.subn(r"from \.student import Student .*", f"from .student import {name} as Student", wrapper)
+    assert count == 1, "the wrapper has one such line"
+    built_in = full.startswith("students.")
+    sources = {
+        WRAPPER: (OURS, wrapper),
+        "language_model": (OURS, inspect.getsource(language_model)),
+        "student": (OURS if built_in else THEIRS, self_contained(file.read_text(encoding="utf-8-sig"), file)),
+    }
+    for module, (licence, source) in sources.items():
+        origin = f"# Copied by distill {__version__} from {file.name if module == 'student' else 'its own sources'}.\n"
+        (folder / f"{module}.py").write_text(licence + origin + source, encoding="utf-8")
+
+
+def _where(class_path: str) -> tuple[Path, str]:
+    """The file that defines a student, and its name there; a class may be named by a module that only imports it."""
+    factory = plugins.load(class_path, "student")
+    module = sys.modules.get(getattr(factory, "__module__", ""))
+    file, name = getattr(module, "__file__", None), class_path.rpartition(":")[2]
+    if getattr(module, name, None) is not factory:
+        name = getattr(factory, "__qualname__", "")
+    if file is None or not file.endswith(".py") or not name.isidentifier():
+        raise UserError(f"{class_path}: its source file is not to be found: give it as path/file.py:Class")
+    return Path(file), name
+
+
+def self_contained(source: str, file: Path) -> str:
+    """A student's source with its import of the contract made relative.
+
+    Raises UserError for any other import of distill's packages, and for files that lie beside this one.
+    """
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == CONTRACT and not node.level:
+            pattern = rf"from\s+{re.escape(CONTRACT)}\s+import\b"
+            lines[node.lineno - 1] = re.sub(pattern, "from .language_model import", lines[node.lineno - 1], count=1)
+    result = "".join(lines)
+    for module in _imported(ast.parse(result)):
+        top = module.split(".")[0]
+        ours = top in ("distill", "teachers", "students")
+        if (ours or not top or (file.parent / f"{top}.py").is_file()) and module != ".language_model":
+            raise UserError(
+                f"{file}: imports {module}, and a file that goes along with a model must be self-contained: of distill "
+                f"it may use `from {CONTRACT} import …`, and nothing that lies beside it"
+            )
+    return result
+
+
+def _imported(tree: ast.AST) -> list[str]:
+    """Modules that a source imports, wherever in it; relative ones begin with a dot."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append("." * node.level + (node.module or ""))
+    return found

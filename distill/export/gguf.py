@@ -1,0 +1,165 @@
+"""A student as one GGUF file, the format of llama.cpp: matrices rounded to the type asked for, tokenizer included."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.errors import UserError, did_you_mean
+from distill.export import gguf_architecture, gguf_check, gguf_tokenizer
+from distill.files import TEMPORARY, make_folder, sync_folder
+from distill.models.checkpoints import Checkpoint, load_config
+from distill.models.saving import DESCRIPTION
+from distill.models.tokenizers import load_tokenizer
+from distill.progress import say
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+TYPES = ("f16", "q8_0", "q4_0")
+"""How matrices are stored: 16, 8.5 and 4.5 bits a weight. Norms and biases are float32 in each; in q4_0 the embedding
+and the head have 8.5 bits, because every token passes through them. There is no q4_1: its blocks have no zero, so
+that beside one large weight all the small ones get the same error, and the demo's student loses its language."""
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+LARGEST_HALF = 65504.0
+
+
+def write(source: Path, folder: Path, type: str) -> None:
+    """Write the student of the Hugging Face folder `source` as `<folder>/model-<type>.gguf`, replacing that.
+
+    Matrices whose rows are no multiple of 32 long, in which the smaller types count, stay at f16; a line says so.
+    Raises UserError for a family, a tokenizer or a model of a plug-in that llama.cpp cannot run, for weights beyond
+    float16's range, and without the package gguf.
+    """
+    if type not in TYPES:
+        raise UserError(f"--type {type}: unknown to --format gguf{did_you_mean(type, TYPES)}")
+    _require_gguf()
+    from gguf import GGUFWriter
+
+    checkpoint = _checkpoint(source)
+    plan = gguf_architecture.plan(load_config(checkpoint))
+    tokenizer = load_tokenizer(checkpoint)
+    vocabulary = gguf_tokenizer.vocabulary(tokenizer)
+    make_folder(folder)
+    path = file(folder, type)
+    temporary = path.with_name(path.name + TEMPORARY)
+    writer = GGUFWriter(temporary, plan.family.architecture)
+    try:
+        writer.add_type("model")
+        writer.add_name("Distilled student")  # llama.cpp treats some names specially
+        writer.add_file_type(_file_type(type))
+        if type != "f16":
+            _add_quantization_version(writer)
+        gguf_architecture.add_hyperparameters(writer, plan)
+        gguf_tokenizer.add_vocabulary(writer, vocabulary, tokenizer, plan.config)
+        kept = _write_tensors(writer, plan, checkpoint, len(vocabulary.tokens), type)
+        writer.close()
+        _sync(temporary)
+        os.replace(temporary, path)
+        sync_folder(folder)
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
+    if kept:
+        plan.notes.append(f"{len(kept)} matrices stay at f16, their rows being no multiple of 32 long ({kept[0]})")
+    for note in (*plan.notes, *vocabulary.notes):
+        say(f"gguf: {note}")
+
+
+def check(source: Path, folder: Path, type: str, text: str | None = None) -> str:
+    """Compare `<folder>/model-<type>.gguf` with the student of `source`, and say in one line what came of it.
+
+    By llama.cpp (llama-cpp-python), where it is installed: tokens of difficult texts, greedy continuations of five
+    prompts, and the perplexity of `text` (default: a passage kept here); without it by transformers' reader of GGUF
+    files. Raises UserError where the perplexity is off by more than 1 % (f16), 2 % (q8_0) or 10 % (q4_0), where
+    a token of a text is another, and at f16 where a continuation is (`gguf_check.Figures` says of ties).
+    """
+    _require_gguf()
+    return gguf_check.check(_checkpoint(source), file(folder, type), type, text)
+
+
+def file(folder: Path, type: str) -> Path:
+    """Where the file of a type lies."""
+    return folder / f"model-{type}.gguf"
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("--format gguf needs the package gguf: pip install 'distill-small-card[gguf]'") from error
+
+
+def _checkpoint(source: Path) -> Checkpoint:
+    if (source / DESCRIPTION).is_file():
+        raise UserError(
+            f"{source}: the model of a plug-in, which llama.cpp does not know "
+            f"(known families: {', '.join(gguf_architecture.FAMILIES)}): use --format hf"
+        )
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source}: holds no Hugging Face model (no config.json)")
+    return Checkpoint(source, None, str(source))
+
+
+def _file_type(type: str) -> int:
+    from gguf import LlamaFileType
+
+    return int(LlamaFileType[f"MOSTLY_{type.upper()}"])
+
+
+def _add_quantization_version(writer: Any) -> None:
+    from gguf import GGML_QUANT_VERSION
+
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _write_tensors(
+    writer: Any, plan: gguf_architecture.Plan, checkpoint: Checkpoint, vocab_size: int, type: str
+) -> list[str]:
+    """First what comes, then tensor by tensor its content: one is in memory. Returns the names of those left at f16."""
+    from gguf.quants import quant_shape_to_byte_shape
+
+    tensors = list(gguf_architecture.converted(plan, checkpoint, vocab_size))
+    kept = []
+    for name, shape, _ in tensors:
+        kind = stored_type(name, shape, type)
+        if len(shape) > 1 and kind.name == "F16" and type != "f16":
+            kept.append(name)
+        stored = quant_shape_to_byte_shape(shape, kind)
+        size = int(np.prod(stored))
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, shape, read in tensors:
+        writer.write_tensor_data(_stored(name, read().numpy(), stored_type(name, shape, type)))
+    return kept
+
+
+def stored_type(name: str, shape: tuple[int, ...], type: str) -> GGMLQuantizationType:
+    """The type in which a tensor of the file is stored when the file is of `type`."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    wanted = GGMLQuantizationType[("q8_0" if type.startswith("q4") and name in EMBEDDINGS else type).upper()]
+    block, _ = GGML_QUANT_SIZES[wanted]
+    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def _stored(name: str, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    from gguf.quants import quantize
+
+    if not np.isfinite(values).all():
+        raise UserError(f"gguf: {name} has weights that are no numbers")
+    if kind.name == "F16" and np.abs(values).max(initial=0.0) > LARGEST_HALF:
+        raise UserError(f"gguf: {name} has weights beyond the range of f16: use --type q8_0")
+    return np.ascontiguousarray(quantize(values, kind)).view(np.uint8)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as opened:
+        os.fsync(opened.fileno())

@@ -1,0 +1,272 @@
+"""What GGUF says of a language model: its hyperparameters as llama.cpp's architectures name them, and its tensors.
+
+Shapes: V vocabulary, D hidden size, E size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.tensors import Tensors
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+NO_CAP = 1e6
+"""A soft cap that does nothing in float32: llama.cpp's Gemma 2 has no way to leave it out."""
+BIASES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP_BIASES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp computes a family where it is not as transformers does."""
+
+    architecture: str
+    activation: str = "silu"
+    interleaved: bool = False
+    """Rotates neighbouring channels, where transformers rotates the two halves of a head against each other."""
+    norm_offset: float = 0.0
+    """What transformers adds to the weights of every norm, and llama.cpp expects to find added."""
+    biases: tuple[str, ...] = ()
+    window_period: int | None = None
+    """One layer of so many sees the whole text, the others a window (None: the architecture knows no windows)."""
+    layers_of_27b: int | None = None
+    """The number of layers at which llama.cpp divides the queries by another root (Gemma's 27B models)."""
+
+
+FAMILIES = {
+    "llama": Family("llama", interleaved=True, biases=BIASES + MLP_BIASES),
+    "mistral": Family("llama", interleaved=True, biases=BIASES + MLP_BIASES),
+    "qwen2": Family("qwen2", biases=BIASES[:3]),
+    "qwen3": Family("qwen3"),
+    "gemma": Family("gemma", "gelu_pytorch_tanh", norm_offset=1.0),
+    "gemma2": Family("gemma2", "gelu_pytorch_tanh", norm_offset=1.0, window_period=2, layers_of_27b=46),
+    "gemma3_text": Family("gemma3", "gelu_pytorch_tanh", norm_offset=1.0, window_period=6, layers_of_27b=62),
+}
+"""By `model_type`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model as it goes into the file."""
+
+    config: Any
+    family: Family
+    context: int
+    notes: list[str] = field(default_factory=list)
+    """What the user is to know, each a clause."""
+
+    @property
+    def head(self) -> int:
+        return _head(self.config)
+
+    @property
+    def windows(self) -> list[bool]:
+        """Which layers see a window only."""
+        return [kind == "sliding_attention" for kind in getattr(self.config, "layer_types", None) or []]
+
+
+def plan(config: Any) -> Plan:
+    """How a model of this `transformers` configuration is written; UserError when llama.cpp could not compute it."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(f"gguf: a model of family {config.model_type} cannot be written (known: {', '.join(FAMILIES)})")
+    if family.architecture == "qwen2" and config.num_attention_heads * _head(config) != config.hidden_size:
+        # llama.cpp's Qwen 2 has no size of its own for the heads. Its Llama has, and knows the same biases.
+        family = FAMILIES["llama"]
+    _refuse(config, family)
+    context, notes = config.max_position_embeddings, []
+    result = Plan(config, family, context)
+    window = getattr(config, "sliding_window", None)
+    is_windowed = any(result.windows) if config.model_type != "mistral" else bool(window)
+    if family.window_period is None and is_windowed and window < context:
+        notes.append(f"the context ends at {window:,} tokens: llama.cpp knows no attention windows in this family")
+        context = window
+    return Plan(config, family, context, notes)
+
+
+def _head(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _refuse(config: Any, family: Family) -> None:
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != family.activation:
+        raise UserError(f"gguf: llama.cpp computes {config.model_type} with {family.activation}, not {activation}")
+    if family.architecture == "gemma3" and getattr(config, "attn_logit_softcapping", None):
+        raise UserError("gguf: llama.cpp's Gemma 3 has no soft cap on attention")
+    if family.architecture == "gemma" and getattr(config, "final_logit_softcapping", None):
+        raise UserError("gguf: llama.cpp's Gemma has no soft cap on logits")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError("gguf: this model reads its text in both directions, which llama.cpp does not")
+    for rope in _ropes(config):
+        kind = rope.get("rope_type", "default")
+        known = ["default", "linear", "yarn"] + (["llama3"] if family.architecture == "llama" else [])
+        if kind not in known or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(
+                f"gguf: rotary positions of kind {kind} cannot be written for {config.model_type} "
+                f"(known: {', '.join(known)}, over whole heads)"
+            )
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary positions: those of the layers that see the whole text first, then those of the windowed ones."""
+    rope = config.rope_parameters
+    if "full_attention" in rope:
+        return [rope["full_attention"], rope["sliding_attention"]]
+    return [rope]
+
+
+def add_hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
+    """All that llama.cpp asks of an architecture but the vocabulary."""
+    config, family = plan.config, plan.family
+    writer.add_context_length(plan.context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(plan.head)
+    writer.add_value_length(plan.head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(plan.head)
+    ropes = _ropes(config)
+    writer.add_rope_freq_base(ropes[0]["rope_theta"])
+    _add_scaling(writer, ropes[0], config)
+    if family.window_period is not None:
+        _add_windows(writer, plan, ropes)
+    if family.architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping or NO_CAP)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping or NO_CAP)
+    elif getattr(config, "final_logit_softcapping", None):
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _add_scaling(writer: GGUFWriter, rope: dict[str, Any], config: Any) -> None:
+    from gguf import RopeScalingType
+
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn":
+        usual = {"attention_factor": (None,), "mscale": (None,), "mscale_all_dim": (None,), "truncate": (None, True)}
+        usual |= {"beta_fast": (None, 32), "beta_slow": (None, 1)}
+        if unusual := [key for key, values in usual.items() if rope.get(key) not in values]:
+            raise UserError(f"gguf: rotary positions of kind yarn cannot be written with a {unusual[0]} of their own")
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(
+            rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        )
+
+
+def _add_windows(writer: GGUFWriter, plan: Plan, ropes: list[dict[str, Any]]) -> None:
+    """The windowed layers: by llama.cpp's own rule where they follow it, which any version reads, one by one else."""
+    period, windows = plan.family.window_period, plan.windows
+    assert period is not None
+    writer.add_sliding_window(plan.config.sliding_window)
+    if windows != [(layer + 1) % period != 0 for layer in range(len(windows))]:
+        writer.add_sliding_window_pattern(windows)
+        plan.notes.append("its windowed layers are irregular: only a recent llama.cpp reads that")
+    if len(ropes) > 1:
+        if ropes[1].get("rope_type", "default") != "default":
+            raise UserError("gguf: scaled rotary positions in windowed layers cannot be written")
+        writer.add_rope_freq_base_swa(ropes[1]["rope_theta"])
+
+
+Read = Callable[[], Tensor]
+"""Reads and converts one tensor, in float32."""
+
+
+def converted(plan: Plan, checkpoint: Checkpoint, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...], Read]]:
+    """Name, shape and content of every tensor of the file. Rows of the vocabulary beyond `vocab_size` are left out:
+    they stand for no token.
+
+    Raises UserError for a tensor that llama.cpp's architecture does not know.
+    """
+    import gguf
+
+    config, family = plan.config, plan.family
+    tensors, shapes = Tensors(checkpoint), _shapes(checkpoint)
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    if (factors := _frequency_factors(plan)) is not None:
+        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
+    for name in tensors.names():
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        base, _, kind = name.rpartition(".")
+        is_known = kind == "weight" or (kind == "bias" and base.split(".", 3)[-1] in family.biases)
+        new = names.get_name(name, try_suffixes=(".weight", ".bias")) if is_known else None
+        if new is None:
+            raise UserError(f"gguf: llama.cpp's {family.architecture} has no place for the tensor {name}")
+        rows = vocab_size if new in ("token_embd.weight", "output.weight") else None
+        shape = shapes[name]
+        if rows is not None and shape[0] < rows:
+            raise UserError(f"gguf: {name} has {shape[0]:,} rows, the tokenizer {rows:,} tokens: not one model")
+        read = _reader(plan, tensors, name, rows)
+        yield new, shape if rows is None else (rows, *shape[1:]), read
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for file in weight_files(checkpoint):
+        with safe_open(file, framework="pt") as opened:
+            shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+    return shapes
+
+
+def _reader(plan: Plan, tensors: Tensors, name: str, rows: int | None) -> Read:
+    def read() -> Tensor:
+        tensor = tensors.read(name)[:rows].to(torch.float32)
+        return convert(plan, name, tensor).contiguous()
+
+    return read
+
+
+def convert(plan: Plan, name: str, tensor: Tensor) -> Tensor:
+    """The tensor that makes llama.cpp compute with it what transformers computes with the one of this name."""
+    family, config = plan.family, plan.config
+    layer_name = name.rpartition(".")[0].split(".", 3)[-1]
+    if layer_name.endswith("norm"):
+        tensor = tensor + family.norm_offset
+    if family.interleaved and layer_name in ("self_attn.q_proj", "self_attn.k_proj"):
+        tensor = tensor[interleaved_rows(len(tensor), plan.head)]
+    # Where queries have a norm it would undo a scale of the projection; the scale then goes into the norm.
+    scaled = "self_attn.q_norm" if family.architecture == "gemma3" else "self_attn.q_proj"
+    if family.layers_of_27b is not None and layer_name == scaled:
+        is_27b = config.num_hidden_layers == family.layers_of_27b
+        divisor = config.hidden_size // config.num_attention_heads if is_27b else plan.head
+        tensor = tensor * math.sqrt(divisor / config.query_pre_attn_scalar)
+    return tensor
+
+
+def interleaved_rows(rows: int, head: int) -> Tensor:
+    """Which rows of a projection, in order, put each channel of a head beside the one that it is rotated with.
+
+    Channel `i` of a head's first half is rotated with channel `i` of its second half: 0, E/2, 1, E/2 + 1, and so on.
+    """
+    return torch.arange(rows).view(-1, 2, head // 2).transpose(1, 2).flatten()
+
+
+def _frequency_factors(plan: Plan) -> Tensor | None:
+    """What llama.cpp divides each rotary frequency by (Llama 3), `[E/2]`; None where nothing is."""
+    if _ropes(plan.config)[0].get("rope_type") != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](plan.config, torch.device("cpu"))
+    theta, head = _ropes(plan.config)[0]["rope_theta"], plan.head
+    plain = 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    return plain / scaled

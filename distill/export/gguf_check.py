@@ -1,0 +1,257 @@
+"""A GGUF file against the student that it was made of: by llama.cpp where it is installed, else by transformers.
+
+Shapes: L tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import distill
+from distill.errors import UserError
+from distill.models.checkpoints import Checkpoint, first_line, load_config
+from distill.models.generation import context_length
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.saving import load_language_model
+from distill.models.tokenizers import load_tokenizer, vocab_size
+
+TOLERANCES = {"f16": 0.01, "q8_0": 0.02, "q4_0": 0.10}
+"""By how much the perplexity may be off, as a share of the student's own."""
+TIE = 2.0**-9
+"""Two logits this close, as a share of the position's largest, are one to float16's arithmetic (unit 2⁻¹¹, and an
+error of some units): which of them is larger is chance."""
+NEW_TOKENS = 32
+PROGRAM = ("-m", "distill.export.gguf_llama_cpp")
+WINDOW = 512
+INSTALL = (
+    'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" pip install llama-cpp-python '
+    "(a native build crashes on virtual machines that show AMX)"
+)
+PROMPTS = (
+    "The most important thing to know about water is that",
+    "Once upon a time there was a small village where",
+    "In the year 1850 the government decided to",
+    "def add(first, second):\n    ",
+    "My fellow citizens, I am here today to",
+)
+TEXTS = (
+    "The cat sat on the mat; it didn't move, and they'll say it's asleep. WE'VE SEEN IT.",
+    "In 2024, 1234567890 people paid $3.14 (or 12,345.67 in 1999); x²+½ ≠ 42٣٤.",
+    "two  blanks\t\ttabs\n\n\nnew lines \r\n and   an end  ",
+    "naïve café, Straße, Ελληνικά, Привет мир, 日本語のテキスト, 한국어, עברית, हिन्दी, ไทย",
+    "emoji 😀👩\u200d👩\u200d👧 zero\u200bwidth, “quotes” – dashes — … ™ ﬁ",
+    "def f(x):\n    return {'a': [x, 1], \"b\": x**2}  # note\n\n\tif x != None: pass",
+    "camelCase HTTPServer snake_case http://a.b/c?d=e&f=1 #tag @name 100% a+b=c <b>bold</b> \\n",
+    "a",
+)
+"""What tokenizers differ in: contractions, digits, blanks, scripts, marks, code. All in Unicode's form NFC."""
+PASSAGE = (
+    "A river begins as a small stream in the hills, where rain and melting snow run down over the stones. On its way "
+    "to the sea it grows, because other streams join it, and the valley through which it flows becomes wider. People "
+    "have always lived beside rivers. They drank the water, caught fish, and used the current to carry goods from one "
+    "town to the next. In spring, when the snow melts, a river can rise by several metres within a few days, and the "
+    "fields along its banks are covered with mud. For a farmer this was both a danger and a gift: the flood destroyed "
+    "houses and bridges, but it left behind a rich soil in which wheat grew well. Later, engineers built walls of "
+    "earth to keep the water in its bed, and mills whose wheels turned day and night. Today many of the old mills are "
+    "museums. The water still flows past them, as it did before there was anybody to give the river a name, and "
+    "children throw sticks from the bridge and run to the other side to see which of them comes out first."
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What llama.cpp (or transformers) makes of the file, against what we make of the student."""
+
+    ours: float
+    """Negative log-likelihood a token, nats."""
+    theirs: float
+    positions: int
+    texts: int
+    other_texts: list[str]
+    """Texts of which llama.cpp makes other tokens than the tokenizer."""
+    continued: int
+    """Tokens of greedy continuations."""
+    best: int
+    """Those of them that are our best token too, behind what llama.cpp wrote before. All: the continuations are equal,
+    for then each of our own continuation's tokens is the same."""
+    ties: int
+    """Those that are not, and whose logit lies within `TIE` of our best token's."""
+
+    @property
+    def drift(self) -> float:
+        """Their perplexity over ours, minus one."""
+        return math.expm1(self.theirs - self.ours)
+
+
+def check(checkpoint: Checkpoint, file: Path, type: str, text: str | None = None) -> str:
+    """One line of what was compared; UserError where it does not hold."""
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer.encode(PASSAGE if text is None else text)
+    why = "llama-cpp-python is not installed"
+    if importlib.util.find_spec("llama_cpp") is not None:
+        try:
+            return _verdict(compare(checkpoint, file, ids), file, type)
+        except ProcessDied as death:
+            why = f"llama.cpp crashed here ({death})"
+    figures = compare_by_transformers(checkpoint, file, ids)
+    _hold(figures, file, type)
+    return (
+        f"{file.name}: read back by transformers, perplexity {_perplexities(figures)}; llama.cpp itself was not tried: "
+        f"{why}; {INSTALL}"
+    )
+
+
+def _verdict(figures: Figures, file: Path, type: str) -> str:
+    _hold(figures, file, type)
+    if figures.other_texts:
+        raise UserError(
+            f"{file.name}: llama.cpp cuts {len(figures.other_texts)} of {figures.texts} texts into other tokens than "
+            f"the tokenizer does, the first is {figures.other_texts[0]!r}"
+        )
+    if type == "f16" and figures.best + figures.ties < figures.continued:
+        raise UserError(
+            f"{file.name}: llama.cpp continues prompts otherwise: {figures.continued - figures.best - figures.ties} of "
+            f"{figures.continued} tokens are not the student's best"
+        )
+    ties = f", {figures.ties} tied" if figures.ties else ""
+    return (
+        f"{file.name}: llama.cpp makes the same tokens of {figures.texts} texts, perplexity {_perplexities(figures)}, "
+        f"greedy {figures.best} of {figures.continued} tokens the same{ties}"
+    )
+
+
+def _perplexities(figures: Figures) -> str:
+    ours, theirs = math.exp(figures.ours), math.exp(figures.theirs)
+    return f"{theirs:.4g} (ours {ours:.4g}, {figures.drift:+.2%}, {figures.positions} tokens)"
+
+
+def _hold(figures: Figures, file: Path, type: str) -> None:
+    if not abs(figures.drift) <= TOLERANCES[type]:
+        advice = "" if type == "f16" else ": use a larger --type"
+        raise UserError(
+            f"{file.name}: perplexity {_perplexities(figures)}, off by more than {TOLERANCES[type]:.0%}{advice}"
+        )
+
+
+@torch.no_grad()
+def compare(
+    checkpoint: Checkpoint, file: Path, ids: list[int], texts: tuple[str, ...] = TEXTS, logits: Path | None = None
+) -> Figures:
+    """The file as llama.cpp computes it, against the student; both read `ids` in windows of the same tokens.
+
+    Raises `ProcessDied` when llama.cpp crashes, UserError when it does not load the file. `logits`: see
+    `gguf_llama_cpp`.
+    """
+    tokenizer, model = load_tokenizer(checkpoint), load_language_model(checkpoint.folder)
+    vocabulary = vocab_size(tokenizer)
+    context = context_length(model) or WINDOW
+    windows = _windows(ids, min(WINDOW, context))
+    new_tokens = max(1, min(NEW_TOKENS, context // 2))
+    prompts = [tokenizer.encode(prompt)[: context - new_tokens] for prompt in PROMPTS]
+    request = {"file": str(file), "threads": torch.get_num_threads(), "texts": texts, "windows": windows}
+    request |= {"prompts": prompts, "new_tokens": new_tokens, "logits": logits and str(logits)}
+    theirs = _ask(request)
+    other = [
+        text
+        for text, tokens, framed in zip(texts, theirs["tokens"], theirs["framed"], strict=True)
+        if tokens != tokenizer.encode(text, add_special_tokens=False) or framed != tokenizer.encode(text)
+    ]
+    best, ties = 0, 0
+    for prompt, continuation in zip(prompts, theirs["continuations"], strict=True):
+        logits_LV = _logits(model, prompt + continuation[:-1], vocabulary)[len(prompt) - 1 :]
+        chosen_L = logits_LV.gather(1, torch.tensor(continuation)[:, None])[:, 0]
+        gap_L = logits_LV.amax(-1) - chosen_L
+        best += int((gap_L == 0).sum())
+        ties += int(((gap_L > 0) & (gap_L <= TIE * logits_LV.abs().amax(-1))).sum())
+    ours, positions = _nll(model, windows, vocabulary)
+    return Figures(ours, theirs["nll"] / positions, positions, len(texts), other, new_tokens * len(prompts), best, ties)
+
+
+@torch.no_grad()
+def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) -> Figures:
+    """The file's weights as transformers reads them, in the student's own configuration, against the student."""
+    vocabulary = vocab_size(load_tokenizer(checkpoint))
+    model = load_language_model(checkpoint.folder)
+    windows = _windows(ids, min(WINDOW, context_length(model) or WINDOW))
+    ours, positions = _nll(model, windows, vocabulary)
+    del model
+    config = load_config(checkpoint)
+    config.vocab_size = vocabulary
+    theirs, _ = _nll(HuggingFaceLanguageModel(_read_by_transformers(file, config)).eval(), windows, vocabulary)
+    return Figures(ours, theirs, positions, 0, [], 0, 0, 0)
+
+
+def _read_by_transformers(file: Path, config: Any) -> Any:
+    import transformers
+
+    with quiet():
+        try:
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                config=config,
+                dtype=torch.float32,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+        except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
+            raise UserError(f"{file.name}: transformers does not read it: {first_line(error)}") from error
+    model, report = loaded
+    complain_about_missing(report, file.name)
+    return model
+
+
+def _windows(ids: list[int], length: int) -> list[list[int]]:
+    windows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [window for window in windows if len(window) > 1]
+
+
+def _nll(model: Any, windows: list[list[int]], vocabulary: int) -> tuple[float, int]:
+    """Mean over all positions that have a next token, in nats, and their number."""
+    total, positions = 0.0, 0
+    for window in windows:
+        logp_LV = torch.log_softmax(_logits(model, window, vocabulary)[:-1], -1)
+        total -= float(logp_LV.gather(1, torch.tensor(window[1:])[:, None]).double().sum())
+        positions += len(window) - 1
+    return total / positions, positions
+
+
+def _logits(model: Any, ids: list[int], vocabulary: int) -> Tensor:
+    """Float32 `[L, V]`."""
+    ids_BL = torch.tensor([ids])
+    hidden_LD = model.body(ids_BL, torch.arange(len(ids))[None])[0]
+    return model.head.with_rows(vocabulary)(hidden_LD).float()
+
+
+class ProcessDied(Exception):
+    """llama.cpp ended its process by a signal, which the message names."""
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's answer, from a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        asked, answered = Path(name) / "request.json", Path(name) / "answer.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        ours = str(Path(distill.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ours, os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, *PROGRAM, str(asked), str(answered)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+        if done.returncode < 0:
+            raise ProcessDied(signal.Signals(-done.returncode).name)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["it gives no reason"]
+            raise UserError(f"{request['file']}: llama.cpp does not run it: {said[-1]}")
+        return dict(json.loads(answered.read_text(encoding="utf-8")))

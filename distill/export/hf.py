@@ -1,0 +1,152 @@
+"""The Hugging Face format: a folder that AutoModelForCausalLM and AutoTokenizer open without distill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.export import alone, custom, probe
+from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.huggingface import load_pretrained, quiet
+from distill.models.saving import DESCRIPTION
+from distill.models.tokenizers import load_tokenizer
+
+TYPES = ("float32", "bfloat16", "float16")
+SHARD = "5GB"
+EXACT = 1e-4
+"""Allowed difference of a logit when both sides compute with the same weights in float32."""
+ROUNDED = {torch.float32: EXACT, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Allowed ‖ours − theirs‖ / ‖ours‖ when theirs computes in 16 bits throughout: 10 and 13 bits short of float32, and
+each layer adds to the error. What is wrong, and not rounded, lies near 1."""
+_HEADER_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class HuggingFaceFormat:
+    """Weights in `type` (None: as trained), tokenizer, chat template, generation settings.
+
+    A student that is no transformers model needs its own code beside the weights, and `with_code` allows that.
+    """
+
+    type: str | None = None
+    with_code: bool = False
+
+    def write(self, source: Path, folder: Path) -> None:
+        """Write the folder. Raises UserError for a custom student without `with_code`, or whose code needs more."""
+        tokenizer = load_tokenizer(Checkpoint(source, None, str(source)))
+        dtype = stored_dtype(source) if self.type is None else getattr(torch, self.type)
+        if (source / DESCRIPTION).is_file():
+            custom.write(source, folder, dtype, tokenizer, self.with_code, SHARD)
+        else:
+            model = load_pretrained(Checkpoint(source, None, str(source)), dtype)
+            model.generation_config = _generation_config(model.generation_config, tokenizer)
+            with quiet():
+                model.save_pretrained(folder, max_shard_size=SHARD)
+        save_tokenizer(tokenizer, folder)
+
+    def check(self, source: Path, folder: Path) -> str:
+        """Compare the logits that transformers alone computes with ours, on `probe.TEXTS`."""
+        stored = stored_dtype(folder)
+        limit = min(probe.LONGEST, probe.longest_input(source))
+        rows = probe.encode(load_tokenizer(Checkpoint(source, None, str(source))), limit)
+        ours = probe.our_logits(probe.load_rounded(source, stored), rows)
+        dtypes = ["auto"] if stored == torch.float32 else ["float32", "auto"]  # auto: what the folder itself asks for
+        request = {"folder": str(folder), "texts": probe.TEXTS, "limit": limit, "dtypes": dtypes}
+        theirs = _ask({**request, "trust": custom.is_custom(folder)})
+        _compare_ids(rows, theirs)
+        difference = probe.compare(ours, _of(theirs, dtypes[0]))
+        said = (
+            f"transformers alone against distill on {difference.positions} positions: "
+            f"largest difference of a logit {difference.largest:.1e} (allowed {EXACT:.0e})"
+        )
+        if not difference.largest <= EXACT:
+            raise UserError(f"the exported model answers otherwise: {said}")
+        return said if stored == torch.float32 else f"{said}; {self._rounded(source, stored, rows, theirs)}"
+
+    def _rounded(self, source: Path, stored: torch.dtype, rows: list[list[int]], theirs: dict[str, Tensor]) -> str:
+        """The same folder as it is opened by default, computing in 16 bits, against our student in float32."""
+        ours = probe.our_logits(probe.load_rounded(source, torch.float32), rows)
+        relative = probe.compare(ours, _of(theirs, "auto")).relative
+        name = str(stored).removeprefix("torch.")
+        said = f"computed in {name}, {relative:.1%} away from the student in float32 (allowed {ROUNDED[stored]:.0%})"
+        if not relative <= ROUNDED[stored]:
+            raise UserError(f"the exported model answers otherwise: {said}: choose another --type")
+        return said
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The widest type of the weights that lie in a folder, of those that a model computes in."""
+    found = set()
+    for path in weight_files(Checkpoint(folder, None, str(folder))):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not iterable itself
+    wide = [dtype for name, dtype in _HEADER_TYPES.items() if name in found]
+    return wide[0] if len(wide) == 1 else torch.float32
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer without what transformers notes about how this one was opened."""
+    for note in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(note, None)
+    tokenizer.save_pretrained(folder)
+
+
+def _generation_config(config: Any, tokenizer: Any) -> Any:
+    """The settings of `generate`, its special tokens taken from the tokenizer, whose ids are the true ones.
+
+    A published list of several ends is kept where all of them are special tokens: some chat templates end a turn with
+    another token than a text.
+    """
+    import transformers
+
+    known = {} if config is None else config.to_dict()
+    ends = custom.token_ids(tokenizer)
+    published = known.get("eos_token_id")
+    if (
+        isinstance(published, list)
+        and set(published) <= set(tokenizer.all_special_ids)
+        and ends["eos_token_id"] in published
+    ):
+        ends["eos_token_id"] = published
+    kept = {name: value for name, value in known.items() if not name.startswith("_")}
+    return transformers.GenerationConfig.from_dict({**kept, **ends})
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Tensor]:
+    """What `alone` answers in a process of its own. Raises UserError with its last line when it fails."""
+    environment = {
+        **os.environ,
+        **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""},
+        **{"TOKENIZERS_PARALLELISM": "false"},
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", alone.__file__],
+        input=json.dumps(request).encode(),
+        capture_output=True,
+        env=environment,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+        raise UserError(f"transformers alone cannot open it: {lines[-1] if lines else f'status {done.returncode}'}")
+    return load_tensors(done.stdout)
+
+
+def _of(answer: dict[str, Tensor], dtype: str) -> list[Tensor]:
+    return [answer[f"{dtype}.{index}"] for index in range(sum(name.startswith("ids.") for name in answer))]
+
+
+def _compare_ids(rows: list[list[int]], answer: dict[str, Tensor]) -> None:
+    theirs = [ids.tolist() for ids in _of(answer, "ids")]
+    if theirs != rows:
+        raise UserError("the exported tokenizer makes other tokens of the same text")

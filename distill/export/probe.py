@@ -1,0 +1,101 @@
+"""Fixed text, our own logits on it, and how far another program's may be from them.
+
+Shapes: N positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.models.saving import load_language_model
+
+TEXTS = (
+    "The cat sat on the mat, and the rain fell on the roof all night. In the morning the streets were full of water, "
+    "and nobody in the village could remember such a storm.",
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2  # in square metres\n",
+    "Élan vital, naïveté, 日本語, 😀: 1234567890 tokens, x² + y² = z².",
+)
+LONGEST = 64
+"""Tokens of a text that are looked at."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two programs' logits of the same tokens lie apart."""
+
+    largest: float
+    """max |ours − theirs|, in logits; NaN when either is not finite."""
+    relative: float
+    """‖ours − theirs‖₂ / ‖ours‖₂ over everything."""
+    positions: int
+
+
+def encode(tokenizer: Any, limit: int = LONGEST) -> list[list[int]]:
+    """Token ids of `TEXTS`, of each the first `limit`."""
+    rows = [list(tokenizer(text).input_ids)[:limit] for text in TEXTS]
+    return [row for row in rows if row]
+
+
+@torch.no_grad()
+def our_logits(model: Any, rows: Iterable[Sequence[int]]) -> list[Tensor]:
+    """Float32 logits `[N, V]` of `head(body(ids))` for each row of token ids.
+
+    Raises UserError when the vocabulary of the tokenizer is larger than the model's.
+    """
+    vocabulary, found = model.head.weight_VD.shape[0], []
+    for row in rows:
+        if max(row) >= vocabulary:
+            raise UserError(f"the tokenizer's token {max(row)} has no row in the model's head of {vocabulary:,} rows")
+        ids_BL = torch.tensor([row])
+        positions_BL = torch.arange(len(row))[None]
+        found.append(model.head(model.body(ids_BL, positions_BL))[0].float())
+    return found
+
+
+def load_rounded(source: Path, dtype: torch.dtype) -> Any:
+    """Our model of `source` in float32, with what is saved of it rounded to `dtype`."""
+    model = load_language_model(source)
+    with torch.no_grad():
+        for weight in model.state_dict().values():
+            if weight.is_floating_point():
+                weight.copy_(weight.to(dtype))
+    return model
+
+
+def longest_input(source: Path) -> int:
+    """Tokens that the model of `source` is sure to take: what its configuration says, or it was trained on."""
+    limits = [
+        *(_read(source / "config.json").get(name) for name in ("max_position_embeddings", "n_positions")),
+        None if (source / "config.json").is_file() else _cached(source).get("sequence_length", LONGEST),
+    ]
+    return min((limit for limit in limits if isinstance(limit, int)), default=LONGEST)
+
+
+def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Difference:
+    """The difference of logits `[N, V]`, row by row. Raises UserError when they have another shape."""
+    largest, squares, norm = [], 0.0, 0.0
+    for our_NV, their_NV in zip(ours, theirs, strict=True):
+        if our_NV.shape != their_NV.shape:
+            raise UserError(f"logits of shape {tuple(their_NV.shape)} instead of {tuple(our_NV.shape)}")
+        error_NV = our_NV - their_NV.float()
+        largest.append(error_NV.abs().max())
+        squares += float(error_NV.double().square().sum())
+        norm += float(our_NV.double().square().sum())
+    positions = sum(len(our_NV) for our_NV in ours)
+    return Difference(float(torch.stack(largest).max()), (squares / max(norm, 1e-300)) ** 0.5, positions)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _cached(source: Path) -> dict[str, Any]:
+    return dict(_read(source / "settings.json").get("cache", {}))

@@ -1,0 +1,118 @@
+"""The commands that take folders instead of an experiment file, and their options. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+
+COMMANDS = {
+    "inspect": "what is in a cache",
+    "merge": "parts of a cache, made on several machines, joined into one",
+    "compare": "several runs on one page",
+    "export": "the student in a format that other tools read",
+    "chat": "talk with the student in the terminal",
+}
+FORMATS = ("hf", "gguf", "onnx")
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run one of `COMMANDS`; its exit status."""
+    parser = argparse.ArgumentParser(prog=f"distill {command}", description=COMMANDS[command])
+    recipe = _OPTIONS[command](parser)
+    return recipe(parser.parse_args(arguments), arguments)
+
+
+Recipe = Callable[[argparse.Namespace, list[str]], int]
+"""The options, and the arguments that they were read from."""
+
+
+def _inspect(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("cache", metavar="CACHE", help="folder of the cache")
+    parser.add_argument("--verify", action="store_true", help="read everything, compare every hash (status 1: differs)")
+    parser.add_argument("--repair", action="store_true", help="drop what is damaged; cache-teacher then makes it anew")
+    parser.add_argument("--sample", type=int, metavar="N", help="print training sample N, token by token")
+    parser.add_argument("--teacher", metavar="MODEL", help="compare some targets with this teacher's distributions")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import inspect
+
+        return inspect.main(options.cache, options.verify, options.repair, options.sample, options.teacher)
+
+    return recipe
+
+
+def _merge(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument(
+        "parts", metavar="PART", nargs="+", help="folder or URL of a part (--cache.part 3/8 makes them)"
+    )
+    parser.add_argument("--to", metavar="CACHE", required=True, help="folder of the whole cache: new, or begun before")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill import interrupt
+        from distill.recipes import merge
+
+        interrupt.install()
+        try:
+            return merge.main(options.parts, options.to)
+        except interrupt.Interrupted:
+            again = shlex.join(["distill", "merge", *arguments])
+            print(f"\nstopped; everything so far is kept. To go on: {again}", file=sys.stderr)
+            return 130
+
+    return recipe
+
+
+def _compare(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run_dir of a finished evaluation")
+    parser.add_argument("--to", metavar="FILE", default="compare.html", help="the page (default: compare.html)")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import compare
+
+        return compare.main(options.runs, options.to)
+
+    return recipe
+
+
+def _export(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("run", metavar="RUN", help="run_dir of a finished training, or a model's folder")
+    parser.add_argument("--to", metavar="DIR", required=True, help="a new folder")
+    parser.add_argument("--format", choices=FORMATS, default="hf", help="default: hf, a Hugging Face folder")
+    parser.add_argument("--type", help="hf: float32, bfloat16, float16; gguf: f16, q8_0, q4_0, …")
+    parser.add_argument("--with_code", action="store_true", help="hf, of a class of your own: its source goes along")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import export
+
+        return export.main(options.run, options.to, options.format, options.type, options.with_code)
+
+    return recipe
+
+
+def _chat(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("run", metavar="RUN", help="run_dir of a finished training, or a model's folder")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="share of the probability drawn from (default: 0.95)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
+    parser.add_argument("--seed", type=int, metavar="N", help="for the same answers again")
+    parser.add_argument("--system", metavar="TEXT", help="system message, where the model has a chat template")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import chat
+
+        return chat.main(
+            options.run, options.temperature, options.top_p, options.max_new_tokens, options.seed, options.system
+        )
+
+    return recipe
+
+
+_OPTIONS: dict[str, Callable[[argparse.ArgumentParser], Recipe]] = {
+    "inspect": _inspect,
+    "merge": _merge,
+    "compare": _compare,
+    "export": _export,
+    "chat": _chat,
+}

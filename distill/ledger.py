@@ -1,0 +1,149 @@
+"""What each phase cost: time, memory and energy, one line an invocation in the run's `costs.jsonl`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from distill.energy import measure_energy
+from distill.files import append_durably, make_folder, read_bounded
+from distill.interrupt import Interrupted
+from distill.progress import say
+
+FILE = "costs.jsonl"
+_LIMIT = 64 << 20
+
+Meter = Callable[[], Callable[[], dict[str, Any]]]
+"""Begins to measure; what it returns ends that, and gives the fields of the line."""
+
+
+@contextlib.contextmanager
+def phase(run: Path, name: str, meters: Sequence[Meter] | None = None) -> Iterator[None]:
+    """Note what the work inside costs, however it ends. In processes other than the first it does nothing.
+
+    The line has `phase`, `began` (UTC), `seconds`, `ended` (done, interrupted, failed), and where it is known
+    `peak_memory_bytes` (the most that this process held; on macOS since it began), `peak_device_bytes` (the most that
+    torch held on one CUDA card), `joules` and `energy_source`. Memory of further processes is not in it: those of other
+    devices and those that load data. A process that is killed leaves no line; phases may lie in one another.
+    """
+    from distill.processes import is_first_process  # here, where Lightning is there already; reading does not need it
+
+    if not is_first_process():
+        yield
+        return
+    began, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
+    ends = [begin() for begin in (METERS if meters is None else meters)]
+    ended = "failed"
+    try:
+        yield
+        ended = "done"
+    except (Interrupted, KeyboardInterrupt):
+        ended = "interrupted"
+        raise
+    finally:
+        line = {"phase": name, "began": began, "seconds": round(time.monotonic() - start, 3), "ended": ended}
+        for end in ends:
+            with contextlib.suppress(Exception):  # a card that has failed cannot be asked; why the work ended stays
+                line |= end()
+        try:
+            append(run, line)
+        except OSError as error:  # the work is what counts
+            say(f"{run / FILE}: what {name} cost could not be noted ({error.strerror or error})")
+
+
+def append(run: Path, line: dict[str, Any]) -> None:
+    """Add a line in one write, whatever a process that was killed in its own left at the end of the file."""
+    make_folder(run)
+    path = run / FILE
+    append_durably(path, (b"" if _is_whole(path) else b"\n") + json.dumps(line).encode() + b"\n")
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run, oldest first; none when there is no file. What killed processes left unfinished is no line.
+
+    Raises OSError when it is there and cannot be read.
+    """
+    try:
+        lines = read_bounded(run / FILE, _LIMIT).split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [entry for line in lines if isinstance(entry := _parsed(line), dict)]
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) == b"\n"
+    except OSError:  # not there, or nothing in it
+        return True
+
+
+_open: list[dict[str, int]] = []
+"""Peaks of the phases that are under way, from before the newest of them set the system's own back."""
+
+
+def measure_memory() -> Callable[[], dict[str, Any]]:
+    """Peaks of this process: resident set, and torch's allocator on the CUDA card that has the highest."""
+    for peaks in _open:
+        _raise(peaks)
+    mine: dict[str, int] = {}
+    _open.append(mine)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to what is held now
+    if cuda := _cuda():
+        for card in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(card)
+
+    def end() -> dict[str, Any]:
+        _open[:] = [peaks for peaks in _open if peaks is not mine]
+        _raise(mine)
+        return mine
+
+    return end
+
+
+def _raise(peaks: dict[str, int]) -> None:
+    """To those of now, where they are higher."""
+    now = {"peak_memory_bytes": peak_memory()}
+    if cuda := _cuda():
+        now["peak_device_bytes"] = max(cuda.max_memory_allocated(card) for card in range(cuda.device_count()))
+    for key, value in now.items():
+        if value is not None:
+            peaks[key] = max(peaks.get(key, 0), value)
+
+
+def peak_memory(status: Path = Path("/proc/self/status")) -> int | None:
+    """Bytes that this process held at most: on Linux since that was last set back; None on Windows."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _cuda() -> Any:
+    """`torch.cuda` where it is in use: to ask for it must not load or begin it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+METERS: tuple[Meter, ...] = (measure_energy, measure_memory)

@@ -1,0 +1,219 @@
+"""Text from a language model, token by token: greedy or from the nucleus, with the family's cache where it has one.
+
+Shapes: B batch, L sequence length, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.models.huggingface import HuggingFaceLanguageModel
+from distill.models.language_model import LanguageModel
+
+CACHES = ("past_key_values", "cache_params")
+"""What `transformers` calls a family's cache: keys and values, or the states of state-space models."""
+
+
+HALF = "\ufffd"
+"""How a character looks in a decoded text when only some of its bytes are there."""
+
+
+class Decoder(Protocol):
+    """A model in the middle of a text: it is given the next ids, and answers what may follow."""
+
+    def __call__(self, ids_BL: Tensor) -> Tensor:
+        """Append `ids_BL` (L >= 1) to what was read; float32 logits `[B, V]` of the token behind the last one."""
+        ...
+
+
+def decoder(model: LanguageModel, vocab_size: int) -> Decoder:
+    """A decoder at the beginning of a text, over the first `vocab_size` tokens of the model's head.
+
+    It keeps the cache of a Hugging Face family that has one; any other model reads its whole text again for each
+    token. The model is used as it is: put it in evaluation mode first, and call the decoder under `torch.no_grad()`.
+    """
+    if has_cache(model):
+        return _CachingDecoder(model, vocab_size)
+    return _RereadingDecoder(model, vocab_size)
+
+
+def has_cache(model: LanguageModel) -> bool:
+    """Whether a new token costs the reading of that token alone (and not of the whole text)."""
+    return isinstance(model, HuggingFaceLanguageModel) and _cache_name(model) is not None
+
+
+def _cache_name(model: HuggingFaceLanguageModel) -> str | None:
+    taken = inspect.signature(model.model.base_model.forward).parameters
+    return next((name for name in CACHES if name in taken), None)
+
+
+class _CachingDecoder:
+    """Feeds a Hugging Face model only what is new; positions follow from the length of the cache."""
+
+    def __init__(self, model: Any, vocab_size: int) -> None:
+        self._model, self._vocab_size = model, vocab_size
+        self._name = str(_cache_name(model))
+        self._cache: Any = None
+
+    def __call__(self, ids_BL: Tensor) -> Tensor:
+        given = {} if self._cache is None else {self._name: self._cache}
+        answer = self._model.model.base_model(input_ids=ids_BL, use_cache=True, **given)
+        self._cache = getattr(answer, self._name, None)
+        assert self._cache is not None, f"{type(self._model.model).__name__} takes a cache and gives none"
+        return _last_logits(self._model, answer.last_hidden_state, self._vocab_size)
+
+
+class _RereadingDecoder:
+    """Feeds any model the whole text each time."""
+
+    def __init__(self, model: LanguageModel, vocab_size: int) -> None:
+        self._model, self._vocab_size = model, vocab_size
+        self._ids_BL: Tensor | None = None
+
+    def __call__(self, ids_BL: Tensor) -> Tensor:
+        self._ids_BL = ids_BL if self._ids_BL is None else torch.cat([self._ids_BL, ids_BL], dim=1)
+        positions_BL = torch.arange(self._ids_BL.shape[1], device=ids_BL.device).expand_as(self._ids_BL)
+        return _last_logits(self._model, self._model.body(self._ids_BL, positions_BL), self._vocab_size)
+
+
+def _last_logits(model: LanguageModel, hidden_BLD: Tensor, vocab_size: int) -> Tensor:
+    return model.head.with_rows(vocab_size)(hidden_BLD[:, -1]).float()
+
+
+def generate(
+    model: LanguageModel,
+    prompt_ids: list[int] | Tensor,
+    max_new_tokens: int,
+    *,
+    vocab_size: int,
+    stop_ids: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """The tokens that follow `prompt_ids` (list, or tensor `[L]`), each as soon as it is known; always `< vocab_size`.
+
+    Ends after `max_new_tokens`, before a token of `stop_ids` (which is not yielded), or when the model's context is
+    full: the last token is the one behind `context_length(model)` tokens. At temperature 0 the likeliest token is
+    taken; else tokens are drawn with `sample` from a `generator` of the CPU, the same on every device. The model must
+    be in evaluation mode. Raises UserError, before the first token, for a prompt that is empty or longer than the
+    context, and for a temperature or top_p out of range; later for logits that are not finite.
+    """
+    ids_1L = torch.as_tensor(prompt_ids, dtype=torch.int64).reshape(1, -1)
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature {temperature}, top_p {top_p}: at least 0, and above 0 up to 1")
+    max_new_tokens = min(max_new_tokens, room(model, ids_1L.shape[1]))
+    return _tokens(model, ids_1L, max_new_tokens, vocab_size, stop_ids, temperature, top_p, generator)
+
+
+@torch.no_grad()
+def _tokens(
+    model: LanguageModel,
+    ids_1L: Tensor,
+    max_new_tokens: int,
+    vocab_size: int,
+    stop_ids: frozenset[int],
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None,
+) -> Iterator[int]:
+    read, device = decoder(model, vocab_size), model.head.weight_VD.device
+    for _ in range(max_new_tokens):
+        token = sample(read(ids_1L.to(device))[0], temperature, top_p, generator)
+        if token in stop_ids:
+            return
+        yield token
+        ids_1L = torch.tensor([[token]])
+
+
+def room(model: LanguageModel, prompt_tokens: int) -> int:
+    """Tokens that can follow a prompt until the model's context is full.
+
+    Raises UserError for a prompt without tokens, and for one that is longer than the context.
+    """
+    limit = context_length(model)
+    if prompt_tokens < 1:
+        raise UserError("the prompt has no tokens, so there is nothing to continue")
+    if limit is None:
+        return sys.maxsize
+    if prompt_tokens > limit:
+        raise UserError(f"the prompt has {prompt_tokens:,} tokens, and the model reads {limit:,} at most: shorten it")
+    return limit - prompt_tokens + 1
+
+
+def sample(
+    logits_V: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
+) -> int:
+    """One token: the likeliest at temperature 0, else drawn from `softmax(logits / temperature)` within its nucleus.
+
+    The nucleus is the smallest set of likeliest tokens that has at least the probability `top_p`, renormalised
+    (Holtzman et al. 2020, §3.1). Raises UserError when a logit is not finite.
+    """
+    if not bool(logits_V.isfinite().all()):
+        raise UserError("the model's answer is not finite (its training diverged, or its weights are damaged)")
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = logits_V.cpu().double()
+    # Shifted first: a tiny temperature then makes the others -inf, and not all of them.
+    probs_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)
+    if top_p < 1:
+        sorted_V, order_V = probs_V.sort(descending=True, stable=True)
+        is_outside_V = sorted_V.cumsum(-1) - sorted_V >= top_p  # those before it have enough already
+        probs_V[order_V[is_outside_V]] = 0
+    return int(torch.multinomial(probs_V, 1, generator=generator))
+
+
+def context_length(model: LanguageModel) -> int | None:
+    """Tokens that the model can read at most; None: it does not say, or any number.
+
+    A Hugging Face model says it in its configuration, any other in an attribute `max_position_embeddings`.
+    """
+    said: Any = model.model.config.get_text_config() if isinstance(model, HuggingFaceLanguageModel) else model
+    limit = getattr(said, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def ending_tokens(model: LanguageModel, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text or an answer.
+
+    They are the tokenizer's end-of-sequence token, those of a Hugging Face model's generation settings, and the one
+    that the chat template puts behind an answer.
+    """
+    settings = getattr(model.model, "generation_config", None) if isinstance(model, HuggingFaceLanguageModel) else None
+    said = getattr(settings, "eos_token_id", None)
+    ends = said if isinstance(said, list) else [said]
+    return frozenset(end for end in (*ends, tokenizer.eos_token_id, _end_of_turn(tokenizer)) if end is not None)
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The added token (such as `<|im_end|>`) right behind an answer in the tokenizer's chat template, if it has one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    from jinja2 import TemplateError
+
+    answer = "forty-two"
+    turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": answer}]
+    try:
+        _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    except (TemplateError, TypeError, ValueError, LookupError):
+        return None  # it wants other messages than these, and says nothing of how an answer ends
+    ids = tokenizer.encode(behind.lstrip(), add_special_tokens=False) if found else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """A text's beginning as a document's is encoded: with the special tokens in front of it, without an end."""
+    ids = list(tokenizer.encode(prompt, verbose=False))
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as text, without special ones."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

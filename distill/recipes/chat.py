@@ -1,0 +1,235 @@
+"""`distill chat`: talk with a finished student in the terminal, or pipe prompts to it, a line each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from distill.errors import UserError, did_you_mean
+from distill.models.checkpoints import Checkpoint
+from distill.models.devices import compute_dtype, pick_device
+from distill.models.generation import HALF, context_length, decode_text, encode_prompt, ending_tokens, generate
+from distill.models.quantization import DTYPES
+from distill.models.saving import load_language_model
+from distill.models.tokenizers import load_tokenizer, vocab_size
+from distill.progress import say
+from distill.workspace.folders import finished_model
+
+COMMANDS = ("/quit", "/reset")
+ANSWER_SHARE = 4
+"""At least a quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer."""
+
+
+def main(run: str, temperature: float, top_p: float, max_new_tokens: int, seed: int | None, system: str | None) -> int:
+    """Answer each line of the standard input until it ends.
+
+    Raises UserError for a run without a finished student, sampling options out of range, a system message that the
+    model's chat template has no place for, and a model whose answers are not finite.
+    """
+    _check(temperature, top_p, max_new_tokens)
+    folder, device = finished_model(run), pick_device("auto")
+    model = load_language_model(folder, device, DTYPES[compute_dtype("auto", device)])
+    tokenizer = load_tokenizer(Checkpoint(folder, None, str(folder)))
+    chat = Chat(model, tokenizer, system)
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    sampling = {"temperature": temperature, "top_p": top_p, "generator": generator}
+    _introduce(folder, model, device, chat)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    with _interruptible() if sys.stdin.isatty() else contextlib.nullcontext():
+        while _take_turn(chat, max_new_tokens, sampling):
+            pass
+    return 0
+
+
+def _take_turn(chat: Chat, max_new_tokens: int, sampling: dict[str, Any]) -> bool:
+    """Read a line and answer it; False: that was the end."""
+    try:
+        line = _read_line()
+        if line is None or line == "/quit":
+            return False
+        if line.startswith("/"):
+            _command(line.split()[0], chat)
+        elif line:
+            _print_answer(chat, line, max_new_tokens, sampling)
+    except KeyboardInterrupt:
+        say("\n(/quit or Ctrl-D leaves)")
+    return True
+
+
+def _check(temperature: float, top_p: float, max_new_tokens: int) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"--temperature {temperature}: 0 takes the likeliest token, higher numbers are freer")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top_p {top_p}: a share of the probability, above 0 and up to 1")
+    if max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: at least 1")
+
+
+def _introduce(folder: Path, model: Any, device: torch.device, chat: Chat) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    how = "answers" if chat.has_template else "continues each line (it has no chat template)"
+    say(
+        f"chat: {folder}, {parameters:,.1f} M parameters on {device}, {how}; "
+        "/reset forgets, Ctrl-C stops an answer, /quit or Ctrl-D leaves"
+    )
+
+
+def _command(command: str, chat: Chat) -> None:
+    if command == "/reset":
+        chat.reset()
+        say("(forgotten)")
+    else:
+        say(f"({command}: no such command{did_you_mean(command, COMMANDS)})")
+
+
+class Chat:
+    """A conversation so far, and the model that goes on with it."""
+
+    def __init__(self, model: Any, tokenizer: Any, system: str | None = None) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._stop_ids, self._vocab_size = ending_tokens(model, tokenizer), vocab_size(tokenizer)
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        """Without a chat template each line is a text of its own, and the model continues it."""
+        if system is not None and not self.has_template:
+            raise UserError("--system: this student has no chat template, so there is no place for a system message")
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        self.turns: list[dict[str, str]] = []
+        """The messages after the system's, oldest first."""
+        if system is not None:
+            self._encode([{"role": "user", "content": "?"}])  # a template that refuses it says so at once
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.turns.clear()
+
+    def answer(self, line: str, max_new_tokens: int, sampling: dict[str, Any]) -> Generator[str, None, None]:
+        """The answer to `line` in pieces of text that join to it; the conversation then has both.
+
+        An answer that the caller stops early is part of the conversation as far as it went; a line without an answer
+        is not. The oldest turns are forgotten when the context has no room for them, which is said.
+        """
+        self.turns.append({"role": "user", "content": line})
+        text = GrowingText(self._tokenizer)
+        try:
+            ids = self._fitting(max_new_tokens)
+            if ids is None:
+                return
+            for token in generate(
+                self._model, ids, max_new_tokens, vocab_size=self._vocab_size, stop_ids=self._stop_ids, **sampling
+            ):
+                if piece := text.add(token):
+                    yield piece
+            if piece := text.rest():
+                yield piece
+        finally:
+            said = text.shown.strip()
+            if said and self.has_template:
+                self.turns.append({"role": "assistant", "content": said})
+            else:
+                self.turns.pop()
+
+    def _fitting(self, max_new_tokens: int) -> list[int] | None:
+        """The tokens of the conversation, without its oldest turns if they do not fit; None: the last one does not."""
+        limit, ids = context_length(self._model), self._encode(self.turns)
+        if limit is None:
+            return ids
+        most = limit - min(max_new_tokens, limit // ANSWER_SHARE)
+        alone = len(self._encode(self.turns[-1:]))
+        if alone > most:
+            say(f"(too long: {alone:,} tokens, and the context of {limit:,} has room for {most:,})")
+            return None
+        forgotten = 0
+        while len(ids) > most:
+            del self.turns[:2]  # a question and its answer
+            forgotten += 1
+            ids = self._encode(self.turns)
+        if forgotten:
+            turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
+            say(f"(the context of {limit:,} tokens is full: the oldest {turns} forgotten)")
+        return ids
+
+    def _encode(self, turns: list[dict[str, str]]) -> list[int]:
+        """The tokens that ask for the next answer; without a template those of the last line."""
+        if not self.has_template:
+            return encode_prompt(self._tokenizer, turns[-1]["content"])
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [*self._system, *turns], tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            raise UserError(f"the student's chat template refuses the conversation: {error}") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+class GrowingText:
+    """Text of tokens that come one by one, given out as soon as no later token can change it.
+
+    A character's bytes may be several tokens; until the last one is there, decoding shows replacement characters,
+    with some tokenizers also for whole characters right before it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self.shown = ""
+        """What was given out."""
+
+    def add(self, token: int) -> str:
+        """What can be given out now."""
+        self._ids.append(token)
+        return self._new(decode_text(self._tokenizer, self._ids).rstrip(HALF))
+
+    def rest(self) -> str:
+        """What was held back, when no more tokens come."""
+        return self._new(decode_text(self._tokenizer, self._ids))
+
+    def _new(self, text: str) -> str:
+        if not text.startswith(self.shown):
+            return ""
+        piece = text[len(self.shown) :]
+        self.shown = text
+        return piece
+
+
+def _print_answer(chat: Chat, line: str, max_new_tokens: int, sampling: dict[str, Any]) -> None:
+    with contextlib.closing(chat.answer(line, max_new_tokens, sampling)) as pieces:  # stopped, it keeps what was said
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _read_line() -> str | None:
+    """The next line of the standard input, stripped; in a terminal behind a prompt. None: there are no more."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and earlier lines for `input`
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt, which ends an answer; outside it is whatever it was."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,37 @@
+"""`distill export`: a finished student in a format that others open, checked before it gets its name."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from distill.errors import UserError
+from distill.export.card import write_card
+from distill.export.format import find_format
+from distill.export.staging import new_folder
+from distill.progress import say
+from distill.workspace.folders import finished_model
+
+
+def main(run: str, to: str, format: str, type: str | None, with_code: bool) -> int:
+    """Write the student of `run` (a run folder, or a model's) to the folder `to`, which is complete or absent.
+
+    Raises UserError for what cannot be exported so, and for an export that a check found to differ.
+    """
+    began = time.monotonic()
+    form = find_format(format, type, with_code)
+    source, folder = finished_model(run).resolve(), Path(to).expanduser().resolve()
+    try:
+        with new_folder(folder) as new:
+            say(f"export: {source} as {format}" + (f" ({type})" if type else ""))
+            form.write(source, new)
+            checked = form.check(source, new)
+            say(f"checked: {checked}")
+            write_card(source, new, folder.name, format, checked)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{to}: cannot be written: {error}") from None
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    say(f"export: {folder} is complete, {size / 1e6:,.1f} MB, in {time.monotonic() - began:,.1f} s")
+    return 0

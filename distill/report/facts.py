@@ -1,0 +1,102 @@
+"""Everything that a run left behind and a page can show, read from its folder and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill import ledger
+from distill.errors import UserError
+from distill.files import read_bounded
+from distill.report.curves import Curves, read_curves
+from distill.report.schema import COST_LINE, EVALUATION, FORECAST, checked
+
+LIMIT = 256 << 20
+"""Bytes of a file beyond which it is none of ours."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run. What was not measured is absent or empty."""
+
+    run: Path
+    evaluation: Mapping[str, Any]
+    """evaluation.json: shares 0 to 1, nats, bytes, tokens a second."""
+    curves: Mapping[str, Curves]
+    """Of `student` and `control`."""
+    costs: tuple[Mapping[str, Any], ...]
+    """costs.jsonl: one object an invocation of a phase."""
+    forecast: tuple[Mapping[str, Any], ...]
+    """The rows of forecast.json: what, unit, forecast, measured."""
+
+    @classmethod
+    def read(cls, run: Path) -> RunFacts:
+        """Read a run folder. Raises UserError when it is none or when a file in it is damaged."""
+        if not run.is_dir():
+            raise UserError(f"{run}: no such folder: give the run_dir of an experiment")
+        evaluation = _read_object(run / "evaluation.json", EVALUATION)
+        facts = cls(
+            run,
+            evaluation,
+            {role: curves for role in ("student", "control") if (curves := read_curves(run / "logs" / role))},
+            _read_costs(run / ledger.FILE),
+            tuple(_read_object(run / "forecast.json", FORECAST).get("rows", [])),
+        )
+        if not (facts.evaluation or facts.curves or facts.costs):
+            raise UserError(f"{run}: nothing was measured here yet: run distill evaluate, or give another run_dir")
+        return facts
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.run.resolve().name
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A section of evaluation.json; empty when it is absent."""
+        return self.evaluation.get(name, {})
+
+    def of(self, section: str, model: str) -> Mapping[str, Any]:
+        """What a section of evaluation.json says of a model; empty when it says nothing."""
+        return self.section(section).get(model, {})
+
+    def ratio(self, section: str, *keys: str) -> float | None:
+        """The student's figure over the teacher's, such as `ratio("cost", "decode", "1")`; None: not measured."""
+        values: list[Any] = [self.section(section).get("student"), self.section(section).get("teacher")]
+        for key in keys:
+            values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
+        student, teacher = values
+        return None if student is None or not teacher else student / teacher
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return read_bounded(path, LIMIT).decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: damaged (not UTF-8): make it anew with distill evaluate") from None
+
+
+def _read_object(path: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    text = _read(path)
+    if text is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}: damaged (not JSON{line}): make it anew with distill evaluate") from None
+    result: dict[str, Any] = checked(content, spec, str(path))
+    return result
+
+
+def _read_costs(path: Path) -> tuple[dict[str, Any], ...]:
+    try:
+        return tuple(checked(line, COST_LINE, str(path)) for line in ledger.read(path.parent))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

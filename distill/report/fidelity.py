@@ -1,0 +1,230 @@
+"""How close the models are to their teacher on the page: the main table, the curves, and where they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from distill.report.blocks import Block, Cell, Figure, Figures, Note, Section, Table
+from distill.report.charts import Line, binned_chart, line_chart
+from distill.report.curves import Points, thin
+from distill.report.facts import RunFacts
+from distill.report.metrics import ARROWS_MEAN, BY_KEY, METRICS, MODELS, Metric, model_name, reading_of
+from distill.report.numbers import SPACE, count, edge, interval, nats, number, probability, share, size, with_sign
+
+MOST_POINTS = 240
+"""Points of a curve beyond which neighbours are drawn as their mean."""
+
+
+def main_section(facts: RunFacts) -> Iterator[Section]:
+    """Every figure of every model, and the student against the control."""
+    models = [model for model in MODELS if facts.of("fidelity", model) or model in facts.section("parameters")]
+    if not models:
+        return
+    rows = []
+    if facts.section("parameters"):
+        row = [_parameters(facts, model) for model in models]
+        rows.append([Cell("parameters"), *row])
+    for metric in METRICS:
+        cells = [_figure(facts.of("fidelity", model), metric) for model in models]
+        if any(cell.value is not None for cell in cells):
+            rows.append([Cell(metric.heading, small=metric.unit), *cells])
+    head = [Cell("on held-out text"), *(Cell(model_name(model), role=model) for model in models)]
+    blocks: list[Block] = [Table(head, rows)]
+    blocks.append(Note(_about_the_text(facts), tuple(facts.section("text").values())))
+    blocks += [*_against_control(facts)]
+    shown = [metric for metric in METRICS if any(metric.key in facts.of("fidelity", model) for model in models)]
+    meanings = [[Cell(metric.name), Cell(metric.meaning)] for metric in shown]
+    if "before" in models:
+        meanings.append([Cell(model_name("before")), Cell("the student as it was made, before it learned anything")])
+    if "control" in models:
+        meanings.append(
+            [Cell("control"), Cell("the same student, trained as long on the text alone, without a teacher")]
+        )
+    if meanings:
+        blocks.append(Table([Cell("figure"), Cell("meaning")], meanings, summary="What the figures mean", wraps=True))
+    yield Section("figures", "Student and teacher", blocks)
+
+
+def _parameters(facts: RunFacts, model: str) -> Cell:
+    value = facts.section("parameters").get(model)
+    return Cell("–") if value is None else Cell(count(value), value)
+
+
+def _figure(figures: Mapping[str, Any], metric: Metric) -> Cell:
+    if metric.key not in figures:
+        return Cell("–")
+    ends = figures.get("intervals", {}).get(metric.key)
+    small = "" if ends is None else interval(ends, metric.form)
+    return Cell(metric.form(figures[metric.key]), figures[metric.key], small, tuple(ends or ()))
+
+
+def _about_the_text(facts: RunFacts) -> str:
+    text = facts.section("text")
+    units = {"samples": "samples", "tokens": "tokens", "bytes": ""}
+    parts = [f"{number(text[key])} {unit}" if unit else size(text[key]) for key, unit in units.items() if key in text]
+    said = f"Measured on {', '.join(parts)} of held-out text." if parts else ""
+    if any("intervals" in facts.of("fidelity", model) for model in MODELS):
+        said += " Ranges are 95 % intervals."
+    said += f" {ARROWS_MEAN}"
+    if "dropped_mass" in text:
+        said += f" {share(text['dropped_mass'])} of the teacher's probability is on tokens that the student lacks."
+    if text.get("left_out_samples"):
+        said += f" {number(text['left_out_samples'])} samples with such tokens in them are left out."
+    return said.strip()
+
+
+def _against_control(facts: RunFacts) -> Iterator[Table]:
+    tests = facts.section("student_against_control")
+    rows = []
+    for metric in METRICS:
+        if metric.key not in tests:
+            continue
+        test = tests[metric.key]
+        ends = test.get("interval")
+        signed = lambda value, form=metric.form: with_sign(form(value))  # noqa: E731  # two uses, one line
+        rows.append(
+            [
+                Cell(metric.name, small=metric.unit),
+                Cell(signed(test["difference"]), test["difference"]),
+                Cell("–") if ends is None else Cell(interval(ends, signed), None, "", tuple(ends)),
+                Cell(probability(test["p"]).removeprefix("= "), test["p"]) if "p" in test else Cell("–"),
+                Cell(reading_of(test, metric.better)),
+            ]
+        )
+    if rows:
+        head = [
+            Cell("student minus control"),
+            Cell("difference"),
+            Cell("95 % interval"),
+            Cell("p"),
+            Cell("student is"),
+        ]
+        yield Table(head, rows, caption="Student against control, paired by sample")
+
+
+def curve_section(facts: RunFacts) -> Iterator[Section]:
+    """The held-out KL and the loss of student and control over the steps."""
+    named = [(role, role, curves) for role, curves in facts.curves.items()]
+    figures = curve_figures(named)
+    if not figures:
+        return
+    blocks: list[Block] = [Figures(figures)]
+    rows = []
+    for column, title in (("held_out_kl", "held-out KL"), ("loss", "training loss")):
+        for role, curves in facts.curves.items():
+            finite = [point for point in curves.get(column, []) if math.isfinite(point[1])]
+            if finite:
+                least = min(finite, key=lambda point: point[1])
+                rows.append(
+                    [
+                        Cell(f"{title}, {role}", role=role),
+                        *(_at_step(*point) for point in (finite[0], least, finite[-1])),
+                    ]
+                )
+    blocks.append(Table([Cell("nats/token"), Cell("first"), Cell("lowest"), Cell("last")], rows))
+    yield Section("training", "Training", blocks)
+
+
+def _at_step(step: float, value: float) -> Cell:
+    return Cell(nats(value), value, f"step{SPACE}{number(step)}")
+
+
+def curve_figures(named: Sequence[tuple[str, str, Mapping[str, Points]]]) -> list[Figure]:
+    """Charts of held-out KL and loss of several trainings: name, role and curves of each."""
+    figures = []
+    for column, title, y_name, note in (
+        ("held_out_kl", "Held-out KL", "nats/token", "Distance from the teacher on text that is never trained on."),
+        ("loss", "Training loss", "loss, nats/token", "Each training minimises its own loss; only the shapes compare."),
+    ):
+        lines, width = [], 1
+        lost = 0
+        for name, role, curves in named:
+            points = curves.get(column, [])
+            lost += sum(not math.isfinite(value) for _, value in points)
+            points, each = thin(points, MOST_POINTS)
+            width = max(width, each)
+            lines.append(Line(name, role, points))
+        names = ", ".join(line.name for line in lines if line.points)
+        chart = line_chart(lines, f"{title} over optimiser steps: {names}.", "optimiser steps", y_name, nats)
+        if chart:
+            averaged = f" Points are means of up to {width} logged values." if width > 1 else ""
+            broken = f" {lost} logged values are not finite." if lost else ""
+            figures.append(Figure(chart, title, note + averaged + broken))
+    return figures
+
+
+def bin_section(facts: RunFacts) -> Iterator[Section]:
+    """Fidelity by the teacher's entropy and by position in the document."""
+    blocks: list[Block] = []
+    for key, by, x_name, said in (
+        (
+            "by_entropy",
+            "teacher's entropy",
+            "teacher's entropy, nats",
+            "Left: the teacher is sure. Right: it sees many ways.",
+        ),
+        ("by_position", "position", "tokens before it in its document", "Left: little context. Right: much."),
+    ):
+        found = {model: facts.of("fidelity", model).get(key, []) for model in MODELS}
+        found = {model: bins for model, bins in found.items() if bins}
+        figures = [
+            Figure(chart, f"{BY_KEY[metric].name} by {by}", said + " Pale bars: share of the tokens.")
+            for metric in ("kl", "top1_agreement")
+            if (chart := _binned(found, metric, by, x_name))
+        ]
+        if figures:
+            blocks.append(Figures(figures))
+        if found:
+            blocks.append(_bin_table(found, by))
+    if blocks:
+        yield Section("where", "Where they differ", blocks)
+
+
+def _binned(found: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, by: str, x_name: str) -> Any:
+    shown = {model: bins for model, bins in found.items() if model in ("student", "control")}
+    every = {each["from"]: each for bins in shown.values() for each in bins}
+    if not every:
+        return ""
+    # Bins without positions are left out of the file, and not of the axis.
+    starts = sorted({*every, *(each["to"] for each in every.values() if "to" in each)})
+    if "to" not in every[max(every)]:
+        starts.append(math.inf)
+    lines = []
+    for model, bins in shown.items():
+        values = {each["from"]: each.get(metric, math.nan) for each in bins}
+        lines.append(
+            Line(model, model, [(float(i), values.get(start, math.nan)) for i, start in enumerate(starts[:-1])])
+        )
+    total = sum(each["positions"] for each in every.values()) or 1
+    shares = [every[start]["positions"] / total if start in every else math.nan for start in starts[:-1]]
+    form = BY_KEY[metric].form
+    y_name = BY_KEY[metric].unit or "share of tokens"
+    label = f"{BY_KEY[metric].name} by {by}, of {', '.join(shown)}; the numbers are in the table below."
+    return binned_chart([*map(edge, starts)], lines, shares, label, x_name, y_name, form)
+
+
+def _bin_table(found: Mapping[str, Sequence[Mapping[str, Any]]], by: str) -> Table:
+    metrics = [
+        key for key in ("nll", "kl", "top1_agreement", "acceptance") if any(key in b for v in found.values() for b in v)
+    ]
+    head = [
+        Cell(by),
+        Cell("model"),
+        Cell("tokens"),
+        *(Cell(BY_KEY[key].name, small=BY_KEY[key].unit) for key in metrics),
+    ]
+    rows = []
+    for model, bins in found.items():
+        for each in bins:
+            ends = (each["from"], each["to"]) if "to" in each else (each["from"],)
+            said = f"{edge(ends[0])} to {edge(ends[1])}" if len(ends) == 2 else f"from {edge(ends[0])}"
+            row = [
+                Cell(said, small_values=ends),
+                Cell(model_name(model), role=model),
+                Cell(number(each["positions"]), each["positions"]),
+            ]
+            row += [Cell(BY_KEY[key].form(each[key]), each[key]) if key in each else Cell("–") for key in metrics]
+            rows.append(row)
+    return Table(head, rows, summary=f"All figures by {by}")

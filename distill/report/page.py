@@ -1,0 +1,90 @@
+"""The page of a run, made from its folder: report.html to look at, report.md as the model's card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+
+from distill import __version__
+from distill.files import write_durably
+from distill.report import benchmarks, fidelity, provenance, speed
+from distill.report.blocks import Continuation, Page, Sample, Section
+from distill.report.facts import RunFacts
+from distill.report.markdown import model_card
+from distill.report.metrics import model_name
+from distill.report.verdict import verdict
+
+GENERATOR = f"distill {__version__}"
+"""What the pages say they are made by; `distill compare` knows its own pages by it."""
+
+
+def write_report(run: Path) -> tuple[Path, Path]:
+    """Write report.html and report.md into a run folder; their paths.
+
+    Raises UserError when the folder is no run, and when a file in it is damaged.
+    """
+    facts = RunFacts.read(run)
+    page = run_page(facts)
+    html, markdown = run / "report.html", run / "report.md"
+    write_durably(html, render(page).encode("utf-8", "replace"))
+    write_durably(markdown, model_card(page, facts, GENERATOR).encode("utf-8", "replace"))
+    return html, markdown
+
+
+def run_page(facts: RunFacts) -> Page:
+    """What is to be said of a run, in the order in which readers ask for it."""
+    sections = [
+        *fidelity.main_section(facts),
+        *fidelity.curve_section(facts),
+        *fidelity.bin_section(facts),
+        *benchmarks.section(facts),
+        *speed.section(facts),
+        *_text_section(facts),
+        *provenance.cost_section(facts),
+        *provenance.forecast_section(facts),
+        *provenance.seed_section(facts),
+        *provenance.setup_section(facts),
+    ]
+    return Page(facts.name, _subtitle(facts), verdict(facts), [], sections)
+
+
+def _subtitle(facts: RunFacts) -> str:
+    experiment = facts.section("experiment")
+    teacher, student = experiment.get("teacher"), experiment.get("student")
+    names = [
+        str(each[key])
+        for each, key in ((teacher, "model"), (student, "class_path"))
+        if isinstance(each, dict) and key in each
+    ]
+    return (
+        f"Distilled from {names[0]} into a student of class {names[1]}"
+        if len(names) == 2
+        else "A student and its teacher"
+    )
+
+
+def _text_section(facts: RunFacts) -> Iterator[Section]:
+    texts = facts.section("texts")
+    samples = []
+    for index, prompt in enumerate(texts.get("prompts", [])):
+        written = [
+            Continuation(
+                "what really follows" if key == "truth" else model_name(key),
+                "" if key == "truth" else key,
+                texts[key][index],
+            )
+            for key in ("truth", "teacher", "student", "control")
+            if index < len(texts.get(key, []))
+        ]
+        samples.append(Sample(index + 1, prompt, written))
+    if samples:
+        yield Section("texts", "What they write", samples)
+
+
+def render(page: Page) -> str:
+    """The page as one HTML file that needs nothing else, runs no script and loads nothing."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("page.html.jinja").render(page=page, generator=GENERATOR)

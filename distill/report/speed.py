@@ -1,0 +1,116 @@
+"""Speed, size and memory on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distill.report.blocks import Block, Cell, Figure, Figures, Note, Section, Table
+from distill.report.charts import Bar, Group, bar_chart
+from distill.report.facts import RunFacts
+from distill.report.metrics import MODELS, model_name
+from distill.report.numbers import Format, number, rate, size, times
+
+SIZES = (("bytes_on_disk", "on disk"), ("weight_bytes", "weights in memory"), ("peak_bytes", "peak memory"))
+PHASES = (("prefill", "reading (prefill)"), ("decode", "writing (decode)"))
+
+
+def section(facts: RunFacts) -> Iterator[Section]:
+    """The section of speed and size, if any of it was measured."""
+    cost = facts.section("cost")
+    models = [model for model in MODELS if cost.get(model)]
+    if not models:
+        return
+    blocks: list[Block] = []
+    figures = [figure for phase, title in PHASES for figure in _figure(cost, models, phase, title)]
+    if figures:
+        blocks.append(Figures(figures))
+    rows = []
+    for phase, title in PHASES:
+        for batch in _batches(cost, models, phase):
+            values = {model: cost[model].get(phase, {}).get(batch) for model in models}
+            failed = {model for model in models if batch in cost[model].get(phase, {}) and values[model] is None}
+            name = Cell(title, small=f"tokens/s, {_batch_name(batch)}")
+            rows.append(_row(name, values, rate, failed))
+    for key, title in SIZES:
+        values = {model: cost[model].get(key) for model in models}
+        if any(value is not None for value in values.values()):
+            rows.append(_row(Cell(title), values, size))
+    head = [Cell("measured on", small=_machine(facts)), *(Cell(model_name(model), role=model) for model in models)]
+    if rows and "student" in models and "teacher" in models:
+        head.append(Cell("student ÷ teacher"))
+    blocks.append(Table(head, [row[: len(head)] for row in rows]))
+    if (note := _note(facts, cost, models)).text:
+        blocks.append(note)
+    yield Section("speed", "Speed and size", blocks)
+
+
+def _machine(facts: RunFacts) -> str:
+    """What the models ran on; a processor by its name."""
+    machine = facts.section("machine")
+    device = str(machine.get("device", "a machine not known"))
+    return str(machine.get("processor") or device) if device == "cpu" else device
+
+
+def _batches(cost: Mapping[str, Any], models: list[str], phase: str) -> list[str]:
+    found = {batch for model in models for batch in cost[model].get(phase, {})}
+    return sorted(found, key=lambda batch: (not batch.isdigit(), int(batch) if batch.isdigit() else 0, batch))
+
+
+def _batch_name(batch: str) -> str:
+    return "1 sequence" if batch == "1" else f"{batch} sequences"
+
+
+def _row(name: Cell, values: Mapping[str, Any], form: Format, failed: set[str] | None = None) -> list[Cell]:
+    cells = []
+    for model, value in values.items():
+        missing = "out of memory" if model in (failed or ()) else "–"
+        cells.append(Cell(missing) if value is None else Cell(form(value), value))
+    student, teacher = values.get("student"), values.get("teacher")
+    ratio = student / teacher if student is not None and teacher else None
+    return [name, *cells, Cell("–") if ratio is None else Cell(times(ratio), ratio)]
+
+
+def _figure(cost: Mapping[str, Any], models: list[str], phase: str, title: str) -> Iterator[Figure]:
+    groups = []
+    for batch in _batches(cost, models, phase):
+        values = {model: cost[model].get(phase, {}).get(batch) for model in models}
+        bars = [Bar(model_name(m), m, value, rate(value)) for m, value in values.items() if value is not None]
+        groups.append(Group(_batch_name(batch), bars))
+    chart = bar_chart(groups, f"Tokens a second, {title}; the numbers are in the table below.", "tokens/s", rate)
+    if chart:
+        yield Figure(chart, title[0].upper() + title[1:], "Longer is faster.")
+
+
+def _note(facts: RunFacts, cost: Mapping[str, Any], models: list[str]) -> Note:
+    said: list[str] = []
+    values: list[float] = []
+    lengths = [
+        (each["prompt_tokens"], each["new_tokens"])
+        for each in cost.values()
+        if {"prompt_tokens", "new_tokens"} <= each.keys()
+    ]
+    if lengths:
+        read, written = (sorted(set(tokens)) for tokens in zip(*lengths, strict=True))
+        values += [*read, *written]
+        said.append(
+            f"Reading {' or '.join(map(number, read))} tokens, writing {' or '.join(map(number, written))} behind them."
+        )
+    without = [model_name(model) for model in models if cost[model].get("kv_cache") is False]
+    if without:
+        said.append(
+            f"Writes without a key-value cache, so reads everything again for each token: {', '.join(without)}."
+        )
+    drafting = facts.section("speculative")
+    if "speedup" in drafting:
+        values += drafting.values()
+        said.append(_drafting(drafting["speedup"], drafting.get("draft_tokens")))
+    return Note(" ".join(said), tuple(values))
+
+
+def _drafting(speedup: float, tokens: float | None) -> str:
+    if not speedup > 1:
+        return "As the teacher's draft in speculative decoding the student would cost more than it saves."
+    at_a_time = f", {number(tokens)} tokens at a time" if tokens else ""
+    gain = f"As the teacher's draft in speculative decoding{at_a_time}, the student makes it {times(speedup)} as fast"
+    return f"{gain} (computed from its acceptance and these speeds, not timed)."

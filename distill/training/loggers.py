@@ -1,0 +1,164 @@
+"""Where the curves of a training go: files in the run folder, and services to those who use them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from distill.errors import UserError
+from distill.files import make_folder
+from distill.processes import is_first_process
+
+PROJECT = "distill"
+"""Under which the services file the trainings, unless their own variables of the environment say otherwise."""
+
+
+def make_loggers(names: Iterable[str], folder: Path, run_name: str, settings: dict[str, Any]) -> list[Logger]:
+    """Loggers that have begun and noted the settings. None in the processes that do not write.
+
+    Each start of a training is a log of its own: an earlier `metrics.csv` gets a number, a service gets another run of
+    the same name. What is not given here comes from the services' own variables, such as `WANDB_MODE=offline`,
+    `MLFLOW_TRACKING_URI` (default: a database in `folder`) and `TRACKIO_DIR`.
+
+    Args:
+        names: of tensorboard, csv, wandb, mlflow, trackio.
+        folder: for the files.
+        run_name: what the services call this training.
+        settings: of the experiment, nested; noted as hyperparameters.
+
+    Raises UserError when one is not installed or cannot begin.
+    """
+    if not is_first_process():
+        return []
+    names = sorted(dict.fromkeys(names), key=lambda name: name != "csv")  # first: it warns of files that are there
+    check_installed(names)
+    make_folder(folder)
+    return [_begun(name, folder, run_name, settings) for name in names]
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Raises UserError for the first of the services that cannot be imported."""
+    for name in names:
+        if name in _SERVICES:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise _not_installed(name, error) from None
+
+
+def _not_installed(name: str, error: ImportError) -> UserError:
+    why = " ".join(str(error).split())
+    return UserError(f"train.loggers: {name} is not installed ({why}): pip install {name}, or leave it out")
+
+
+def _begun(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> Logger:
+    if name not in _SERVICES:
+        logger = _FILES[name](folder)
+        logger.log_hyperparams(settings)
+        return logger
+    try:
+        service = _SERVICES[name](folder, run_name)
+        service.log_hyperparams(settings)
+    except ImportError as error:  # a part of it is missing, or Lightning finds it too old
+        raise _not_installed(name, error) from None
+    except Exception as error:  # no account, no server, no network: each says so in classes of its own
+        lines = [*str(error).strip().splitlines(), type(error).__name__]
+        raise UserError(
+            f"train.loggers: {name} cannot begin: {lines[0].rstrip('.')}: mend that, or leave {name} out"
+        ) from error
+    return service
+
+
+def _csv(folder: Path) -> Logger:
+    """Lightning deletes a CSV log that is there: that of an earlier start gets a number."""
+    log = folder / "metrics.csv"
+    if log.exists():
+        taken = [int(old.suffixes[0][1:]) for old in folder.glob("metrics.*.csv") if old.suffixes[0][1:].isdigit()]
+        log.rename(folder / f"metrics.{max(taken, default=0) + 1}.csv")
+    return CSVLogger(folder, name=None, version="")
+
+
+def _tensorboard(folder: Path) -> Logger:
+    return TensorBoardLogger(folder, name=None, version="")
+
+
+def _mlflow(folder: Path, run_name: str) -> Logger:
+    """MLflow has given up plain folders; its own database needs the whole of it, mlflow-skinny only a server."""
+    place: dict[str, Any] = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI")}
+    if not place["tracking_uri"]:
+        database = (folder / "mlflow.db").absolute()
+        place = {
+            "tracking_uri": f"sqlite:///{database.as_posix()}",
+            "artifact_location": (folder / "mlflow").absolute().as_uri(),
+        }
+    return MLFlowLogger(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT), run_name, **place)
+
+
+def _wandb(folder: Path, run_name: str) -> Logger:
+    return _Wandb(run_name, folder, project=os.environ.get("WANDB_PROJECT", PROJECT))
+
+
+class _Wandb(WandbLogger):
+    """Lightning leaves the run open, and what is trained next in this process would go on in it."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        self.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
+def _trackio(folder: Path, run_name: str) -> Logger:
+    return TrackioLogger(PROJECT, run_name)
+
+
+class TrackioLogger(Logger):
+    """Trackio (https://github.com/gradio-app/trackio), for which Lightning has no logger."""
+
+    def __init__(self, project: str, run_name: str) -> None:
+        super().__init__()
+        self._trackio: Any = importlib.import_module("trackio")
+        self._project, self._run_name = project, run_name
+        self._settings: dict[str, Any] = {}
+        self._is_open = False
+
+    @property
+    def name(self) -> str:
+        return self._project
+
+    @property
+    def version(self) -> str:
+        return self._run_name
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Begins the run: Trackio takes them at the beginning only."""
+        assert not self._is_open
+        self._settings |= vars(params) if isinstance(params, Namespace) else params
+        self._begin()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if not self._is_open:
+            self._begin()
+        self._trackio.log(dict(metrics), step=step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._is_open:
+            self._trackio.finish()
+        self._is_open = False
+
+    def _begin(self) -> None:
+        self._trackio.init(project=self._project, name=self._run_name, config=self._settings, embed=False)
+        self._is_open = True
+
+
+_FILES: dict[str, Callable[[Path], Logger]] = {"csv": _csv, "tensorboard": _tensorboard}
+_SERVICES: dict[str, Callable[[Path, str], Logger]] = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}

@@ -1,0 +1,249 @@
+"""What an experiment has measured of each of its models, one model in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from distill.config import Experiment
+from distill.corpus import SampleSets
+from distill.errors import UserError
+from distill.evaluation import benchmarks, cost, fidelity, statistics, texts
+from distill.files import sha256_of
+from distill.models.vocabulary import Vocabulary
+from distill.progress import Progress
+from distill.workspace.subjects import Loaded, Subject
+from distill.workspace.teacher import Teacher
+
+
+class Measurement:
+    """One thing to measure of every model that it is wanted of; the teacher comes first."""
+
+    section: str
+    """Its key in evaluation.json."""
+    item: str = ""
+    """Its key below the model's, where a section has several."""
+    together: bool = False
+    """Whether it compares the models, so that all of them must be measured when one of them is."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What it depends on beside the models: while that is the same, nothing is measured twice."""
+        raise NotImplementedError
+
+    def wanted_of(self, subject: Subject) -> bool:
+        """Most are of what was trained, and of the teacher; further seeds are there for the metrics' spread alone."""
+        return subject.name in ("teacher", "student", "control")
+
+    def measure(self, subject: Subject, loaded: Loaded) -> Any:
+        """The model's entry."""
+        raise NotImplementedError
+
+    def about_all(self) -> dict[str, Any]:
+        """What it knows beside the models' own entries, for the top of evaluation.json."""
+        return {}
+
+
+class FidelityToTeacher(Measurement):
+    """Every model on the held-out text, the students beside the teacher's distributions."""
+
+    section, together = "fidelity", True
+
+    def __init__(
+        self, experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None, models: int
+    ) -> None:
+        self.experiment, self.teacher, self.vocabulary = experiment, teacher, vocabulary
+        self.corpus = samples.fingerprint
+        limit = min(experiment.evaluate.max_samples or len(samples.held_out), len(samples.held_out))
+        self.samples = Subset(samples.held_out, range(limit))
+        if vocabulary is not None:
+            self.samples = _covered(self.samples, vocabulary)
+        self.left_out = limit - len(self.samples)
+        self.progress = Progress("evaluate", models * len(self.samples) * experiment.corpus.sequence_length, "tokens")
+        self.states: fidelity.TeacherStates | None = None
+        self.sums: dict[str, Any] = {}
+        self.text: dict[str, Any] = {}
+        self.parameters: dict[str, int] = {}
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        experiment = self.experiment
+        return {
+            "corpus": self.corpus,
+            "corpus_settings": asdict(experiment.corpus),
+            "max_samples": experiment.evaluate.max_samples,
+            "metrics": 2,  # of what is measured and how
+        }
+
+    def wanted_of(self, subject: Subject) -> bool:
+        return True
+
+    def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
+        """The model's metrics; see `distill.evaluation.fidelity`."""
+        batch_size, chunk_size = self.experiment.evaluate.batch_size, self.experiment.loss.chunk_size
+        device = self.teacher.device
+        self.parameters[subject.name] = parameters(loaded.model)
+        with self.progress:
+            if subject.name == "teacher":
+                self.states = fidelity.teacher_states(
+                    loaded.model, self.samples, batch_size, loaded.vocab_size, device, self.progress.advance
+                )
+                size = fidelity.text_bytes(self.samples, loaded.tokenizer)
+                measured = fidelity.teacher_likelihood(
+                    self.states, self.samples, batch_size, chunk_size, device, text_bytes=size
+                )
+                self.text = {"tokens": measured.tokens, "samples": len(self.samples), "bytes": size}
+                if self.vocabulary is not None:
+                    self.text["dropped_mass"] = fidelity.dropped_mass(self.states, self.vocabulary, chunk_size, device)
+                    self.text["left_out_samples"] = self.left_out
+            else:
+                assert self.states is not None, "the teacher comes first"
+                measured = fidelity.student_fidelity(
+                    loaded.model,
+                    self.states,
+                    self.samples,
+                    batch_size,
+                    chunk_size,
+                    device,
+                    self.progress.advance,
+                    self.vocabulary,
+                    text_bytes=self.text["bytes"],
+                )
+        self.sums[subject.name] = measured.sums
+        return measured.summary()
+
+    def about_all(self) -> dict[str, Any]:
+        """The text, the sizes, student against control."""
+        found: dict[str, Any] = {"parameters": self.parameters, "text": self.text}
+        if "control" in self.sums:
+            found["student_against_control"] = statistics.compare(self.sums["student"], self.sums["control"])
+        return found
+
+
+class Benchmark(Measurement):
+    """One task of lm-eval."""
+
+    section = "benchmarks"
+
+    def __init__(self, experiment: Experiment, task: str, device: torch.device) -> None:
+        self.experiment, self.item, self.device = experiment, task, device
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        config = self.experiment.evaluate
+        return {"limit": config.tasks_limit, "files": _contents(config.tasks_path)}
+
+    def wanted_of(self, subject: Subject) -> bool:
+        return subject.name != "before"
+
+    def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
+        config = self.experiment.evaluate
+        return benchmarks.run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            [self.item],
+            tasks_path=config.tasks_path,
+            limit=config.tasks_limit,
+            batch_size=config.batch_size,
+            vocab_size=loaded.vocab_size,
+            max_length=self.experiment.corpus.sequence_length,
+            device=self.device,
+            title=f"{self.item}, {subject.name}",
+        )[self.item]
+
+
+class Texts(Measurement):
+    """What the models write."""
+
+    section = "texts"
+
+    def __init__(self, experiment: Experiment, teacher: Teacher, samples: SampleSets) -> None:
+        config = experiment.evaluate
+        self.tokens = config.text_tokens
+        self.prompts, self.truth = texts.pick_prompts(
+            samples.held_out, teacher.tokenizer, config.texts, text_tokens=config.text_tokens
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "truth": self.truth, "tokens": self.tokens}
+
+    def wanted_of(self, subject: Subject) -> bool:
+        return bool(self.prompts) and super().wanted_of(subject)
+
+    def measure(self, subject: Subject, loaded: Loaded) -> list[str]:
+        return texts.continue_text(loaded.model, loaded.tokenizer, self.prompts, new_tokens=self.tokens)
+
+    def about_all(self) -> dict[str, Any]:
+        return {"texts": {"prompts": self.prompts, "truth": self.truth}}
+
+
+class Cost(Measurement):
+    """Speed and memory on this machine, in the types in which the models would be used here."""
+
+    section = "cost"
+
+    def __init__(self, experiment: Experiment, teacher: Teacher) -> None:
+        self.batch_sizes, self.device = experiment.evaluate.cost_batch_sizes, teacher.device
+        self.dtype: torch.dtype = getattr(torch, teacher.compute_dtype)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"batch_sizes": self.batch_sizes, "device": str(self.device)}
+
+    def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
+        if subject.name != "teacher":
+            loaded.model.to(self.dtype)  # students were measured in float32; this comes last
+        return cost.measure_cost(
+            loaded.model,
+            vocab_size=loaded.vocab_size,
+            device=self.device,
+            batch_sizes=self.batch_sizes,
+            weight_files=subject.weights,
+        )
+
+
+def all_measurements(
+    experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None, models: int
+) -> list[Measurement]:
+    """What the experiment asks for, in the order in which it is measured."""
+    config = experiment.evaluate
+    found: list[Measurement] = [FidelityToTeacher(experiment, teacher, samples, vocabulary, models)]
+    found += [Benchmark(experiment, task, teacher.device) for task in config.tasks]
+    if config.texts:
+        found.append(Texts(experiment, teacher, samples))
+    if config.cost:
+        found.append(Cost(experiment, teacher))
+    return found
+
+
+def parameters(model: Any) -> int:
+    """Parameters of a model; 4-bit weights are stored two to a byte and counted as what they stand for."""
+    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
+
+
+def _contents(tasks_path: str | None) -> dict[str, str]:
+    """The hash of every task file."""
+    if tasks_path is None:
+        return {}
+    root = Path(tasks_path)
+    return {
+        str(path.relative_to(root)): sha256_of(path)
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+
+def _covered(held_out: Subset, vocabulary: Vocabulary) -> Subset:
+    """The samples that all models can read, so that all are measured on the same text."""
+    left = fidelity.covered(held_out, vocabulary)
+    if not len(left):
+        raise UserError(
+            f"nothing to evaluate on: each of the {len(held_out)} held-out samples has a token that the students lack: "
+            "cache more held-out samples (cache.held_out_samples), or use student.vocabulary full"
+        )
+    return left

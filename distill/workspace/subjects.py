@@ -1,0 +1,144 @@
+"""The models that an evaluation measures: the teacher, the student before and after training, the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import settings
+from distill.config import Experiment
+from distill.corpus import SampleSets
+from distill.errors import UserError
+from distill.files import sha256_of
+from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.saving import load_language_model, recover
+from distill.models.tokenizers import load_tokenizer
+from distill.models.vocabulary import Vocabulary
+from distill.workspace.checks import check_model
+from distill.workspace.folders import Folders
+from distill.workspace.student import Calibration, build_student
+from distill.workspace.teacher import Teacher
+from distill.workspace.training import Role, roles
+
+_OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
+_OF_THE_BEGINNING = ("student.", "train.seed:")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, and its own tokenizer: a student of few tokens has one of its own."""
+
+    model: Any
+    tokenizer: Any
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model to measure."""
+
+    name: str
+    """teacher, before, student, control, or a further seed's such as seeds/1/student."""
+    identity: dict[str, Any]
+    """Changes whenever the model does; what was measured of the same one stays."""
+    weights: list[Path]
+    """The files of its weights; none where it was not saved."""
+    load: Callable[[], Loaded]
+
+
+def trained_roles(experiment: Experiment, folders: Folders) -> list[Role]:
+    """What was trained. Raises UserError when a model is missing, or began as another than the experiment's."""
+    found = roles(experiment)
+    for role in found:
+        folder = folders.model(role.name)
+        recover(folder)
+        if not folder.exists():
+            raise UserError(f"{folder}: no trained {role.name} here: run `distill train-student` first")
+        beginning = {"student": asdict(experiment.student), "train": {"seed": role.seed}}
+        different = [line for line in settings.differences(folder, beginning) if line.startswith(_OF_THE_BEGINNING)]
+        if different:
+            raise UserError(
+                f"{folder} holds another student ({'; '.join(different)}): give the options that it was trained with"
+            )
+    return found
+
+
+def kept_vocabulary(experiment: Experiment, folders: Folders) -> Vocabulary | None:
+    """The tokens of students that have only some of the teacher's. Raises UserError when they have not the same."""
+    if experiment.student.vocabulary == "full":
+        return None
+    vocabularies = [Vocabulary.load(folders.model(role.name)) for role in roles(experiment)]
+    if len({vocabulary.fingerprint for vocabulary in vocabularies}) > 1:
+        raise UserError(f"{folders.run}: student and control have other tokens: train the control again")
+    return vocabularies[0]
+
+
+def all_subjects(
+    experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None
+) -> list[Subject]:
+    """The teacher first, then the student before training, then what was trained."""
+    trained = [_trained(experiment, folders, role, teacher, vocabulary) for role in trained_roles(experiment, folders)]
+    return [_teacher(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *trained]
+
+
+def _teacher(experiment: Experiment, teacher: Teacher) -> Subject:
+    plugin = {"class_path": experiment.teacher.class_path, "options": experiment.teacher.options}
+
+    def load() -> Loaded:
+        return Loaded(teacher.load(experiment.corpus.pack), teacher.tokenizer, teacher.vocab_size)
+
+    return Subject("teacher", {**teacher.fingerprints, "plugin": plugin}, weight_files(teacher.checkpoint), load)
+
+
+def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None) -> Subject:
+    calibration = _calibration(samples, experiment.cache.max_samples)
+
+    def load() -> Loaded:
+        model = build_student(experiment, teacher.vocab_size, calibration, vocabulary)[0].to(teacher.device).eval()
+        return _checked(experiment, model, teacher.tokenizer, teacher, vocabulary)
+
+    identity = {
+        "teacher": teacher.fingerprints,
+        "student": asdict(experiment.student),
+        "seed": experiment.train.seed,
+        "calibration": [samples.fingerprint, experiment.cache.max_samples],
+    }
+    return Subject("before", identity, [], load)
+
+
+def _trained(
+    experiment: Experiment, folders: Folders, role: Role, teacher: Teacher, vocabulary: Vocabulary | None
+) -> Subject:
+    folder = folders.model(role.name)
+    weights = sorted(folder.glob("*.safetensors"))
+
+    def load() -> Loaded:
+        model = load_language_model(folder, teacher.device)
+        return _checked(experiment, model, load_tokenizer(Checkpoint(folder, None, str(folder))), teacher, vocabulary)
+
+    return Subject(role.name, {file.name: sha256_of(file) for file in weights}, weights, load)
+
+
+def _checked(
+    experiment: Experiment, model: Any, tokenizer: Any, teacher: Teacher, vocabulary: Vocabulary | None
+) -> Loaded:
+    tokens = teacher.vocab_size if vocabulary is None else len(vocabulary)
+    what = f"student {experiment.student.class_path}"
+    check_model(model, what, tokens, teacher.device, experiment.corpus.pack)
+    return Loaded(model, tokenizer, tokens)
+
+
+def _calibration(samples: SampleSets, max_samples: int | None) -> Calibration:
+    """The first training samples, as the student saw them in the cache while it was made; no cache is needed."""
+
+    def first(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [samples.train[index] for index in range(min(count, len(samples.train), max_samples or count))]
+        ids_BL, positions_BL, mask_BL = (torch.stack([row[name] for row in rows]) for name in _OF_A_SAMPLE)
+        return ids_BL, positions_BL, mask_BL
+
+    return first
