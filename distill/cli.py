@@ -82,8 +82,11 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
         experiment = load_experiment(path, overrides)
         _quiet_libraries()
         if command == "run":
+            from distill.workspace.checks import check_last_steps
+
             # What an earlier `run` left unfinished is what this one is for.
             experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
+            check_last_steps(experiment)
         for step in steps:
             interrupt.stop_if_asked()  # the step before may have been in its last batch
             if command == "run" and step == "train-student" and experiment.train.devices > 1:
@@ -149,6 +152,8 @@ def _quiet_libraries() -> None:
         "bitsandbytes",
         "datasets",
         "torchao",
+        "mlflow",
+        "lightning.pytorch.loggers",
         "torch.utils._pytree",  # about torchao
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -17,13 +17,14 @@ PACKAGES = ("distill", "teachers", "students")
 # and a saved model of a plug-in's class is opened through it.
 FLOORS = (
     {"__init__", "errors"},
-    {"config", "durations", "files", "progress", "interrupt"},
+    {"config", "durations", "files", "progress", "interrupt", "settings"},
     {"processes", "energy"},
     {"ledger"},
     {"models", "plugins", "experiment_file"},
     {"losses", "targets", "cache", "corpus"},
-    {"training", "evaluation", "export", "memory", "report"},
-    {"workspace", "settings"},
+    {"training", "evaluation", "export", "report"},
+    {"memory"},
+    {"workspace"},
     {"recipes"},
     {"folder_commands"},
     {"cli", "__main__"},
@@ -35,7 +36,14 @@ READ_CONFIGURATION = {"experiment_file", "workspace", "recipes", "cli"}
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # These answer `distill --help`, which has half a second.
-LIGHT = ("distill", "distill.cli", "distill.folder_commands", "distill.config", "distill.errors", "distill.experiment_file")
+LIGHT = (
+    "distill",
+    "distill.cli",
+    "distill.folder_commands",
+    "distill.config",
+    "distill.errors",
+    "distill.experiment_file",
+)
 HEAVY = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "numpy", "safetensors"}
 
 TOP_LEVEL = {

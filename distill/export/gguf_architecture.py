@@ -160,7 +160,12 @@ def _add_scaling(writer: GGUFWriter, rope: dict[str, Any], config: Any) -> None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "yarn":
-        usual = {"attention_factor": (None,), "mscale": (None,), "mscale_all_dim": (None,), "truncate": (None, True)}
+        usual: dict[str, tuple[Any, ...]] = {
+            "attention_factor": (None,),
+            "mscale": (None,),
+            "mscale_all_dim": (None,),
+            "truncate": (None, True),
+        }
         usual |= {"beta_fast": (None, 32), "beta_slow": (None, 1)}
         if unusual := [key for key, values in usual.items() if rope.get(key) not in values]:
             raise UserError(f"gguf: rotary positions of kind yarn cannot be written with a {unusual[0]} of their own")
@@ -245,11 +250,19 @@ def convert(plan: Plan, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor[interleaved_rows(len(tensor), plan.head)]
     # Where queries have a norm it would undo a scale of the projection; the scale then goes into the norm.
     scaled = "self_attn.q_norm" if family.architecture == "gemma3" else "self_attn.q_proj"
-    if family.layers_of_27b is not None and layer_name == scaled:
-        is_27b = config.num_hidden_layers == family.layers_of_27b
-        divisor = config.hidden_size // config.num_attention_heads if is_27b else plan.head
+    divisor = query_divisor(config)
+    if divisor is not None and layer_name == scaled:
         tensor = tensor * math.sqrt(divisor / config.query_pre_attn_scalar)
     return tensor
+
+
+def query_divisor(config: Any) -> int | None:
+    """By whose square root llama.cpp divides queries where a model may name another number (Gemma); None elsewhere."""
+    family = FAMILIES[config.model_type]
+    if family.layers_of_27b is None:
+        return None
+    is_27b = config.num_hidden_layers == family.layers_of_27b
+    return int(config.hidden_size // config.num_attention_heads) if is_27b else _head(config)
 
 
 def interleaved_rows(rows: int, head: int) -> Tensor:

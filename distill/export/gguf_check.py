@@ -22,6 +22,7 @@ from torch import Tensor
 
 import distill
 from distill.errors import UserError
+from distill.export.gguf_architecture import query_divisor
 from distill.models.checkpoints import Checkpoint, first_line, load_config
 from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
@@ -146,7 +147,6 @@ def _hold(figures: Figures, file: Path, type: str) -> None:
         )
 
 
-@torch.no_grad()
 def compare(
     checkpoint: Checkpoint, file: Path, ids: list[int], texts: tuple[str, ...] = TEXTS, logits: Path | None = None
 ) -> Figures:
@@ -180,7 +180,6 @@ def compare(
     return Figures(ours, theirs["nll"] / positions, positions, len(texts), other, new_tokens * len(prompts), best, ties)
 
 
-@torch.no_grad()
 def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) -> Figures:
     """The file's weights as transformers reads them, in the student's own configuration, against the student."""
     vocabulary = vocab_size(load_tokenizer(checkpoint))
@@ -190,6 +189,8 @@ def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) 
     del model
     config = load_config(checkpoint)
     config.vocab_size = vocabulary
+    if (divisor := query_divisor(config)) is not None:  # the file's queries are scaled for this one
+        config.query_pre_attn_scalar = divisor
     theirs, _ = _nll(HuggingFaceLanguageModel(_read_by_transformers(file, config)).eval(), windows, vocabulary)
     return Figures(ours, theirs, positions, 0, [], 0, 0, 0)
 
@@ -197,6 +198,8 @@ def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) 
 def _read_by_transformers(file: Path, config: Any) -> Any:
     import transformers
 
+    if config.model_type == "mistral":  # Llama by another name, which the reader does not know
+        config = transformers.LlamaConfig(**{**config.to_dict(), "model_type": "llama"})
     with quiet():
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -208,7 +211,8 @@ def _read_by_transformers(file: Path, config: Any) -> Any:
                 output_loading_info=True,
             )
         except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
-            raise UserError(f"{file.name}: transformers does not read it: {first_line(error)}") from error
+            reason = f"transformers does not read it ({first_line(error)})"
+            raise UserError(f"{file.name}: {reason}, so that only llama.cpp can check it: {INSTALL}") from error
     model, report = loaded
     complain_about_missing(report, file.name)
     return model
@@ -216,7 +220,10 @@ def _read_by_transformers(file: Path, config: Any) -> Any:
 
 def _windows(ids: list[int], length: int) -> list[list[int]]:
     windows = [ids[start : start + length] for start in range(0, len(ids), length)]
-    return [window for window in windows if len(window) > 1]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise UserError("gguf: the text to compare on has fewer than two tokens")
+    return windows
 
 
 def _nll(model: Any, windows: list[list[int]], vocabulary: int) -> tuple[float, int]:
@@ -229,6 +236,7 @@ def _nll(model: Any, windows: list[list[int]], vocabulary: int) -> tuple[float, 
     return total / positions, positions
 
 
+@torch.no_grad()
 def _logits(model: Any, ids: list[int], vocabulary: int) -> Tensor:
     """Float32 `[L, V]`."""
     ids_BL = torch.tensor([ids])

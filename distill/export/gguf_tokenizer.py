@@ -194,7 +194,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, c
     if vocabulary.scores is not None:
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(vocabulary.space_prefix)
-    _add_special_tokens(writer, tokenizer, config)
+    _add_special_tokens(writer, tokenizer, config, len(vocabulary.tokens))
     if tokenizer.chat_template:
         templates = tokenizer.chat_template
         if isinstance(templates, dict):
@@ -202,10 +202,10 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, c
         writer.add_chat_template(templates)
 
 
-def _add_special_tokens(writer: GGUFWriter, tokenizer: Any, config: Any) -> None:
+def _add_special_tokens(writer: GGUFWriter, tokenizer: Any, config: Any, size: int) -> None:
     """The special tokens' numbers, and which of them a text begins and ends with."""
     bos, eos = (
-        _first(getattr(tokenizer, f"{kind}_token_id"), getattr(config, f"{kind}_token_id", None))
+        _first(size, getattr(tokenizer, f"{kind}_token_id"), getattr(config, f"{kind}_token_id", None))
         for kind in ("bos", "eos")
     )
     if eos is None:  # llama.cpp would take some other token for it
@@ -227,10 +227,10 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: Any, config: Any) -> None
     writer.add_add_eos_token(bool(found[0][1]))
 
 
-def _first(*values: Any) -> int | None:
-    """The first number among values that may be None or lists."""
+def _first(size: int, *values: Any) -> int | None:
+    """The first token of a vocabulary of this size among values that may be None or lists."""
     for value in values:
         number = value[0] if isinstance(value, list) and value else value
-        if isinstance(number, int):
+        if isinstance(number, int) and 0 <= number < size:
             return number
     return None

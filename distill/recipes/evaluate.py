@@ -14,6 +14,7 @@ from distill.evaluation.statistics import mean_and_deviation, speculative
 from distill.progress import say
 from distill.report.page import write_report
 from distill.report.terminal import print_tables
+from distill.workspace.checks import check_evaluation
 from distill.workspace.folders import Folders, make_run_folder
 from distill.workspace.machine import machine, versions
 from distill.workspace.measurements import Measurement, all_measurements
@@ -26,6 +27,7 @@ def main(experiment: Experiment) -> int:
     """Measure what is not measured yet, write `evaluation.json` and the report, print the tables."""
     folders = Folders.of(experiment)
     make_run_folder(folders)
+    check_evaluation(experiment)
     trained_roles(experiment, folders)
     teacher = Teacher(experiment)
     samples = open_samples(experiment, teacher)

@@ -34,7 +34,7 @@ from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, is_whole, newest
 from distill.training.data import CacheDataModule
 from distill.training.held_out import MeasureHeldOut
-from distill.training.loggers import make_loggers
+from distill.training.loggers import check_installed, make_loggers
 from distill.training.parallel import is_sharded
 from distill.training.trainer import make_trainer
 from distill.training.vocabulary import count_tokens, trim_batch
@@ -51,6 +51,7 @@ def main(experiment: Experiment) -> int:
     if not is_first_process():
         be_quiet()
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
+    check_installed(config.loggers)
     folders = Folders.of(experiment)
     make_run_folder(folders)
     storage = open_cache(experiment)
@@ -65,19 +66,18 @@ def main(experiment: Experiment) -> int:
     if not pending:
         return 0
     vocabulary = _vocabulary(experiment, storage, train, held_out)
-    with ledger.phase(folders.run, "train-student"):
-        for training in pending:
-            data = CacheDataModule(
-                train,
-                held_out if len(held_out) else None,
-                step_samples=config.batch_size * config.accumulate_grad_batches,
-                batch_size=config.batch_size,
-                seed=training.role.seed,
-                num_workers=config.num_workers,
-                vocabulary=vocabulary,
-            )
-            with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
-                training.run(data, deadline)
+    for training in pending:
+        data = CacheDataModule(
+            train,
+            held_out if len(held_out) else None,
+            step_samples=config.batch_size * config.accumulate_grad_batches,
+            batch_size=config.batch_size,
+            seed=training.role.seed,
+            num_workers=config.num_workers,
+            vocabulary=vocabulary,
+        )
+        with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
+            training.run(data, deadline)
     return 0
 
 
@@ -124,8 +124,9 @@ class _Training:
         if is_first_process():
             write_json(self.checkpoints / settings.FILE, self.settings)
         started = time.monotonic()
-        student = self._fit(student, resume_from, deadline)
-        self._save(student, folder, options)
+        with ledger.phase(self.folders.run, "train-student"):
+            student = self._fit(student, resume_from, deadline)
+            self._save(student, folder, options)
         say(f"{name}: {folder} after {time.monotonic() - started:,.0f} s")
 
     def is_done(self) -> bool:

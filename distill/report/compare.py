@@ -20,6 +20,8 @@ from distill.report.page import render
 from distill.report.provenance import flat, plain
 
 COLOURS = 8
+SUBTITLE = 100
+"""Letters of the runs' names under which they stand above the title; the table has them all."""
 OF_THE_TEXT = ("corpus", "tokenizer", "chat_template")
 """Fingerprints that two runs share when they were measured on the same held-out text."""
 
@@ -61,7 +63,9 @@ def compare_page(runs: Sequence[RunFacts]) -> Page:
         *_difference_section(runs, names),
     ]
     warnings = [warning for warning in unlike.values() if warning]
-    return Page(f"{len(runs)} runs compared", ", ".join(names), _verdict(runs, names, unlike), warnings, sections)
+    listed = ", ".join(names)
+    title = f"{len(runs)} runs compared"
+    return Page(title, listed if len(listed) <= SUBTITLE else "", _verdict(runs, names, unlike), warnings, sections)
 
 
 def distinct_names(runs: Sequence[Path]) -> list[str]:

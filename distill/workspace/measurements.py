@@ -152,7 +152,7 @@ class Benchmark(Measurement):
             vocab_size=loaded.vocab_size,
             max_length=self.experiment.corpus.sequence_length,
             device=self.device,
-            title=f"{self.item}, {subject.name}",
+            title=subject.name,
         )[self.item]
 
 

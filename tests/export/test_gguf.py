@@ -175,7 +175,7 @@ def test_each_weight_is_within_half_a_step_of_the_students(
         else:
             largest = wanted.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
             steps = {"Q4_0": 8, "Q8_0": 127}[kind]
-            # Half a step, and the float16 of the step itself. Q4_0 counts from -8 to 7: its far end is a whole step off.
+            # Half a step, and the step's own float16. Q4_0 counts from -8 to 7: its far end is a whole step off.
             off = (1.0 if kind == "Q4_0" else 0.5) + steps * 2.0**-11
             assert ((values - wanted).unflatten(-1, (-1, 32)).abs() <= off * largest / steps).all()
     kinds = {name: tensor.tensor_type.name for name, tensor in found.items()}
@@ -265,6 +265,14 @@ def test_without_the_package_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'distill-small-card\[gguf\]'"):
         gguf.write(students("llama"), tmp_path, "f16")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    made = tokenizer()
+    model = HuggingFaceLanguageModel(tiny_model("llama", vocab_size=vocab_size(made) - 1))
+    save_language_model(model, tmp_path / "student", "huggingface", {}, made)
+    with pytest.raises(UserError, match=r"has 279 rows, the tokenizer 280 tokens"):
+        gguf.write(tmp_path / "student", tmp_path / "out", "f16")
 
 
 @pytest.mark.parametrize(("value", "words"), [(1e5, "beyond the range of f16.*q8_0"), (float("nan"), "no numbers")])
