@@ -14,18 +14,34 @@ COMMANDS = {
     "export": "the student in a format that other tools read",
     "chat": "talk with the student in the terminal",
 }
-FORMATS = ("hf", "gguf", "onnx")
 
 
 def run(command: str, arguments: list[str]) -> int:
     """Run one of `COMMANDS`; its exit status."""
-    parser = argparse.ArgumentParser(prog=f"distill {command}", description=COMMANDS[command])
-    recipe = _OPTIONS[command](parser)
+    parser, recipe = make_parser(command)
     return recipe(parser.parse_args(arguments), arguments)
+
+
+def make_parser(command: str) -> tuple[argparse.ArgumentParser, Recipe]:
+    """The parser of a command's options, and what is done with them."""
+    parser = argparse.ArgumentParser(prog=f"distill {command}", description=COMMANDS[command])
+    return parser, _OPTIONS[command](parser)
 
 
 Recipe = Callable[[argparse.Namespace, list[str]], int]
 """The options, and the arguments that they were read from."""
+
+
+def _stoppable(work: Callable[[], int], words: str) -> int:
+    """Do the work; on Ctrl-C and SIGTERM say what is left of it."""
+    from distill import interrupt
+
+    interrupt.install()
+    try:
+        return work()
+    except interrupt.Interrupted:
+        print(f"\nstopped; {words}", file=sys.stderr)
+        return 130
 
 
 def _inspect(parser: argparse.ArgumentParser) -> Recipe:
@@ -50,16 +66,11 @@ def _merge(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument("--to", metavar="CACHE", required=True, help="folder of the whole cache: new, or begun before")
 
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
-        from distill import interrupt
         from distill.recipes import merge
 
-        interrupt.install()
-        try:
-            return merge.main(options.parts, options.to)
-        except interrupt.Interrupted:
-            again = shlex.join(["distill", "merge", *arguments])
-            print(f"\nstopped; everything so far is kept. To go on: {again}", file=sys.stderr)
-            return 130
+        again = shlex.join(["distill", "merge", *arguments])
+        words = f"everything so far is kept. To go on: {again}"
+        return _stoppable(lambda: merge.main(options.parts, options.to), words)
 
     return recipe
 
@@ -79,14 +90,17 @@ def _compare(parser: argparse.ArgumentParser) -> Recipe:
 def _export(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument("run", metavar="RUN", help="run_dir of a finished training, or a model's folder")
     parser.add_argument("--to", metavar="DIR", required=True, help="a new folder")
-    parser.add_argument("--format", choices=FORMATS, default="hf", help="default: hf, a Hugging Face folder")
+    parser.add_argument("--format", default="hf", help="hf (a Hugging Face folder, the default), gguf or onnx")
     parser.add_argument("--type", help="hf: float32, bfloat16, float16; gguf: f16, q8_0, q4_0, …")
     parser.add_argument("--with_code", action="store_true", help="hf, of a class of your own: its source goes along")
 
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import export
 
-        return export.main(options.run, options.to, options.format, options.type, options.with_code)
+        return _stoppable(
+            lambda: export.main(options.run, options.to, options.format, options.type, options.with_code),
+            f"{options.to} was not made",
+        )
 
     return recipe
 

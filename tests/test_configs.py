@@ -13,7 +13,7 @@ from distill.config import Experiment
 from distill.experiment_file import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.y*ml"))
+FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.y*ml"))
 OFFERED = {"vocab_size": 128, "sequence_length": 64, "teacher": "teacher", "model": "model", "device": "cpu"}
 
 

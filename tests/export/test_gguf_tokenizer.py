@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,10 @@ def llama_tokens(
 ) -> Callable[..., tuple[list[list[int]], Any]]:
     """`llama_tokens(tokenizer)`: what llama.cpp makes of `TEXTS`, framed, and its model for more questions."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    probe = written(of_bytes(by_rule("bytes")), tiny_model, tmp_path_factory.mktemp("probe"))
+    code = f"import llama_cpp; llama_cpp.Llama({str(probe)!r}, vocab_only=True, verbose=False)"
+    if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode < 0:
+        pytest.skip("llama.cpp crashes on this machine")
 
     def ask(tokenizer: Any, texts: tuple[str, ...] = TEXTS) -> tuple[list[list[int]], Any]:
         file = written(tokenizer, tiny_model, tmp_path_factory.mktemp("vocabulary"))

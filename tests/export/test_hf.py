@@ -101,11 +101,9 @@ def test_large_weights_are_split(
     torch.testing.assert_close(found, probe.our_logits(load_language_model(source), [ids])[0], rtol=0, atol=1e-4)
 
 
-def test_the_check_opens_it_in_a_process_without_distill(hugging_face_student: Any, tmp_path: Path) -> None:
+def test_a_missing_weight_is_found_in_the_process_without_distill(hugging_face_student: Any, tmp_path: Path) -> None:
     source, folder = hugging_face_student(tmp_path / "student"), tmp_path / "out"
     HuggingFaceFormat("bfloat16").write(source, folder)
-    said = HuggingFaceFormat("bfloat16").check(source, folder)
-    assert "largest difference of a logit" in said and "away from the student in float32" in said
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
