@@ -141,7 +141,7 @@ def _perplexities(figures: Figures) -> str:
 
 def _hold(figures: Figures, file: Path, type: str) -> None:
     if not abs(figures.drift) <= TOLERANCES[type]:
-        advice = "" if type == "f16" else ": use a larger --type"
+        advice = {"q8_0": ": use --type f16", "q4_0": ": use --type q8_0"}.get(type, "")
         raise UserError(
             f"{file.name}: perplexity {_perplexities(figures)}, off by more than {TOLERANCES[type]:.0%}{advice}"
         )
