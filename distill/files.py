@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from distill.errors import UserError
 
@@ -144,3 +144,17 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def without_folders(path: str) -> str:
+    """A path that is absolute, or begins in a home folder, by its last part alone; any other text as it is.
+
+    For what others read: the folders tell of a machine and its user, and lead nowhere elsewhere. Windows' paths too.
+    """
+    is_absolute = path.startswith(("/", "~", "\\\\", "file:")) or PureWindowsPath(path).is_absolute()
+    return last_part(path) if is_absolute else path
+
+
+def last_part(path: str) -> str:
+    """The name at the end of a path, with either system's separators; a path without one as it is."""
+    return PureWindowsPath(path).name or path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from distill import json_lines
 from distill.energy import measure_energy
-from distill.files import append_durably, make_folder, read_bounded
 from distill.interrupt import Interrupted
 from distill.progress import say
 
@@ -58,38 +57,13 @@ def phase(run: Path, name: str, meters: Sequence[Meter] | None = None) -> Iterat
 
 
 def append(run: Path, line: dict[str, Any]) -> None:
-    """Add a line in one write, whatever a process that was killed in its own left at the end of the file."""
-    make_folder(run)
-    path = run / FILE
-    append_durably(path, (b"" if _is_whole(path) else b"\n") + json.dumps(line).encode() + b"\n")
+    """Add a line to a run's file."""
+    json_lines.append(run / FILE, line)
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run, oldest first; none when there is no file. What killed processes left unfinished is no line.
-
-    Raises OSError when it is there and cannot be read.
-    """
-    try:
-        lines = read_bounded(run / FILE, _LIMIT).split(b"\n")
-    except FileNotFoundError:
-        return []
-    return [entry for line in lines if isinstance(entry := _parsed(line), dict)]
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            file.seek(-1, 2)
-            return file.read(1) == b"\n"
-    except OSError:  # not there, or nothing in it
-        return True
+    """All lines of a run, oldest first; none when there is no file. Raises OSError when it cannot be read."""
+    return json_lines.read(run / FILE, _LIMIT)
 
 
 _open: list[dict[str, int]] = []

@@ -45,7 +45,17 @@ def load(reference: str, kind: Kind) -> Callable[..., Any]:
         raise UserError(f"{kind}.class_path: {module_name} has no '{attribute}'{did_you_mean(attribute, own)}")
     if not callable(found):
         raise UserError(f"{kind}.class_path: {full} is not a class or function")
+    if reference not in table and not module_name.endswith(".py"):
+        _check_is_model(found, f"{kind}.class_path: {full}")
     return typing.cast("Callable[..., Any]", found)
+
+
+def _check_is_model(found: Any, where: str) -> None:
+    """A model's folder names its class, and may come from anyone: it must not be able to call whatever is installed."""
+    import torch
+
+    if not (inspect.isclass(found) and issubclass(found, torch.nn.Module)):
+        raise UserError(f"{where} is not a torch.nn.Module class (a function must be in a file: path/file.py:function)")
 
 
 def _from_package(name: str, kind: Kind) -> ModuleType:
@@ -186,3 +196,14 @@ def _fits(value: Any, hint: Any) -> bool:
         inner = args[0] if origin is list else Any
         return isinstance(value, origin or hint) and (origin is not list or all(_fits(v, inner) for v in value))
     return True
+
+
+def source_file(reference: str) -> Path | None:
+    """The file of a plug-in of the user's own; None for a built-in."""
+    if any(reference in table for table in BUILT_IN.values()):
+        return None
+    name = reference.rpartition(":")[0]
+    if name.endswith(".py"):
+        return Path(name).expanduser().resolve()
+    file = getattr(_from_package(name, "student"), "__file__", None)
+    return None if file is None else Path(file)

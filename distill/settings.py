@@ -11,15 +11,23 @@ from distill.errors import UserError
 FILE = "settings.json"
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The settings in a folder. Raises UserError when they are missing or damaged."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{folder}: its {FILE} is missing or damaged: remove the folder and train again")
+
+
 def differences(folder: Path, settings: dict[str, Any]) -> list[str]:
     """What differs between the settings in a folder and ours, as `train.learning_rate: 0.1 there, 0.2 here`.
 
     Raises UserError when the folder's are missing or damaged.
     """
-    try:
-        there = _flat(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"{folder}: its {FILE} is missing or damaged: remove the folder and train again") from None
+    there = _flat(read(folder))
     here = _flat(json.loads(json.dumps(settings)))
     return [
         f"{key}: {there.get(key)} there, {here.get(key)} here"

@@ -71,12 +71,48 @@ def prune_teacher(
     return student
 
 
+def shape_of_pruned(
+    teacher: str,
+    layers: int | list[int] | None = None,
+    depth: Literal["even", "importance"] = "even",
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    key_value_groups: int | None = None,
+    calibration_samples: int = 16,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> HuggingFaceLanguageModel:
+    """A model of the shape that `prune_teacher` makes of these options, in float32, with random weights.
+
+    Of the teacher its configuration alone is read: a forecast makes it where tensors have no memory.
+    """
+    import transformers
+
+    config = load_config(resolve(teacher, revision, trust_remote_code), trust_remote_code)
+    _check_text_only(config, teacher)
+    total: int = config.num_hidden_layers
+    chosen = chosen_layers(total if layers is None else layers, total)
+    widths = None
+    if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
+        widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
+    made = pruned_config(config, chosen, widths)
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_config(
+            made, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    return HuggingFaceLanguageModel(model)
+
+
+def _check_text_only(config: Any, teacher: str) -> None:
+    if config.get_text_config() is not config:
+        raise ValueError(f"{teacher} is multimodal: pruning knows text models only")
+
+
 def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Tensors]:
     """Configuration and tensors of a teacher that can be pruned."""
     checkpoint = resolve(teacher, revision, trust_remote_code)
     config = load_config(checkpoint, trust_remote_code)
-    if config.get_text_config() is not config:
-        raise ValueError(f"{teacher} is multimodal: pruning knows text models only")
+    _check_text_only(config, teacher)
     if checkpoint.gguf_file is None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"the weights of {teacher} are quantized: set teacher to an unquantized copy to prune it")
     return config, tensors(checkpoint)

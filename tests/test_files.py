@@ -1,4 +1,4 @@
-"""One writer of a folder at a time."""
+"""One writer of a folder at a time; names without the folders of a machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import UserError
-from distill.files import sole_writer
+from distill.files import last_part, sole_writer, without_folders
 
 HOLDS = """
 import sys
@@ -39,3 +39,28 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError), sole_writer(tmp_path / "file" / "folder"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/home/me/model", "model"),
+        ("/home/me/model/", "model"),
+        ("~/models/large", "large"),
+        ("~me/own.py:Own", "own.py:Own"),
+        ("file:///home/me/cache", "cache"),
+        ("C:\\Users\\me\\model", "model"),
+        ("C:/Users/me/model", "model"),
+        ("\\\\server\\share\\me\\model", "model"),
+        *(
+            (same, same)
+            for same in ("data/sotu.jsonl", "org/model", "s3://bucket/cache", "../a/own.py:Own", "a:b", "/", "")
+        ),
+    ],
+)
+def test_only_paths_of_a_machine_lose_their_folders(path: str, name: str) -> None:
+    assert without_folders(path) == name
+
+
+def test_the_last_part_of_a_relative_path() -> None:
+    assert [last_part(path) for path in ("../a/own.py:Own", "a\\b", "model", "")] == ["own.py:Own", "b", "model", ""]

@@ -55,9 +55,11 @@ def test_a_strangers_student_trains_by_the_readmes_own_words(
     command = [replaced.get(word, word) for word in command]
     assert command[0] == "train-student" and "my_student.py:Tiny" in command
     distill(*command).done()
-    distill("evaluate", *command[1:]).done()
+    more = ["--evaluate.cost", "true", "--evaluate.texts", 1, "--evaluate.text_tokens", 8]
+    distill("evaluate", *command[1:], *more).done()
     result = json.loads((tmp_path / "tiny/evaluation.json").read_text())
     assert result["fidelity"]["student"]["kl"] < result["fidelity"]["before"]["kl"]
+    assert result["cost"]["student"]["prompt_tokens"] < 48 and result["texts"]["student"], "it reads 48 tokens at most"
     options = json.loads((tmp_path / "tiny/student/student.json").read_text())["options"]
     assert options == {"size": 64, "layers": 2, "vocab_size": 400, "sequence_length": 48}
 

@@ -18,7 +18,7 @@ PACKAGES = ("distill", "teachers", "students")
 FLOORS = (
     {"__init__", "errors"},
     {"config", "durations", "files", "progress", "interrupt", "settings"},
-    {"processes", "energy"},
+    {"processes", "energy", "json_lines"},
     {"ledger"},
     {"models", "plugins", "experiment_file"},
     {"losses", "targets", "cache", "corpus"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,8 +40,9 @@ def run_tasks(
     """Each task's scores: `{task: {"documents", "metric", "metrics": {name: {"value", "stderr"}}, "chance"}}`.
 
     `metric` is the one to show and `chance` its value for guessing, absent where there is none. `stderr` is lm-eval's,
-    absent where lm-eval has none. `truncated` is the number of requests whose text was too long for the model and was
-    cut from the left, absent when none was. A group (such as `mmlu`) has the aggregate that lm-eval defines for it.
+    absent where lm-eval has none. What is not finite, as a perplexity may be, is left out of `metrics`. `truncated` is
+    the number of requests whose text was too long for the model and was cut from the left, absent when none was. A
+    group (such as `mmlu`) has the aggregate that lm-eval defines for it.
 
     `limit`: the first documents of each task alone (of a group: of each of its tasks). `max_length` (tokens): the
     longest text for a model that does not say what it can read. Prompts are plain text, without chat template. `seed`
@@ -81,16 +83,6 @@ def check_tasks(tasks: list[str], tasks_path: str | None = None) -> None:
             load_task(name, tasks_path)
 
 
-def recovery(student: float, teacher: float, chance: float, teacher_stderr: float = 0.0) -> float | None:
-    """The share of the teacher's lead over guessing that the student has: (student − chance) / (teacher − chance).
-
-    1: as good as the teacher; 0: no better than guessing; it may lie outside. None when the teacher itself is not told
-    from guessing (within two of its standard errors): a share of nothing.
-    """
-    lead = teacher - chance
-    return (student - chance) / lead if lead > 2 * teacher_stderr and lead > 0 else None
-
-
 def _run(harness: Any, name: str, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
     """Evaluate one task or group as `lm_eval.simple_evaluate` does: few-shot as the task says, else none."""
     from lm_eval.evaluator import evaluate
@@ -111,7 +103,7 @@ def _run(harness: Any, name: str, loaded: dict[str, Any], limit: int | None, see
     scores = found["results"][name]
     metrics = _metrics(scores)
     shown = main_metric(name, list(metrics))
-    result = {"documents": scores["sample_len"], "metric": shown, "metrics": metrics}
+    result = {"documents": scores["sample_len"], "metric": shown, "metrics": _finite(metrics)}
     chance = _chance(name, loaded, shown, found["samples"])
     cut = harness.cut - cut_before
     return result | ({} if chance is None else {"chance": chance}) | ({"truncated": cut} if cut else {})
@@ -128,6 +120,14 @@ def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
         known = {} if isinstance(stderr, str) else {"stderr": float(stderr)}
         metrics[metric if filter_ == "none" else key] = {"value": float(value), **known}
     return metrics
+
+
+def _finite(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Without what JSON has no word for: values and errors that are not finite."""
+    found = {
+        name: {key: number for key, number in score.items() if math.isfinite(number)} for name, score in metrics.items()
+    }
+    return {name: score for name, score in found.items() if "value" in score}
 
 
 def main_metric(task: str, metrics: list[str]) -> str:

@@ -6,6 +6,7 @@ the same, however the positions are cut into chunks, batches and devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,14 +71,17 @@ class Measured:
 
         The metrics by name, `perplexity`, `ece`, and, if the text's bytes are known, `bits_per_byte`; `intervals` at
         95 % (those of perplexity and bits per byte are the nll's, converted; `ece` has none, since resampling adds to
-        its bias); `by_entropy` and `by_position`: lists of bins, empty ones left out.
+        its bias); `by_entropy` and `by_position`: lists of bins, empty ones left out. A perplexity or interval of one
+        that no float can hold is left out: JSON has no infinity.
         """
         result: dict[str, Any] = {name: self.sums.mean(name) for name in self.names}
-        result["perplexity"] = metrics.perplexity(result["nll"])
+        if math.isfinite(perplexity := metrics.perplexity(result["nll"])):
+            result["perplexity"] = perplexity
         result["ece"] = metrics.expected_calibration_error(torch.from_numpy(self.gap_sums), self.tokens)
         found: dict[str, list[float]] = intervals(self.sums)
-        if "nll" in found:
-            found["perplexity"] = [metrics.perplexity(end) for end in found["nll"]]
+        ends = [metrics.perplexity(end) for end in found.get("nll", [])]
+        if ends and "perplexity" in result and all(map(math.isfinite, ends)):
+            found["perplexity"] = ends
         if self.text_bytes:
             tokens, size = self.tokens, self.text_bytes
             result["bits_per_byte"] = metrics.bits_per_byte(result["nll"], tokens, size)

@@ -18,9 +18,12 @@ from distill.models.generation import HALF, decode_text, decoder, encode_prompt,
 from distill.models.language_model import LanguageModel
 from distill.models.tokenizers import vocab_size
 
+PROMPT_TOKENS = 32
+"""Tokens of a document that are given to go on with."""
+
 
 def pick_prompts(
-    samples: Dataset, tokenizer: Any, count: int, *, prompt_tokens: int = 32, text_tokens: int = 48
+    samples: Dataset, tokenizer: Any, count: int, *, prompt_tokens: int = PROMPT_TOKENS, text_tokens: int = 48
 ) -> tuple[list[str], list[str]]:
     """Prompts and their true continuations as text, from the first samples that have a document long enough.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from distill.files import last_part
 from distill.models.checkpoints import Checkpoint, weight_files
 
 FILE = "README.md"
@@ -88,9 +89,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _last(name: str) -> str:
     """A hub name as it is; of a path, which says more about a machine than about a model, the last part."""
-    path, colon, attribute = name.partition(".py:")
-    local = colon or path.startswith(("/", ".", "~")) or path.count("/") > 1 or "\\" in path
-    return (Path(path).name if local else path) + colon + attribute
+    is_path = ".py:" in name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+    return last_part(name) if is_path else name
 
 
 def _parameters(source: Path) -> int:

@@ -147,9 +147,7 @@ def _load_custom(folder: Path) -> Any:
     from distill import plugins
 
     description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    source = Path(description["class_path"].rpartition(":")[0]).expanduser().resolve()
-    if source.suffix == ".py" and source.is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: code that comes inside a model's folder is not run; move {source.name} out of it")
+    _refuse_code_inside(description["class_path"].rpartition(":")[0], folder)
     tokenizer = load_tokenizer(Checkpoint(folder, None, str(folder)))
     offered = {"vocab_size": vocab_size(tokenizer)}
     model: Any = plugins.build(description["class_path"], "student", description["options"], offered)
@@ -157,4 +155,13 @@ def _load_custom(folder: Path) -> Any:
         load_model(model, str(folder / WEIGHTS), strict=True)
     except (RuntimeError, OSError) as error:
         raise UserError(f"{folder}: the weights do not fit {description['class_path']}: {error}") from error
+    if getattr(model, "max_position_embeddings", None) is None and "sequence_length" in description["options"]:
+        model.max_position_embeddings = description["options"]["sequence_length"]  # what it was made to read
     return model
+
+
+def _refuse_code_inside(module: str, folder: Path) -> None:
+    """Raises UserError when a file or a module that is found from here lies in the model's own folder."""
+    path = Path(module).expanduser() if module.endswith(".py") else Path(*module.split("."))
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: code that comes inside a model's folder is not run; move {path.name} out of it")

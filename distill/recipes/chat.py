@@ -26,6 +26,8 @@ from distill.workspace.folders import finished_model
 COMMANDS = ("/quit", "/reset")
 ANSWER_SHARE = 4
 """At least a quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer."""
+_SEEDS = range(-(2**63), 2**64)
+"""What torch takes for one."""
 
 
 def main(run: str, temperature: float, top_p: float, max_new_tokens: int, seed: int | None, system: str | None) -> int:
@@ -34,7 +36,7 @@ def main(run: str, temperature: float, top_p: float, max_new_tokens: int, seed: 
     Raises UserError for a run without a finished student, sampling options out of range, a system message that the
     model's chat template has no place for, and a model whose answers are not finite.
     """
-    _check(temperature, top_p, max_new_tokens)
+    _check(temperature, top_p, max_new_tokens, seed, system)
     folder, device = finished_model(run), pick_device("auto")
     model = load_language_model(folder, device, DTYPES[compute_dtype("auto", device)])
     tokenizer = load_tokenizer(Checkpoint(folder, None, str(folder)))
@@ -48,6 +50,8 @@ def main(run: str, temperature: float, top_p: float, max_new_tokens: int, seed: 
     _introduce(folder, model, device, chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that one line that is no text costs that line alone
     with _interruptible() if sys.stdin.isatty() else contextlib.nullcontext():
         while _take_turn(chat, max_new_tokens, sampling):
             pass
@@ -60,7 +64,9 @@ def _take_turn(chat: Chat, max_new_tokens: int, sampling: dict[str, Any]) -> boo
         line = _read_line()
         if line is None or line == "/quit":
             return False
-        if line.startswith("/"):
+        if not _is_text(line):
+            say(f"(this line is not {sys.stdin.encoding or 'UTF-8'} text, and is not answered)")
+        elif line.startswith("/"):
             _command(line.split()[0], chat)
         elif line:
             _print_answer(chat, line, max_new_tokens, sampling)
@@ -69,13 +75,22 @@ def _take_turn(chat: Chat, max_new_tokens: int, sampling: dict[str, Any]) -> boo
     return True
 
 
-def _check(temperature: float, top_p: float, max_new_tokens: int) -> None:
+def _check(temperature: float, top_p: float, max_new_tokens: int, seed: int | None, system: str | None) -> None:
     if not 0 <= temperature < float("inf"):
         raise UserError(f"--temperature {temperature}: 0 takes the likeliest token, higher numbers are freer")
     if not 0 < top_p <= 1:
         raise UserError(f"--top_p {top_p}: a share of the probability, above 0 and up to 1")
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: at least 1")
+    if seed is not None and seed not in _SEEDS:
+        raise UserError(f"--seed {seed}: from -2^63 up to 2^64 - 1")
+    if system is not None and not _is_text(system):
+        raise UserError("--system: not UTF-8 text")
+
+
+def _is_text(words: str) -> bool:
+    """Whether all of it could be decoded: bytes that could not stand in a string as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in words)
 
 
 def _introduce(folder: Path, model: Any, device: torch.device, chat: Chat) -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 from distill.errors import UserError
 from distill.files import write_durably
 from distill.progress import say
-from distill.report.compare import compare
+from distill.report.compare import MADE_BY, compare
 
-_OURS = b'<meta name="generator" content="distill '
+_OURS = f'<meta name="generator" content="{MADE_BY} '.encode()
 _BEGINNING = 4096
 """Bytes of a page within which it says what made it."""
 
 
 def main(runs: list[str], to: str) -> int:
-    """Write the page of `runs` to the file `to`, which is new or a page of ours."""
+    """Write the page of `runs` to the file `to`, which is new or such a page."""
     page = Path(to)
     _refuse_what_is_not_ours(page)
     content = compare([Path(run) for run in runs]).encode("utf-8", "replace")
@@ -38,4 +38,4 @@ def _refuse_what_is_not_ours(page: Path) -> None:
     except OSError as error:
         raise UserError(f"{page}: cannot be read ({error.strerror}): choose another place with --to") from None
     if not is_ours:
-        raise UserError(f"{page}: is there already and is no page of distill's: choose another name with --to")
+        raise UserError(f"{page}: is there already and is no page of distill compare: choose another name with --to")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from distill import interrupt, ledger
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.evaluation.statistics import mean_and_deviation, speculative
+from distill.files import sole_writer
 from distill.progress import say
 from distill.report.page import write_report
 from distill.report.terminal import print_tables
 from distill.workspace.checks import check_evaluation
 from distill.workspace.folders import Folders, make_run_folder
-from distill.workspace.machine import machine, versions
-from distill.workspace.measurements import Measurement, all_measurements
+from distill.workspace.measurements import all_measurements
 from distill.workspace.record import Record
 from distill.workspace.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.workspace.teacher import Teacher, open_samples
@@ -27,10 +27,9 @@ def main(experiment: Experiment) -> int:
     """Measure what is not measured yet, write `evaluation.json` and the report, print the tables."""
     folders = Folders.of(experiment)
     make_run_folder(folders)
-    check_evaluation(experiment)
-    trained_roles(experiment, folders)
     teacher = Teacher(experiment)
     samples = open_samples(experiment, teacher)
+    trained_roles(experiment, folders, samples.fingerprint)
     if not len(samples.held_out):
         raise UserError("nothing to evaluate on: corpus.held_out is 0")
     vocabulary = kept_vocabulary(experiment, folders)
@@ -38,14 +37,16 @@ def main(experiment: Experiment) -> int:
     measurements = all_measurements(experiment, teacher, samples, vocabulary, len(subjects))
     record = Record(folders, subjects, measurements)
     if record.is_complete:
-        say(f"evaluation: {folders.evaluation} is there; nothing to do")
+        say("evaluation: all is measured; nothing to do")
     else:
-        with ledger.phase(folders.run, "evaluate"):
+        check_evaluation(experiment)
+        with sole_writer(folders.run), ledger.phase(folders.run, "evaluate"):
             for subject in subjects:
-                _measure(subject, [each for each in measurements if record.lacks(subject, each)], record)
-        fingerprints = {**teacher.fingerprints, "corpus": samples.fingerprint}
-        record.result |= {"versions": versions(), "machine": machine(teacher.device), "fingerprints": fingerprints}
-    result, is_new = record.finish({**_derived(record.result), "experiment": asdict(experiment)})
+                _measure(subject, record)
+    result = record.view()
+    asked = replace(experiment, train=replace(experiment.train, resume=False))  # of what was run, not of how
+    result |= {**_derived(result), "experiment": asdict(asked)}
+    is_new = record.write(result)
     print_tables(result)
     if is_new or not folders.report.exists():
         write_report(folders.run)
@@ -54,8 +55,9 @@ def main(experiment: Experiment) -> int:
     return 0
 
 
-def _measure(subject: Subject, missing: list[Measurement], record: Record) -> None:
+def _measure(subject: Subject, record: Record) -> None:
     """All that is missing of one model, which is in memory for this long."""
+    missing = record.missing(subject)
     if not missing:
         return
     loaded = subject.load()
@@ -92,5 +94,6 @@ def _spread(result: dict[str, Any], kind: str) -> dict[str, Any]:
             if isinstance(value, float):
                 values.setdefault(metric, []).append(value)
         for task, found in result.get("benchmarks", {}).get(name, {}).items():
-            values.setdefault(task, []).append(found["metrics"][found["metric"]]["value"])
+            if found["metric"] in found["metrics"]:  # else it is not finite
+                values.setdefault(task, []).append(found["metrics"][found["metric"]]["value"])
     return {metric: mean_and_deviation(found) for metric, found in values.items() if len(found) == len(names)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from transformers import AutoTokenizer
 
 from distill import interrupt, ledger, settings
-from distill.cache.format import Manifest
 from distill.cache.head import load_head
 from distill.cache.reader import CacheReader
 from distill.cache.storage import Storage
@@ -42,7 +40,7 @@ from distill.workspace.cache import check_cache_settings, open_cache
 from distill.workspace.checks import check_length, check_model
 from distill.workspace.folders import Folders, make_run_folder, write_json
 from distill.workspace.student import build_student, calibration_samples
-from distill.workspace.training import Role, check_training, make_module, roles
+from distill.workspace.training import Role, check_training, make_module, roles, training_settings
 
 
 def main(experiment: Experiment) -> int:
@@ -113,7 +111,7 @@ class _Training:
         self.experiment, self.folders, self.role = experiment, folders, role
         self.manifest = train.manifest
         self.checkpoints = folders.checkpoints(role.name)
-        self.settings = _settings(experiment, role, self.manifest)
+        self.settings = training_settings(experiment, role, self.manifest)
 
     def run(self, data: CacheDataModule, deadline: float | None) -> None:
         """Train. Raises Interrupted when asked to stop, or at the deadline."""
@@ -264,27 +262,3 @@ class _Training:
 
         class_path = self.experiment.student.class_path
         save_language_model(student, folder, class_path, options, tokenizer, write_more=write_more)
-
-
-# What may change before a training is gone on with: it is the same training, faster, in less memory, or seen better.
-_MAY_CHANGE = (
-    *("resume", "num_workers", "log_every_steps", "loggers", "max_time", "checkpoint_every_steps", "keep_checkpoints"),
-    *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
-    *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
-)
-
-
-def _settings(experiment: Experiment, role: Role, cache: Manifest) -> dict[str, Any]:
-    """What a trained model depends on; a model made with other settings is another model."""
-    train, loss = experiment.train, asdict(experiment.loss)
-    del loss["alpha"], loss["chunk_size"]
-    samples = train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
-    return {
-        "student": asdict(experiment.student),
-        "teacher": experiment.teacher.model,
-        "alpha": role.alpha,
-        "loss": loss,
-        "samples_a_step": samples,
-        "train": {key: value for key, value in asdict(train).items() if key not in _MAY_CHANGE},
-        "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
-    }

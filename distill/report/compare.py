@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill import __version__
 from distill.errors import UserError
 from distill.report.benchmarks import bar, mean_recovery, score, score_cell, score_charts
 from distill.report.blocks import Block, Cell, Figures, Note, Page, Section, Table
@@ -19,6 +20,8 @@ from distill.report.numbers import Format, count, duration, interval, nats, numb
 from distill.report.page import render
 from distill.report.provenance import flat, plain
 
+MADE_BY = "distill compare"
+"""What these pages say they are made by; a run's own page says another, so that none is taken for the other."""
 COLOURS = 8
 SUBTITLE = 100
 """Letters of the runs' names under which they stand above the title; the table has them all."""
@@ -49,7 +52,7 @@ def compare(runs: list[Path]) -> str:
         if folder in folders[:index]:
             raise UserError(f"{runs[index]}: given twice: give each run once")
     facts = [RunFacts.read(run) for run in runs]
-    return render(compare_page(facts))
+    return render(compare_page(facts), f"{MADE_BY} {__version__}")
 
 
 def compare_page(runs: Sequence[RunFacts]) -> Page:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from distill import __version__
-from distill.files import write_durably
+from distill.errors import UserError
+from distill.files import read_bounded, without_folders, write_durably
+from distill.progress import say
 from distill.report import benchmarks, fidelity, provenance, speed
 from distill.report.blocks import Continuation, Page, Sample, Section
-from distill.report.facts import RunFacts
+from distill.report.facts import LIMIT, RunFacts
 from distill.report.markdown import model_card
 from distill.report.metrics import model_name
 from distill.report.verdict import verdict
 
 GENERATOR = f"distill {__version__}"
-"""What the pages say they are made by; `distill compare` knows its own pages by it."""
+"""What a run's page says it is made by."""
+_SEAL = "<!-- sha256 of what distill wrote above this line: {} -->\n"
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md into a run folder; their paths.
+    """Write report.html and report.md into a run folder; their paths. A report.md that someone changed is kept.
 
     Raises UserError when the folder is no run, and when a file in it is damaged.
     """
@@ -29,8 +35,45 @@ def write_report(run: Path) -> tuple[Path, Path]:
     page = run_page(facts)
     html, markdown = run / "report.html", run / "report.md"
     write_durably(html, render(page).encode("utf-8", "replace"))
-    write_durably(markdown, model_card(page, facts, GENERATOR).encode("utf-8", "replace"))
+    if _is_changed(markdown):
+        say(f"report: {markdown} was changed by hand and is kept; remove it to have it written anew")
+    else:
+        card = model_card(run_page(_of_no_machine(facts)), facts, GENERATOR).encode("utf-8", "replace")
+        write_durably(markdown, card + _seal(card))
     return html, markdown
+
+
+def _seal(content: bytes) -> bytes:
+    """The last line of report.md, by which it is known to be as it was written: it asks to be edited."""
+    return _SEAL.format(hashlib.sha256(content).hexdigest()).encode()
+
+
+def _is_changed(markdown: Path) -> bool:
+    """Whether there is a file whose last line is not the seal of what stands above it."""
+    try:
+        content = read_bounded(markdown, LIMIT)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{markdown}: cannot be read ({error.strerror}): remove it to have it written anew") from None
+    above = content[: -len(_seal(b""))]
+    return content != above + _seal(above)
+
+
+def _of_no_machine(facts: RunFacts) -> RunFacts:
+    """The same facts for others to read: of paths of this machine in the experiment only the names at their ends."""
+    experiment = _names_only(facts.section("experiment"))
+    return dataclasses.replace(
+        facts, evaluation={**facts.evaluation, **({"experiment": experiment} if experiment else {})}
+    )
+
+
+def _names_only(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _names_only(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_names_only(each) for each in value]
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def run_page(facts: RunFacts) -> Page:
@@ -83,8 +126,8 @@ def _text_section(facts: RunFacts) -> Iterator[Section]:
         yield Section("texts", "What they write", samples)
 
 
-def render(page: Page) -> str:
+def render(page: Page, generator: str = GENERATOR) -> str:
     """The page as one HTML file that needs nothing else, runs no script and loads nothing."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("page.html.jinja").render(page=page, generator=GENERATOR)
+    return environment.get_template("page.html.jinja").render(page=page, generator=generator)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from distill.report.blocks import Block, Cell, Listing, Note, Section, Table
+from distill.report.blocks import Block, Cell, Listing, Section, Table
 from distill.report.facts import RunFacts
 from distill.report.metrics import BY_KEY, MODELS
 from distill.report.numbers import SPACE, duration, energy, number, share, size, with_sign
@@ -125,10 +125,6 @@ def setup_section(facts: RunFacts) -> Iterator[Section]:
         blocks.append(_facts_table("Versions", versions))
     if fingerprints := facts.section("fingerprints"):
         blocks.append(_facts_table("Fingerprints", fingerprints))
-    if "seconds" in facts.evaluation:
-        blocks.append(
-            Note(f"The evaluation took {duration(facts.evaluation['seconds'])}.", (facts.evaluation["seconds"],))
-        )
     if blocks:
         yield Section("setup", "To do it again", blocks)
 

@@ -66,7 +66,6 @@ EVALUATION: dict[str, Any] = {
     "versions": OBJECT,
     "machine": OBJECT,
     "fingerprints": OBJECT,
-    "seconds": NUMBER,
 }
 COST_LINE = {
     **dict.fromkeys(("phase", "began", "ended", "energy_source"), TEXT),

@@ -47,7 +47,8 @@ def _fidelity(result: dict[str, Any]) -> Any:
         if "kl" in row:
             beside = (f"{row['kl']:.3f}", f"{row['top1_agreement']:.1%}", f"{row['acceptance']:.1%}")
         size = f"{result['parameters'][name] / 1e6:,.1f} M"
-        table.add_row(name, size, f"{row['nll']:.3f}", f"{row['perplexity']:.1f}", *beside, f"{row['ece']:.1%}")
+        perplexity = f"{row['perplexity']:.1f}" if "perplexity" in row else "–"
+        table.add_row(name, size, f"{row['nll']:.3f}", perplexity, *beside, f"{row['ece']:.1%}")
     return table
 
 
@@ -69,7 +70,9 @@ def _benchmarks(benchmarks: dict[str, Any]) -> Any:
 
 
 def _score(found: dict[str, Any]) -> str:
-    score = found["metrics"][found["metric"]]
+    score = found["metrics"].get(found["metric"])
+    if score is None:
+        return "–"
     error = score.get("stderr")
     return f"{score['value']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 

@@ -48,6 +48,11 @@ def make_token_order(experiment: Experiment, teacher: Teacher, samples: SampleSe
     return TokenOrder.by_frequency(token_counts(samples.train, count, teacher.vocab_size))
 
 
+def packing_fingerprint(experiment: Experiment) -> str:
+    """Which documents are held out, and in which order the others are packed."""
+    return f"held out {experiment.corpus.held_out}, seed {experiment.corpus.seed}"
+
+
 def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets, order: TokenOrder) -> Manifest:
     """What the experiment's cache must be."""
     corpus, cache = experiment.corpus, experiment.cache
@@ -68,7 +73,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
             **teacher.fingerprints,
             "corpus": samples.fingerprint,
             token_order.FINGERPRINT: order.fingerprint,
-            "packing": f"held out {corpus.held_out}, seed {corpus.seed}",
+            "packing": packing_fingerprint(experiment),
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
         | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {}),

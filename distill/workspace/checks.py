@@ -12,17 +12,43 @@ from distill.evaluation.benchmarks import check_tasks
 from distill.models.isolation import isolates_documents
 from distill.training.loggers import check_installed
 
+PROBE = 8
+"""Tokens that a model is tried on."""
+
 
 def check_model(model: Any, name: str, vocab_size: int, device: torch.device, pack: bool) -> None:
-    """Raises UserError when the head lacks tokens, or documents packed into one sample see one another."""
+    """Raises UserError when the head lacks tokens, outputs are not finite, or packed documents see one another.
+
+    What is not finite is no measure of isolation, so it comes first.
+    """
     rows = model.head.weight_VD.shape[0]
     if rows < vocab_size:
         raise UserError(f"{name}: its head has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
+    if (dtype := _not_finite(model, vocab_size, device)) is not None:
+        raise UserError(
+            f"{name}: its outputs are not finite: weights that are not, or sums too large for "
+            f"{str(dtype).removeprefix('torch.')}; give other weights, or compute in a wider type"
+        )
     if pack and not isolates_documents(model, vocab_size, device):
         raise UserError(
             f"{name}: packed documents see one another in this model (its state runs across position_ids that restart "
             "at 0): cache and train with --corpus.pack false"
         )
+
+
+@torch.no_grad()
+def _not_finite(model: Any, vocab_size: int, device: torch.device) -> torch.dtype | None:
+    """The type of the logits of a few tokens when some of these are not finite; None when all are."""
+    training = getattr(model, "training", False)
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+    try:
+        positions_1L = torch.arange(PROBE, device=device)[None]
+        logits_1LV = model.head.with_rows(vocab_size)(model.body(positions_1L * 7 % vocab_size, positions_1L))
+    finally:
+        if isinstance(model, torch.nn.Module):
+            model.train(training)
+    return None if logits_1LV.isfinite().all() else logits_1LV.dtype
 
 
 def check_length(model: Any, name: str, sequence_length: int) -> None:

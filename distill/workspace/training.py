@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -132,3 +132,34 @@ def _optimizer(experiment: Experiment, module: torch.nn.Module) -> torch.optim.O
         rounding=train.rounding,
     )
     return StepInBackward(optimizer, module) if train.step_in_backward else optimizer
+
+
+# What may change before a training is gone on with: it is the same training, faster, in less memory, or seen better.
+_MAY_CHANGE = (
+    *("resume", "num_workers", "log_every_steps", "loggers", "max_time", "checkpoint_every_steps", "keep_checkpoints"),
+    *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
+    *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
+)
+
+
+def training_settings(experiment: Experiment, role: Role, cache: Manifest) -> dict[str, Any]:
+    """What a trained model depends on; a model made with other settings is another model."""
+    train = experiment.train
+    return {
+        **own_settings(experiment, role),
+        "samples_a_step": train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes,
+        "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
+    }
+
+
+def own_settings(experiment: Experiment, role: Role) -> dict[str, Any]:
+    """The part of `training_settings` that the experiment alone tells, without the cache and the devices."""
+    loss = asdict(experiment.loss)
+    del loss["alpha"], loss["chunk_size"]
+    return {
+        "student": asdict(experiment.student),
+        "teacher": experiment.teacher.model,
+        "alpha": role.alpha,
+        "loss": loss,
+        "train": {key: value for key, value in asdict(experiment.train).items() if key not in _MAY_CHANGE},
+    }

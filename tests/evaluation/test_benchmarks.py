@@ -1,4 +1,4 @@
-"""Benchmarks: lm-eval's own scores, chance and recovery, local task files, and what is said of mistakes."""
+"""Benchmarks: lm-eval's own scores, chance, local task files, and what is said of mistakes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import random
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ import datasets
 
 from distill.errors import UserError
 from distill.evaluation import task_files
-from distill.evaluation.benchmarks import BOOTSTRAP_ROUNDS, check_tasks, main_metric, recovery, run_tasks
+from distill.evaluation.benchmarks import BOOTSTRAP_ROUNDS, _finite, check_tasks, main_metric, run_tasks
 from distill.models.huggingface import HuggingFaceLanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,6 +188,11 @@ def test_the_metric_to_show() -> None:
     assert main_metric("wikitext", ["word_perplexity", "bits_per_byte"]) == "word_perplexity"
 
 
+def test_what_is_not_finite_is_left_out() -> None:
+    found = {"perplexity": {"value": math.inf, "stderr": math.nan}, "acc": {"value": 0.5, "stderr": math.nan}}
+    assert _finite(found) == {"acc": {"value": 0.5}}
+
+
 def test_the_limit_is_kept(model: Any, tokenizer: Any, folder: Path) -> None:
     limited = run(model, tokenizer, ["arc_easy"], folder, limit=2)["arc_easy"]
     assert limited["documents"] == 2 and limited["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
@@ -264,15 +270,6 @@ def no_own_tasks(monkeypatch: pytest.MonkeyPatch, folder: Path | None = None) ->
 
     manager = TaskManager(include_path=folder, include_defaults=False)
     monkeypatch.setattr(task_files, "_own_manager", lambda: manager)
-
-
-def test_recovery() -> None:
-    assert recovery(0.4, 0.5, 0.25) == pytest.approx(0.6)
-    assert recovery(0.2, 0.5, 0.25) == pytest.approx(-0.2)
-    assert recovery(0.6, 0.5, 0.0) == pytest.approx(1.2)
-    assert recovery(0.3, 0.25, 0.25) is None and recovery(0.3, 0.2, 0.25) is None
-    assert recovery(0.3, 0.30, 0.25, teacher_stderr=0.03) is None
-    assert recovery(0.3, 0.35, 0.25, teacher_stderr=0.03) == pytest.approx(0.5)
 
 
 def test_a_local_task_wins_over_lm_evals_of_the_same_name(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -180,8 +181,6 @@ def test_the_teachers_bins_are_of_its_own_entropy() -> None:
 
 
 def test_a_summary_is_what_json_can_hold_and_converts_the_interval_of_the_likelihood() -> None:
-    import json
-
     metric = counted(draw_logits(1), draw_logits(2), draw_places())
     summary = metric.measured(text_bytes=700).summary()
     assert json.loads(json.dumps(summary)) == summary
@@ -194,6 +193,21 @@ def test_a_summary_is_what_json_can_hold_and_converts_the_interval_of_the_likeli
     without = metric.measured().summary()
     assert "bits_per_byte" not in without and "bits_per_byte" not in without["intervals"]
     assert "ece" not in summary["intervals"]
+
+
+def test_a_perplexity_that_no_float_can_hold_is_left_out() -> None:
+    places = draw_places()
+    metric = counted(draw_logits(1), draw_logits(2), places)
+    nll = metric.names.index("nll")
+    metric.sample_sums[:, nll] *= 720 / metric.measured().summary()["nll"]
+    summary = metric.measured().summary()
+    assert summary["nll"] == pytest.approx(720) and summary["intervals"]["nll"][0] < 709 < summary["nll"]
+    assert "perplexity" not in summary and "perplexity" not in summary["intervals"]
+    metric.sample_sums[:, nll] *= 705 / 720
+    summary = metric.measured().summary()
+    assert math.isfinite(summary["perplexity"]) and summary["intervals"]["nll"][1] > 710
+    assert "perplexity" not in summary["intervals"]
+    json.dumps(summary, allow_nan=False)
 
 
 def test_few_samples_have_no_intervals() -> None:

@@ -78,6 +78,34 @@ def test_what_does_not_fit_or_brings_code_is_refused(tmp_path: Path, tokenizer: 
         load_language_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("class_path", "options", "words"),
+    [
+        ("subprocess:Popen", {"args": ["touch", "touched"]}, "not a torch.nn.Module class"),
+        ("os:mkdir", {"path": "touched"}, "not a torch.nn.Module class"),
+        ("student.evil:Model", {}, "not run"),
+        ("student.evil.deeper:Model", {}, "not run"),
+    ],
+)
+def test_a_models_folder_cannot_call_what_it_likes(
+    class_path: str,
+    options: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Folders of models come from anyone; their student.json is data."""
+    monkeypatch.chdir(tmp_path)
+    model = plugins.build("compact", "student", OPTIONS, {})
+    folder = save_language_model(model, tmp_path / "student", "compact", OPTIONS, tokenizer)
+    (folder / "student.json").write_text(json.dumps({"class_path": class_path, "options": options}))
+    (folder / "evil.py").write_text("open('touched', 'w')")
+    with pytest.raises(UserError, match=words):
+        load_language_model(folder)
+    assert not (tmp_path / "touched").exists()
+
+
 def test_further_files_are_part_of_what_is_complete_or_absent(tmp_path: Path, tokenizer: Any) -> None:
     model = plugins.build("compact", "student", OPTIONS, {})
     there: list[bool] = []

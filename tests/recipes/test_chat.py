@@ -118,6 +118,23 @@ def test_without_a_chat_template_each_line_is_continued(talk: Any, student: Path
         main(str(run), 0.0, 1.0, 4, None, "Be brief.")
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # Python's own, of UTF-8 and of C locales
+def test_a_line_that_is_no_text_costs_that_line(
+    talk: Any, errors: str, student: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = talk(["Hello", "And why?"]).splitlines(keepends=True)
+    piped = io.TextIOWrapper(io.BytesIO(b"Hello\nna\xefve\nAnd why?\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", piped)
+    assert main(str(student), 0.0, 1.0, 12, 0, None) == 0
+    said = capsys.readouterr().out.partition("\n")[2]
+    assert said == f"{first}(this line is not utf-8 text, and is not answered)\n{second}"
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_the_largest_seeds(talk: Any, seed: int) -> None:
+    assert talk(["Hello"], seed=seed, temperature=1.0).strip()
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -241,6 +258,9 @@ def test_pieces_join_to_the_text(of_bytes: Any, text: str) -> None:
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"top_p": 0.0}, "--top_p 0"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0"),
+        ({"seed": 2**64}, f"--seed {2**64}"),
+        ({"seed": -(2**63) - 1}, f"--seed -{2**63 + 1}"),
+        ({"system": "Be \udcff brief."}, "--system: not UTF-8"),
         ({"run": "nowhere"}, "nowhere: holds no finished student"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from distill.errors import UserError
 from distill.recipes import compare
+from distill.report.page import write_report
 
 
 @pytest.fixture
@@ -42,6 +43,14 @@ def test_what_is_not_ours_is_left_alone(runs: list[str], tmp_path: Path, content
     with pytest.raises(UserError, match="another name with --to"):
         compare.main(runs, str(file))
     assert file.read_bytes() == content
+
+
+def test_a_runs_own_report_is_left_alone(runs: list[str]) -> None:
+    report, _ = write_report(Path(runs[0]))
+    before = report.read_bytes()
+    with pytest.raises(UserError, match="no page of distill compare: choose another name with --to"):
+        compare.main(runs, str(report))
+    assert report.read_bytes() == before
 
 
 def test_a_folder_is_refused(runs: list[str], tmp_path: Path) -> None:

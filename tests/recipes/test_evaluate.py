@@ -13,7 +13,9 @@ import pytest
 @pytest.fixture
 def run(finished: Any, tmp_path: Path) -> Any:
     """A copy of the finished run without its evaluation: `run(file's overrides)` as a list of arguments."""
-    shutil.copytree(finished.run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json", "cache"))
+    shutil.copytree(
+        finished.run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json", "measured.jsonl", "cache")
+    )
     return [*finished.elsewhere(tmp_path / "run")]
 
 
@@ -56,19 +58,43 @@ def test_other_inputs_are_measured_anew(run: Any, distill: Any, tmp_path: Path) 
     assert read(tmp_path / "run")["text"]["tokens"] > fewer["text"]["tokens"]
 
 
-@pytest.mark.parametrize(
-    "content", ['{"made_from": {', "[]", "{}", "3", '{"made_from": {"fidelity::student": ["a", "b"]}}']
-)
-def test_a_damaged_evaluation_is_measured_anew(
-    run: Any, finished: Any, distill: Any, tmp_path: Path, content: str
-) -> None:
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"made_from": {'])
+def test_a_damaged_evaluation_is_written_again(finished: Any, distill: Any, tmp_path: Path, content: str) -> None:
+    """It is a view: what was measured lies line by line beside it."""
+    shutil.copytree(finished.run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
     (tmp_path / "run/evaluation.json").write_text(content)
+    assert "nothing to do" in distill("evaluate", *finished.elsewhere(tmp_path / "run")).done().out
+    assert measured(tmp_path / "run") == measured(finished.run)
+
+
+def test_a_measurement_of_which_a_part_is_missing_is_made_again(run: Any, distill: Any, tmp_path: Path) -> None:
+    """A power cut may leave any beginning of the last line; a stranger's line is none."""
     fewer = ["--evaluate.max_samples", 1, "--evaluate.control", "false"]
-    assert (
-        "evaluation.json is damaged, or of an earlier version: measuring anew"
-        in distill("evaluate", *run, *fewer).done().out
-    )
-    assert read(tmp_path / "run")["text"]["tokens"] > 0
+    distill("evaluate", *run, *fewer).done()
+    path, before = tmp_path / "run/measured.jsonl", measured(tmp_path / "run")
+    whole = path.read_bytes()
+    for left in (b"", whole[:100], whole[:-1], whole[:-30], b'3\n{"key": 1}\n' + whole[:-2]):
+        path.write_bytes(left)
+        again = distill("evaluate", *run, *fewer).done()
+        assert ("nothing to do" in again.out) == (left == whole[:-1])
+        assert measured(tmp_path / "run") == before
+
+
+def test_another_code_of_a_students_class_is_another_student(finished: Any, distill: Any, tmp_path: Path) -> None:
+    source = (Path(__file__).parents[2] / "students/compact.py").read_text()
+    (tmp_path / "own.py").write_text(source)
+    own = [*finished.elsewhere(tmp_path / "run"), "--student.class_path", tmp_path / "own.py:CompactDecoder"]
+    own += ["--student.options", "{hidden_size: 16, layers: 1, heads: 2}", "--evaluate.control", "false"]
+    distill("train-student", *own, "--train.max_steps", 2).done()
+    once = ["evaluate", *own, "--train.max_steps", 2, "--evaluate.max_samples", 1]
+    distill(*once).done()
+    assert "nothing to do" in distill(*once).done().out
+    (tmp_path / "own.py").write_text(source + "\n# changed\n")
+    assert "nothing to do" not in distill(*once).done().out
+
+
+def test_what_the_student_was_trained_on_is_not_held_out(run: Any, distill: Any) -> None:
+    distill("evaluate", *run, "--corpus.held_out", 0.5).refused("held out 0.2", "held out 0.5", "corpus.held_out")
 
 
 def test_what_the_beginning_depends_on_is_an_input(run: Any, distill: Any) -> None:
@@ -85,19 +111,21 @@ def test_before_training_there_is_nothing_to_evaluate(finished: Any, distill: An
 
 
 def test_without_held_out_text_there_is_nothing_to_evaluate(run: Any, distill: Any) -> None:
-    distill("evaluate", *run, "--corpus.held_out", 0).refused("nothing to evaluate on", "corpus.held_out")
+    distill("evaluate", *run, "--corpus.held_out", 0).refused("held out 0.2", "corpus.held_out")
 
 
 def test_a_student_of_another_make_is_refused(run: Any, distill: Any) -> None:
     """`before` is made from the experiment: with another student it would not be the trained one's beginning."""
     outcome = distill("evaluate", *run, "--student.options", "{layers: 3}")
-    outcome.refused("holds another student", "student.options.layers: 2 there, 3 here")
-    distill("evaluate", *run, "--train.seed", 5).refused("holds another student", "train.seed: 0 there, 5 here")
+    outcome.refused("was trained with other settings", "student.options.layers: 2 there, 3 here")
+    distill("evaluate", *run, "--train.seed", 5).refused("train.seed: 0 there, 5 here")
+    distill("evaluate", *run, "--train.learning_rate", 1).refused("train.learning_rate: 0.005 there, 1.0 here")
+    distill("evaluate", *run, "--loss.alpha", 1).refused("alpha: 0.0 there, 1.0 here")
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(run: Any, make_teacher: Any, distill: Any) -> None:
     larger = make_teacher("llama", vocabulary=500)
-    distill("evaluate", *run, "--teacher.model", larger).refused("413 rows", "not the same vocabulary")
+    distill("evaluate", *run, "--teacher.model", larger).refused("run/student was trained", f"{larger} here")
 
 
 def test_a_damaged_student_folder_is_refused(run: Any, distill: Any, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def run(finished: Any, tmp_path: Path) -> list[str]:
     """Arguments for a copy of the finished run without its evaluation."""
-    shutil.copytree(finished.run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json", "cache"))
+    shutil.copytree(
+        finished.run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json", "measured.jsonl", "cache")
+    )
     return finished.elsewhere(tmp_path / "run")
 
 
@@ -94,6 +96,5 @@ def test_what_a_stopped_evaluation_measured_is_kept(
     distill("evaluate", *run, *texts).done()
     assert written == ["teacher", "student", "student", "control"]
     assert set(read(tmp_path / "run")["texts"]) == {"prompts", "truth", "teacher", "student", "control"}
-    assert not (tmp_path / "run/.evaluation.json").exists()
     costs = [json.loads(line) for line in (tmp_path / "run/costs.jsonl").read_text().splitlines()]
     assert [line["ended"] for line in costs if line["phase"] == "evaluate"][-2:] == ["interrupted", "done"]

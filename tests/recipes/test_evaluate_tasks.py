@@ -108,11 +108,15 @@ def test_the_exported_student_scores_the_same_in_lm_eval_itself(
 
 
 def test_a_task_is_measured_once_for_each_model(arguments: list[Any], distill: Any, tmp_path: Path) -> None:
-    """With one task of two measured before, the other alone is missing; taken away and asked for again, nothing is."""
+    """What took hours is not thrown away: taken out and asked for again, or looked at quickly in between."""
     before = read(arguments)
-    fewer = distill("evaluate", *arguments, "--evaluate.tasks", "[which]").done()
-    assert "nothing to do" in fewer.out
-    assert read(arguments)["benchmarks"] == before["benchmarks"], "what took hours is not thrown away"
+    fewer = distill("evaluate", *arguments, "--evaluate.tasks", "[which, which]").done()
+    assert "nothing to do" in fewer.out and set(read(arguments)["benchmarks"]["student"]) == {"which"}
+    quick = distill("evaluate", *arguments, "--evaluate.tasks", "[which]", "--evaluate.tasks_limit", 2).done()
+    assert "nothing to do" not in quick.out and read(arguments)["benchmarks"]["student"]["which"]["documents"] == 2
+    alone = distill("evaluate", *arguments, "--evaluate.control", "false").done()
+    assert "student: " not in alone.out and "control" not in read(arguments)["fidelity"]
+    assert "nothing to do" in distill("evaluate", *arguments).done().out and read(arguments) == before
     again = distill("evaluate", *arguments, "--evaluate.texts", 1, "--evaluate.text_tokens", 4).done()
     assert "nothing to do" not in again.out and "held-out" in again.out
     assert "evaluate: " not in again.out, "the held-out text is not read again"

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from distill.errors import UserError
 from distill.report.facts import RunFacts
-from distill.report.markdown import fenced, hub_name, text
+from distill.report.markdown import text
 from distill.report.page import run_page, write_report
 
 SECTIONS = ("figures", "training", "where", "benchmarks", "speed", "texts", "cost", "forecast", "seeds", "setup")
@@ -88,7 +87,7 @@ def test_tables_of_card_and_page_are_the_same(fake_run: Callable[..., Path]) -> 
         ("speed", ["cost"]),
         ("texts", ["texts"]),
         ("seeds", ["seeds"]),
-        ("setup", ["experiment", "versions", "machine", "fingerprints", "seconds"]),
+        ("setup", ["experiment", "versions", "machine", "fingerprints"]),
     ],
 )
 def test_what_is_absent_leaves_no_heading(fake_run: Callable[..., Path], section: str, keys: list[str]) -> None:
@@ -153,6 +152,16 @@ def test_writing_again_writes_the_same(fake_run: Callable[..., Path]) -> None:
     assert not list(run.glob("*.tmp"))
 
 
+def test_a_perplexity_that_no_float_can_hold_is_a_dash(fake_run: Callable[..., Path]) -> None:
+    def change(content: dict[str, Any]) -> None:
+        del content["fidelity"]["before"]["perplexity"], content["fidelity"]["before"]["intervals"]["perplexity"]
+
+    _, card = write_report(fake_run(change=change))
+    lines = card.read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith("| perplexity"))
+    assert [cell.strip() == "–" for cell in row.split("|")[2:6]] == [False, True, False, False]
+
+
 def test_a_damaged_evaluation_leaves_the_old_page(fake_run: Callable[..., Path]) -> None:
     run = fake_run()
     page, _ = write_report(run)
@@ -186,37 +195,3 @@ def test_an_empty_bin_keeps_its_place(fake_run: Callable[..., Path]) -> None:
     assert len(by_position) == 2
     assert all(f">{edge}</text>" in by_position[0] for edge in (0, 4, 16, 64, 256))
     assert by_position[0].count("<circle") == 6  # three bins of two models
-
-
-def test_front_matter_is_the_hubs(fake_run: Callable[..., Path], tmp_path: Path) -> None:
-    _, card = write_report(fake_run())
-    _, matter, _ = card.read_text(encoding="utf-8").split("---\n", 2)
-    assert yaml.safe_load(matter) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["distillation"],
-        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    }
-    assert "# license: " in matter
-    custom = fake_run("custom")
-    (custom / "student").mkdir()
-    assert "library_name" not in write_report(custom)[1].read_text(encoding="utf-8").split("---\n")[1]
-
-
-@pytest.mark.parametrize(
-    "model", ["smollm2-135m-demo", "/models/llama", "./a/b", "a/b/c", "models/teacher.gguf", 3, None]
-)
-def test_a_teacher_that_is_not_on_the_hub_is_not_named(model: Any) -> None:
-    assert hub_name({"teacher": {"model": model}}) == ""
-
-
-def test_a_local_folder_is_not_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub_name({"teacher": {"model": "models/teacher"}}) == "models/teacher"
-    (tmp_path / "models" / "teacher").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert hub_name({"teacher": {"model": "models/teacher"}}) == ""
-
-
-def test_words_in_markdown_are_words() -> None:
-    assert text("a|b *c* <i> `d`\n# e") == "a\\|b \\*c\\* &lt;i&gt; \\`d\\` \\# e"
-    assert fenced("a\n```\nb").splitlines() == ["````text", "a", "```", "b", "````"]
