@@ -21,7 +21,6 @@ from distill.config import Experiment
 from distill.durations import parse_duration
 from distill.errors import UserError
 from distill.files import sole_writer
-from distill.models import devices
 from distill.models.saving import recover, save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
@@ -172,7 +171,7 @@ class _Training:
         )
         name = f"student {self.experiment.student.class_path}"
         check_length(student, name, manifest.sequence_length)
-        check_model(student, name, self._vocab_size(), devices.pick_device(config.accelerator), manifest.pack)
+        check_model(student, name, self._vocab_size(), manifest.pack)
         parameters = sum(parameter.numel() for parameter in student.parameters())
         tell(
             f"{self.role.name}: {self.experiment.student.class_path}, {parameters / 1e6:,.1f} M parameters, "

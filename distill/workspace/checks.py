@@ -16,12 +16,13 @@ PROBE = 8
 """Tokens that a model is tried on."""
 
 
-def check_model(model: Any, name: str, vocab_size: int, device: torch.device, pack: bool) -> None:
+def check_model(model: Any, name: str, vocab_size: int, pack: bool) -> None:
     """Raises UserError when the head lacks tokens, outputs are not finite, or packed documents see one another.
 
-    What is not finite is no measure of isolation, so it comes first.
+    What is not finite is no measure of isolation, so it comes first. The model is tried where its weights are: a
+    student that is yet to be trained is on the host.
     """
-    rows = model.head.weight_VD.shape[0]
+    rows, device = model.head.weight_VD.shape[0], model.head.weight_VD.device
     if rows < vocab_size:
         raise UserError(f"{name}: its head has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
     if (dtype := _not_finite(model, vocab_size, device)) is not None:

@@ -58,7 +58,7 @@ class Teacher:
             "trust_remote_code": self.config.trust_remote_code,
         }
         model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
-        check_model(model, f"teacher {self.config.model}", self.vocab_size, self.device, pack)
+        check_model(model, f"teacher {self.config.model}", self.vocab_size, pack)
         return model
 
 

@@ -38,7 +38,7 @@ class Model(nn.Module):
 def test_a_sound_model_passes_and_stays_in_its_mode() -> None:
     model = Model()
     for training in (True, False):
-        check_model(model.train(training), "student own", V, CPU, pack=True)
+        check_model(model.train(training), "student own", V, pack=True)
         assert model.training is training and model.embedding.grad is None
 
 
@@ -50,7 +50,7 @@ def test_weights_that_are_not_finite_are_named_as_such(where: str, value: float,
     with torch.no_grad():
         getattr(model, where)[:V, 2] = value
     with pytest.raises(UserError, match=r"^student own: its outputs are not finite: .*float32") as refused:
-        check_model(model, "student own", V, CPU, pack)
+        check_model(model, "student own", V, pack)
     assert "see one another" not in str(refused.value)
     assert model.training
 
@@ -61,20 +61,20 @@ def test_a_type_that_is_too_narrow_is_named() -> None:
         model.embedding.mul_(1e4)
         model.weight.mul_(1e2)
     with pytest.raises(UserError, match=r"outputs are not finite: .*float16"):
-        check_model(model, "teacher own", V, CPU, True)
-    check_model(model.float(), "teacher own", V, CPU, True)
+        check_model(model, "teacher own", V, True)
+    check_model(model.float(), "teacher own", V, True)
 
 
 def test_rows_beyond_the_vocabulary_do_not_count() -> None:
     model: Any = Model()
     with torch.no_grad():
         model.weight[V:] = math.nan
-    check_model(model, "student own", V, CPU, True)
+    check_model(model, "student own", V, True)
 
 
 def test_a_leak_and_a_short_head_are_still_found() -> None:
     with pytest.raises(UserError, match="packed documents see one another"):
-        check_model(Model(leaks=True), "student own", V, CPU, True)
-    check_model(Model(leaks=True), "student own", V, CPU, False)
+        check_model(Model(leaks=True), "student own", V, True)
+    check_model(Model(leaks=True), "student own", V, False)
     with pytest.raises(UserError, match="53 rows, the tokenizer 54 tokens"):
-        check_model(Model(), "student own", V + 4, CPU, True)
+        check_model(Model(), "student own", V + 4, True)
