@@ -14,7 +14,6 @@ from distill.models.language_model import Head
 from distill.workspace.checks import check_model
 
 V, D = 50, 8
-CPU = torch.device("cpu")
 
 
 class Model(nn.Module):
