@@ -261,6 +261,21 @@ def test_every_figure_of_the_evaluation_is_on_the_page(tab: Tab, pages: dict[str
         assert said in text.replace("\xa0", " "), said
 
 
+@pytest.mark.skipif("REPORT_RUN" not in os.environ, reason="REPORT_RUN names no run whose page is to be opened")
+def test_the_page_of_a_real_run(tab: Tab, pictures: Path) -> None:
+    """As it was written by the run itself: alone, without complaints, with every figure of its evaluation."""
+    run = Path(os.environ["REPORT_RUN"])
+    content = json.loads((run / "evaluation.json").read_text())
+    content.pop("experiment")
+    script = "[...document.querySelectorAll('[data-value]')].flatMap(each => each.dataset.value.split(' ').map(Number))"
+    for size in SIZES:
+        tab.open(run / "report.html", size)
+        assert tab.complaints == [] and tab.requests == [(run / "report.html").resolve().as_uri()]
+        assert tab.evaluate("document.scrollingElement.scrollWidth") <= SIZES[size][0]
+        assert set(figures(content)) - set(tab.evaluate(script)) == set()
+        tab.screenshot(pictures / f"real-{size}.png")
+
+
 def test_what_a_model_wrote_is_text(tab: Tab, pages: dict[str, Path]) -> None:
     tab.open(pages["report"])
     assert "<script>alert('it ran')</script> & more" in tab.evaluate("document.body.innerText")
