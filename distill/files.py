@@ -20,6 +20,8 @@ except ImportError:  # Windows has no such locks: there, nothing keeps two write
 TEMPORARY = ".tmp"
 """Ending of the name of a file that is not finished."""
 
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would write two bytes for every end of line
+
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file so that after a power cut there is either all of it or none: temporary name, sync, rename, sync."""
@@ -37,7 +39,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
     try:
         _write_all(descriptor, content)
         os.fsync(descriptor)
@@ -46,14 +48,18 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def append_durably(path: Path, line: bytes) -> None:
-    """Append to a file. After a power cut the end of `line` may be missing; after an error nothing of it is there."""
+    """Append a line to a file, whatever a process that was killed in its own left at the end of it.
+
+    After a power cut the end of `line` may be missing; after an error nothing of it is there.
+    """
     is_new = not path.exists()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
     try:
-        _lock(descriptor, wait=True)  # or one process would cut off what another wrote
+        # Before the end is looked at: it may be the middle of another's line, which an error would also cut off.
+        _lock(descriptor, wait=True)
         size = os.fstat(descriptor).st_size
         try:
-            _write_all(descriptor, line)
+            _write_all(descriptor, line if _ends_a_line(descriptor, size) else b"\n" + line)
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, size)
@@ -62,6 +68,13 @@ def append_durably(path: Path, line: bytes) -> None:
         os.close(descriptor)
     if is_new:
         sync_folder(path.parent)
+
+
+def _ends_a_line(descriptor: int, size: int) -> bool:
+    if size == 0:
+        return True
+    os.lseek(descriptor, size - 1, os.SEEK_SET)
+    return os.read(descriptor, 1) == b"\n"
 
 
 @contextlib.contextmanager
@@ -121,7 +134,7 @@ def sync_folder(folder: Path) -> None:
 
 def open_regular(path: Path) -> int:
     """A descriptor for reading. Raises OSError for what is no plain file: a pipe would never answer."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a plain file", str(path))

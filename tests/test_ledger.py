@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -144,6 +145,20 @@ def test_processes_that_write_at_once_keep_whole_lines(tmp_path: Path) -> None:
     assert len(lines) == (tmp_path / ledger.FILE).read_bytes().count(b"\n") == 200
     for name in "abcd":
         assert [line["number"] for line in lines if line["phase"] == name * 5000] == list(range(50))
+
+
+def test_the_middle_of_a_line_that_another_writes_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ledger.FILE, "wb", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"phase": ')
+        waits = threading.Thread(target=ledger.append, args=(tmp_path, {"phase": "b"}))
+        waits.start()
+        waits.join(timeout=0.3)
+        assert waits.is_alive()
+        other.write(b'"a"}\n')
+    waits.join()
+    assert (tmp_path / ledger.FILE).read_bytes() == b'{"phase": "a"}\n{"phase": "b"}\n'
 
 
 def allocate(megabytes: int) -> None:
