@@ -17,6 +17,7 @@ EXPERIMENT_COMMANDS = {
     "train-student": "phase 2: the student learns from the cache",
     "evaluate": "the student beside its teacher, on held-out text",
     "run": "all three, skipping what is done",
+    "plan": "will it fit, how long, how much disk; before anything is loaded",
 }
 COMMANDS = EXPERIMENT_COMMANDS | folder_commands.COMMANDS
 
@@ -61,13 +62,34 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if not rest or rest[0].startswith("--"):
         raise UserError(f"{command}: which experiment file? For example: distill {command} configs/demo.yaml")
-    return _run_recipe(command, rest[0], rest[1:])
+    return _plan(rest[0], rest[1:]) if command == "plan" else _run_recipe(command, rest[0], rest[1:])
+
+
+def plan_parser() -> argparse.ArgumentParser:
+    """The options of `plan` that are not keys of the experiment file."""
+    parser = argparse.ArgumentParser(prog="distill plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--card")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--fit")
+    return parser
+
+
+def _plan(path: str, rest: list[str]) -> int:
+    options, overrides = plan_parser().parse_known_args(rest)
+    _quiet_libraries()
+    from distill.experiment_file import load_experiment
+    from distill.recipes import plan
+
+    return plan.main(load_experiment(path, _spelled_out(overrides)), options.card, options.json, options.fit)
 
 
 def _print_options(command: str) -> None:
     from distill.experiment_file import print_options
 
     print(f"distill {command} FILE [--section.key value ...]: {COMMANDS[command]}\n")
+    if command == "plan":
+        print("--card NAME  a card (rtx-3060) or a size (12GiB); default: the device of this machine")
+        print("--fit FILE   write the experiment with what makes it fit\n--json       print all as JSON\n")
     print_options()
 
 

@@ -1,4 +1,4 @@
-"""The commands that take folders instead of an experiment file, and their options. Imports nothing heavy."""
+"""The commands that take no experiment file, and their options. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "several runs on one page",
     "export": "the student in a format that other tools read",
     "chat": "talk with the student in the terminal",
+    "doctor": "what this machine is, what it can do, what is wrong with it",
 }
 
 
@@ -123,10 +124,23 @@ def _chat(parser: argparse.ArgumentParser) -> Recipe:
     return recipe
 
 
+def _doctor(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("--calibrate", action="store_true", help="measure this machine, so that `plan` knows its pace")
+    parser.add_argument("--json", action="store_true", help="print all as JSON")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import doctor
+
+        return _stoppable(lambda: doctor.main(options.calibrate, options.json), "nothing was changed")
+
+    return recipe
+
+
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], Recipe]] = {
     "inspect": _inspect,
     "merge": _merge,
     "compare": _compare,
     "export": _export,
     "chat": _chat,
+    "doctor": _doctor,
 }

@@ -20,7 +20,10 @@ from distill.errors import UserError, did_you_mean
 Kind = Literal["student", "teacher"]
 
 BUILT_IN: dict[str, dict[str, str]] = {
-    "teacher": {"huggingface": "teachers.huggingface:load_teacher"},
+    "teacher": {
+        "huggingface": "teachers.huggingface:load_teacher",
+        "streamed": "teachers.streamed:load_streamed_teacher",
+    },
     "student": {
         "compact": "students.compact:CompactDecoder",
         "huggingface": "students.huggingface:load_student",

@@ -80,7 +80,8 @@ def test_every_command_of_a_block_is_one(command: list[str], monkeypatch: pytest
     if command[0] in folder_commands.COMMANDS:
         folder_commands.make_parser(command[0])[0].parse_args(command[1:])
         return
-    file, overrides = command[1], cli._spelled_out(command[2:])
+    own = cli.plan_parser().parse_known_args(command[2:])[1] if command[0] == "plan" else command[2:]
+    file, overrides = command[1], cli._spelled_out(own)
     if file.startswith("my"):  # an experiment file of the reader's own
         file = "configs/demo.yaml"
     assert load_experiment(file, overrides).run_dir
@@ -91,6 +92,8 @@ def test_every_command_in_the_text_is_one(text: str) -> None:
     words = text.split()
     assert words[0] in cli.COMMANDS
     known = {"--help", "--resume"}
+    if words[0] == "plan":
+        known |= {name for action in cli.plan_parser()._actions for name in action.option_strings}
     if words[0] in folder_commands.COMMANDS:
         known = {name for action in folder_commands.make_parser(words[0])[0]._actions for name in action.option_strings}
     assert {word.strip("[]") for word in words if "--" in word} <= known

@@ -127,9 +127,9 @@ class Calibration:
         )
 
 
-def parse_size(text: str) -> int:
-    """`20GB`, `500 MB`, `12GiB` to bytes. Raises UserError for anything else."""
+def parse_size(text: str, key: str = "cache.max_size") -> int:
+    """`20GB`, `500 MB`, `12GiB` to bytes. Raises UserError for anything else, which names the `key`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?[iI]?[bB])\s*", text)
     if not match or match[2].upper() not in _UNITS:
-        raise UserError(f"cache.max_size: '{text}' is not a size; for example: 20GB, 500MB, 12GiB")
+        raise UserError(f"{key}: '{text}' is not a size; for example: 20GB, 500MB, 12GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

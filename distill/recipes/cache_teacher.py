@@ -29,6 +29,7 @@ from distill.progress import Progress, be_quiet, say
 from distill.targets.schemes import VarOpt
 from distill.workspace.cache import make_manifest, make_token_order, with_budgeted_threshold
 from distill.workspace.folders import Folders, make_run_folder
+from distill.workspace.preflight import preflight
 from distill.workspace.teacher import Teacher, open_samples
 
 
@@ -67,7 +68,7 @@ def main(experiment: Experiment) -> int:
                 say(f"cache: {len(shards) - len(missing)} of {len(shards)} shards are there; continuing")
         elif _is_finished(folders, manifest, shards):
             return 0
-        with ledger.phase(folders.run, "cache-teacher"):
+        with preflight(experiment, "cache-teacher", folders.run), ledger.phase(folders.run, "cache-teacher"):
             _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
     _summarise(folders, part)
     return 0

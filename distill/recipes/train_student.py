@@ -38,6 +38,7 @@ from distill.training.vocabulary import count_tokens, trim_batch
 from distill.workspace.cache import check_cache_settings, open_cache
 from distill.workspace.checks import check_length, check_model
 from distill.workspace.folders import Folders, make_run_folder, write_json
+from distill.workspace.preflight import preflight
 from distill.workspace.student import build_student, calibration_samples
 from distill.workspace.training import Role, check_training, make_module, roles, training_settings
 
@@ -62,6 +63,20 @@ def main(experiment: Experiment) -> int:
     ]
     if not pending:
         return 0
+    with preflight(experiment, "train-student", folders.run):
+        _train(experiment, storage, train, held_out, pending, deadline)
+    return 0
+
+
+def _train(
+    experiment: Experiment,
+    storage: Storage,
+    train: CacheReader,
+    held_out: CacheReader,
+    pending: list[_Training],
+    deadline: float | None,
+) -> None:
+    config = experiment.train
     vocabulary = _vocabulary(experiment, storage, train, held_out)
     for training in pending:
         data = CacheDataModule(
@@ -75,7 +90,6 @@ def main(experiment: Experiment) -> int:
         )
         with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
             training.run(data, deadline)
-    return 0
 
 
 def _vocabulary(

@@ -1,0 +1,222 @@
+"""How large a teacher and a student a device can take: bytes a parameter, measured in simulations of a small llama.
+
+Simulated is a model of width 512 at three sizes; from these follow the bytes that a parameter of the layers and one of
+the vocabulary cost. What a pass holds beside them is kept in proportion to the width: a quarter as many tokens, a
+sixteenth as many positions with logits. So a model 2,048 wide is taken to be passed 512 tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from distill.losses.objective import Mixture
+from distill.memory.kernels import DeviceKind
+from distill.memory.step import StepShape, simulate_step
+from distill.memory.teacher import simulate_teacher
+from distill.models.huggingface import HuggingFaceLanguageModel, quiet
+from distill.models.quantization import quantize_linears
+from distill.targets import schemes
+from distill.training.activation_checkpointing import checkpoint_blocks
+from distill.training.module import DistillationModule
+from distill.training.optimizers.adamw import make_optimizer
+from distill.training.optimizers.schedule import Schedule
+
+_WIDTH, _LAYERS, _VOCABULARY = 512, 2, 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A llama-like model."""
+
+    width: int
+    inner: int
+    layers: int
+    vocab_size: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of all layers, with a quarter as many keys as queries."""
+        return self.layers * (self.width * self.width * 5 // 2 + 3 * self.width * self.inner)
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Of embedding and head; models below two thousand wide have one for both."""
+        return self.width * self.vocab_size * (1 if self.width < 2048 else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All but the norms'."""
+        return self.layer_parameters + self.vocabulary_parameters
+
+
+SHAPES = tuple(
+    Shape(*sizes)
+    for sizes in (
+        (384, 1024, 8, 32_000),
+        (576, 1536, 12, 49_152),
+        (576, 1536, 30, 49_152),
+        (768, 2048, 24, 49_152),
+        (960, 2560, 32, 49_152),
+        (1024, 3072, 28, 128_256),
+        (1536, 4608, 28, 128_256),
+        (2048, 8192, 16, 128_256),
+        (2048, 8192, 24, 128_256),
+        (3072, 8192, 28, 128_256),
+        (3584, 9728, 32, 128_256),
+        (4096, 14_336, 32, 128_256),
+        (5120, 13_824, 40, 128_256),
+        (5120, 17_408, 48, 128_256),
+        (5120, 25_600, 64, 128_256),
+        (8192, 28_672, 80, 128_256),
+        (12_288, 28_672, 88, 128_256),
+        (16_384, 53_248, 126, 128_256),
+    )
+)
+"""From 20 M to 400 B parameters, near those of released models."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a teacher or to train a student."""
+
+    name: str
+    role: Literal["teacher", "student"]
+    quantization: Literal["nf4", "none"] = "none"
+    precision: str = "32-true"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+
+
+WAYS = (
+    Way("teacher in NF4", "teacher", quantization="nf4"),
+    Way("teacher in bfloat16", "teacher"),
+    Way("student, plain AdamW, 32-true", "student"),
+    Way("student, bf16-mixed, checkpointing", "student", precision="bf16-mixed", checkpointing=True),
+    Way(
+        "student, the same and adamw_8bit",
+        "student",
+        precision="bf16-mixed",
+        checkpointing=True,
+        optimizer="adamw_8bit",
+    ),
+    Way("student, bf16-true, checkpointing", "student", precision="bf16-true", checkpointing=True),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a way takes."""
+
+    base: float
+    """Bytes of a model of no size."""
+    layers: float
+    """Bytes a parameter of the layers."""
+    vocabulary: float
+    """Bytes a parameter of embedding and head."""
+
+    def bytes_of(self, shape: Shape) -> float:
+        """The forecast peak of a model."""
+        return self.base + self.layers * shape.layer_parameters + self.vocabulary * shape.vocabulary_parameters
+
+
+def largest(cost: Cost, budget: float) -> Shape | None:
+    """The model with most parameters in `budget` bytes: one of `SHAPES` with all its layers or at least half of them.
+
+    None when not even the smallest fits.
+    """
+    return max(_fitting(cost, budget), key=lambda shape: shape.parameters, default=None)
+
+
+def _fitting(cost: Cost, budget: float) -> Iterator[Shape]:
+    for shape in SHAPES:
+        rest = budget - cost.bytes_of(replace(shape, layers=0))
+        layers = min(int(rest / (cost.layers * replace(shape, layers=1).layer_parameters)), shape.layers)
+        if layers >= (shape.layers + 1) // 2:
+            yield replace(shape, layers=layers)
+
+
+def cost_of(way: Way, device: DeviceKind) -> Cost:
+    """Bytes a parameter, from the peaks of three simulations."""
+    small = Shape(_WIDTH, 1408, _LAYERS, _VOCABULARY)
+    deep, wide = Shape(_WIDTH, 1408, 2 * _LAYERS, _VOCABULARY), Shape(_WIDTH, 1408, _LAYERS, 2 * _VOCABULARY)
+    peak, deep_peak, wide_peak = (_peak(way, shape, device) for shape in (small, deep, wide))
+    layers = (deep_peak - peak) / (deep.layer_parameters - small.layer_parameters)
+    # Here embedding and head are two.
+    vocabulary = (wide_peak - peak) / (2 * _WIDTH * (wide.vocab_size - small.vocab_size))
+    base = peak - layers * small.layer_parameters - vocabulary * 2 * _WIDTH * small.vocab_size
+    return Cost(max(base, 0.0), layers, vocabulary)
+
+
+def _peak(way: Way, shape: Shape, device: DeviceKind) -> int:
+    tokens, chunk = shape.width // 4, shape.width // 16
+    with quiet():
+        if way.role == "teacher":
+            return simulate_teacher(
+                partial(_teacher, shape, way),
+                batch_size=1,
+                length=tokens,
+                vocab_size=shape.vocab_size,
+                scheme=schemes.make("varopt", threshold=0.02),
+                chunk_size=chunk,
+                device=device,
+            ).peak_bytes
+        step = StepShape(samples=1, length=tokens)
+        make = partial(_student, shape, way, chunk)
+        return simulate_step(make, step, precision=way.precision, device=device).peak_bytes
+
+
+def _model(shape: Shape, dtype: torch.dtype) -> Any:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=shape.width // 256,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _teacher(shape: Shape, way: Way) -> nn.Module:
+    model = _model(shape, torch.bfloat16)
+    if way.quantization == "nf4":
+        quantize_linears(model, "nf4", torch.bfloat16, "cpu")
+    return HuggingFaceLanguageModel(model).eval().requires_grad_(False)
+
+
+def _student(shape: Shape, way: Way, chunk: int) -> DistillationModule:
+    student = HuggingFaceLanguageModel(_model(shape, torch.bfloat16 if way.precision == "bf16-true" else torch.float32))
+    if way.checkpointing:
+        checkpoint_blocks(student)
+    return DistillationModule(
+        student,
+        vocab_size=shape.vocab_size,
+        objective=Mixture(0.0),
+        chunk_size=chunk,
+        micro_batch=1,
+        make_optimizer=partial(
+            make_optimizer, name=way.optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95)
+        ),
+        make_schedule=lambda total: Schedule("cosine", total, 0.0, 0.2, 0.1),
+        gradient_clip=1.0,
+    )
+
+
+def table(device: DeviceKind, budget: float, ways: Sequence[Way] = WAYS) -> list[dict[str, Any]]:
+    """For each way its largest model in `budget` bytes (parameters 0: none), and the bytes a parameter of layers."""
+    rows = []
+    for way in ways:
+        cost = cost_of(way, device)
+        shape = largest(cost, budget) or Shape(0, 0, 0, 0)
+        row: dict[str, Any] = {"way": way.name, "role": way.role, "parameters": shape.parameters}
+        row |= {"layers": shape.layers, "width": shape.width, "bytes_a_parameter": cost.layers}
+        rows.append(row)
+    return rows

@@ -1,0 +1,92 @@
+"""A kernel's work, and how long a card takes for it: floating-point operations and bytes moved."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+
+
+class Work(NamedTuple):
+    """What one kernel does."""
+
+    dtype: torch.dtype | None
+    """Of a matrix product's inputs; None: the kernel is none."""
+    flops: int
+    """Of matrix products; others are bound by what they move."""
+    bytes: int
+    """Read and written."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does in a second, in practice."""
+
+    flops: Mapping[torch.dtype, float]
+    """Of matrix products, by their type; one that is not here is as slow as the slowest."""
+    bytes: float
+    """Read and written by kernels that wait for nothing else."""
+    launch: float = 0.0
+    """Seconds from one kernel to the next, at least."""
+
+    def times(self, factor: float) -> Speed:
+        """A device `factor` times as fast: for one whose real step was timed, forecast seconds / measured seconds."""
+        flops = {dtype: rate * factor for dtype, rate in self.flops.items()}
+        return Speed(flops, self.bytes * factor, self.launch / factor)
+
+    def seconds(self, work: Counter[Work]) -> float:
+        """For each kernel what takes longest: computing, moving, or starting it."""
+        total, slowest = 0.0, min(self.flops.values())
+        for (dtype, flops, moved), count in work.items():
+            computing = 0.0 if dtype is None else flops / self.flops.get(dtype, slowest)
+            total += count * max(computing, moved / self.bytes, self.launch)
+        return total
+
+
+def work_of(func: Any, args: Any, kwargs: Any, made: Any) -> Work | None:
+    """A kernel's work; None for a view, which does nothing."""
+    if func.is_view or func in _FREE:
+        return None
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    results = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+    written = sum(_bytes(tensor) for tensor in results)
+    # Rows are picked out of what is given: only those are read.
+    moved = 2 * written if func in _GATHERS else sum(_bytes(tensor) for tensor in given) + written
+    flops = _flops(func, args, kwargs, made)
+    return Work(given[0].dtype if flops else None, flops, moved)
+
+
+def _flops(func: Any, args: Any, kwargs: Any, made: Any) -> int:
+    packet = func._overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    if packet.__name__ == "gemm_4bit":
+        return 2 * args[0].numel() * args[2][0]
+    if packet is aten._int_mm:
+        return 2 * args[0].numel() * args[1].shape[1]
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=made))
+    return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of what is really there: an expanded tensor repeats itself."""
+    return min(prod(tensor.shape) * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+_FREE = {
+    *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
+    *(aten.new_empty_strided.default, aten.detach.default, aten._unsafe_view.default, aten._local_scalar_dense.default),
+}
+_GATHERS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}

@@ -1,0 +1,147 @@
+"""`distill plan`: will it fit, how long does it take, how much disk; and if it does not fit, what would make it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distill.config import Experiment
+from distill.errors import UserError
+from distill.experiment_file import to_dict
+from distill.files import write_durably
+from distill.memory.calibration import find, kind_of
+from distill.memory.cards import Card, find_card, this_machine
+from distill.models.devices import pick_device
+from distill.workspace.forecast import Forecast, Forecaster
+from distill.workspace.forecasting.advice import Advice, advise, as_options
+from distill.workspace.forecasting.phases import PHASES
+
+DOES_NOT_FIT = 3
+
+
+def main(experiment: Experiment, card: str | None = None, as_json: bool = False, fit: str | None = None) -> int:
+    """Print the plan; 0: it fits, 3: it does not. `fit`: a new file for the experiment with what makes it fit.
+
+    card: a name (`rtx-3060`) or a size (`12GiB`); default: this machine's CUDA device, else its processor.
+    Raises UserError for an unknown card or model, and for a `fit` that is there already.
+    """
+    if fit is not None and Path(fit).exists():
+        raise UserError(f"--fit {fit}: is there already: choose another name, or remove it")
+    found = find_card(card) if card else this_machine(pick_device(experiment.train.accelerator).type)
+    forecaster = Forecaster(found)
+    forecast = forecaster.forecast(experiment)
+    advice = None if forecast.fits else advise(forecaster, experiment, PHASES)
+    changed = forecaster.forecast(advice.experiment) if advice and advice.fits else None
+    written = None
+    if fit is not None and (forecast.fits or changed):
+        written = _write(fit, advice.experiment if advice else experiment, advice, found)
+    if as_json:
+        print(json.dumps(_as_json(forecast, advice, changed, written), indent=2))
+    else:
+        _print(forecast, advice, changed)
+        if fit is not None:
+            print(f"\nwritten: {written}" if written else f"\n--fit {fit}: not written, for it would not fit either")
+    return 0 if forecast.fits else DOES_NOT_FIT
+
+
+def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None) -> None:
+    card = forecast.card
+    timed = "calibrated" if find(kind_of(card)).is_measured else "not calibrated: `distill doctor --calibrate`"
+    print(f"{card.name}, {forecast.limit_bytes / 1e9:.1f} GB; time {timed if not card.is_cuda else 'estimated'}\n")
+    _print_phases(forecast)
+    _print_disk(forecast)
+    for note in forecast.notes:
+        print(f"- {note}")
+    if advice is None:
+        print("\nit fits")
+        return
+    print("\nit does not fit" + (". What makes it fit:" if advice.fits else "; the levers known here do not suffice:"))
+    for step in advice.steps:
+        took = f"{step.needed_bytes / 1e9:.1f} GB in {step.phase}, time × {step.time_factor:.2f}"
+        print(f"  {as_options(step.keys)}   ({took})")
+    if changed is not None:
+        print("\nwith all of that:")
+        _print_phases(changed)
+
+
+_SHORT = {
+    "weights": "weights",
+    "quantized weights": "4-bit weights",
+    "gradients": "gradients",
+    "optimizer states": "optimiser",
+    "activations": "activations",
+    "head and loss": "head chunk",
+    "temporaries": "temporaries",
+    "buffers and batch": "buffers",
+}
+
+
+def _print_phases(forecast: Forecast) -> None:
+    print(f"{'phase':<15}{'device':>10}{'verdict':>28}{'host':>10}{'time':>12}")
+    for name, phase in forecast.phases.items():
+        spare = forecast.spare_bytes(name)
+        verdict = f"fits, {spare / 1e9:.1f} GB to spare" if spare >= 0 else f"does not fit by {-spare / 1e9:.1f} GB"
+        seconds = f"{_time(phase.seconds_each)} each" if phase.seconds is None else _time(phase.seconds)
+        print(f"{name:<15}{_gb(phase.needed_bytes):>10}{verdict:>28}{_gb(phase.host_bytes):>10}{seconds:>12}")
+        parts = {_SHORT[kind]: size for kind, size in phase.parts.items()}
+        parts |= {"context": phase.context_bytes, "fragmentation": phase.fragmentation_bytes}
+        told = [f"{kind} {size / 1e9:.2f}" for kind, size in parts.items() if size >= 5e6]
+        print("  " + ", ".join(told))
+
+
+def _print_disk(forecast: Forecast) -> None:
+    told = [f"{name} {'unknown' if size is None else _gb(size)}" for name, size in forecast.disk.items()]
+    print(f"disk: {', '.join(told)}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _as_json(
+    forecast: Forecast, advice: Advice | None, changed: Forecast | None, written: str | None
+) -> dict[str, Any]:
+    content = {"fits": forecast.fits, **_forecast(forecast), "changes": [], "written": written}
+    if advice is not None:
+        content |= {"changes": [asdict(step) for step in advice.steps], "changes_suffice": advice.fits}
+    if changed is not None:
+        content["with_changes"] = _forecast(changed)
+    return content
+
+
+def _forecast(forecast: Forecast) -> dict[str, Any]:
+    phases = {
+        name: {**asdict(phase), "needed_bytes": phase.needed_bytes, "spare_bytes": forecast.spare_bytes(name)}
+        for name, phase in forecast.phases.items()
+    }
+    return {
+        "card": asdict(forecast.card),
+        "limit_bytes": forecast.limit_bytes,
+        "phases": phases,
+        "disk": forecast.disk,
+        "notes": forecast.notes,
+    }
+
+
+def _write(path: str, experiment: Experiment, advice: Advice | None, card: Card) -> str:
+    """All keys with their values, so that the file says what it does. Raises UserError when it cannot be written."""
+    import yaml
+
+    changes = as_options(advice.changes) if advice else "nothing had to change"
+    head = f"# Made by `distill plan --fit` for {card.name}: {changes}\n"
+    text = head + yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True, width=1000)
+    try:
+        write_durably(Path(path), text.encode())
+    except OSError as error:
+        raise UserError(f"--fit {path}: cannot be written ({error.strerror}): choose another place") from None
+    return path

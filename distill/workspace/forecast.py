@@ -1,0 +1,223 @@
+"""Whether an experiment fits a card, how long it takes and what it leaves on disk, before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from distill.config import Experiment
+from distill.errors import UserError
+from distill.memory.cards import GIB, Card, this_machine
+from distill.models.devices import pick_device
+from distill.workspace.forecasting.phases import PHASES, Part, Phase, Simulator
+from distill.workspace.forecasting.sizes import Amount, amount_of, bytes_a_token, cache_bytes, moment_bytes
+from distill.workspace.training import roles
+
+CONTEXT_BYTES = int(0.6 * GIB)
+"""What a process takes of a card beside torch's allocator: the CUDA context and the loaded kernels of torch, cuBLAS and
+bitsandbytes, 0.3 to 0.6 GiB depending on card and driver (`nvidia-smi` less `torch.cuda.memory_reserved`)."""
+DRIVER_BYTES = int(0.25 * GIB)
+"""What a driver keeps of the memory that is printed on the box: a 12 GiB card offers 11.75 GiB. A card of this machine
+says itself what it has."""
+FRAGMENTATION = 0.05
+"""Share of the peak that the allocator holds without using it: it takes memory in blocks of 2 MiB (20 MiB from 1 MiB
+up), and freed pieces do not always suit what comes next. Five per cent is usual where all steps have one shape."""
+LIBRARIES_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.9 * GIB)}
+"""Resident memory of a process that has imported everything, and on CUDA has begun to use it."""
+WORKER_BYTES = int(0.4 * GIB)
+"""Of a process that reads the cache (`train.num_workers`)."""
+LARGEST_TENSORS_BYTES = 2 * GIB
+"""Host memory while a checkpoint is read tensor by tensor to a device: the largest tensor, twice, is below that."""
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """What one phase takes."""
+
+    phase: Phase
+    peak_bytes: int
+    """Largest number of bytes in use on the device at one time."""
+    parts: dict[str, int]
+    """What the peak is made of; they sum to it."""
+    context_bytes: int
+    """Driver, CUDA context and libraries on the device."""
+    fragmentation_bytes: int
+    host_bytes: int
+    """Host memory, roughly. On a CPU it is `needed_bytes`."""
+    seconds: float | None
+    """None: the amount of text is not known."""
+    seconds_each: float
+    """Of a batch, or of an optimiser step."""
+    count: int | None
+    """Batches, or optimiser steps of all trainings."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the device, all in all."""
+        return self.peak_bytes + self.context_bytes + self.fragmentation_bytes
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an experiment takes on a card."""
+
+    card: Card
+    limit_bytes: int
+    """Device memory that may be used."""
+    phases: dict[Phase, PhaseForecast]
+    disk: dict[str, int | None]
+    """Bytes of `cache`, `checkpoints` and `student`; None: the amount of text is not known."""
+    notes: list[str] = field(default_factory=list)
+    """What was assumed."""
+
+    def spare_bytes(self, phase: Phase) -> int:
+        """What is left on the device at the phase's peak; below 0: it does not fit."""
+        return self.limit_bytes - self.phases[phase].needed_bytes
+
+    @property
+    def fits(self) -> bool:
+        return all(self.spare_bytes(phase) >= 0 for phase in self.phases)
+
+
+class Forecaster:
+    """Forecasts experiments, and changed ones, on one card."""
+
+    def __init__(self, card: Card, limit_bytes: int | None = None) -> None:
+        """`limit_bytes`: use no more of the card's memory; default: all of it."""
+        self.card, self.simulator = card, Simulator(card)
+        self.limit_bytes = min(limit_bytes or card.memory_bytes, card.memory_bytes)
+
+    def forecast(self, experiment: Experiment, phases: tuple[Phase, ...] = PHASES) -> Forecast:
+        """The forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
+        notes: list[str] = []
+        found = {phase: self.simulator.parts(experiment, phase, notes) for phase in phases}
+        amount = amount_of(experiment, notes)
+        made = {phase: self._phase(experiment, phase, parts, amount) for phase, parts in found.items()}
+        disk = self._disk(experiment, found, amount, notes)
+        if experiment.evaluate.tasks or experiment.evaluate.cost or experiment.evaluate.texts:
+            notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
+        if experiment.train.strategy == "fsdp":
+            notes.append("train.strategy fsdp: forecast as if each device had the whole student")
+        return Forecast(self.card, self.limit_bytes, made, disk, notes)
+
+    def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
+        """Device memory that a phase needs."""
+        peak = max(part.simulation.peak_bytes for part in self.simulator.parts(experiment, phase, []))
+        return peak + round(FRAGMENTATION * peak) + self._context_bytes()
+
+    def _context_bytes(self) -> int:
+        if not self.card.is_cuda:
+            return LIBRARIES_BYTES["cpu"]
+        return CONTEXT_BYTES if _is_here(self.card) else CONTEXT_BYTES + DRIVER_BYTES
+
+    def _phase(self, experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount) -> PhaseForecast:
+        peak = max((part.simulation for part in parts), key=lambda simulation: simulation.peak_bytes)
+        seconds, each, count = _time(experiment, phase, parts, amount)
+        needed = peak.peak_bytes + round(FRAGMENTATION * peak.peak_bytes) + self._context_bytes()
+        return PhaseForecast(
+            phase=phase,
+            peak_bytes=peak.peak_bytes,
+            parts={kind: size for kind, size in peak.parts.items() if size},
+            context_bytes=self._context_bytes(),
+            fragmentation_bytes=round(FRAGMENTATION * peak.peak_bytes),
+            host_bytes=_host_bytes(experiment, phase, parts) if self.card.is_cuda else needed,
+            seconds=seconds,
+            seconds_each=each,
+            count=count,
+        )
+
+    def _disk(
+        self, experiment: Experiment, found: dict[Phase, list[Part]], amount: Amount, notes: list[str]
+    ) -> dict[str, int | None]:
+        disk: dict[str, int | None] = {}
+        if "cache-teacher" in found:
+            each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), notes)
+            disk["cache"] = cache_bytes(experiment, each, amount.cached)
+        if "train-student" in found:
+            sizes, train = found["train-student"][0].sizes, experiment.train
+            trained = sizes["trained_bytes"]
+            moments = moment_bytes(experiment, sizes["trained_parameters"], trained)
+            whole = train.keep_checkpoints + 1  # one more while it is written
+            count = len(roles(experiment))
+            disk["checkpoints"] = count * (whole * (trained + moments) + trained)  # and the best weights
+            disk["student"] = count * _student_bytes(experiment, sizes)
+        return disk
+
+
+def refuse_what_cannot_fit(
+    experiment: Experiment, phase: Phase, memory_limit: int | None = None
+) -> PhaseForecast | None:
+    """The forecast of a phase on this machine's device; None where it is a CPU and no limit (bytes) is given.
+
+    Raises UserError when it does not fit, with the change that makes it fit. No weight has been loaded by then.
+    """
+    from distill.workspace.forecasting.advice import advise, as_options
+
+    device = pick_device(experiment.train.accelerator).type
+    if (device != "cuda" and memory_limit is None) or device == "mps":
+        return None
+    forecaster = Forecaster(this_machine(device), memory_limit)
+    forecast = forecaster.forecast(experiment, (phase,))
+    if forecast.fits:
+        return forecast.phases[phase]
+    advice = advise(forecaster, experiment, (phase,))
+    options = as_options(advice.changes)
+    remedy = f"give {options}" if advice.fits else "no change known here makes it fit: take smaller models"
+    raise UserError(
+        f"{phase}: needs {forecast.phases[phase].needed_bytes / 1e9:.1f} GB of {forecaster.card.name}'s "
+        f"{forecaster.limit_bytes / 1e9:.1f} GB: {remedy} (`distill plan` shows more)"
+    )
+
+
+def _is_here(card: Card) -> bool:
+    return card.is_cuda and torch.cuda.is_available() and card == this_machine()
+
+
+def _time(
+    experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount
+) -> tuple[float | None, float, int | None]:
+    """Seconds of a phase, of one of its batches or steps, and their number."""
+    train = experiment.train
+    if phase == "cache-teacher":
+        processes = experiment.cache.devices * experiment.cache.num_nodes
+        count = None if amount.cached is None else -(-amount.cached // (experiment.cache.batch_size * processes))
+        each = parts[0].seconds
+    elif phase == "evaluate":
+        batches = None if amount.evaluated is None else -(-amount.evaluated // experiment.evaluate.batch_size)
+        models = 1 + len(roles(experiment))  # before its training too
+        each = parts[0].seconds + models * parts[1].seconds
+        count = batches
+    else:
+        step = train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
+        steps = None if amount.train is None else max(1, amount.train * train.epochs // step)
+        if train.max_steps is not None:
+            steps = train.max_steps if steps is None else min(steps, train.max_steps)
+        each = parts[0].seconds
+        if steps is not None:
+            # A held-out sample is read forward alone, about a third of a training sample's work.
+            measured = (steps // train.validate_every_steps + 1) * amount.held_out / step / 3
+            return len(roles(experiment)) * (steps + measured) * each, each, len(roles(experiment)) * steps
+        count = None
+    return None if count is None else count * each, each, count
+
+
+def _host_bytes(experiment: Experiment, phase: Phase, parts: list[Part]) -> int:
+    """Beside a CUDA device."""
+    base = LIBRARIES_BYTES["cuda"]
+    if phase == "train-student":
+        sizes = parts[0].sizes
+        # The student is made in host memory, all of it, before it moves: in float32, but for a frozen base.
+        made = sizes["bytes"] if sizes["trained_parameters"] < sizes["parameters"] else 4 * sizes["parameters"]
+        return base + made + WORKER_BYTES * experiment.train.num_workers
+    if phase == "evaluate":
+        return base + max(LARGEST_TENSORS_BYTES, 4 * parts[1].sizes["parameters"])
+    return base + LARGEST_TENSORS_BYTES
+
+
+def _student_bytes(experiment: Experiment, sizes: dict[str, int]) -> int:
+    """Of the finished folder: the weights as they were trained; adapters merged into all weights."""
+    if sizes["trained_parameters"] == sizes["parameters"]:
+        return sizes["bytes"]
+    each = 4 if experiment.student.options.get("export_dtype", "float32") == "float32" else 2
+    return each * (sizes["parameters"] + sizes["packed_parameters"])

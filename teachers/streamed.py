@@ -1,0 +1,247 @@
+"""A frozen teacher larger than the card: its layers pass through one buffer, read from disk once a batch.
+
+Shapes: B batch, L sequence length, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.checkpoints import Checkpoint, load_config, resolve
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.quantization import Quantization, is_quantized
+from distill.models.tensors import tensors
+from teachers.huggingface import resolve_dtype
+from teachers.streamed_turns import Turns
+from teachers.streamed_weights import Layer, LayerStream, Reading, Source, place, readings, types_as_loaded
+
+
+def load_streamed_teacher(
+    model: str,
+    quantization: Quantization = "none",
+    compute_dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    micro_batch: int | None = None,
+    keep_layers: int = 0,
+) -> StreamedTeacher:
+    """The frozen teacher with embeddings, last norm, head and its first `keep_layers` layers on `device`.
+
+    Every batch reads the other layers once; `micro_batch` samples at a time go through a layer (None: the whole batch),
+    so that batches can be large where activations must be small. Raises ValueError for what cannot be streamed.
+    """
+    _check_options(quantization, micro_batch)
+    checkpoint = resolve(model, revision, trust_remote_code)
+    if checkpoint.gguf_file is not None:
+        raise ValueError(f"{model}: a GGUF file is dequantised as a whole; streaming reads folders of safetensors")
+    if is_quantized(checkpoint, trust_remote_code):
+        raise ValueError(f"{model} is quantized already: streaming reads weights as they are; use class huggingface")
+    dtype = resolve_dtype(compute_dtype, device)
+    empty = _without_weights(checkpoint, dtype, trust_remote_code)
+    with quiet():
+        teacher = StreamedTeacher(empty, dtype, tensors(checkpoint), device, model, micro_batch, keep_layers)
+    teacher.check()
+    return teacher
+
+
+def shape_of_streamed(
+    model: str,
+    quantization: Quantization = "none",
+    compute_dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    micro_batch: int | None = None,
+    keep_layers: int = 0,
+) -> StreamedTeacher:
+    """What `load_streamed_teacher` puts on a CUDA device, with weights of any value: a forecast runs it.
+
+    Of the checkpoint its configuration alone is read. The next layer, which waits in the host's memory, is not there;
+    micro-batches run one after the other.
+    """
+    _check_options(quantization, micro_batch)
+    dtype = resolve_dtype(compute_dtype, device)
+    empty = _without_weights(resolve(model, revision, trust_remote_code), dtype, trust_remote_code)
+    return StreamedTeacher(empty, dtype, None, device, model, micro_batch, keep_layers)
+
+
+def _check_options(quantization: str, micro_batch: int | None) -> None:
+    if quantization != "none":
+        raise ValueError(
+            f"streamed weights are exact: quantization {quantization} would save reading, but needs packed copies on "
+            "disk, which are not offered; set quantization to 'none'"
+        )
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}: give a number of samples from 1 up, or leave it out")
+
+
+def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The `transformers` model: parameters without memory, but buffers (rotary frequencies) with their values."""
+    import accelerate
+    import transformers
+
+    config = load_config(checkpoint, trust_remote_code)
+    with quiet(), accelerate.init_empty_weights(include_buffers=False):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+class StreamedTeacher(HuggingFaceLanguageModel):
+    """A `transformers` model whose own forward runs, and whose layers have weights only while it is their turn."""
+
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        source: Source | None,
+        device: str = "cpu",
+        name: str = "the checkpoint",
+        micro_batch: int | None = None,
+        keep_layers: int = 0,
+    ) -> None:
+        """`model` without weights; `source` has its checkpoint's tensors (None: weights of any value, never read)."""
+        super().__init__(model)
+        layers = decoder_layers(model)
+        if not 0 <= keep_layers <= len(layers):
+            raise ValueError(f"keep_layers is {keep_layers}: {name} has {len(layers)} layers")
+        self._name, self._source, self._micro_batch = name, source, micro_batch
+        self._turns: Turns | None = None
+        self._prefixes = {index: prefix for index, prefix in enumerate(layers) if index >= keep_layers}
+        types = types_as_loaded(model, dtype)
+        weights = {name: tensor.to("meta", types[name]) for name, tensor in model.state_dict().items()}
+        self._readings: dict[int | None, list[Reading]] = {}
+        for reading in readings(model, [] if source is None else source.names()):
+            self._readings.setdefault(self._layer_of(reading.makes[0]), []).append(reading)
+        streamed: dict[int, Layer] = {}
+        for index, prefix in self._prefixes.items():
+            own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+            streamed[index] = Layer(model.get_submodule(prefix.rstrip(".")), own)
+            streamed[index].take(own)
+            streamed[index].module.register_forward_pre_hook(partial(self._enter, index))
+        self._stream = LayerStream(streamed, torch.device(device), None if source is None else self._fill)
+        self._load_rest({name: weight for name, weight in weights.items() if self._layer_of(name) is None}, device)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        """Hidden states `[B, L, D]` behind the last norm; raises what reading a layer raises."""
+        ids, positions = (x.split(self._micro_batch or max(len(x), 1)) for x in (input_ids_BL, position_ids_BL))
+        try:
+            if len(ids) == 1:
+                return super().body(input_ids_BL, position_ids_BL)
+            parts: list[Any] = [None] * len(ids)
+
+            def run(index: int) -> None:
+                parts[index] = super(StreamedTeacher, self).body(ids[index], positions[index])
+
+            if self._source is None:
+                for index in range(len(ids)):
+                    run(index)
+            else:
+                self._turns = Turns(len(ids), input_ids_BL.device)
+                self._turns.run(run)
+            return torch.cat(parts)
+        finally:
+            self._turns = None
+            self._stream.release()
+
+    def check(self) -> None:
+        """As of any model, on hidden states of any value: what the family makes of them needs no layer."""
+        base, weight = getattr(self.model, self._base_name), self.model.get_output_embeddings().weight
+        hidden_BLD = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        base.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden_BLD.to(weight))
+        try:
+            super().check()
+        finally:
+            del base.forward
+
+    def _enter(self, index: int, module: nn.Module, args: Any) -> None:
+        """Before a layer runs: the other micro-batches come as far as this first."""
+        if self._turns is not None:
+            self._turns.pause()
+        self._stream.hold(index)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Torch's way to every cast and move: what has no memory stays without, and no type changes."""
+        self._stream.release()
+        here = self.model.get_input_embeddings().weight
+        if fn(here.new_empty(0)).dtype != here.dtype:
+            raise ValueError("a streamed teacher keeps the type it was made with: set compute_dtype")
+        super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
+        self._stream.move(self.model.get_input_embeddings().weight.device)
+        return self
+
+    def _layer_of(self, name: str) -> int | None:
+        """The streamed layer that a tensor of the model belongs to."""
+        return next((index for index, prefix in self._prefixes.items() if name.startswith(prefix)), None)
+
+    def _load_rest(self, weights: Mapping[str, Tensor], device: str) -> None:
+        """Everything outside the streamed layers, for good."""
+        made = {name for group in self._readings.values() for reading in group for name in reading.makes}
+        missing = set() if self._source is None else set(self.model.state_dict()) - made
+        present = {
+            name: torch.empty_like(weight, device=device) for name, weight in weights.items() if name not in missing
+        }
+        if self._source is not None:
+            self._read(None, present)
+        for name, tensor in present.items():
+            place(self.model, name, tensor)
+        if self._source is None:
+            self.model.tie_weights()
+        else:  # the head that the checkpoint leaves out is the embedding, or the other way round
+            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self._name)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
+
+    def _fill(self, index: int, empty: dict[str, Tensor]) -> None:
+        prefix = self._prefixes[index]
+        self._read(index, {prefix + name: tensor for name, tensor in empty.items()})
+
+    @torch.no_grad()
+    def _read(self, index: int | None, empty: Mapping[str, Tensor]) -> None:
+        """Read tensors by their names in the model into `empty`, all of it, cast to its types."""
+        assert self._source is not None
+        missing = set(empty)
+        for reading in self._readings.get(index, []):
+            for name, tensor in reading.tensors(self._source, self.model):
+                if tensor.shape != empty[name].shape:
+                    complain_about_missing({"missing_keys": [], "mismatched_keys": [name]}, self._name)
+                empty[name].copy_(tensor)
+                del tensor  # before the next is read
+                missing.discard(name)
+        complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self._name)
+
+
+def decoder_layers(model: Any) -> list[str]:
+    """Prefixes (`model.layers.0.`) of the names of a model's layers: of all lists of modules, the one that holds most.
+
+    Raises ValueError when there is none.
+    """
+    sizes = {
+        name: sum(parameter.nbytes for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not sizes:
+        raise ValueError(f"{type(model).__name__} keeps its layers in no nn.ModuleList: it cannot be streamed")
+    name = max(sizes, key=lambda name: sizes[name])
+    return [f"{name}.{index}." for index in range(len(model.get_submodule(name)))]
+
+
+class _Hidden(SimpleNamespace):
+    """What a base model returns; whatever else a family asks of it is not there."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.last_hidden_state,)[index]

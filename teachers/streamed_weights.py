@@ -1,0 +1,225 @@
+"""The weights of a model's layers, one layer at a time in a buffer that is used again, the next one read ahead."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 512  # bytes: where CUDA's allocator would put a tensor of its own
+
+
+class Source(Protocol):
+    """Tensors by name, read when asked for: `distill.models.tensors`."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass
+class Reading:
+    """How transformers makes tensors of a model from tensors of its checkpoint, by its own tables.
+
+    Mostly one of one, under another name at most; a mixture's experts, stored one by one, become one tensor.
+    """
+
+    makes: list[str]
+    """Names in the model; transformers names a conversion by the first."""
+    stored: list[tuple[str, str]] = field(default_factory=list)
+    """Pattern that transformers knows it by, and name in the checkpoint."""
+    converter: Any = None
+
+    def tensors(self, source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by their names in the model, in the type they are stored in."""
+        if self.converter is None:
+            yield self.makes[0], source.read(self.stored[0][1])
+            return
+        converter = copy.deepcopy(self.converter)
+        for pattern, name in self.stored:
+            converter.add_tensor(self.makes[0], name, pattern, partial(source.read, name))
+        for name, made in converter.convert(self.makes[0], model=model, config=model.config).items():
+            yield name, made[0] if isinstance(made, list) else made
+
+
+def readings(model: Any, stored: Iterable[str]) -> list[Reading]:
+    """How every tensor of `model` (on the meta device) is read; what is stored and has no place in it is left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, Reading] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        made, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if made not in expected and name in expected:  # renamed by a rule that was not meant for it
+            made, pattern = name, None
+        if made not in expected:
+            continue
+        converter = None if pattern is None else by_pattern[pattern]
+        makes = [made]
+        if converter is not None:
+            targets = converter.target_patterns
+            makes = [made.replace(targets[0], target) for target in targets]
+        found.setdefault(made, Reading(makes, converter=converter)).stored.append((pattern or name, name))
+    return list(found.values())
+
+
+def types_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type of each tensor of `model` when transformers loads it in `dtype`: some families keep a few in float32."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for pattern, wider in model._get_dtype_plan(dtype).items():
+        search = build_glob_alternation([pattern])[0].search
+        types.update({name: wider for name in types if search(name)})
+    return types
+
+
+@dataclass
+class Layer:
+    """A layer whose tensors come and go; without them they are on the meta device."""
+
+    module: nn.Module
+    empty: dict[str, Tensor]
+    """Its weights by their names within it, without memory, in the type they are to have."""
+
+    def __post_init__(self) -> None:
+        self._places: dict[str, int] = {}
+        self.nbytes = 0
+        for name, tensor in self.empty.items():
+            self._places[name] = self.nbytes
+            self.nbytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The tensors in a buffer of bytes."""
+        return {
+            name: buffer[start : start + prod(tensor.shape) * tensor.itemsize].view(tensor.dtype).view(tensor.shape)
+            for start, (name, tensor) in zip(self._places.values(), self.empty.items(), strict=True)
+        }
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute with these from now on."""
+        for name, tensor in tensors.items():
+            place(self.module, name, tensor)
+
+
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a frozen tensor where a module has the parameter or buffer `name`."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+class LayerStream:
+    """One layer at a time has its weights on the device, in one buffer; the next layer's are read on the host.
+
+    A background thread reads. On a CUDA device the host's buffer is pinned and copied over without waiting; on the
+    host itself the two buffers change places.
+    """
+
+    _buffer: Tensor | None  # on the device
+    _host: Tensor | None
+    _ahead: tuple[int, Future[None]] | None  # the layer that is in the host's buffer, or on its way there
+    _copied: Any  # CUDA event: the host's buffer may be written again
+
+    def __init__(
+        self,
+        layers: Mapping[int, Layer],
+        device: torch.device,
+        fill: Callable[[int, dict[str, Tensor]], None] | None,
+    ) -> None:
+        """`layers` in the order they run; `fill(index, tensors)` reads a layer's weights into its tensors.
+
+        Without `fill` nothing is read and one buffer stands for all that the device holds: for a forecast.
+        """
+        self._layers, self._fill = dict(layers), fill
+        self._settle(device)
+        order = list(self._layers)
+        self._after = dict(zip(order, order[1:] + order[:1], strict=True))
+        self._size = max((layer.nbytes for layer in self._layers.values()), default=0)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers")
+        self._holds: int | None = None  # the layer whose weights are in `_buffer`
+        if fill is None and order:
+            self.hold(order[0])  # so that whoever asks what the weights are finds the buffer among them
+
+    def hold(self, index: int) -> None:
+        """Give a layer its weights, which the layer before it loses. Raises what reading raises."""
+        if self._holds == index:
+            return
+        self.release()
+        self._allocate()
+        assert self._buffer is not None
+        if self._fill is not None:
+            self._read(index)
+            self._over(self._layers[index].nbytes)
+        self._layers[index].take(self._layers[index].views(self._buffer))
+        self._holds = index
+        if self._fill is not None:
+            following = self._after[index]
+            self._ahead = following, self._thread.submit(self._read_now, following)
+
+    def release(self) -> None:
+        """Take the weights away from the layer that has them."""
+        if self._holds is not None:
+            held = self._layers[self._holds]
+            self._holds = None
+            held.take(held.empty)
+
+    def move(self, device: torch.device) -> None:
+        """Go on on another device; the buffers are made when they are needed."""
+        self.release()
+        if device != self._device:
+            if self._ahead is not None:
+                self._ahead[1].exception()  # waits; the thread writes into the buffer
+            self._settle(device)
+
+    def _settle(self, device: torch.device) -> None:
+        self._device = device
+        self._changes_places = device.type == "cpu"  # the two buffers, which lie in the same memory
+        self._buffer = self._host = self._ahead = self._copied = None
+
+    def _allocate(self) -> None:
+        if self._buffer is None:
+            self._buffer = torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        if self._host is None and self._fill is not None:
+            pinned = self._device.type == "cuda"
+            self._host = torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned)
+
+    def _read(self, index: int) -> None:
+        """The host's buffer holds this layer, read ahead or now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != index:
+            ahead = index, self._thread.submit(self._read_now, index)  # behind a reading that nobody wants any more
+        ahead[1].result()
+
+    def _read_now(self, index: int) -> None:
+        assert self._host is not None and self._fill is not None
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._fill(index, self._layers[index].views(self._host))
+
+    def _over(self, nbytes: int) -> None:
+        """From the host to the device."""
+        assert self._buffer is not None and self._host is not None
+        if self._changes_places:
+            self._buffer, self._host = self._host, self._buffer
+            return
+        # Ordered on the device's stream behind the layer that was computed from the same buffer.
+        self._buffer[:nbytes].copy_(self._host[:nbytes], non_blocking=self._device.type == "cuda")
+        if self._device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(self._device))

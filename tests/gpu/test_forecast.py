@@ -1,0 +1,96 @@
+"""The forecast for a CUDA device against its allocator's own counter: within 5 percent, with every lever."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.cache.predict import TeacherModule
+from distill.memory.step import StepShape, make_batch, run_steps, simulate_step
+from distill.memory.teacher import make_batch as make_teacher_batch
+from distill.memory.teacher import simulate_teacher
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
+]
+
+SHAPE = StepShape(samples=8, length=512)
+"""More than a CPU's: the device's own overhead is not what is forecast."""
+LEVERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "checkpointing": {"checkpointing": True},
+    "accumulation": {"accumulate": 4},
+    "float32": {"precision": "32-true"},
+    "float16": {"precision": "16-mixed"},
+    "8 bits": {"optimizer": "adamw_8bit", "checkpointing": True},
+    "paged": {"optimizer": "paged_adamw_8bit", "checkpointing": True},
+    "offloaded": {"offload": True, "checkpointing": True},
+    "packed": {"documents": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    """tests/benchmarks/forecast_accuracy.py, whose students these are."""
+    path = Path(__file__).parents[1] / "benchmarks" / "forecast_accuracy.py"
+    spec = importlib.util.spec_from_file_location("forecast_accuracy", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def peak_on_the_card(run: Any) -> int:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("lever", LEVERS)
+@pytest.mark.parametrize("student", ["llama", "gpt2", "compact", "lora", "lora on nf4"])
+def test_a_step_takes_what_was_forecast(benchmark: Any, student: str, lever: str) -> None:
+    changes = dict(LEVERS[lever])
+    shape = replace(SHAPE, documents=changes.pop("documents", 1))
+    if student == "gpt2":
+        shape = replace(shape, length=256)  # all that it reads
+    levers = replace(benchmark.Levers(), **changes)
+
+    def make_module() -> Any:
+        return benchmark.make_module(student, levers, samples=shape.samples)
+
+    forecast = simulate_step(make_module, shape, precision=levers.precision, device="cuda").peak_bytes
+    batch = make_batch(shape, benchmark.VOCABULARY)
+    measured = peak_on_the_card(lambda: run_steps(make_module(), batch, levers.precision, accelerator="cuda"))
+    assert forecast == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_teacher_takes_what_was_forecast(benchmark: Any, quantization: str) -> None:
+    sizes = {"batch_size": 8, "length": 512}
+    forecast = simulate_teacher(
+        lambda: benchmark.teacher(quantization),
+        **sizes,
+        vocab_size=benchmark.TEACHER_VOCABULARY,
+        scheme=benchmark.SCHEME,
+        device="cuda",
+    ).peak_bytes
+
+    def run() -> None:
+        module = TeacherModule(
+            benchmark.teacher(quantization).to("cuda"), benchmark.TEACHER_VOCABULARY, benchmark.SCHEME, seed=0
+        )
+        batch = make_teacher_batch(**sizes, vocab_size=benchmark.TEACHER_VOCABULARY)
+        module.predict_step({name: tensor.to("cuda") for name, tensor in batch.items()}, 0)
+
+    assert forecast == pytest.approx(peak_on_the_card(run), rel=0.05)

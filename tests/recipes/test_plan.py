@@ -1,0 +1,127 @@
+"""`distill plan`: its verdict is its exit status, its advice makes it fit, and an 8B model needs little to plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Experiment
+from distill.errors import UserError
+from distill.experiment_file import load_experiment
+from distill.memory.cards import find_card
+from distill.recipes import plan
+from distill.workspace.forecast import Forecaster
+from distill.workspace.forecasting.advice import apply
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def experiment(world: Any, tmp_path: Path) -> Experiment:
+    return load_experiment(
+        world.write(
+            tmp_path / "experiment.yaml",
+            corpus={"sequence_length": 256},
+            student={"class_path": "compact", "options": {"hidden_size": 64, "heads": 4}},
+            train={"batch_size": 8},
+            evaluate={"batch_size": 1},
+            cache={"batch_size": 1, "chunk_size": 16},
+            loss={"chunk_size": 64},
+        ),
+        [],
+    )
+
+
+@pytest.fixture
+def small_card(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A card on which the experiment's step fits in two passes alone."""
+    card = find_card("12GiB")
+    halved = apply(experiment, {"train.batch_size": 2, "train.accumulate_grad_batches": 4})
+    needed = Forecaster(card).needed_bytes(halved, "train-student")
+    monkeypatch.setattr(plan, "find_card", lambda name: replace(card, name=name, memory_bytes=needed))
+    return "small"
+
+
+def test_what_fits_is_status_0_and_a_table(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(experiment, "rtx-3060") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("RTX 3060, 12.9 GB")
+    assert all(word in out for word in ("cache-teacher", "train-student", "evaluate", "to spare", "disk: cache"))
+    assert out.endswith("it fits\n")
+
+
+def test_json_says_everything(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(experiment, "8GiB", as_json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["changes"] == [] and found["card"]["memory_bytes"] == 8 * 2**30
+    phase = found["phases"]["train-student"]
+    assert sum(phase["parts"].values()) == phase["peak_bytes"] < phase["needed_bytes"]
+    assert phase["spare_bytes"] == found["limit_bytes"] - phase["needed_bytes"]
+    assert set(found["disk"]) == {"cache", "checkpoints", "student"}
+
+
+def test_the_advice_is_followed_and_it_fits(
+    experiment: Experiment, small_card: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "fitting.yaml")
+    assert plan.main(experiment, small_card, fit=file) == plan.DOES_NOT_FIT == 3
+    out = capsys.readouterr().out
+    assert "does not fit by" in out and "--train.batch_size 2 --train.accumulate_grad_batches 4" in out
+    changed = load_experiment(file, [])
+    assert (changed.train.batch_size, changed.train.accumulate_grad_batches) == (2, 4)
+    assert changed == apply(experiment, {"train.batch_size": 2, "train.accumulate_grad_batches": 4})
+    assert plan.main(changed, small_card) == 0
+
+
+def test_what_cannot_be_made_to_fit_is_not_written(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = replace(find_card("12GiB"), memory_bytes=2**20, is_cuda=False)
+    monkeypatch.setattr(plan, "find_card", lambda name: tiny)
+    short = apply(experiment, {"corpus.sequence_length": 32, "train.batch_size": 1, "loss.chunk_size": 32})
+    assert plan.main(short, "tiny", fit=str(tmp_path / "never.yaml")) == 3
+    assert "do not suffice" in capsys.readouterr().out
+    assert not (tmp_path / "never.yaml").exists()
+
+
+def test_no_file_is_written_over(experiment: Experiment, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("mine")
+    with pytest.raises(UserError, match="there already"):
+        plan.main(experiment, "12GiB", fit=str(file))
+    assert file.read_text() == "mine"
+
+
+def test_an_unknown_card_is_refused(experiment: Experiment) -> None:
+    with pytest.raises(UserError, match="rtx-3061"):
+        plan.main(experiment, "rtx-3061")
+
+
+def test_an_8b_teacher_is_planned_in_little_memory() -> None:
+    """On a laptop: under 2 GB. The time is printed, for machines differ."""
+    script = (
+        "import json, resource, time, torch; torch.set_num_threads(1); begun = time.monotonic()\n"
+        "from distill.experiment_file import load_experiment; from distill.recipes import plan\n"
+        "status = plan.main(load_experiment('configs/llama-8b-to-1b-12gb.yaml', []), 'rtx-3060')\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(json.dumps([status, peak * 1024, time.monotonic() - begun]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    status, peak, seconds = json.loads(done.stdout.splitlines()[-1])
+    print(f"{peak / 1e9:.2f} GB, {seconds:.0f} s")
+    assert status == 0
+    assert peak < 2e9

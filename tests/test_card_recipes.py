@@ -1,0 +1,38 @@
+"""Every experiment file whose name ends in a card's size fits on such a card with 0.7 GB to spare."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from distill.experiment_file import load_experiment
+from distill.memory.cards import find_card
+from distill.workspace.forecast import Forecaster
+from distill.workspace.forecasting.phases import PHASES
+
+FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*-*gb.yaml"))
+SPARE = 0.7e9
+
+
+@pytest.fixture(scope="module")
+def forecaster() -> Forecaster:
+    """One for all cards: what is used does not depend on how much there is, and what two files share is made once."""
+    return Forecaster(find_card("24GiB"))
+
+
+def test_there_is_one_for_each_size() -> None:
+    assert {file.stem.rpartition("-")[2] for file in FILES} == {"6gb", "8gb", "12gb", "16gb", "24gb"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_file_for_a_card_fits_it(file: Path, forecaster: Forecaster, one_thread: None) -> None:
+    began = time.monotonic()
+    card = find_card(file.stem.rpartition("-")[2])
+    experiment = load_experiment(str(file), [])
+    for phase in PHASES:
+        needed = forecaster.needed_bytes(experiment, phase)
+        print(f"{phase}: {needed / 1e9:.2f} GB, {(card.memory_bytes - needed) / 1e9:.2f} GB to spare")
+        assert card.memory_bytes - needed >= SPARE, phase
+    print(f"{time.monotonic() - began:.0f} s")
