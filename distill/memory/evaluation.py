@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.evaluation.breakdown import Fidelity, Likelihood
 from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
+from distill.memory.blocks import alike_once
 from distill.memory.fake import without_memory
 from distill.memory.kernels import DeviceKind
 from distill.memory.simulation import Simulation, tag_model
@@ -45,7 +46,8 @@ def simulate_likelihood(
             teacher: Any = make_teacher()
             tag_model(tracker, teacher)
             tracker.forget()
-            states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
+            with alike_once(teacher, tracker):
+                states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
             tracker.tag([states.head.weight_VD], "weights")
             teacher_likelihood(states, samples, batch_size, chunk_size, _CPU)
             peak = tracker.peak()
@@ -77,7 +79,8 @@ def simulate_fidelity(
                 hidden_ND = torch.empty(batch_size * length, teacher_hidden_size, dtype=teacher_dtype)
             tracker.forget()
             states = TeacherStates([hidden_ND], head)
-            student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None)
+            with alike_once(student, tracker):
+                student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None)
             peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
 

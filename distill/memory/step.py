@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.cache.batches import Batch, HiddenTargets
+from distill.memory.blocks import AlikeBlocks, NotAlike, alike_once
 from distill.memory.fake import without_memory
 from distill.memory.kernels import DeviceKind
 from distill.memory.simulation import Simulation, all_tensors, tag_model
@@ -25,6 +26,7 @@ from distill.memory.work import Work
 from distill.targets.sparse import SparseTargets
 from distill.training import module as training_module
 from distill.training.module import DistillationModule
+from distill.training.optimizers.step_in_backward import StepInBackward
 from distill.training.trainer import make_trainer
 
 STEPS = 2
@@ -53,23 +55,32 @@ def simulate_step(
     *,
     precision: str = "32-true",
     device: DeviceKind = "cpu",
+    alike_blocks_once: bool = True,
 ) -> Simulation:
     """Memory and work of a step of what `make_module` makes, without memory for it.
 
     `make_module` builds student, optimiser and levers as for a training on a CPU; whatever tensors it makes are fake,
-    and checkpoints give their shapes alone. `precision` is the trainer's. Raises what the module raises.
+    and checkpoints give their shapes alone. `precision` is the trainer's. `alike_blocks_once`: see
+    `distill.memory.blocks`; without it every block is run. Raises what the module raises.
     """
     batch, tracker = make_batch(shape), Tracker(device)
-    if precision == "16-mixed":
-        precision = "bf16-mixed"  # of the same size; a CPU, which fake tensors are on, has no float16 autocast
-    with without_memory(device) as values:
-        batch = _mapped(batch, values.known)
-        with tracker:
-            return run_tracked(make_module, batch, tracker, precision)
+    # Of the same size; a CPU, which fake tensors are on, has no float16 autocast.
+    fake_precision = "bf16-mixed" if precision == "16-mixed" else precision
+    try:
+        with without_memory(device) as values:
+            fake_batch = _mapped(batch, values.known)
+            with tracker:
+                return run_tracked(make_module, fake_batch, tracker, fake_precision, alike_blocks_once)
+    except NotAlike:
+        return simulate_step(make_module, shape, precision=precision, device=device, alike_blocks_once=False)
 
 
 def run_tracked(
-    make_module: Callable[[], DistillationModule], batch: Batch, tracker: Tracker, precision: str
+    make_module: Callable[[], DistillationModule],
+    batch: Batch,
+    tracker: Tracker,
+    precision: str,
+    alike_blocks_once: bool = False,
 ) -> Simulation:
     """Make the steps under a tracker that has been entered, on tensors of any kind."""
     with tracker.host() if tracker.device == "cuda" else nullcontext():  # where it waits for its passes
@@ -81,8 +92,14 @@ def run_tracked(
     _watch_gradients(tracker, module)
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # copies tensors past torch
     tracker.forget()
-    watch = _Watch(tracker)
-    with mock.patch.object(training_module, "fused_loss", _in_loss(tracker, training_module.fused_loss)):
+    with (
+        mock.patch.object(training_module, "fused_loss", _in_loss(tracker, training_module.fused_loss)),
+        alike_once(module.student, tracker) as blocks,
+    ):
+        # What is offloaded leaves the device at moments that a block not run does not have.
+        if not alike_blocks_once or module.saved_activations is not nullcontext:
+            blocks.run_all()
+        watch = _Watch(tracker, blocks)
         run_steps(module, batch, precision, [watch])
     peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, watch.work)
@@ -146,15 +163,21 @@ class _Repeat:
 class _Watch(pl.Callback):
     """Learns what is a gradient and what an optimiser's state, and where the last step begins."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker, blocks: AlikeBlocks) -> None:
+        self.tracker, self.blocks = tracker, blocks
         self.work: Counter[Work] = Counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if any(isinstance(optimizer, StepInBackward) for optimizer in trainer.optimizers):
+            self.blocks.run_all()  # each weight's update is among its block's backward pass
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.tracker.work.clear()
+        self.blocks.begin_step()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.work = Counter(self.tracker.work)
+        self.blocks.end_step()
         for optimizer in trainer.optimizers:
             self.tracker.tag(all_tensors(dict(optimizer.state)), "optimizer states")
 

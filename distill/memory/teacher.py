@@ -6,12 +6,13 @@ Shapes: B samples of a batch, L sequence length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distill.cache.predict import TeacherModule
+from distill.memory.blocks import alike_once
 from distill.memory.fake import without_memory
 from distill.memory.kernels import DeviceKind
 from distill.memory.simulation import Simulation, tag_model
@@ -29,27 +30,34 @@ def simulate_teacher(
     chunk_size: int = 256,
     documents: int = 1,
     device: DeviceKind = "cpu",
+    alike_blocks_once: bool = True,
 ) -> Simulation:
     """Memory and work of one batch of the teacher that `make_teacher` makes: body, head and targets.
 
-    Every position carries loss and, under varopt, has as many entries as a target may have.
+    Every position carries loss and, under varopt, has as many entries as a target may have. `alike_blocks_once`: see
+    `distill.memory.blocks`; without it every block is run.
     """
     batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
     with without_memory(device, most_entries(scheme)) as values:
         batch = {name: values.known(tensor) for name, tensor in batch.items()}
         with tracker:
             module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
-            return run_tracked(module, batch, tracker)
+            return run_tracked(module, batch, tracker, alike_blocks_once)
 
 
-def run_tracked(module: TeacherModule, batch: dict[str, Tensor], tracker: Tracker) -> Simulation:
+def run_tracked(
+    module: TeacherModule, batch: dict[str, Tensor], tracker: Tracker, alike_blocks_once: bool = False
+) -> Simulation:
     """Make one batch's targets under a tracker that has been entered, on tensors of any kind."""
     tag_model(tracker, module)
     tracker.tag(batch.values(), "buffers and batch")
     tracker.forget()
     extract = _head_and_targets(tracker, module)
     module._record = extract  # type: ignore[method-assign]
-    module.predict_step(batch, 0)
+    with alike_once(cast(nn.Module, module.teacher), tracker) as blocks:
+        if not alike_blocks_once:
+            blocks.run_all()
+        module.predict_step(batch, 0)
     peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
 

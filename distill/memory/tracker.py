@@ -15,11 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from distill.memory.kernels import CUBLAS_BYTES, DeviceKind, workspace
 from distill.memory.values import has_own_dispatch
-from distill.memory.work import Work, work_of
+from distill.memory.work import Work, tensors_in, work_of
 
 Kind = Literal[
     "weights",
@@ -37,7 +36,7 @@ GRANULES = {"cpu": 64, "cuda": 512}
 
 
 @dataclass(eq=False, slots=True)
-class _Storage:
+class Storage:
     """One storage, dead or alive. Its kind may be learned long after its birth, so it is asked for at the end."""
 
     bytes: int
@@ -75,21 +74,23 @@ class Tracker(TorchDispatchMode):
         """Bytes that exist now."""
         self.work: Counter[Work] = Counter()
         """Every kernel since `work` was last cleared."""
-        self._events: list[tuple[int, _Storage]] = []
-        self._live: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
-        self._held: list[_Storage] = []
+        self._events: list[tuple[int, Storage]] = []
+        self._live: dict[int, tuple[weakref.ref[Any], Storage]] = {}
+        self._held: dict[Storage, None] = {}
         self._in_loss = False
         self._in_backward = False
         self._elsewhere = False
-        self._late: tuple[int, _Storage] | None = None
+        self._late: tuple[int, Storage] | None = None
         if device == "cuda":
-            self.hold(CUBLAS_BYTES, "buffers and batch")
+            self.hold([Storage(self._rounded(CUBLAS_BYTES), "buffers and batch", False, False)])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(has_own_dispatch(kind) for kind in types):
             return NotImplemented  # a tensor made of tensors comes back with those
+        if func is torch.ops.prim.device.default:  # asked of fake tensors more often than all else together
+            return args[0].fake_device
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question that fake tensors ask of themselves
+        if func.namespace == "prim":
             return func(*args, **kwargs)
         self._notice_backward()
         self._flush()
@@ -98,7 +99,7 @@ class Tracker(TorchDispatchMode):
             kwargs = {**kwargs, "pin_memory": False}
         made = func(*args, **kwargs)
         with self.host() if pinned else nullcontext():
-            for tensor in tensors_in(made):
+            for tensor in tensors_in([made]):
                 self._note(tensor, None)
         is_sum = func is torch.ops.aten.add.Tensor and self._in_backward and not torch.is_grad_enabled()
         if is_sum and made.numel() and not self._elsewhere:
@@ -107,7 +108,7 @@ class Tracker(TorchDispatchMode):
             self._late = self._events.pop()
         extra = self._rounded(workspace(func, args, kwargs, made, self.device))
         if extra and not self._elsewhere:
-            storage = _Storage(extra, None, self._in_loss, False)
+            storage = Storage(extra, None, self._in_loss, False)
             self._events += [(extra, storage), (-extra, storage)]
         work = work_of(func, args, kwargs, made)
         if work is not None:
@@ -119,10 +120,28 @@ class Tracker(TorchDispatchMode):
         for tensor in tensors:
             self._note(tensor, kind)
 
-    def hold(self, size: int, kind: Kind) -> None:
-        """Count bytes that stay to the end."""
-        self._held.append(_Storage(self._rounded(size), kind, False, False))
-        self._events.append((self._held[-1].bytes, self._held[-1]))
+    def hold(self, storages: Iterable[Storage]) -> None:
+        """Count bytes that no tensor here has."""
+        for storage in storages:
+            self._held[storage] = None
+            self.current += storage.bytes
+            self._events.append((storage.bytes, storage))
+
+    def release(self, storages: Iterable[Storage]) -> None:
+        """End what `hold` began."""
+        for storage in storages:
+            del self._held[storage]
+            self.current -= storage.bytes
+            self._events.append((-storage.bytes, storage))
+
+    def living(self) -> list[Storage]:
+        """What exists now, in the order in which it was made."""
+        return [storage for _, storage in self._live.values()]
+
+    def storage_of(self, tensor: Tensor) -> Storage | None:
+        """Whose bytes a tensor shows; None: they are not recorded."""
+        found = self._live.get(tensor.untyped_storage()._cdata)
+        return None if found is None else found[1]
 
     def peak(self) -> Peak:
         """Over everything since the tracker was made, or since `forget`."""
@@ -174,7 +193,7 @@ class Tracker(TorchDispatchMode):
         # Inside backward only what is computed anew, under checkpointing, asks for gradients.
         recomputed = self._in_backward and torch.is_grad_enabled()
         size = 0 if self._elsewhere else self._rounded(owner.nbytes())
-        storage = _Storage(size, kind, self._in_loss, recomputed)
+        storage = Storage(size, kind, self._in_loss, recomputed)
         self._live[key] = weakref.ref(owner, lambda _: self._died(key)), storage
         self.current += size
         if size:
@@ -202,12 +221,3 @@ class Tracker(TorchDispatchMode):
     def _rounded(self, size: int) -> int:
         granule = GRANULES[self.device]
         return -(-size // granule) * granule
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors of a nested value that have memory of their own."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return []

@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distill.memory.work import tensors_in
+
 aten = torch.ops.aten
 LARGEST = 2**22
 """Values of a tensor that are still carried along."""
@@ -70,8 +72,7 @@ class Values(TorchDispatchMode):
 
     def _follow(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
         """Compute the result's values too, where all that goes in is known; forget those of what is changed else."""
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        results = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        given, results = tensors_in(args, kwargs.values()), tensors_in([made])
         if not _is_determined(given, results) or any(tensor.numel() > LARGEST for tensor in results):
             changed = given if func._schema.is_mutable else []
             for tensor in (*results, *changed):

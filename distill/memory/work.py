@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -52,12 +51,23 @@ class Speed:
         return total
 
 
+def tensors_in(*groups: Iterable[Any]) -> list[Tensor]:
+    """All tensors in what a kernel takes or makes: alone, in lists and in tuples."""
+    found: list[Tensor] = []
+    for group in groups:
+        for value in group:
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, (list, tuple)):
+                found += tensors_in(value)
+    return found
+
+
 def work_of(func: Any, args: Any, kwargs: Any, made: Any) -> Work | None:
     """A kernel's work; None for a view, which does nothing."""
     if func.is_view or func in _FREE:
         return None
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    results = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+    given, results = tensors_in(args, kwargs.values()), tensors_in([made])
     written = sum(_bytes(tensor) for tensor in results)
     # Rows are picked out of what is given: only those are read.
     moved = 2 * written if func in _GATHERS else sum(_bytes(tensor) for tensor in given) + written
