@@ -109,14 +109,15 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
             # What an earlier `run` left unfinished is what this one is for.
             experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
             check_last_steps(experiment)
-        for step in steps:
+        for number, step in enumerate(steps):
             interrupt.stop_if_asked()  # the step before may have been in its last batch
             if command == "run" and step == "train-student" and experiment.train.devices > 1:
                 status = _in_a_process_of_its_own([step, path, *overrides, "--train.resume", "true"])
                 if status:
                     return status
             else:
-                importlib.import_module(f"distill.recipes.{step.replace('-', '_')}").main(experiment)
+                recipe = importlib.import_module(f"distill.recipes.{step.replace('-', '_')}")
+                recipe.main(experiment, tuple(steps[number + 1 :]))
         return 0
     except interrupt.Interrupted:
         if _PART_OF_A_RUN in os.environ:

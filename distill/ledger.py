@@ -17,6 +17,7 @@ from distill.progress import say
 
 FILE = "costs.jsonl"
 _LIMIT = 64 << 20
+_STATUS = Path("/proc/self/status")
 
 Meter = Callable[[], Callable[[], dict[str, Any]]]
 """Begins to measure; what it returns ends that, and gives the fields of the line."""
@@ -100,18 +101,29 @@ def _raise(peaks: dict[str, int]) -> None:
             peaks[key] = max(peaks.get(key, 0), value)
 
 
-def peak_memory(status: Path = Path("/proc/self/status")) -> int | None:
+def held_memory() -> int | None:
+    """Bytes that this process holds now; None where the system does not tell."""
+    return _of_linux("VmRSS:", _STATUS)
+
+
+def peak_memory(status: Path = _STATUS) -> int | None:
     """Bytes that this process held at most: on Linux since that was last set back; None on Windows."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
+    if (found := _of_linux("VmHWM:", status)) is not None:
+        return found
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def _of_linux(field: str, status: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) << 10
+    return None
 
 
 def _cuda() -> Any:

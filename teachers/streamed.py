@@ -37,12 +37,8 @@ def load_streamed_teacher(
     Every batch reads the other layers once; `micro_batch` samples at a time go through a layer (None: the whole batch),
     so that batches can be large where activations must be small. Raises ValueError for what cannot be streamed.
     """
-    _check_options(quantization, micro_batch)
     checkpoint = resolve(model, revision, trust_remote_code)
-    if checkpoint.gguf_file is not None:
-        raise ValueError(f"{model}: a GGUF file is dequantised as a whole; streaming reads folders of safetensors")
-    if is_quantized(checkpoint, trust_remote_code):
-        raise ValueError(f"{model} is quantized already: streaming reads weights as they are; use class huggingface")
+    _check(checkpoint, quantization, micro_batch, trust_remote_code)
     dtype = resolve_dtype(compute_dtype, device)
     empty = _without_weights(checkpoint, dtype, trust_remote_code)
     with quiet():
@@ -66,13 +62,15 @@ def shape_of_streamed(
     Of the checkpoint its configuration alone is read. The next layer, which waits in the host's memory, is not there;
     micro-batches run one after the other.
     """
-    _check_options(quantization, micro_batch)
+    checkpoint = resolve(model, revision, trust_remote_code)
+    _check(checkpoint, quantization, micro_batch, trust_remote_code)
     dtype = resolve_dtype(compute_dtype, device)
-    empty = _without_weights(resolve(model, revision, trust_remote_code), dtype, trust_remote_code)
+    empty = _without_weights(checkpoint, dtype, trust_remote_code)
     return StreamedTeacher(empty, dtype, None, device, model, micro_batch, keep_layers)
 
 
-def _check_options(quantization: str, micro_batch: int | None) -> None:
+def _check(checkpoint: Checkpoint, quantization: str, micro_batch: int | None, trust_remote_code: bool) -> None:
+    name = checkpoint.name
     if quantization != "none":
         raise ValueError(
             f"streamed weights are exact: quantization {quantization} would save reading, but needs packed copies on "
@@ -80,6 +78,10 @@ def _check_options(quantization: str, micro_batch: int | None) -> None:
         )
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch is {micro_batch}: give a number of samples from 1 up, or leave it out")
+    if checkpoint.gguf_file is not None:
+        raise ValueError(f"{name}: a GGUF file is dequantised as a whole; streaming reads folders of safetensors")
+    if is_quantized(checkpoint, trust_remote_code):
+        raise ValueError(f"{name} is quantized already: streaming reads weights as they are; use class huggingface")
 
 
 def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -160,6 +162,11 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             super().check()
         finally:
             del base.forward
+
+    @property
+    def bytes_read(self) -> int:
+        """That every batch reads from disk, in the type that is computed with."""
+        return self._stream.nbytes
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
         """Before a layer runs: the other micro-batches come as far as this first."""

@@ -150,7 +150,9 @@ class LayerStream:
         self._settle(device)
         order = list(self._layers)
         self._after = dict(zip(order, order[1:] + order[:1], strict=True))
-        self._size = max((layer.nbytes for layer in self._layers.values()), default=0)
+        sizes = [layer.nbytes for layer in self._layers.values()]
+        self.nbytes = sum(sizes)
+        self._size = max(sizes, default=0)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers")
         self._holds: int | None = None  # the layer whose weights are in `_buffer`
         if fill is None and order:

@@ -116,11 +116,14 @@ class World:
     folder: Path
     content: dict[str, Any]
 
-    def write(self, path: Path, **sections: dict[str, Any]) -> str:
-        """Write an experiment file: the world's own with `sections` merged in; its run folder lies beside it."""
+    def write(self, path: Path, **sections: Any) -> str:
+        """Write an experiment file: the world's own with `sections` merged in; its run folder lies beside it.
+
+        Forecasts, which take seconds, are made where `preflight` asks for them.
+        """
         content = {key: {**value, **sections.get(key, {})} for key, value in self.content.items()}
         content |= {key: value for key, value in sections.items() if key not in content}
-        content["run_dir"] = str(path.parent / "run")
+        content = {"preflight": False, **content, "run_dir": str(path.parent / "run")}
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         return str(path)
 

@@ -9,7 +9,7 @@ import pytest
 
 from distill.experiment_file import load_experiment
 from distill.memory.cards import find_card
-from distill.workspace.forecast import Forecaster
+from distill.workspace.forecasting.forecast import Forecaster
 from distill.workspace.forecasting.phases import PHASES
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*-*gb.yaml"))

@@ -24,6 +24,7 @@ from torch import nn
 from distill.files import read_bounded, write_durably
 from distill.losses.objective import Mixture
 from distill.memory.cards import Card, processor_name, this_machine
+from distill.memory.disk import time_disk
 from distill.memory.kernels import DeviceKind
 from distill.memory.step import StepShape, make_batch, run_steps, simulate_step
 from distill.memory.work import Speed
@@ -33,7 +34,7 @@ from distill.training.optimizers.adamw import make_optimizer
 from distill.training.optimizers.schedule import Schedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_VERSION = 1
+_VERSION = 2
 _MOST_BYTES = 1 << 20
 _SHARE_OF_FLOAT64 = 1 / 32
 """Of float32's rate, as on GeForce cards; nothing of weight is computed in it."""
@@ -49,6 +50,8 @@ class Efficiency:
     """Of `bandwidth_bytes_per_s`."""
     launch: float
     """Seconds from one kernel to the next, at least."""
+    reading: float = 1e9
+    """Bytes a second read from disk, of a streamed teacher's weights; the default is an assumption."""
     is_measured: bool = False
     """Whether on this machine; else these are the defaults."""
 
@@ -74,6 +77,7 @@ def speed(card: Card, efficiency: Efficiency | None = None) -> Speed:
     if card.is_cuda and not card.has_bf16:
         flops[torch.bfloat16] = flops[torch.float16]
     flops[torch.float64] = flops[torch.float32] * _SHARE_OF_FLOAT64
+    flops[torch.int8] = flops[torch.bfloat16]  # modest: a card's peak is twice that, and the codes are made anew
     return Speed(flops, card.bandwidth_bytes_per_s * share.bandwidth, share.launch)
 
 
@@ -87,8 +91,10 @@ def find(device: DeviceKind) -> Efficiency:
     return load(device) or DEFAULTS[device]
 
 
-def calibrate(device: DeviceKind, clock: Callable[[], float] = time.perf_counter) -> Efficiency:
-    """Measure this machine's efficiency, in under a minute. `save` keeps it.
+def calibrate(
+    device: DeviceKind, clock: Callable[[], float] = time.perf_counter, folder: Path | None = None
+) -> Efficiency:
+    """Measure this machine's efficiency, in under a minute, and its disk's where `folder` is. `save` keeps it.
 
     `clock`: seconds; `time.process_time` gives what a busy machine's only thread would do undisturbed.
     """
@@ -100,11 +106,13 @@ def calibrate(device: DeviceKind, clock: Callable[[], float] = time.perf_counter
     )
     factors = [_forecast_by_measured(kernels, precision, device, timer) for precision in _precisions(card)]
     found = kernels.times(math.exp(sum(map(math.log, factors)) / len(factors)))
+    disk = None if folder is None else time_disk(folder)
     peaks = {name: card.fp32_flops if name == "float32" else card.half_flops for name in DTYPES}
     return Efficiency(
         {name: found.flops[dtype] / peaks[name] for name, dtype in DTYPES.items()},
         found.bytes / card.bandwidth_bytes_per_s,
         found.launch,
+        Efficiency.reading if disk is None else disk[1],
         is_measured=True,
     )
 
@@ -253,9 +261,9 @@ def load(device: DeviceKind) -> Efficiency | None:
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         given = entry["efficiency"]
         matmul = {name: float(given["matmul"][name]) for name in DTYPES}
-        numbers = [*matmul.values(), float(given["bandwidth"]), float(given["launch"])]
-        if all(math.isfinite(number) and number > 0 for number in numbers):
-            return Efficiency(matmul, numbers[-2], numbers[-1], is_measured=True)
+        rest = [float(given[name]) for name in ("bandwidth", "launch", "reading")]
+        if all(math.isfinite(number) and number > 0 for number in (*matmul.values(), *rest)):
+            return Efficiency(matmul, rest[0], rest[1], rest[2], is_measured=True)
     return None
 
 

@@ -7,6 +7,8 @@ sixteenth as many positions with logits. So a model 2,048 wide is taken to be pa
 
 from __future__ import annotations
 
+import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from distill import plugins
 from distill.losses.objective import Mixture
 from distill.memory.kernels import DeviceKind
+from distill.memory.repetition import each_kind_of_chunk_once, moments_made_first
 from distill.memory.step import StepShape, simulate_step
 from distill.memory.teacher import simulate_teacher
 from distill.models.huggingface import HuggingFaceLanguageModel, quiet
@@ -87,6 +91,8 @@ class Way:
 
     name: str
     role: Literal["teacher", "student"]
+    streamed: bool = False
+    """One layer is on the device at a time."""
     quantization: Literal["nf4", "none"] = "none"
     precision: str = "32-true"
     optimizer: str = "adamw"
@@ -96,6 +102,7 @@ class Way:
 WAYS = (
     Way("teacher in NF4", "teacher", quantization="nf4"),
     Way("teacher in bfloat16", "teacher"),
+    Way("teacher in bfloat16, streamed", "teacher", streamed=True),
     Way("student, plain AdamW, 32-true", "student"),
     Way("student, bf16-mixed, checkpointing", "student", precision="bf16-mixed", checkpointing=True),
     Way(
@@ -116,13 +123,15 @@ class Cost:
     base: float
     """Bytes of a model of no size."""
     layers: float
-    """Bytes a parameter of the layers."""
+    """Bytes a parameter of the layers that are on the device."""
     vocabulary: float
     """Bytes a parameter of embedding and head."""
+    streamed: bool = False
 
     def bytes_of(self, shape: Shape) -> float:
         """The forecast peak of a model."""
-        return self.base + self.layers * shape.layer_parameters + self.vocabulary * shape.vocabulary_parameters
+        here = replace(shape, layers=min(shape.layers, 1)) if self.streamed else shape
+        return self.base + self.layers * here.layer_parameters + self.vocabulary * shape.vocabulary_parameters
 
 
 def largest(cost: Cost, budget: float) -> Shape | None:
@@ -135,22 +144,24 @@ def largest(cost: Cost, budget: float) -> Shape | None:
 
 def _fitting(cost: Cost, budget: float) -> Iterator[Shape]:
     for shape in SHAPES:
-        rest = budget - cost.bytes_of(replace(shape, layers=0))
-        layers = min(int(rest / (cost.layers * replace(shape, layers=1).layer_parameters)), shape.layers)
-        if layers >= (shape.layers + 1) // 2:
-            yield replace(shape, layers=layers)
+        counts = range((shape.layers + 1) // 2, shape.layers + 1)
+        fitting = bisect_right(counts, budget, key=lambda count: cost.bytes_of(replace(shape, layers=count)))
+        if fitting:
+            yield replace(shape, layers=counts[fitting - 1])
 
 
 def cost_of(way: Way, device: DeviceKind) -> Cost:
-    """Bytes a parameter, from the peaks of three simulations."""
+    """Bytes a parameter, from the peaks of three simulations: a small model, one of more and one of wider layers."""
     small = Shape(_WIDTH, 1408, _LAYERS, _VOCABULARY)
-    deep, wide = Shape(_WIDTH, 1408, 2 * _LAYERS, _VOCABULARY), Shape(_WIDTH, 1408, _LAYERS, 2 * _VOCABULARY)
-    peak, deep_peak, wide_peak = (_peak(way, shape, device) for shape in (small, deep, wide))
-    layers = (deep_peak - peak) / (deep.layer_parameters - small.layer_parameters)
+    larger = replace(small, inner=2 * small.inner) if way.streamed else replace(small, layers=2 * _LAYERS)
+    wide = replace(small, vocab_size=2 * _VOCABULARY)
+    peak, larger_peak, wide_peak = (_peak(way, shape, device) for shape in (small, larger, wide))
+    here, more = (replace(shape, layers=1) if way.streamed else shape for shape in (small, larger))
+    layers = (larger_peak - peak) / (more.layer_parameters - here.layer_parameters)
     # Here embedding and head are two.
     vocabulary = (wide_peak - peak) / (2 * _WIDTH * (wide.vocab_size - small.vocab_size))
-    base = peak - layers * small.layer_parameters - vocabulary * 2 * _WIDTH * small.vocab_size
-    return Cost(max(base, 0.0), layers, vocabulary)
+    base = peak - layers * here.layer_parameters - vocabulary * 2 * _WIDTH * small.vocab_size
+    return Cost(max(base, 0.0), layers, vocabulary, way.streamed)
 
 
 def _peak(way: Way, shape: Shape, device: DeviceKind) -> int:
@@ -168,13 +179,14 @@ def _peak(way: Way, shape: Shape, device: DeviceKind) -> int:
             ).peak_bytes
         step = StepShape(samples=1, length=tokens)
         make = partial(_student, shape, way, chunk)
-        return simulate_step(make, step, precision=way.precision, device=device).peak_bytes
+        with each_kind_of_chunk_once(), moments_made_first():
+            return simulate_step(make, step, precision=way.precision, device=device).peak_bytes
 
 
-def _model(shape: Shape, dtype: torch.dtype) -> Any:
+def _config(shape: Shape) -> Any:
     import transformers
 
-    config = transformers.LlamaConfig(
+    return transformers.LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.width,
         intermediate_size=shape.inner,
@@ -182,10 +194,20 @@ def _model(shape: Shape, dtype: torch.dtype) -> Any:
         num_attention_heads=shape.width // 64,
         num_key_value_heads=shape.width // 256,
     )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _model(shape: Shape, dtype: torch.dtype) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
 
 
 def _teacher(shape: Shape, way: Way) -> nn.Module:
+    if way.streamed:
+        with tempfile.TemporaryDirectory() as folder:
+            _config(shape).save_pretrained(folder)
+            given = {"model": folder, "compute_dtype": "bfloat16"}
+            return plugins.build("streamed", "teacher", given, {})
     model = _model(shape, torch.bfloat16)
     if way.quantization == "nf4":
         quantize_linears(model, "nf4", torch.bfloat16, "cpu")

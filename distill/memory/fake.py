@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distill import plugins
 from distill.memory.cuda import as_on_cuda
 from distill.memory.kernels import DeviceKind
 from distill.memory.quantized import ScaledLinear, packed_linear
@@ -34,6 +35,8 @@ def without_memory(device: DeviceKind, integer: int = 1) -> Iterator[Values]:
     with ExitStack() as stack:
         for holder, name, stand_in in _STAND_INS:
             stack.enter_context(mock.patch.object(holder, name, stand_in))
+        for kind, stand_ins in _WITHOUT_WEIGHTS.items():
+            stack.enter_context(mock.patch.dict(plugins.BUILT_IN[kind], stand_ins))
         # transformers loads in several threads, and each would have modes of its own.
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         stack.enter_context(_own_caches())
@@ -58,6 +61,8 @@ def _from_config(folder: Any, **options: Any) -> Any:
         folder, trust_remote_code=options.get("trust_remote_code", False)
     )
     settings = options.get("quantization_config")
+    if isinstance(settings, transformers.GgufConfig):  # its file is dequantised first, and then treated as any other
+        settings = None
     dtype, trust = options["dtype"], options.get("trust_remote_code", False)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     if settings is not None:
@@ -92,6 +97,13 @@ _STAND_INS: list[tuple[Any, str, Any]] = [
     (tensors.Tensors, "names", lambda self: sorted(self._dequantised())),
     (tensors.Tensors, "read", lambda self, name: self._dequantised()[name]),
 ]
+
+
+# Models that are made from a checkpoint's weights in a way of their own: which functions make their shapes without.
+_WITHOUT_WEIGHTS = {
+    "teacher": {"streamed": "teachers.streamed:shape_of_streamed"},
+    "student": {"pruned": "students.pruned:shape_of_pruned"},
+}
 
 
 @contextmanager

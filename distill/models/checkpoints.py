@@ -57,7 +57,7 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
     near = _nearest(name, path)
     if near or _looks_local(name):
         raise UserError(f"{name}: no such file or folder" + (f"; did you mean '{near}'?" if near else ""))
-    return _download(name, revision, trust_remote_code)
+    return _download(name, revision, [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES)
 
 
 def _demo() -> Checkpoint:
@@ -87,11 +87,10 @@ def _nearest(name: str, path: Path) -> str | None:
     return str(Path(name).parent / near[0]) if near else None
 
 
-def _download(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
+def _download(name: str, revision: str | None, patterns: list[str]) -> Checkpoint:
     import huggingface_hub
     from huggingface_hub import errors
 
-    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
     at = f" at revision '{revision}'" if revision else ""
     try:
         folder = huggingface_hub.snapshot_download(

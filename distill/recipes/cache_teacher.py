@@ -29,12 +29,15 @@ from distill.progress import Progress, be_quiet, say
 from distill.targets.schemes import VarOpt
 from distill.workspace.cache import make_manifest, make_token_order, with_budgeted_threshold
 from distill.workspace.folders import Folders, make_run_folder
-from distill.workspace.preflight import preflight
+from distill.workspace.forecasting.preflight import Preflight
 from distill.workspace.teacher import Teacher, open_samples
 
 
-def main(experiment: Experiment) -> int:
-    """Make the cache, or what is missing of it; with `cache.devices` or `cache.num_nodes`, one of their processes."""
+def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
+    """Make the cache, or what is missing of it; with `cache.devices` or `cache.num_nodes`, one of their processes.
+
+    `following`: phases that run next, and that must fit too.
+    """
     cache = experiment.cache
     _check_budget_options(experiment)
     if cache.dir and is_url(cache.dir):
@@ -45,6 +48,9 @@ def main(experiment: Experiment) -> int:
     trainer = make_trainer(devices.pick_device(experiment.train.accelerator).type, cache.devices, cache.num_nodes)
     if not trainer.is_global_zero:
         be_quiet()
+    preflight = Preflight(experiment, "cache-teacher", following)
+    if not _is_begun(experiment, folders):
+        preflight.check()  # before a teacher of many gigabytes is fetched
     teacher = Teacher(experiment)
     teacher.device = trainer.strategy.root_device
     samples = open_samples(experiment, teacher)
@@ -68,10 +74,14 @@ def main(experiment: Experiment) -> int:
                 say(f"cache: {len(shards) - len(missing)} of {len(shards)} shards are there; continuing")
         elif _is_finished(folders, manifest, shards):
             return 0
-        with preflight(experiment, "cache-teacher", folders.run), ledger.phase(folders.run, "cache-teacher"):
+        with preflight, ledger.phase(folders.run, "cache-teacher"):
             _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
     _summarise(folders, part)
     return 0
+
+
+def _is_begun(experiment: Experiment, folders: Folders) -> bool:
+    return (folders.cache / MANIFEST).exists() and not experiment.cache.overwrite
 
 
 def _check_budget_options(experiment: Experiment) -> None:
@@ -97,7 +107,7 @@ def _within_budget(
     What an earlier start chose stays: the first samples are looked at only when the cache is begun.
     """
     cache = experiment.cache
-    begun = (folders.cache / MANIFEST).exists() and not cache.overwrite
+    begun = _is_begun(experiment, folders)
     if begun or (cache.bytes_per_token is None and cache.max_size is None):
         return with_budgeted_threshold(experiment, read_manifest(folders.cache)) if begun else experiment
     manifest = make_manifest(experiment, teacher, samples, order)

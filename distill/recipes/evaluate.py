@@ -17,14 +17,18 @@ from distill.report.page import write_report
 from distill.report.terminal import print_tables
 from distill.workspace.checks import check_evaluation
 from distill.workspace.folders import Folders, make_run_folder
+from distill.workspace.forecasting.preflight import Preflight
 from distill.workspace.measurements import all_measurements
 from distill.workspace.record import Record
 from distill.workspace.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.workspace.teacher import Teacher, open_samples
 
 
-def main(experiment: Experiment) -> int:
-    """Measure what is not measured yet, write `evaluation.json` and the report, print the tables."""
+def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
+    """Measure what is not measured yet, write `evaluation.json` and the report, print the tables.
+
+    `following`: phases that run next, and that must fit too.
+    """
     folders = Folders.of(experiment)
     make_run_folder(folders)
     teacher = Teacher(experiment)
@@ -40,7 +44,8 @@ def main(experiment: Experiment) -> int:
         say("evaluation: all is measured; nothing to do")
     else:
         check_evaluation(experiment)
-        with sole_writer(folders.run), ledger.phase(folders.run, "evaluate"):
+        preflight = Preflight(experiment, "evaluate", following)
+        with sole_writer(folders.run), preflight, ledger.phase(folders.run, "evaluate"):
             for subject in subjects:
                 _measure(subject, record)
     result = record.view()

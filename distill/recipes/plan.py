@@ -14,8 +14,8 @@ from distill.files import write_durably
 from distill.memory.calibration import find, kind_of
 from distill.memory.cards import Card, find_card, this_machine
 from distill.models.devices import pick_device
-from distill.workspace.forecast import Forecast, Forecaster
 from distill.workspace.forecasting.advice import Advice, advise, as_options
+from distill.workspace.forecasting.forecast import Forecast, Forecaster
 from distill.workspace.forecasting.phases import PHASES
 
 DOES_NOT_FIT = 3

@@ -38,13 +38,13 @@ from distill.training.vocabulary import count_tokens, trim_batch
 from distill.workspace.cache import check_cache_settings, open_cache
 from distill.workspace.checks import check_length, check_model
 from distill.workspace.folders import Folders, make_run_folder, write_json
-from distill.workspace.preflight import preflight
+from distill.workspace.forecasting.preflight import Preflight
 from distill.workspace.student import build_student, calibration_samples
 from distill.workspace.training import Role, check_training, make_module, roles, training_settings
 
 
-def main(experiment: Experiment) -> int:
-    """Train the student and, if asked for, the control."""
+def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
+    """Train the student and, if asked for, the control. `following`: phases that run next, and that must fit too."""
     config = experiment.train
     if not is_first_process():
         be_quiet()
@@ -63,7 +63,7 @@ def main(experiment: Experiment) -> int:
     ]
     if not pending:
         return 0
-    with preflight(experiment, "train-student", folders.run):
+    with Preflight(experiment, "train-student", following):
         _train(experiment, storage, train, held_out, pending, deadline)
     return 0
 

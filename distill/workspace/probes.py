@@ -9,8 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from distill.memory import calibration, capacity
 from distill.memory.calibration import Efficiency
 from distill.memory.cards import this_machine
+from distill.memory.disk import time_disk
 from distill.memory.kernels import DeviceKind
 
 REQUIRED = ("torch", "lightning", "transformers", "datasets", "bitsandbytes", "peft", "torchmetrics", "safetensors")
@@ -37,11 +36,6 @@ OPTIONAL = {
     "nvidia-ml-py": "energy of NVIDIA cards",
 }
 """What each is for."""
-MOST_BYTES = 256 << 20
-"""Of the file with which a disk is timed."""
-_PIECE = 4 << 20
-_LONGEST = 4.0
-"""Seconds of writing after which a slow disk is known to be one."""
 
 
 @dataclass(frozen=True)
@@ -169,31 +163,10 @@ def eight_bit_optimizer() -> None:
 
 
 def disk(folder: Path) -> dict[str, float]:
-    """Free bytes where `folder` is, and bytes a second written and read with a file that has no name.
-
-    The file is gone as soon as it is closed, even by a crash; it takes at most 256 MB and a tenth of what is free.
-    """
-    free = shutil.disk_usage(folder).free
-    pieces = min(MOST_BYTES, free // 10) // _PIECE
-    if not pieces:
-        return {"free_bytes": free}
-    piece = os.urandom(_PIECE)
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        start, written = time.perf_counter(), 0
-        while written < pieces and time.perf_counter() - start < _LONGEST:
-            file.write(piece)
-            written += 1
-        os.fsync(file.fileno())
-        writing = time.perf_counter() - start
-        if hasattr(os, "posix_fadvise"):  # or memory would be read, not the disk
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        start = time.perf_counter()
-        while file.read(_PIECE):
-            pass
-        reading = time.perf_counter() - start
-    size = written * _PIECE
-    return {"free_bytes": free, "write_bytes_per_s": size / writing, "read_bytes_per_s": size / max(reading, 1e-9)}
+    """Free bytes where `folder` is, and bytes a second written and read there, where there is room to try."""
+    speeds = time_disk(folder)
+    found: dict[str, float] = {"free_bytes": shutil.disk_usage(folder).free}
+    return found if speeds is None else found | {"write_bytes_per_s": speeds[0], "read_bytes_per_s": speeds[1]}
 
 
 def packages() -> dict[str, str | None]:
@@ -208,7 +181,7 @@ def packages() -> dict[str, str | None]:
 
 
 def _calibrate(kind: DeviceKind) -> Efficiency:
-    efficiency = calibration.calibrate(kind)
+    efficiency = calibration.calibrate(kind, folder=Path.cwd())
     calibration.save(kind, efficiency)
     return efficiency
 

@@ -17,8 +17,8 @@ from distill.errors import UserError
 from distill.experiment_file import load_experiment
 from distill.memory.cards import find_card
 from distill.recipes import plan
-from distill.workspace.forecast import Forecaster
 from distill.workspace.forecasting.advice import apply
+from distill.workspace.forecasting.forecast import Forecaster
 
 ROOT = Path(__file__).resolve().parents[2]
 

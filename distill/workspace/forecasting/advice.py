@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from distill import plugins
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.workspace.forecasting.phases import Part, Phase
@@ -17,7 +19,7 @@ SHORTEST, SMALLEST_CHUNK = 256, 64
 
 
 class Forecasts(Protocol):
-    """What `distill.workspace.forecast.Forecaster` offers."""
+    """What `distill.workspace.forecasting.forecast.Forecaster` offers."""
 
     limit_bytes: int
 
@@ -55,45 +57,91 @@ class Advice:
 
 
 def advise(forecaster: Forecasts, experiment: Experiment, phases: tuple[Phase, ...]) -> Advice:
-    """The cheapest levers after which all `phases` fit, or all levers when they do not even then."""
-    steps: list[Step] = []
+    """What makes all `phases` fit, or the strongest of all levers when nothing does.
+
+    Levers are pulled from the cheapest to the dearest, each to its end, until a phase fits; then each is let go as far
+    as it still fits, the dearest first.
+    """
+    search = _Search(forecaster, experiment)
     fits = True
     for phase in sorted(phases, key=list(_LEVERS).index):
-        needed = forecaster.needed_bytes(experiment, phase)
+        search.phases.append(phase)
         for lever in _LEVERS[phase]:
-            if needed <= forecaster.limit_bytes:
+            if search.needed(phase) <= forecaster.limit_bytes:
                 break
-            found = _weakest_that_fits(forecaster, experiment, phase, lever(experiment), needed)
-            if found is None:
-                continue
-            keys, after = found
-            changed = apply(experiment, keys)
-            factor = _seconds(forecaster, changed, phase) / _seconds(forecaster, experiment, phase)
-            steps.append(Step(phase, keys, after, factor))
-            experiment, needed = changed, after
-        fits = fits and needed <= forecaster.limit_bytes
-    # A change for one phase can be felt in another, and never makes that larger.
-    return Advice(experiment, steps, fits)
+            search.pull(phase, lever)
+        fits = fits and search.needed(phase) <= forecaster.limit_bytes
+    if fits:
+        costs = [step.time_factor for step in search.steps()]
+        for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+            search.let_go(search.pulled[number])
+    return Advice(search.changed(), [step for step in search.steps() if step.keys], fits)
 
 
-def _weakest_that_fits(
-    forecaster: Forecasts, experiment: Experiment, phase: Phase, variants: list[Keys], needed: int
-) -> tuple[Keys, int] | None:
-    """Of one lever's settings, from weak to strong, the first that fits, else the strongest; None: it does not help."""
-    if not variants:
-        return None
-    try:
-        strongest = forecaster.needed_bytes(apply(experiment, variants[-1]), phase)
-    except UserError:  # not for this student, such as checkpointing where there are no blocks
-        return None
-    if strongest >= needed:
-        return None
-    if strongest <= forecaster.limit_bytes:
-        for keys in variants[:-1]:
-            after = forecaster.needed_bytes(apply(experiment, keys), phase)
-            if after <= forecaster.limit_bytes:
-                return keys, after
-    return variants[-1], strongest
+@dataclass
+class _Pulled:
+    """A lever, as far as it is pulled."""
+
+    phase: Phase
+    settings: list[Keys]
+    """From none to the strongest."""
+    at: int
+
+    @property
+    def keys(self) -> Keys:
+        return self.settings[self.at]
+
+
+class _Search:
+    """Levers pulled so far; simulations are remembered by the forecaster."""
+
+    def __init__(self, forecaster: Forecasts, experiment: Experiment) -> None:
+        self.forecaster, self.experiment = forecaster, experiment
+        self.phases: list[Phase] = []
+        self.pulled: list[_Pulled] = []
+
+    def changed(self, count: int | None = None) -> Experiment:
+        """The experiment after the first `count` levers, by default all."""
+        experiment = self.experiment
+        for pulled in self.pulled[:count]:
+            experiment = apply(experiment, pulled.keys)
+        return experiment
+
+    def needed(self, phase: Phase, count: int | None = None) -> int:
+        return self.forecaster.needed_bytes(self.changed(count), phase)
+
+    def pull(self, phase: Phase, lever: Callable[[Experiment], list[Keys]]) -> None:
+        """To its end, if that helps; what does not fit this student or teacher does not."""
+        before, settings = self.needed(phase), lever(self.changed())
+        if not settings:
+            return
+        self.pulled.append(_Pulled(phase, [{}, *settings], len(settings)))
+        try:
+            helps = self.needed(phase) < before
+        except UserError:  # such as checkpointing where there are no blocks
+            helps = False
+        if not helps:
+            self.pulled.pop()
+
+    def let_go(self, pulled: _Pulled) -> None:
+        """To the weakest setting with which all phases still fit."""
+        settings = range(pulled.at + 1)
+        pulled.at = bisect_left(settings, True, key=lambda at: self._fits(pulled, at))
+
+    def _fits(self, pulled: _Pulled, at: int) -> bool:
+        before, pulled.at = pulled.at, at
+        try:
+            return all(self.needed(phase) <= self.forecaster.limit_bytes for phase in self.phases)
+        finally:
+            pulled.at = before
+
+    def steps(self) -> list[Step]:
+        found = []
+        for number, pulled in enumerate(self.pulled, start=1):
+            before, after = self.changed(number - 1), self.changed(number)
+            factor = _seconds(self.forecaster, after, pulled.phase) / _seconds(self.forecaster, before, pulled.phase)
+            found.append(Step(pulled.phase, pulled.keys, self.needed(pulled.phase, number), factor))
+        return found
 
 
 def _seconds(forecaster: Forecasts, experiment: Experiment, phase: Phase) -> float:
@@ -109,10 +157,13 @@ def _seconds(forecaster: Forecasts, experiment: Experiment, phase: Phase) -> flo
 
 
 def apply(experiment: Experiment, keys: Keys) -> Experiment:
-    """The experiment with other values of some keys, of any section but the free options."""
+    """The experiment with other values of some keys, of any section and of a section's free options."""
     for key, value in keys.items():
-        section, name = key.split(".")
-        experiment = replace(experiment, **{section: replace(getattr(experiment, section), **{name: value})})
+        section, name, *option = key.split(".")
+        own = getattr(experiment, section)
+        if option:
+            value = {**getattr(own, name), option[0]: value}
+        experiment = replace(experiment, **{section: replace(own, **{name: value})})
     return experiment
 
 
@@ -161,7 +212,17 @@ def _pure_bfloat16(experiment: Experiment) -> list[Keys]:
 
 
 def _four_bits(experiment: Experiment) -> list[Keys]:
-    return [{"teacher.quantization": "nf4"}] if experiment.teacher.quantization == "none" else []
+    return [{"teacher.quantization": "nf4"}] if experiment.teacher.quantization != "nf4" else []
+
+
+def _streamed(experiment: Experiment) -> list[Keys]:
+    """Unquantised weights that are read anew for every batch: the larger that is, the less the reading costs."""
+    teacher, cache = experiment.teacher, experiment.cache
+    if teacher.class_path not in ("huggingface", plugins.BUILT_IN["teacher"]["huggingface"]):
+        return []
+    sizes = [size for size in (64, 32, 16, 8) if size <= cache.shard_samples]  # no batch straddles shards
+    common = {"teacher.class_path": "streamed", "teacher.quantization": "none", "teacher.options.micro_batch": 1}
+    return [{**common, "cache.batch_size": size, "evaluate.batch_size": size} for size in sizes]
 
 
 def _halved(key: str, least: int = 1) -> Callable[[Experiment], list[Keys]]:
@@ -180,7 +241,8 @@ _LEVERS: dict[Phase, list[Callable[[Experiment], list[Keys]]]] = {
         _halved("cache.batch_size"),
         _halved("cache.chunk_size", SMALLEST_CHUNK),
         _four_bits,
+        _streamed,
         _LENGTH,
     ],
-    "evaluate": [_halved("evaluate.batch_size"), _LOSS_CHUNK, _four_bits, _LENGTH],
+    "evaluate": [_halved("evaluate.batch_size"), _LOSS_CHUNK, _four_bits, _streamed, _LENGTH],
 }

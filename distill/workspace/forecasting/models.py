@@ -31,20 +31,14 @@ from distill.workspace.cache import make_scheme
 from distill.workspace.folders import Folders
 from distill.workspace.training import Role, make_module
 
-# A student that reads its teacher's weights while it is made: which function makes one of its shape without them.
-_WITHOUT_LAYERS = {"streamed": "teachers.streamed:shape_of_streamed"}
-_WITHOUT_WEIGHTS = {"pruned": "students.pruned:shape_of_pruned"}
-
 
 class Models:
-    """What an experiment's models are, as far as their shapes tell. To be used inside `local_checkpoints`."""
+    """What an experiment's models are, as far as their shapes tell. To be used inside `configurations_alone`."""
 
     def __init__(self, experiment: Experiment, card: Card, notes: list[str]) -> None:
         """`notes`: what had to be assumed is added to it."""
         self.experiment, self.card, self.notes = experiment, card, notes
         teacher = experiment.teacher
-        if teacher.quantization == "int8":
-            raise UserError("teacher.quantization: int8 layers cannot be forecast; plan with nf4 or none")
         with quiet():
             self.checkpoint = checkpoints.resolve(teacher.model, teacher.revision, teacher.trust_remote_code)
             config = checkpoints.load_config(self.checkpoint, teacher.trust_remote_code).get_text_config()
@@ -64,7 +58,7 @@ class Models:
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
         }
-        with mock.patch.dict(plugins.BUILT_IN["teacher"], _WITHOUT_LAYERS), without_initial_weights():
+        with without_initial_weights():
             return plugins.build(config.class_path, "teacher", config.options, offered)
 
     def student(self) -> Any:
@@ -77,8 +71,7 @@ class Models:
             "calibration": None,
             "device": "cpu",
         }
-        plugins.arguments(student.class_path, "student", student.options, offered)  # as the real one checks them
-        with mock.patch.dict(plugins.BUILT_IN["student"], _WITHOUT_WEIGHTS), without_initial_weights():
+        with without_initial_weights():
             model = plugins.build(student.class_path, "student", student.options, offered)
         rows = model.head.weight_VD.shape[0]
         if rows < self.vocab_size:
@@ -171,17 +164,17 @@ def without_initial_weights() -> Iterator[None]:
 
 
 @contextmanager
-def local_checkpoints(notes: list[str]) -> Iterator[None]:
-    """Inside, a hub name is a checkpoint of this machine or a published architecture: nothing is fetched."""
+def configurations_alone(notes: list[str]) -> Iterator[None]:
+    """Inside, a hub name is what this machine has of it, its published architecture, or its `config.json`, fetched."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(checkpoints, "_download", _found_here(Path(folder), notes)),
+        mock.patch.object(checkpoints, "_download", _finder(Path(folder), notes, checkpoints._download)),
     ):
         yield
 
 
-def _found_here(folder: Path, notes: list[str]) -> Callable[..., Checkpoint]:
-    def find(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
+def _finder(folder: Path, notes: list[str], download: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
+    def find(name: str, revision: str | None, patterns: list[str]) -> Checkpoint:
         import huggingface_hub
 
         try:
@@ -192,20 +185,27 @@ def _found_here(folder: Path, notes: list[str]) -> Callable[..., Checkpoint]:
             return Checkpoint(Path(file).parent, None, name)
         model = published_models().get(name)
         if model is None:
-            raise UserError(
-                f"{name}: not on this machine, and no architecture by that name ships with the package"
-                f"{did_you_mean(name, published_models())}; a folder with its config.json is enough to plan"
-            )
+            return fetched(name, revision, ["config.json", *(pattern for pattern in patterns if pattern == "*.py")])
         note = f"{name}: not on this machine; its published architecture was used"
         if note not in notes:
             notes.append(note)
         return Checkpoint(model.write_config(folder / name.replace("/", "--")), None, name)
 
+    def fetched(name: str, revision: str | None, patterns: list[str]) -> Checkpoint:
+        try:
+            return download(name, revision, patterns)
+        except UserError as error:
+            near = did_you_mean(name, published_models())
+            raise UserError(f"{error}; its config.json in a folder is enough to plan{near}") from None
+
     return find
 
 
 def size_of(model: nn.Module) -> dict[str, int]:
-    """Parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as they are kept."""
+    """Parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as they are kept.
+
+    `bytes_read`: of a streamed teacher, from disk for every batch.
+    """
     weights = list(model.parameters())
     packed = [weight for weight in weights if not weight.is_floating_point()]
     trained = [weight for weight in weights if weight.requires_grad]
@@ -215,4 +215,5 @@ def size_of(model: nn.Module) -> dict[str, int]:
         "trained_parameters": sum(weight.numel() for weight in trained),
         "trained_bytes": sum(weight.nbytes for weight in trained),
         "bytes": sum(weight.nbytes for weight in weights),
+        "bytes_read": getattr(model, "bytes_read", 0),
     }

@@ -14,7 +14,7 @@ import torch
 
 from distill import plugins
 from distill.config import Experiment
-from distill.memory.calibration import speed
+from distill.memory.calibration import find, kind_of, speed
 from distill.memory.cards import Card
 from distill.memory.evaluation import simulate_fidelity, simulate_likelihood
 from distill.memory.kernels import DeviceKind
@@ -25,7 +25,7 @@ from distill.memory.teacher import most_entries, simulate_teacher
 from distill.memory.work import Work
 from distill.targets.schemes import Hidden
 from distill.workspace.cache import make_scheme
-from distill.workspace.forecasting.models import Models, local_checkpoints, size_of, without_initial_weights
+from distill.workspace.forecasting.models import Models, configurations_alone, size_of, without_initial_weights
 from distill.workspace.training import roles
 
 Phase = str
@@ -54,7 +54,8 @@ class Simulator:
     def __init__(self, card: Card) -> None:
         self.card = card
         self.device: DeviceKind = "cuda" if card.is_cuda else "cpu"
-        self.speed = speed(card)
+        efficiency = find(kind_of(card))
+        self.speed, self.reading = speed(card, efficiency), efficiency.reading
         self._known: dict[str, tuple[list[Part], list[str]]] = {}
 
     def parts(self, experiment: Experiment, phase: Phase, notes: list[str]) -> list[Part]:
@@ -62,7 +63,7 @@ class Simulator:
         key = f"{phase} {_relevant(experiment, phase)}"
         if key not in self._known:
             own: list[str] = []
-            with _quietly(), local_checkpoints(own):
+            with _quietly(), configurations_alone(own):
                 self._known[key] = _SIMULATE[phase](self, Models(experiment, self.card, own)), own
         parts, own = self._known[key]
         notes += [note for note in own if note not in notes]
@@ -70,7 +71,7 @@ class Simulator:
 
     def hidden_size(self, experiment: Experiment) -> int:
         """The teacher's."""
-        with _quietly(), local_checkpoints([]):
+        with _quietly(), configurations_alone([]):
             return Models(experiment, self.card, []).hidden_size
 
     def _teacher(self, models: Models) -> list[Part]:
@@ -84,7 +85,12 @@ class Simulator:
             chunk_size=cache.chunk_size,
             **self._text(models),
         )
-        return [Part("teacher", simulation, self.speed.seconds(simulation.work), sizes)]
+        return [self._teacher_part(simulation, sizes)]
+
+    def _teacher_part(self, simulation: Simulation, sizes: dict[str, int]) -> Part:
+        """A batch of the teacher; a streamed one's weights are read while it computes."""
+        seconds = max(self.speed.seconds(simulation.work), sizes["bytes_read"] / self.reading)
+        return Part("teacher", simulation, seconds, sizes)
 
     def _text(self, models: Models) -> dict[str, Any]:
         corpus = models.experiment.corpus
@@ -127,7 +133,7 @@ class Simulator:
         dtype = getattr(torch, models.compute_dtype)
         student = simulate_fidelity(make, teacher_hidden_size=models.hidden_size, teacher_dtype=dtype, **text)
         return [
-            Part("teacher", teacher, self.speed.seconds(teacher.work), sizes),
+            self._teacher_part(teacher, sizes),
             Part("student", student, self.speed.seconds(student.work), student_sizes),
         ]
 

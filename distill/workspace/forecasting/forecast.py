@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from distill.config import Experiment
-from distill.errors import UserError
+from distill.memory.calibration import kind_of
 from distill.memory.cards import GIB, Card, this_machine
-from distill.models.devices import pick_device
 from distill.workspace.forecasting.phases import PHASES, Part, Phase, Simulator
 from distill.workspace.forecasting.sizes import Amount, amount_of, bytes_a_token, cache_bytes, moment_bytes
 from distill.workspace.training import roles
@@ -83,10 +82,22 @@ class Forecast:
 class Forecaster:
     """Forecasts experiments, and changed ones, on one card."""
 
-    def __init__(self, card: Card, limit_bytes: int | None = None) -> None:
-        """`limit_bytes`: use no more of the card's memory; default: all of it."""
-        self.card, self.simulator = card, Simulator(card)
+    def __init__(
+        self,
+        card: Card,
+        limit_bytes: int | None = None,
+        process_bytes: int = 0,
+        simulator: Simulator | None = None,
+    ) -> None:
+        """`limit_bytes`: use no more of the card's memory; default: all of it.
+
+        `process_bytes`: what the process that the phases will run in holds already, on the host.
+        `simulator`: one that knows some of the phases already.
+        """
+        self.card, self.simulator = card, simulator or Simulator(card)
         self.limit_bytes = min(limit_bytes or card.memory_bytes, card.memory_bytes)
+        kind = kind_of(card)
+        self.process_bytes = max(process_bytes, LIBRARIES_BYTES[kind]) if kind == "cpu" else LIBRARIES_BYTES[kind]
 
     def forecast(self, experiment: Experiment, phases: tuple[Phase, ...] = PHASES) -> Forecast:
         """The forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
@@ -108,7 +119,7 @@ class Forecaster:
 
     def _context_bytes(self) -> int:
         if not self.card.is_cuda:
-            return LIBRARIES_BYTES["cpu"]
+            return self.process_bytes
         return CONTEXT_BYTES if _is_here(self.card) else CONTEXT_BYTES + DRIVER_BYTES
 
     def _phase(self, experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount) -> PhaseForecast:
@@ -143,31 +154,6 @@ class Forecaster:
             disk["checkpoints"] = count * (whole * (trained + moments) + trained)  # and the best weights
             disk["student"] = count * _student_bytes(experiment, sizes)
         return disk
-
-
-def refuse_what_cannot_fit(
-    experiment: Experiment, phase: Phase, memory_limit: int | None = None
-) -> PhaseForecast | None:
-    """The forecast of a phase on this machine's device; None where it is a CPU and no limit (bytes) is given.
-
-    Raises UserError when it does not fit, with the change that makes it fit. No weight has been loaded by then.
-    """
-    from distill.workspace.forecasting.advice import advise, as_options
-
-    device = pick_device(experiment.train.accelerator).type
-    if (device != "cuda" and memory_limit is None) or device == "mps":
-        return None
-    forecaster = Forecaster(this_machine(device), memory_limit)
-    forecast = forecaster.forecast(experiment, (phase,))
-    if forecast.fits:
-        return forecast.phases[phase]
-    advice = advise(forecaster, experiment, (phase,))
-    options = as_options(advice.changes)
-    remedy = f"give {options}" if advice.fits else "no change known here makes it fit: take smaller models"
-    raise UserError(
-        f"{phase}: needs {forecast.phases[phase].needed_bytes / 1e9:.1f} GB of {forecaster.card.name}'s "
-        f"{forecaster.limit_bytes / 1e9:.1f} GB: {remedy} (`distill plan` shows more)"
-    )
 
 
 def _is_here(card: Card) -> bool:
