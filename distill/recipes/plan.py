@@ -14,6 +14,7 @@ from distill.files import write_durably
 from distill.memory.calibration import find, kind_of
 from distill.memory.cards import Card, find_card, this_machine
 from distill.models.devices import pick_device
+from distill.report.numbers import duration, size
 from distill.workspace.forecasting.advice import Advice, advise, as_options
 from distill.workspace.forecasting.forecast import Forecast, Forecaster
 from distill.workspace.forecasting.phases import PHASES
@@ -49,7 +50,7 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
 def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None) -> None:
     card = forecast.card
     timed = "calibrated" if find(kind_of(card)).is_measured else "not calibrated: `distill doctor --calibrate`"
-    print(f"{card.name}, {forecast.limit_bytes / 1e9:.1f} GB; time {timed if not card.is_cuda else 'estimated'}\n")
+    print(f"{card.name}, {size(forecast.limit_bytes)}; time {timed if not card.is_cuda else 'estimated'}\n")
     _print_phases(forecast)
     _print_disk(forecast)
     for note in forecast.notes:
@@ -59,7 +60,7 @@ def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None) 
         return
     print("\nit does not fit" + (". What makes it fit:" if advice.fits else "; the levers known here do not suffice:"))
     for step in advice.steps:
-        took = f"{step.needed_bytes / 1e9:.1f} GB in {step.phase}, time × {step.time_factor:.2f}"
+        took = f"{size(step.needed_bytes)} in {step.phase}, time × {step.time_factor:.2f}"
         print(f"  {as_options(step.keys)}   ({took})")
     if changed is not None:
         print("\nwith all of that:")
@@ -79,33 +80,20 @@ _SHORT = {
 
 
 def _print_phases(forecast: Forecast) -> None:
-    print(f"{'phase':<15}{'device':>10}{'verdict':>28}{'host':>10}{'time':>12}")
+    print(f"{'phase':<15}{'device':>10}{'verdict':>28}{'host':>10}{'time':>15}")
     for name, phase in forecast.phases.items():
         spare = forecast.spare_bytes(name)
-        verdict = f"fits, {spare / 1e9:.1f} GB to spare" if spare >= 0 else f"does not fit by {-spare / 1e9:.1f} GB"
-        seconds = f"{_time(phase.seconds_each)} each" if phase.seconds is None else _time(phase.seconds)
-        print(f"{name:<15}{_gb(phase.needed_bytes):>10}{verdict:>28}{_gb(phase.host_bytes):>10}{seconds:>12}")
-        parts = {_SHORT[kind]: size for kind, size in phase.parts.items()}
+        verdict = f"fits, {size(spare)} to spare" if spare >= 0 else f"does not fit by {size(-spare)}"
+        time = f"{duration(phase.seconds_each)} each" if phase.seconds is None else duration(phase.seconds)
+        print(f"{name:<15}{size(phase.needed_bytes):>10}{verdict:>28}{size(phase.host_bytes):>10}{time:>15}")
+        parts = {_SHORT[kind]: held for kind, held in phase.parts.items()}
         parts |= {"context": phase.context_bytes, "fragmentation": phase.fragmentation_bytes}
-        told = [f"{kind} {size / 1e9:.2f}" for kind, size in parts.items() if size >= 5e6]
-        print("  " + ", ".join(told))
+        print("  " + ", ".join(f"{kind} {size(held)}" for kind, held in parts.items() if held >= 5e6))
 
 
 def _print_disk(forecast: Forecast) -> None:
-    told = [f"{name} {'unknown' if size is None else _gb(size)}" for name, size in forecast.disk.items()]
-    print(f"disk: {', '.join(told)}")
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    told = [f"{name} {'unknown' if held is None else size(held)}" for name, held in forecast.disk.items()]
+    print(f"disk: {', '.join(told)}; {size(forecast.free_disk_bytes)} are free")
 
 
 def _as_json(
@@ -129,6 +117,7 @@ def _forecast(forecast: Forecast) -> dict[str, Any]:
         "limit_bytes": forecast.limit_bytes,
         "phases": phases,
         "disk": forecast.disk,
+        "free_disk_bytes": forecast.free_disk_bytes,
         "notes": forecast.notes,
     }
 

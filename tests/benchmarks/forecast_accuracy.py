@@ -3,8 +3,8 @@
 Four kinds of students under several levers, and a teacher in bfloat16 and in 4 bits, are simulated without memory
 (`distill.memory`); then their steps are really made, in a process for each model. Measured are the bytes that torch's
 CPU allocator held at most, from the profiler's record, and the processor's time of a step without the profiler. The
-device's speed is measured by matrix products, an addition of large tensors and one of small ones, and is then set right
-by the first row's real step, whose ratio is 1 for that reason.
+machine's speed is what `distill doctor --calibrate` measures, of the processor's time too, so that other programs on it
+matter little.
 On a CUDA device tests/gpu/test_forecast.py compares the same combinations with the allocator's own counter.
 """
 
@@ -36,9 +36,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from distill.cache.predict import TeacherModule
 from distill.losses.objective import Mixture
 from distill.memory import teacher as teacher_phase
+from distill.memory.calibration import calibrate, speed
+from distill.memory.cards import this_machine
 from distill.memory.simulation import Simulation
 from distill.memory.step import StepShape, make_batch, run_steps, simulate_step
-from distill.memory.work import Speed
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import quantize_linears
 from distill.targets import schemes
@@ -232,27 +233,6 @@ def allocator_peak(prepare: Callable[[], Callable[[], object]]) -> int:
     return peak
 
 
-def calibrated() -> Speed:
-    """What this processor does in a second with one thread."""
-    flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.randn(512, 512, dtype=dtype), torch.randn(512, 1536, dtype=dtype)
-        flops[dtype] = 2 * left.numel() * right.shape[1] / _seconds(lambda a=left, b=right: a @ b)
-    large, small = torch.randn(2**22), torch.randn(16)
-    return Speed(flops, 3 * large.nbytes / _seconds(lambda: large + large), _seconds(lambda: small + small, 1000))
-
-
-def _seconds(run: Callable[[], object], times: int = 20) -> float:
-    """Of the processor, a run; the median of five series."""
-    series = []
-    for _ in range(6):
-        started = time.process_time()
-        for _ in range(times):
-            run()
-        series.append((time.process_time() - started) / times)
-    return statistics.median(series[1:])
-
-
 def combinations(only: str) -> Iterator[tuple[str, str]]:
     """(model, lever), those of a model one after the other."""
     for model in (*STUDENTS, *TEACHERS):
@@ -283,15 +263,13 @@ def table(only: str) -> Iterator[str]:
     """The lines of a Markdown table."""
     yield "| model | levers | forecast MB | measured MB | ratio | forecast s | measured s | ratio |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|"
-    speed, is_first = calibrated(), True
+    pace = speed(this_machine("cpu"), calibrate("cpu", time.process_time))
     models = dict.fromkeys(model for model, _ in combinations(only))
     for model in models:
         levers = [lever for other, lever in combinations(only) if other == model]
         for lever, found in zip(levers, measured_apart(model, levers), strict=True):
             simulation = forecast(model, lever)
-            if is_first:
-                speed, is_first = speed.times(speed.seconds(simulation.work) / found["seconds"]), False
-            peak, seconds = simulation.peak_bytes, speed.seconds(simulation.work)
+            peak, seconds = simulation.peak_bytes, pace.seconds(simulation.work)
             yield (
                 f"| {model} | {lever} | {peak / 1e6:,.1f} | {found['peak'] / 1e6:,.1f} | {peak / found['peak']:.3f} "
                 f"| {seconds:.2f} | {found['seconds']:.2f} | {seconds / found['seconds']:.2f} |"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from distill.config import Experiment
 from distill.memory.calibration import kind_of
 from distill.memory.cards import GIB, Card, this_machine
+from distill.report.numbers import size
 from distill.workspace.forecasting.phases import PHASES, Part, Phase, Simulator
-from distill.workspace.forecasting.sizes import Amount, amount_of, bytes_a_token, cache_bytes, moment_bytes
+from distill.workspace.forecasting.sizes import Amount, amount_of, bytes_a_token, cache_bytes, free_bytes, moment_bytes
 from distill.workspace.training import roles
 
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -67,6 +69,8 @@ class Forecast:
     phases: dict[Phase, PhaseForecast]
     disk: dict[str, int | None]
     """Bytes of `cache`, `checkpoints` and `student`; None: the amount of text is not known."""
+    free_disk_bytes: int
+    """Where the run's folder is, or will be."""
     notes: list[str] = field(default_factory=list)
     """What was assumed."""
 
@@ -110,7 +114,11 @@ class Forecaster:
             notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
         if experiment.train.strategy == "fsdp":
             notes.append("train.strategy fsdp: forecast as if each device had the whole student")
-        return Forecast(self.card, self.limit_bytes, made, disk, notes)
+        free = free_bytes(Path(experiment.run_dir))
+        if (total := sum(held or 0 for held in disk.values())) > free:
+            where = experiment.run_dir
+            notes.append(f"disk: {size(total)} are needed for {where}, where {size(free)} are free")
+        return Forecast(self.card, self.limit_bytes, made, disk, free, notes)
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
         """Device memory that a phase needs."""
@@ -129,14 +137,30 @@ class Forecaster:
         return PhaseForecast(
             phase=phase,
             peak_bytes=peak.peak_bytes,
-            parts={kind: size for kind, size in peak.parts.items() if size},
+            parts={kind: held for kind, held in peak.parts.items() if held},
             context_bytes=self._context_bytes(),
             fragmentation_bytes=round(FRAGMENTATION * peak.peak_bytes),
-            host_bytes=_host_bytes(experiment, phase, parts) if self.card.is_cuda else needed,
+            host_bytes=self._host_bytes(experiment, parts, amount, needed, phase),
             seconds=seconds,
             seconds_each=each,
             count=count,
         )
+
+    def _host_bytes(self, experiment: Experiment, parts: list[Part], amount: Amount, needed: int, phase: Phase) -> int:
+        loading = max(part.loading_bytes for part in parts)
+        states = 0
+        if phase == "evaluate":  # the teacher's, of all samples
+            each = self.simulator.hidden_size(experiment) * (2 if self.card.is_cuda else 4)
+            states = (amount.evaluated or 0) * experiment.corpus.sequence_length * each
+        if not self.card.is_cuda:
+            return max(needed, self.process_bytes + loading) + states
+        if phase == "train-student":
+            sizes = parts[0].sizes
+            # The student is made in host memory, all of it, before it moves: in float32, but for a frozen base.
+            made = sizes["bytes"] if sizes["trained_parameters"] < sizes["parameters"] else 4 * sizes["parameters"]
+            return self.process_bytes + made + WORKER_BYTES * experiment.train.num_workers
+        students = 4 * parts[1].sizes["parameters"] if phase == "evaluate" else 0
+        return self.process_bytes + max(LARGEST_TENSORS_BYTES, loading, students) + states
 
     def _disk(
         self, experiment: Experiment, found: dict[Phase, list[Part]], amount: Amount, notes: list[str]
@@ -149,8 +173,9 @@ class Forecaster:
             sizes, train = found["train-student"][0].sizes, experiment.train
             trained = sizes["trained_bytes"]
             moments = moment_bytes(experiment, sizes["trained_parameters"], trained)
-            whole = train.keep_checkpoints + 1  # one more while it is written
-            count = len(roles(experiment))
+            whole, count = train.keep_checkpoints + 1, len(roles(experiment))  # one more while it is written
+            if (steps := _steps(experiment, amount)) is not None:
+                whole = min(whole, -(-steps // train.checkpoint_every_steps))
             disk["checkpoints"] = count * (whole * (trained + moments) + trained)  # and the best weights
             disk["student"] = count * _student_bytes(experiment, sizes)
         return disk
@@ -175,30 +200,29 @@ def _time(
         each = parts[0].seconds + models * parts[1].seconds
         count = batches
     else:
-        step = train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
-        steps = None if amount.train is None else max(1, amount.train * train.epochs // step)
-        if train.max_steps is not None:
-            steps = train.max_steps if steps is None else min(steps, train.max_steps)
-        each = parts[0].seconds
-        if steps is not None:
-            # A held-out sample is read forward alone, about a third of a training sample's work.
-            measured = (steps // train.validate_every_steps + 1) * amount.held_out / step / 3
-            return len(roles(experiment)) * (steps + measured) * each, each, len(roles(experiment)) * steps
-        count = None
+        each, steps = parts[0].seconds, _steps(experiment, amount)
+        if steps is None:
+            return None, each, None
+        # A held-out sample is read forward alone, about a third of a training sample's work.
+        held_out = (steps // train.validate_every_steps + 1) * amount.held_out / _step_samples(experiment) / 3
+        trainings = len(roles(experiment))
+        return trainings * (steps + held_out) * each, each, trainings * steps
     return None if count is None else count * each, each, count
 
 
-def _host_bytes(experiment: Experiment, phase: Phase, parts: list[Part]) -> int:
-    """Beside a CUDA device."""
-    base = LIBRARIES_BYTES["cuda"]
-    if phase == "train-student":
-        sizes = parts[0].sizes
-        # The student is made in host memory, all of it, before it moves: in float32, but for a frozen base.
-        made = sizes["bytes"] if sizes["trained_parameters"] < sizes["parameters"] else 4 * sizes["parameters"]
-        return base + made + WORKER_BYTES * experiment.train.num_workers
-    if phase == "evaluate":
-        return base + max(LARGEST_TENSORS_BYTES, 4 * parts[1].sizes["parameters"])
-    return base + LARGEST_TENSORS_BYTES
+def _step_samples(experiment: Experiment) -> int:
+    """Of an optimiser step, on all devices."""
+    train = experiment.train
+    return train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
+
+
+def _steps(experiment: Experiment, amount: Amount) -> int | None:
+    """Optimiser steps of a training; None: the amount of text is not known."""
+    train = experiment.train
+    if amount.train is None:
+        return train.max_steps
+    steps = max(1, amount.train * train.epochs // _step_samples(experiment))
+    return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def _student_bytes(experiment: Experiment, sizes: dict[str, int]) -> int:

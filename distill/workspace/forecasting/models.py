@@ -45,7 +45,7 @@ class Models:
         self.hidden_size: int = config.hidden_size
         self.vocab_size = self._vocab_size(config)
         if experiment.student.vocabulary == "corpus":
-            self._note("student.vocabulary corpus: its tokens are counted in the cache; all of them are assumed here")
+            self.note("student.vocabulary corpus: its tokens are counted in the cache; all of them are assumed here")
 
     def teacher(self) -> Any:
         """The teacher on a CPU, as it would be on the card."""
@@ -137,7 +137,7 @@ class Models:
         if teacher.tokenizer is not None and facts is not None:
             alone = teacher.tokenizer.endswith(".model") and facts.sentencepiece_tokens
             tokens = alone or facts.tokens
-            self._note(f"teacher.tokenizer {teacher.tokenizer}: not here yet; {tokens:,} tokens assumed, as published")
+            self.note(f"teacher.tokenizer {teacher.tokenizer}: not here yet; {tokens:,} tokens assumed, as published")
             return tokens
         folder = self.checkpoint.folder
         if self.checkpoint.gguf_file or any(any(folder.glob(pattern)) for pattern in tokenizers.TOKENIZER_FILES):
@@ -145,10 +145,11 @@ class Models:
             return tokenizers.vocab_size(tokenizer)
         if facts is not None:
             return facts.tokens
-        self._note(f"teacher {teacher.model}: no tokenizer here; {config.vocab_size:,} tokens assumed, its head's rows")
+        self.note(f"teacher {teacher.model}: no tokenizer here; {config.vocab_size:,} tokens assumed, its head's rows")
         return int(config.vocab_size)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Something that was assumed, told once."""
         if text not in self.notes:
             self.notes.append(text)
 

@@ -23,6 +23,7 @@ from distill.memory.simulation import Simulation
 from distill.memory.step import StepShape, simulate_step
 from distill.memory.teacher import most_entries, simulate_teacher
 from distill.memory.work import Work
+from distill.report.numbers import size
 from distill.targets.schemes import Hidden
 from distill.workspace.cache import make_scheme
 from distill.workspace.forecasting.models import Models, configurations_alone, size_of, without_initial_weights
@@ -46,6 +47,8 @@ class Part:
     """Of a batch, or of a whole optimiser step."""
     sizes: dict[str, int]
     """Of the model that was made, as `size_of` tells."""
+    loading_bytes: int = 0
+    """Host memory while a model is loaded, where that is more than the largest tensor at a time."""
 
 
 class Simulator:
@@ -85,12 +88,18 @@ class Simulator:
             chunk_size=cache.chunk_size,
             **self._text(models),
         )
-        return [self._teacher_part(simulation, sizes)]
+        return [self._teacher_part(models, simulation, sizes)]
 
-    def _teacher_part(self, simulation: Simulation, sizes: dict[str, int]) -> Part:
+    def _teacher_part(self, models: Models, simulation: Simulation, sizes: dict[str, int]) -> Part:
         """A batch of the teacher; a streamed one's weights are read while it computes."""
         seconds = max(self.speed.seconds(simulation.work), sizes["bytes_read"] / self.reading)
-        return Part("teacher", simulation, seconds, sizes)
+        if sizes["bytes_read"]:
+            models.note(f"teacher: every batch reads {size(sizes['bytes_read'])}, at {size(self.reading)} a second")
+        loading = 0
+        if models.checkpoint.gguf_file is not None:  # dequantised as a whole: its tensors, and the model made of them
+            each = getattr(torch, models.compute_dtype).itemsize
+            loading = 2 * each * (sizes["parameters"] + sizes["packed_parameters"])
+        return Part("teacher", simulation, seconds, sizes, loading)
 
     def _text(self, models: Models) -> dict[str, Any]:
         corpus = models.experiment.corpus
@@ -133,7 +142,7 @@ class Simulator:
         dtype = getattr(torch, models.compute_dtype)
         student = simulate_fidelity(make, teacher_hidden_size=models.hidden_size, teacher_dtype=dtype, **text)
         return [
-            self._teacher_part(teacher, sizes),
+            self._teacher_part(models, teacher, sizes),
             Part("student", student, self.speed.seconds(student.work), student_sizes),
         ]
 

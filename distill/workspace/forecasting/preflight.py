@@ -65,6 +65,9 @@ class Preflight:
             return
         if not self.expected.fits:
             raise UserError(_refusal(self.experiment, self.expected, forecaster))
+        for note in self.expected.notes:
+            if note.startswith("disk: "):
+                say(note)
 
     def __enter__(self) -> Preflight:
         self.check()

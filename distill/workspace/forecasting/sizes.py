@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,3 +119,9 @@ def moment_bytes(experiment: Experiment, trained_parameters: int, trained_bytes:
     each = {"adamw": 2.0 * trained_bytes / max(trained_parameters, 1), "adamw_4bit": 1 + 8 / 128}
     size = trained_parameters * each.get(experiment.train.optimizer, 2 + 8 / 256)
     return round(size + (2 * trained_parameters if experiment.train.rounding == "kahan" else 0))
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk where `folder` is, or would be."""
+    here = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(here).free
