@@ -32,6 +32,18 @@ def workspace(func: Any, args: Any, kwargs: Any, made: Any, device: DeviceKind) 
     return _casts(args, made) if device == "cpu" and torch.Tag.pointwise in func.tags else 0
 
 
+LOOKUP_BYTES = 24
+"""A processor dequantises weight by weight, each in the time in which it would move so many bytes (an estimate, by the
+times of teachers in bfloat16 and in 4 bits in tests/benchmarks/forecast_accuracy.py)."""
+
+
+def moved_in_workspace(func: Any, args: Any, size: int, device: DeviceKind) -> int:
+    """Bytes that a kernel moves beside its arguments and results: its workspace of `size` is written and read."""
+    if func._overloadpacket.__name__ == "gemm_4bit" and device == "cpu":
+        return LOOKUP_BYTES * prod(args[2])
+    return 2 * size
+
+
 def _casts(args: Any, made: Any) -> int:
     """A CPU's pointwise kernel works in one type: what has another one is copied, and so is the result."""
     tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.memory.kernels import CUBLAS_BYTES, DeviceKind, workspace
+from distill.memory.kernels import CUBLAS_BYTES, DeviceKind, moved_in_workspace, workspace
 from distill.memory.values import has_own_dispatch
 from distill.memory.work import Work, tensors_in, work_of
 
@@ -110,10 +110,16 @@ class Tracker(TorchDispatchMode):
         if extra and not self._elsewhere:
             storage = Storage(extra, None, self._in_loss, False)
             self._events += [(extra, storage), (-extra, storage)]
-        work = work_of(func, args, kwargs, made)
-        if work is not None:
-            self.work[work] += 1
+        self._count(work_of(func, args, kwargs, made), moved_in_workspace(func, args, extra, self.device))
         return made
+
+    def _count(self, work: Work | None, moved: int) -> None:
+        """`moved` in its workspace, which a matrix product has filled before it begins to compute."""
+        if work is not None and work.flops:
+            self.work[work] += 1
+            work = Work(None, 0, 0) if moved else None
+        if work is not None:
+            self.work[work._replace(bytes=work.bytes + moved)] += 1
 
     def tag(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Say what tensors are; what is not known yet is counted from now on."""

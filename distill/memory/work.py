@@ -35,19 +35,17 @@ class Speed:
     bytes: float
     """Read and written by kernels that wait for nothing else."""
     launch: float = 0.0
-    """Seconds from one kernel to the next, at least."""
-
-    def times(self, factor: float) -> Speed:
-        """A device `factor` times as fast: for one whose real step was timed, forecast seconds / measured seconds."""
-        flops = {dtype: rate * factor for dtype, rate in self.flops.items()}
-        return Speed(flops, self.bytes * factor, self.launch / factor)
+    """Seconds that the program takes from one kernel to the next."""
+    in_turn: bool = False
+    """Whether the program waits for its kernels, as on a processor; else it goes ahead of them."""
 
     def seconds(self, work: Counter[Work]) -> float:
-        """For each kernel what takes longest: computing, moving, or starting it."""
+        """For each kernel what takes longer, computing or moving; and starting it, after that or meanwhile."""
         total, slowest = 0.0, min(self.flops.values())
         for (dtype, flops, moved), count in work.items():
             computing = 0.0 if dtype is None else flops / self.flops.get(dtype, slowest)
-            total += count * max(computing, moved / self.bytes, self.launch)
+            running = max(computing, moved / self.bytes)
+            total += count * (running + self.launch if self.in_turn else max(running, self.launch))
         return total
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from distill.memory import calibration, capacity
+from distill.memory import calibration, capacity, measuring
 from distill.memory.calibration import Efficiency
 from distill.memory.cards import this_machine
 from distill.memory.disk import time_disk
@@ -181,7 +181,7 @@ def packages() -> dict[str, str | None]:
 
 
 def _calibrate(kind: DeviceKind) -> Efficiency:
-    efficiency = calibration.calibrate(kind, folder=Path.cwd())
+    efficiency = measuring.calibrate(kind, folder=Path.cwd())
     calibration.save(kind, efficiency)
     return efficiency
 

@@ -36,8 +36,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from distill.cache.predict import TeacherModule
 from distill.losses.objective import Mixture
 from distill.memory import teacher as teacher_phase
-from distill.memory.calibration import calibrate, speed
+from distill.memory.calibration import speed
 from distill.memory.cards import this_machine
+from distill.memory.measuring import calibrate
 from distill.memory.simulation import Simulation
 from distill.memory.step import StepShape, make_batch, run_steps, simulate_step
 from distill.models.huggingface import HuggingFaceLanguageModel

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ import torch
 from distill.memory import calibration
 from distill.memory.calibration import DEFAULTS, Efficiency, speed
 from distill.memory.cards import find_card, this_machine
-from distill.memory.simulation import Simulation
-from distill.memory.step import simulate_step
 from distill.memory.work import Work
 
 MEASURED = Efficiency({"float32": 0.4, "bfloat16": 0.3, "float16": 0.2}, 0.7, 5e-6, is_measured=True)
@@ -52,13 +49,13 @@ def test_another_machines_calibration_does_not_count(fact: str, monkeypatch: pyt
         "",
         "{",
         "[]",
-        '{"version": 1, "cpu": 3}',
+        '{"version": 2, "cpu": 3}',
         '{"version": 99}',
         "[" * 100_000,
-        '{"version": 1, "cpu": {"identity": IDENTITY}}',
-        '{"version": 1, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": [], "bandwidth": 1, "launch": 1}}}',
-        '{"version": 1, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": {"float32": 1, "bfloat16": 1, '
-        '"float16": NUMBER}, "bandwidth": 1, "launch": 1}}}',
+        '{"version": 2, "cpu": {"identity": IDENTITY}}',
+        '{"version": 2, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": []}}}',
+        '{"version": 2, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": {"float32": 1, "bfloat16": 1, '
+        '"float16": NUMBER}, "bandwidth": 1, "launch": 1, "reading": 1}}}',
     ],
 )
 @pytest.mark.parametrize("number", ["0", "-1", "NaN", "Infinity", '"x"', "null"])
@@ -83,8 +80,15 @@ def test_speeds_are_shares_of_the_cards_rates() -> None:
     assert found.flops[torch.bfloat16] == 0.3 * card.half_flops
     assert (found.bytes, found.launch) == (0.7 * card.bandwidth_bytes_per_s, 5e-6)
     step = Counter({Work(torch.bfloat16, 10**12, 10**6): 3, Work(None, 0, 10**9): 2, Work(None, 0, 4): 100})
-    expected = 3 * 1e12 / (0.3 * card.half_flops) + 2 * 1e9 / (0.7 * card.bandwidth_bytes_per_s) + 100 * 5e-6
-    assert found.seconds(step) == pytest.approx(expected)
+    computing, moving = 3 * 1e12 / (0.3 * card.half_flops), 2 * 1e9 / (0.7 * card.bandwidth_bytes_per_s)
+    assert found.seconds(step) == pytest.approx(computing + moving + 100 * 5e-6)
+
+
+def test_a_processor_starts_each_kernel_when_the_one_before_has_ended() -> None:
+    card = this_machine("cpu")
+    found = speed(card, MEASURED)
+    step = Counter({Work(None, 0, 10**9): 2, Work(None, 0, 0): 100})
+    assert found.seconds(step) == pytest.approx(2e9 / (0.7 * card.bandwidth_bytes_per_s) + 102 * 5e-6)
 
 
 def test_a_card_without_bfloat16_computes_in_float16_what_is_simulated_in_bfloat16() -> None:
@@ -92,7 +96,7 @@ def test_a_card_without_bfloat16_computes_in_float16_what_is_simulated_in_bfloat
     assert found.flops[torch.bfloat16] == found.flops[torch.float16] == 0.2 * find_card("t4").half_flops
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8])
 def test_there_is_a_speed_for_every_type_that_products_come_in(dtype: torch.dtype) -> None:
     for card in (find_card("12GiB"), this_machine("cpu")):
         assert speed(card).seconds(Counter({Work(dtype, 10**9, 10): 1})) > 0
@@ -102,39 +106,3 @@ def test_a_faster_card_is_forecast_to_be_faster() -> None:
     work = Counter({Work(torch.bfloat16, 10**12, 10**8): 1, Work(None, 0, 10**9): 1})
     seconds = [speed(find_card(name), MEASURED).seconds(work) for name in ("rtx-3060", "rtx-3090", "rtx-4090")]
     assert seconds == sorted(seconds, reverse=True)
-
-
-class Ticks:
-    """A clock that is a tick later at every look at it."""
-
-    def __init__(self, tick: float) -> None:
-        self.tick, self.time = tick, 0.0
-
-    def __call__(self) -> float:
-        self.time += self.tick
-        return self.time
-
-
-def test_the_forecast_of_the_step_it_timed_is_what_it_took(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By this clock everything takes a second, the real training step too."""
-    steps: list[Counter[Work]] = []
-
-    def simulate(*args: Any, **options: Any) -> Simulation:
-        simulation = simulate_step(*args, **options)
-        steps.append(simulation.work)
-        return simulation
-
-    monkeypatch.setattr(calibration, "simulate_step", simulate)
-    monkeypatch.setattr(calibration, "_precisions", lambda card: ("32-true",))
-    found = calibration.calibrate("cpu", Ticks(1.0))
-    assert found.is_measured and len(steps) == 1
-    assert speed(this_machine("cpu"), found).seconds(steps[0]) == pytest.approx(1.0)
-
-
-def test_a_longer_step_makes_the_forecast_longer(one_thread: None) -> None:
-    timer = calibration._Timer("cpu", Ticks(2.0))
-    clock = calibration._Clock(timer)
-    clock.on_train_batch_start()
-    clock.on_train_batch_end()
-    assert clock.seconds == [2.0]
-    assert timer.seconds(lambda: None) == 2.0  # one run a series, for a run takes longer than the budget

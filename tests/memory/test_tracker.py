@@ -108,4 +108,3 @@ def test_a_kernel_takes_what_takes_longest() -> None:
             pass
         tracker.work[work] += 2
         assert speed.seconds(tracker.work) == pytest.approx(2 * seconds)
-        assert speed.times(0.5).seconds(tracker.work) == pytest.approx(4 * seconds)
