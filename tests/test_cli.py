@@ -28,17 +28,20 @@ def replace_recipes(monkeypatch: pytest.MonkeyPatch, find: Callable[[str], Any])
     monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=find))
 
 
+Call = tuple[str, Experiment, tuple[str, ...]]
+
+
 @pytest.fixture
-def recipes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Experiment]]:
+def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """What the recipes were called with, instead of their work."""
-    called: list[tuple[str, Experiment]] = []
+    called: list[Call] = []
 
     class Recipe:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def main(self, experiment: Experiment) -> int:
-            called.append((self.name.removeprefix("distill.recipes."), experiment))
+        def main(self, experiment: Experiment, following: tuple[str, ...]) -> int:
+            called.append((self.name.removeprefix("distill.recipes."), experiment, following))
             return 0
 
     replace_recipes(monkeypatch, Recipe)
@@ -102,18 +105,20 @@ def test_the_exit_status_of_a_broken_option_of_argparse_is_2_too(distill: Any) -
     assert distill("inspect", "a", "--verifi").status == 2
 
 
-def test_run_is_the_three_phases_and_continues_what_is_unfinished(
-    distill: Any, recipes: list[tuple[str, Experiment]], file: str
-) -> None:
+def test_run_is_the_three_phases_and_continues_what_is_unfinished(distill: Any, recipes: list[Call], file: str) -> None:
     assert distill("run", file, "--train.seed", "3").status == 0
-    assert [name for name, _ in recipes] == ["cache_teacher", "train_student", "evaluate"]
-    assert all(experiment.train.resume and experiment.train.seed == 3 for _, experiment in recipes)
+    assert [(name, following) for name, _, following in recipes] == [
+        ("cache_teacher", ("train-student", "evaluate")),
+        ("train_student", ("evaluate",)),
+        ("evaluate", ()),
+    ]
+    assert all(experiment.train.resume and experiment.train.seed == 3 for _, experiment, _ in recipes)
 
 
 @pytest.mark.parametrize(
     "flag", [["--resume"], ["--train.resume"], ["--train.resume", "true"], ["--train.resume=true"]]
 )
-def test_flags_need_no_value(distill: Any, recipes: list[tuple[str, Experiment]], file: str, flag: list[str]) -> None:
+def test_flags_need_no_value(distill: Any, recipes: list[Call], file: str, flag: list[str]) -> None:
     assert distill("train-student", file, *flag, "--cache.overwrite").status == 0
     assert recipes[0][0] == "train_student"
     assert recipes[0][1].train.resume and recipes[0][1].cache.overwrite
@@ -128,7 +133,7 @@ class Stopping:
     """A recipe that is interrupted; what it was before."""
 
     @staticmethod
-    def main(experiment: Experiment) -> int:
+    def main(experiment: Experiment, following: tuple[str, ...]) -> int:
         raise interrupt.Interrupted("SIGINT")
 
 
@@ -167,7 +172,7 @@ def test_a_signal_that_came_too_late_for_one_step_stops_the_next(
 
     class LateSignal:
         @staticmethod
-        def main(experiment: Experiment) -> int:
+        def main(experiment: Experiment, following: tuple[str, ...]) -> int:
             called.append(experiment)
             with interrupt.deferred():
                 os.kill(os.getpid(), signal.SIGINT)
@@ -190,7 +195,7 @@ def test_a_user_error_of_a_recipe_is_one_line_and_status_2(
 ) -> None:
     class Failing:
         @staticmethod
-        def main(experiment: Experiment) -> int:
+        def main(experiment: Experiment, following: tuple[str, ...]) -> int:
             raise UserError("where: what: do this")
 
     replace_recipes(monkeypatch, lambda name: Failing)

@@ -45,7 +45,7 @@ DEFAULTS: dict[DeviceKind, Efficiency] = {
     # What training in plain PyTorch mostly reaches on cards: near the peak in large products, less in a model's.
     "cuda": Efficiency({"float32": 0.7, "bfloat16": 0.6, "float16": 0.6}, bandwidth=0.75, launch=1e-5),
     # Of the modest figures that `this_machine` assumes; processors differ by far more than cards do.
-    "cpu": Efficiency({"float32": 0.6, "bfloat16": 0.6, "float16": 0.1}, bandwidth=0.5, launch=4e-6),
+    "cpu": Efficiency({"float32": 0.6, "bfloat16": 0.6, "float16": 0.1}, bandwidth=0.35, launch=8e-6),
 }
 
 
