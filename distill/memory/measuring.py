@@ -38,8 +38,8 @@ from distill.training.optimizers.schedule import Schedule
 
 _FURTHEST, _ROUNDS = 64.0, 8
 """Factor by which a number may be off what it was taken for, and how often both are set right in turn."""
-_RUNS = 4
-"""Of each piece of work; the shortest counts, but for the first, in which much is made for the first time."""
+_RUNS = 10
+"""Of each piece of work; the shortest counts, for what disturbs a run makes it longer, never shorter."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Tracker(TorchDispatchMode):
             self.work[work] += 1
             work = Work(None, 0, 0) if moved else None
         if work is not None:
-            self.work[work._replace(bytes=work.bytes + moved)] += 1
+            self.work[work._replace(bytes=work.bytes + moved, fresh=work.fresh + moved // 2)] += 1
 
     def tag(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Say what tensors are; what is not known yet is counted from now on."""

@@ -24,6 +24,8 @@ class Work(NamedTuple):
     """Of matrix products; others are bound by what they move."""
     bytes: int
     """Read and written."""
+    fresh: int = 0
+    """Of these, written to memory that was just allocated."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class Speed:
     """Seconds that the program takes from one kernel to the next."""
     in_turn: bool = False
     """Whether the program waits for its kernels, as on a processor; else it goes ahead of them."""
+    fresh: float = 1.0
+    """How many times as long a byte takes that is written to memory just allocated."""
 
     def seconds(self, work: Counter[Work]) -> float:
         """For each kernel what takes longer, computing or moving; and starting it, after that or meanwhile."""
         total, slowest = 0.0, min(self.flops.values())
-        for (dtype, flops, moved), count in work.items():
+        for (dtype, flops, moved, fresh), count in work.items():
             computing = 0.0 if dtype is None else flops / self.flops.get(dtype, slowest)
-            running = max(computing, moved / self.bytes)
+            running = max(computing, (moved + (self.fresh - 1) * fresh) / self.bytes)
             total += count * (running + self.launch if self.in_turn else max(running, self.launch))
         return total
 
@@ -70,7 +74,8 @@ def work_of(func: Any, args: Any, kwargs: Any, made: Any) -> Work | None:
     # Rows are picked out of what is given: only those are read.
     moved = 2 * written if func in _GATHERS else sum(_bytes(tensor) for tensor in given) + written
     flops = _flops(func, args, kwargs, made)
-    return Work(given[0].dtype if flops else None, flops, moved)
+    fresh = 0 if func._schema.is_mutable else written
+    return Work(given[0].dtype if flops else None, flops, moved, fresh)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, made: Any) -> int:

@@ -2,9 +2,9 @@
 
 Four kinds of students under several levers, and a teacher in bfloat16 and in 4 bits, are simulated without memory
 (`distill.memory`); then their steps are really made, in a process for each model. Measured are the bytes that torch's
-CPU allocator held at most, from the profiler's record, and the processor's time of a step without the profiler. The
-machine's speed is what `distill doctor --calibrate` measures, of the processor's time too, so that other programs on it
-matter little.
+CPU allocator held at most, from the profiler's record, and the processor's time of a step without the profiler, the
+shortest of ten. The machine's speed is what `distill doctor --calibrate` measures, in the processor's time too and for
+each model anew, for the speed of a virtual machine drifts.
 On a CUDA device tests/gpu/test_forecast.py compares the same combinations with the allocator's own counter.
 """
 
@@ -16,14 +16,13 @@ import json
 import logging
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -36,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from distill.cache.predict import TeacherModule
 from distill.losses.objective import Mixture
 from distill.memory import teacher as teacher_phase
-from distill.memory.calibration import speed
+from distill.memory.calibration import Efficiency, speed
 from distill.memory.cards import this_machine
 from distill.memory.measuring import calibrate
 from distill.memory.simulation import Simulation
@@ -55,6 +54,8 @@ from students.lora import LoraLanguageModel, add_adapters
 
 VOCABULARY = 16_384
 STEP = StepShape(samples=4, length=128)
+RUNS = 10
+"""Of each batch and step: the shortest is taken, as in a calibration."""
 SCHEME = schemes.make("varopt", threshold=0.02)
 TEACHER_BATCH = {"batch_size": 4, "length": 128}
 TEACHER_VOCABULARY = 49_152
@@ -182,12 +183,12 @@ def measured_teacher(model: str) -> dict[str, float]:
         return lambda: module.predict_step(batch, 0)
 
     run, times = prepared(), []
-    for _ in range(4):
+    for _ in range(RUNS):
         started = time.process_time()
         run()
         times.append(time.process_time() - started)
     del run
-    return {"peak": allocator_peak(prepared), "seconds": statistics.median(times[1:])}
+    return {"peak": allocator_peak(prepared), "seconds": min(times[1:])}
 
 
 def measured_step(student: str, levers: Levers) -> dict[str, float]:
@@ -198,8 +199,8 @@ def measured_step(student: str, levers: Levers) -> dict[str, float]:
         return lambda: run_steps(module, batch, levers.precision)
 
     clock = _Clock()
-    run_steps(make_module(student, levers), make_batch(STEP, VOCABULARY), levers.precision, [clock], steps=4)
-    return {"peak": allocator_peak(prepared), "seconds": statistics.median(clock.seconds[1:])}
+    run_steps(make_module(student, levers), make_batch(STEP, VOCABULARY), levers.precision, [clock], steps=RUNS)
+    return {"peak": allocator_peak(prepared), "seconds": min(clock.seconds[1:])}
 
 
 class _Clock(pl.Callback):
@@ -242,33 +243,33 @@ def combinations(only: str) -> Iterator[tuple[str, str]]:
                 yield model, lever
 
 
-def measured_apart(model: str, levers: list[str]) -> list[dict[str, float]]:
-    """Each lever's measurements, made in a process of their own."""
+def measured_apart(model: str, levers: list[str]) -> tuple[Efficiency, list[dict[str, float]]]:
+    """The machine's calibration, and each lever's measurements, made in a process of their own."""
     command = [sys.executable, __file__, "--measure", model, *levers]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    efficiency, found = json.loads(done.stdout.splitlines()[-1])
+    return Efficiency(**efficiency), found
 
 
 def measure(model: str, levers: list[str]) -> None:
     """In the process of `measured_apart`."""
-    print(
-        json.dumps(
-            [measured_teacher(model) if model in TEACHERS else measured_step(model, LEVERS[lever]) for lever in levers]
-        )
-    )
+    efficiency = calibrate("cpu", time.process_time)
+    found = [measured_teacher(model) if model in TEACHERS else measured_step(model, LEVERS[lever]) for lever in levers]
+    print(json.dumps([asdict(efficiency), found]))
 
 
 def table(only: str) -> Iterator[str]:
     """The lines of a Markdown table."""
     yield "| model | levers | forecast MB | measured MB | ratio | forecast s | measured s | ratio |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|"
-    pace = speed(this_machine("cpu"), calibrate("cpu", time.process_time))
     models = dict.fromkeys(model for model, _ in combinations(only))
     for model in models:
         levers = [lever for other, lever in combinations(only) if other == model]
-        for lever, found in zip(levers, measured_apart(model, levers), strict=True):
+        efficiency, measurements = measured_apart(model, levers)
+        pace = speed(this_machine("cpu"), efficiency)
+        for lever, found in zip(levers, measurements, strict=True):
             simulation = forecast(model, lever)
             peak, seconds = simulation.peak_bytes, pace.seconds(simulation.work)
             yield (

@@ -94,7 +94,8 @@ def test_matrix_products_are_counted_by_type() -> None:
     with Tracker("cpu") as tracker:
         torch.ones(4, 8, dtype=torch.bfloat16) @ torch.ones(8, 16, dtype=torch.bfloat16)
     products = [work for work in tracker.work if work.flops]
-    assert products == [Work(torch.bfloat16, 2 * 4 * 8 * 16, 2 * (4 * 8 + 8 * 16 + 4 * 16))]
+    sizes = 2 * (4 * 8 + 8 * 16 + 4 * 16)
+    assert products == [Work(torch.bfloat16, 2 * 4 * 8 * 16, sizes, fresh=2 * 4 * 16)]
 
 
 def test_a_kernel_takes_what_takes_longest() -> None:
