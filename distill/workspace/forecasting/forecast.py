@@ -112,6 +112,10 @@ class Forecaster:
         disk = self._disk(experiment, found, amount, notes)
         if experiment.evaluate.tasks or experiment.evaluate.cost or experiment.evaluate.texts:
             notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
+        if self.card.is_cuda and not self.card.has_bf16 and experiment.train.precision.startswith("bf16"):
+            notes.append(
+                f"train.precision {experiment.train.precision}: {self.card.name} has no bfloat16: take 16-mixed"
+            )
         if experiment.train.strategy == "fsdp":
             notes.append("train.strategy fsdp: forecast as if each device had the whole student")
         free = free_bytes(Path(experiment.run_dir))

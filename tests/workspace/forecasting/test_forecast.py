@@ -172,3 +172,12 @@ def test_disk_follows_the_tables_and_the_budget(experiment: Callable[..., Experi
     unknown = replace(plain, corpus=replace(plain.corpus, path="someone/something"))
     notes: list[str] = []
     assert sizes.amount_of(unknown, notes).train is None and "cache.max_samples" in notes[0]
+
+
+@pytest.mark.parametrize(("card", "is_told"), [("t4", True), ("rtx-3060", False)])
+def test_a_card_without_bfloat16_is_told_to_one_who_asks_for_it(
+    card: str, is_told: bool, experiment: Callable[..., Experiment]
+) -> None:
+    asked = experiment(train={"precision": "bf16-mixed"})
+    notes = Forecaster(find_card(card)).forecast(asked, ("train-student",)).notes
+    assert any("has no bfloat16: take 16-mixed" in note for note in notes) == is_told
