@@ -46,11 +46,22 @@ def retake() -> None:
 def deferred() -> Iterator[None]:
     """Inside, a first signal waits for `stop_if_asked`; a second one of its kind stops at once."""
     global _deferred
-    _deferred = True
+    before, _deferred = _deferred, True
     try:
         yield
     finally:
-        _deferred = False
+        _deferred = before
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """For work that an exception out of nowhere would spoil: a signal that came inside is raised at the end, even
+    where a second one (which stops at once) came out as another error."""
+    try:
+        with deferred():
+            yield
+    finally:
+        stop_if_asked()
 
 
 def asked() -> bool:

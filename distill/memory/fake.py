@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill import plugins
+from distill import interrupt, plugins
 from distill.memory.cuda import as_on_cuda
 from distill.memory.kernels import DeviceKind
 from distill.memory.quantized import ScaledLinear, packed_linear
@@ -29,10 +29,12 @@ def without_memory(device: DeviceKind, integer: int = 1) -> Iterator[Values]:
     """Tensors made inside have shapes and types and no memory; those from outside are taken as fake ones.
 
     Checkpoints are not read: a model gets the shapes that its configuration gives, so that a folder with nothing but a
-    `config.json` will do. `integer`: see `Values`.
+    `config.json` will do. `integer`: see `Values`. Ctrl-C and SIGTERM wait until the end: raised inside torch's fake
+    mode, they leave it broken, and come out as errors of other kinds.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
+        stack.enter_context(interrupt.held_back())
         for holder, name, stand_in in _STAND_INS:
             stack.enter_context(mock.patch.object(holder, name, stand_in))
         for kind, stand_ins in _WITHOUT_WEIGHTS.items():
