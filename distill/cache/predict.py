@@ -67,7 +67,7 @@ class TeacherModule(pl.LightningModule):
         ids_BL, positions_BL, mask_BL = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
         hidden_BLD = self.teacher.body(ids_BL, positions_BL)
         head = self.teacher.head.with_rows(self.vocab_size)
-        return [self._record(*row, head) for row in zip(hidden_BLD, ids_BL, positions_BL, mask_BL, strict=True)]
+        return [self._record(*sample, head) for sample in _samples(hidden_BLD, ids_BL, positions_BL, mask_BL)]
 
     def _record(self, hidden_LD: Tensor, ids_L: Tensor, positions_L: Tensor, mask_L: Tensor, head: Any) -> Record:
         targets = extract(
@@ -87,6 +87,12 @@ class TeacherModule(pl.LightningModule):
             mask_L.cpu().numpy(),
             targets,
         )
+
+
+def _samples(
+    hidden_BLD: Tensor, ids_BL: Tensor, positions_BL: Tensor, mask_BL: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return zip(hidden_BLD, ids_BL, positions_BL, mask_BL, strict=True)
 
 
 class ShardWriter(BasePredictionWriter):

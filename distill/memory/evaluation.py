@@ -15,11 +15,13 @@ import torch
 import torchmetrics.metric
 from torch import Tensor, nn
 
+from distill.evaluation import fidelity
 from distill.evaluation.breakdown import Fidelity, Likelihood
 from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
 from distill.memory.blocks import alike_once
 from distill.memory.fake import without_memory
 from distill.memory.kernels import DeviceKind
+from distill.memory.repetition import first_two_alike
 from distill.memory.simulation import Simulation, tag_model
 from distill.memory.teacher import make_batch
 from distill.memory.tracker import Tracker
@@ -49,7 +51,8 @@ def simulate_likelihood(
             with alike_once(teacher, tracker):
                 states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
             tracker.tag([states.head.weight_VD], "weights")
-            teacher_likelihood(states, samples, batch_size, chunk_size, _CPU)
+            with _equal_chunks_once(tracker):
+                teacher_likelihood(states, samples, batch_size, chunk_size, _CPU)
             peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
 
@@ -79,7 +82,7 @@ def simulate_fidelity(
                 hidden_ND = torch.empty(batch_size * length, teacher_hidden_size, dtype=teacher_dtype)
             tracker.forget()
             states = TeacherStates([hidden_ND], head)
-            with alike_once(student, tracker):
+            with alike_once(student, tracker), _equal_chunks_once(tracker):
                 student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None)
             peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
@@ -88,6 +91,18 @@ def simulate_fidelity(
 def _rows(batch_size: int, length: int, documents: int) -> list[dict[str, Tensor]]:
     batch = make_batch(batch_size, length, documents)
     return [{name: tensor[row].clone() for name, tensor in batch.items()} for row in range(batch_size)]
+
+
+@contextmanager
+def _equal_chunks_once(tracker: Tracker) -> Iterator[None]:
+    """Inside, of a batch's equal chunks two are measured: what a metric keeps does not grow."""
+
+    def chunks(*args: Any) -> Iterator[tuple[slice, Any]]:
+        return first_two_alike(inner(*args), tracker, lambda chunk: len(chunk[1].next_ids_N))
+
+    inner = fidelity._chunks
+    with mock.patch.object(fidelity, "_chunks", chunks):
+        yield
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""What a simulated training repeats without anything new: equal chunks of an optimiser, and the first of its steps."""
+"""What a simulation would repeat without anything new: samples and chunks that are alike, a training's first step."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import lightning.pytorch as pl
@@ -18,6 +18,28 @@ from distill.memory.tracker import Tracker
 from distill.memory.work import Work
 from distill.training.optimizers import chunked_adamw
 from distill.training.optimizers.step_in_backward import StepInBackward
+
+T = TypeVar("T")
+
+
+def first_two_alike(
+    items: Iterable[T], tracker: Tracker, kind: Callable[[T], Hashable] = lambda item: None
+) -> Iterator[T]:
+    """Of neighbouring items of one kind the first two; for each further one, the work of the second is counted.
+
+    What is done with each must leave no more behind than what is done with the second.
+    """
+    last: Hashable = object()
+    times, work = 0, Counter[Work]()
+    for item in items:
+        if kind(item) != last:
+            last, times = kind(item), 0
+        if times == 2:
+            tracker.work.update(work)
+            continue
+        before = Counter(tracker.work)
+        yield item
+        times, work = times + 1, tracker.work - before
 
 
 @contextmanager

@@ -5,16 +5,20 @@ Shapes: B samples of a batch, L sequence length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from distill.cache import predict
 from distill.cache.predict import TeacherModule
 from distill.memory.blocks import alike_once
 from distill.memory.fake import without_memory
 from distill.memory.kernels import DeviceKind
+from distill.memory.repetition import first_two_alike
 from distill.memory.simulation import Simulation, tag_model
 from distill.memory.tracker import Tracker
 from distill.targets.schemes import AnyScheme, Hidden, VarOpt
@@ -34,11 +38,11 @@ def simulate_teacher(
 ) -> Simulation:
     """Memory and work of one batch of the teacher that `make_teacher` makes: body, head and targets.
 
-    Every position carries loss and, under varopt, has as many entries as a target may have. `alike_blocks_once`: see
-    `distill.memory.blocks`; without it every block is run.
+    Every position carries loss and, under varopt, has as many entries as a target may have: all samples are alike, and
+    two of them get their targets. `alike_blocks_once`: see `distill.memory.blocks`; without it every block is run.
     """
     batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
-    with without_memory(device, most_entries(scheme)) as values:
+    with without_memory(device, most_entries(scheme)) as values, _two_samples(tracker):
         batch = {name: values.known(tensor) for name, tensor in batch.items()}
         with tracker:
             module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
@@ -77,6 +81,14 @@ def most_entries(scheme: AnyScheme) -> int:
     if isinstance(scheme, VarOpt):
         return int(1 / scheme.threshold)
     return 1 if isinstance(scheme, Hidden) else scheme.entries
+
+
+@contextmanager
+def _two_samples(tracker: Tracker) -> Iterator[None]:
+    """Inside, two samples of a batch get targets, and their records are all that there are."""
+    inner = predict._samples
+    with mock.patch.object(predict, "_samples", lambda *columns: first_two_alike(inner(*columns), tracker)):
+        yield
 
 
 def _head_and_targets(tracker: Tracker, module: TeacherModule) -> Callable[..., Any]:

@@ -54,6 +54,8 @@ def test_a_calibration_is_the_fit_of_what_was_timed(
         return seen[0][2]
 
     monkeypatch.setattr(measuring, "fit", remembered)
+    monkeypatch.setitem(measuring._LARGER, "cpu", measuring._TINY)
+    monkeypatch.setattr(measuring, "_RUNS", 2)
     found = calibrate("cpu", Ticks(0.02), tmp_path)
     ((tiny, others, fitted),) = seen
     assert [timed.seconds for timed in (tiny, *others)] == pytest.approx([0.02] * 4)

@@ -1,16 +1,24 @@
-"""An optimiser's equal chunks, simulated once, leave peak and work as they are."""
+"""What is alike and simulated once, or twice, leaves peak and work as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
+from distill import memory
+from distill.memory.evaluation import simulate_fidelity, simulate_likelihood
 from distill.memory.repetition import each_kind_of_chunk_once, moments_made_first, work_of_update
+from distill.memory.simulation import Simulation
 from distill.memory.step import StepShape, simulate_step
+from distill.memory.teacher import simulate_teacher
+from distill.targets import schemes
 from distill.training.optimizers import chunked_adamw
+from students.compact import CompactDecoder
 
 SHAPE = StepShape(samples=4, length=16, entries=5)
 
@@ -54,3 +62,42 @@ def test_the_updates_own_work_does_not_grow_with_the_passes(maker: Callable[...,
         assert sum(update.values()) < sum(whole.work.values())
         found.append(sum(work.bytes * count for work, count in update.items()))
     assert found[0] == found[1] > 0
+
+
+TEXT: dict[str, Any] = {"batch_size": 5, "length": 50, "vocab_size": 96, "documents": 2}
+SCHEMES = {
+    "varopt": schemes.make("varopt", threshold=0.1),
+    "top_k": schemes.make("top_k", entries=8),
+    "hidden": schemes.make("hidden", size=64),
+}
+
+
+def teacher() -> Any:
+    return CompactDecoder(96, 64, 2, 4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "simulate",
+    [
+        *(partial(simulate_teacher, teacher, scheme=scheme, chunk_size=16) for scheme in SCHEMES.values()),
+        partial(simulate_likelihood, teacher, chunk_size=16),  # 250 positions: 15 chunks, and a smaller one
+        partial(simulate_fidelity, teacher, teacher_hidden_size=32, teacher_dtype=torch.bfloat16, chunk_size=16),
+    ],
+    ids=[*SCHEMES, "likelihood", "fidelity"],
+)
+def test_two_samples_or_chunks_stand_for_all(simulate: Callable[..., Simulation], device: str) -> None:
+    two = simulate(device=device, **TEXT)
+    everything = {"first_two_alike": lambda items, *_: counted(items)}
+    met = 0
+
+    def counted(items: Any) -> Any:
+        nonlocal met
+        for item in items:
+            met += 1
+            yield item
+
+    with mock.patch.multiple(memory.teacher, **everything), mock.patch.multiple(memory.evaluation, **everything):
+        whole = simulate(device=device, **TEXT)
+    assert met in (5, 16)
+    assert two == whole
