@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import os
 import shlex
 import sys
+from typing import Any
 
 from distill import __version__, folder_commands
 from distill.errors import UserError, did_you_mean
@@ -28,14 +30,27 @@ _EPILOG = "\n".join(f"  distill {name:<14} {text}" for name, text in COMMANDS.it
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. Exit status 0: done; 1: a check found a difference; 2: the user can mend it; 130: interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command. Exit status 0: done; 1: a check found a difference; 2: the user can mend it; 130: interrupted.
+
+    Without arguments it is the program: those of the process, which then ends.
+    """
     try:
-        status = _dispatch(arguments)
+        status = _dispatch(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"distill: {error}", file=sys.stderr)
         status = 2
+    if arguments is None:
+        gc.freeze()  # Python would look through a million objects for garbage, two seconds long
     sys.exit(status)
+
+
+def _imported(module: str) -> Any:
+    """A module. What imports make stays: to look for garbage among it meanwhile would take a fifth of their time."""
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.enable()
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -76,11 +91,15 @@ def plan_parser() -> argparse.ArgumentParser:
 
 def _plan(path: str, rest: list[str]) -> int:
     options, overrides = plan_parser().parse_known_args(rest)
-    _quiet_libraries()
     from distill.experiment_file import load_experiment
-    from distill.recipes import plan
 
-    return plan.main(load_experiment(path, _spelled_out(overrides)), options.card, options.json, options.fit)
+    def work() -> int:
+        experiment = load_experiment(path, _spelled_out(overrides))
+        _quiet_libraries()
+        status: int = _imported("distill.recipes.plan").main(experiment, options.card, options.json, options.fit)
+        return status
+
+    return folder_commands.stoppable(work, "nothing was changed")
 
 
 def _print_options(command: str) -> None:
@@ -116,7 +135,7 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
                 if status:
                     return status
             else:
-                recipe = importlib.import_module(f"distill.recipes.{step.replace('-', '_')}")
+                recipe = _imported(f"distill.recipes.{step.replace('-', '_')}")
                 recipe.main(experiment, tuple(steps[number + 1 :]))
         return 0
     except interrupt.Interrupted:

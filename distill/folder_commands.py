@@ -33,7 +33,7 @@ Recipe = Callable[[argparse.Namespace, list[str]], int]
 """The options, and the arguments that they were read from."""
 
 
-def _stoppable(work: Callable[[], int], words: str) -> int:
+def stoppable(work: Callable[[], int], words: str) -> int:
     """Do the work; on Ctrl-C and SIGTERM say what is left of it."""
     from distill import interrupt
 
@@ -71,7 +71,7 @@ def _merge(parser: argparse.ArgumentParser) -> Recipe:
 
         again = shlex.join(["distill", "merge", *arguments])
         words = f"everything so far is kept. To go on: {again}"
-        return _stoppable(lambda: merge.main(options.parts, options.to), words)
+        return stoppable(lambda: merge.main(options.parts, options.to), words)
 
     return recipe
 
@@ -98,7 +98,7 @@ def _export(parser: argparse.ArgumentParser) -> Recipe:
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import export
 
-        return _stoppable(
+        return stoppable(
             lambda: export.main(options.run, options.to, options.format, options.type, options.with_code),
             f"{options.to} was not made",
         )
@@ -131,7 +131,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Recipe:
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import doctor
 
-        return _stoppable(lambda: doctor.main(options.calibrate, options.json), "nothing was changed")
+        return stoppable(lambda: doctor.main(options.calibrate, options.json), "nothing was changed")
 
     return recipe
 

@@ -150,6 +150,17 @@ def test_an_interruption_says_how_to_go_on(
     assert again == ["distill", *given, *(["--resume"] if command == "train-student" else [])]
 
 
+def test_a_plan_that_is_stopped_left_everything_as_it_was(
+    distill: Any, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    class StoppedPlan:
+        main = staticmethod(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    replace_recipes(monkeypatch, lambda name: StoppedPlan)
+    outcome = distill("plan", file)
+    assert (outcome.status, outcome.err) == (130, "\nstopped; nothing was changed\n")
+
+
 def test_a_signal_waits_while_work_is_under_way_and_a_second_of_its_kind_does_not(no_traces: None) -> None:
     """One of the other kind is the same wish, passed on by the process that started this one."""
     interrupt.install()
