@@ -28,7 +28,7 @@ def prune_teacher(
     intermediate_size: int | None = None,
     key_value_groups: int | None = None,
     calibration_samples: int = 16,
-    revision: str | None = None,
+    teacher_revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "cpu",
     calibration: Calibration | None = None,
@@ -42,9 +42,9 @@ def prune_teacher(
     heads that share it): what is most active on `calibration_samples` samples stays.
 
     Only what is kept stays in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
-    (a GGUF file is dequantised whole). `teacher`, `device` and `calibration` come from the pipeline.
+    (a GGUF file is dequantised whole). `teacher`, its revision, `device` and `calibration` come from the pipeline.
     """
-    config, source = _open(teacher, revision, trust_remote_code)
+    config, source = _open(teacher, teacher_revision, trust_remote_code)
     if layers is None and hidden_size is None and intermediate_size is None and key_value_groups is None:
         raise ValueError("give at least one of layers, hidden_size, intermediate_size, key_value_groups")
     if depth == "importance" and not isinstance(layers, int):
@@ -79,7 +79,7 @@ def shape_of_pruned(
     intermediate_size: int | None = None,
     key_value_groups: int | None = None,
     calibration_samples: int = 16,
-    revision: str | None = None,
+    teacher_revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> HuggingFaceLanguageModel:
     """A model of the shape that `prune_teacher` makes of these options, in float32, with random weights.
@@ -88,7 +88,7 @@ def shape_of_pruned(
     """
     import transformers
 
-    config = load_config(resolve(teacher, revision, trust_remote_code), trust_remote_code)
+    config = load_config(resolve(teacher, teacher_revision, trust_remote_code), trust_remote_code)
     _check_text_only(config, teacher)
     total: int = config.num_hidden_layers
     chosen = chosen_layers(total if layers is None else layers, total)

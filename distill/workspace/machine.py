@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distill import __version__
+from distill.memory.cards import processor_name
 
 _PACKAGES = (
     "torch",
@@ -39,7 +40,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """System, processor, cores, memory in bytes, and the device that the models run on."""
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -47,15 +48,3 @@ def machine(device: torch.device) -> dict[str, Any]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return found
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it; elsewhere what Python knows."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()

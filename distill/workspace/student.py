@@ -37,13 +37,8 @@ def build_student(
 
     With a `vocabulary` it has these of the teacher's tokens alone: made so, or trimmed.
     """
-    offered = {
-        "vocab_size": vocab_size if vocabulary is None else len(vocabulary),
-        "sequence_length": experiment.corpus.sequence_length,
-        "teacher": experiment.teacher.model,
-        "calibration": calibration,
-        "device": str(devices.pick_device(experiment.train.accelerator)),
-    }
+    device = str(devices.pick_device(experiment.train.accelerator))
+    offered = offered_options(experiment, vocab_size if vocabulary is None else len(vocabulary), calibration, device)
     student = experiment.student
     options = plugins.arguments(student.class_path, "student", student.options, offered)
     torch.manual_seed(experiment.train.seed)
@@ -51,6 +46,21 @@ def build_student(
     if vocabulary is not None:
         _trim(model, f"student {student.class_path}", vocabulary)
     return model, options
+
+
+def offered_options(
+    experiment: Experiment, vocab_size: int, calibration: Calibration | None, device: str
+) -> dict[str, Any]:
+    """What a student's constructor gets when it asks for it by name, and the user has not given it."""
+    return {
+        "vocab_size": vocab_size,
+        "sequence_length": experiment.corpus.sequence_length,
+        "teacher": experiment.teacher.model,
+        # Of that one: another one that the user gives has its own.
+        "teacher_revision": None if "teacher" in experiment.student.options else experiment.teacher.revision,
+        "calibration": calibration,
+        "device": device,
+    }
 
 
 def _trim(model: Any, name: str, vocabulary: Vocabulary) -> None:

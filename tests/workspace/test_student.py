@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from distill import plugins
 from distill.config import CorpusConfig, Experiment, StudentConfig, TeacherConfig
 from distill.errors import UserError
 from distill.models.vocabulary import Vocabulary
-from distill.workspace.student import build_student
+from distill.workspace.student import build_student, offered_options
 
 FULL = 120  # the teacher's tokens
 KEPT = torch.arange(0, FULL, 3)
@@ -88,3 +89,14 @@ def test_what_could_not_be_made_again_from_its_options_is_not_trimmed(mine: str)
     with pytest.raises(UserError, match="only Hugging Face models are trimmed: build it with the vocab_size"):
         build(mine, rows=FULL)
     assert build(mine, torch.arange(FULL), rows=FULL).head.weight_VD.shape[0] == FULL
+
+
+@pytest.mark.parametrize(("options", "revision"), [({}, "v2"), ({"teacher": "another"}, None)])
+def test_a_student_cut_from_the_teacher_is_cut_from_the_revision_that_teaches(
+    options: dict[str, Any], revision: str | None
+) -> None:
+    teacher = TeacherConfig("someone/something", revision="v2")
+    experiment = Experiment(CorpusConfig(""), teacher, StudentConfig("pruned", options))
+    offered = offered_options(experiment, FULL, None, "cpu")
+    arguments = plugins.arguments("pruned", "student", {"layers": 2, **options}, offered)
+    assert arguments["teacher_revision"] == revision

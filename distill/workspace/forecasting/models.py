@@ -29,6 +29,7 @@ from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.module import DistillationModule
 from distill.workspace.cache import make_scheme
 from distill.workspace.folders import Folders
+from distill.workspace.student import offered_options
 from distill.workspace.training import Role, make_module
 
 
@@ -64,13 +65,7 @@ class Models:
     def student(self) -> Any:
         """A fresh student on a CPU, in the type it is made in."""
         student = self.experiment.student
-        offered = {
-            "vocab_size": self.vocab_size,
-            "sequence_length": self.experiment.corpus.sequence_length,
-            "teacher": self.experiment.teacher.model,
-            "calibration": None,
-            "device": "cpu",
-        }
+        offered = offered_options(self.experiment, self.vocab_size, None, "cpu")
         with without_initial_weights():
             model = plugins.build(student.class_path, "student", student.options, offered)
         rows = model.head.weight_VD.shape[0]

@@ -14,6 +14,7 @@ import torch
 
 from distill import plugins
 from distill.config import Experiment
+from distill.errors import UserError
 from distill.memory.calibration import find, kind_of, speed
 from distill.memory.cards import Card
 from distill.memory.evaluation import simulate_fidelity, simulate_likelihood
@@ -23,6 +24,7 @@ from distill.memory.simulation import Simulation
 from distill.memory.step import StepShape, simulate_step
 from distill.memory.teacher import most_entries, simulate_teacher
 from distill.memory.work import Work
+from distill.models.checkpoints import first_line
 from distill.report.numbers import size
 from distill.targets.schemes import Hidden
 from distill.workspace.cache import make_scheme
@@ -35,6 +37,10 @@ PASSES = 2
 """Passes that are simulated of a step with more: from the second on each is like the one before."""
 DOCUMENTS = 2
 """In a packed sample: the mask that keeps them apart is as large for any number."""
+
+
+class NoForecast(UserError):
+    """A phase cannot be simulated: a student that does what only real tensors can, or that would fail in training."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,20 @@ class Simulator:
         self._known: dict[str, tuple[list[Part], list[str]]] = {}
 
     def parts(self, experiment: Experiment, phase: Phase, notes: list[str]) -> list[Part]:
-        """The phase's simulations; its peak is the largest of theirs. Raises UserError for what cannot be made."""
+        """The phase's simulations; its peak is the largest of theirs.
+
+        Raises UserError for what cannot be made, and NoForecast for what cannot be simulated.
+        """
         key = f"{phase} {_relevant(experiment, phase)}"
         if key not in self._known:
             own: list[str] = []
-            with _quietly(), configurations_alone(own):
-                self._known[key] = _SIMULATE[phase](self, Models(experiment, self.card, own)), own
+            try:
+                with _quietly(), configurations_alone(own):
+                    self._known[key] = _SIMULATE[phase](self, Models(experiment, self.card, own)), own
+            except UserError:
+                raise
+            except Exception as error:  # of a stranger's model, say
+                raise NoForecast(f"{phase}: no forecast ({type(error).__name__}: {first_line(error)})") from error
         parts, own = self._known[key]
         notes += [note for note in own if note not in notes]
         return parts

@@ -15,7 +15,6 @@ from distill.cache.format import read_journal
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.memory.cards import Card, this_machine
-from distill.models.checkpoints import first_line
 from distill.models.devices import pick_device
 from distill.processes import is_first_process
 from distill.progress import say
@@ -23,7 +22,7 @@ from distill.report.numbers import duration, size
 from distill.workspace.folders import Folders, write_json
 from distill.workspace.forecasting.advice import advise, as_options
 from distill.workspace.forecasting.forecast import CONTEXT_BYTES, DRIVER_BYTES, Forecast, Forecaster
-from distill.workspace.forecasting.phases import Phase, Simulator
+from distill.workspace.forecasting.phases import NoForecast, Phase, Simulator
 
 FILE = "forecast.json"
 
@@ -58,10 +57,8 @@ class Preflight:
         forecaster = Forecaster(card, self.limit, ledger.held_memory() or 0, _simulator(card))
         try:
             self.expected = forecaster.forecast(self.experiment, self.phases)
-        except UserError:
-            raise
-        except Exception as error:
-            say(f"{self.phase}: no forecast ({type(error).__name__}: {first_line(error)}); going on without one")
+        except NoForecast as error:
+            say(f"{error}; going on without one")
             return
         if not self.expected.fits:
             raise UserError(_refusal(self.experiment, self.expected, forecaster))

@@ -85,6 +85,11 @@ def test_what_cannot_be_simulated_trains_all_the_same(
     outcome = distill("train-student", file, "--train.max_steps", 2).done()
     assert "train-student: no forecast (RuntimeError: a kernel of its own); going on without one" in outcome.out
     assert (tmp_path / "run/student").is_dir()
+    planned = distill("plan", file)
+    assert (planned.status, planned.err) == (
+        2,
+        "distill: train-student: no forecast (RuntimeError: a kernel of its own)\n",
+    )
 
 
 def test_a_limit_is_that_of_a_card_of_this_size() -> None:
