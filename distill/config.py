@@ -261,6 +261,6 @@ class Experiment:
     run_dir: str = "runs/experiment"
     """Folder in which the experiment leaves everything it makes."""
     preflight: bool = True
-    """Forecast each phase's memory before it begins and refuse what cannot fit (on CUDA, or with a memory_limit)."""
+    """Forecast each phase's memory before it begins and refuse what cannot fit."""
     memory_limit: str | None = None
     """Device memory to keep to, such as `12GiB`: to prove a recipe for a small card on a large one."""

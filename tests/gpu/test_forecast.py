@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,3 +95,23 @@ def test_the_teacher_takes_what_was_forecast(benchmark: Any, quantization: str) 
         module.predict_step({name: tensor.to("cuda") for name, tensor in batch.items()}, 0)
 
     assert forecast == pytest.approx(peak_on_the_card(run), rel=0.05)
+
+
+def test_a_limit_is_kept_by_the_allocator() -> None:
+    """What a card of this size would still give is given, and not more; a process of its own, for a limit stays."""
+    code = """
+import torch
+from distill.workspace.forecasting import preflight
+from distill.workspace.forecasting.forecast import CONTEXT_BYTES, DRIVER_BYTES
+
+preflight._hold_to(4 << 30, torch.device("cuda", 0))
+left = (4 << 30) - CONTEXT_BYTES - DRIVER_BYTES
+torch.empty(left - (64 << 20), dtype=torch.uint8, device="cuda")
+torch.cuda.empty_cache()
+try:
+    torch.empty(left + (64 << 20), dtype=torch.uint8, device="cuda")
+except torch.cuda.OutOfMemoryError:
+    print("kept")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "kept\n", done.stderr

@@ -6,13 +6,17 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from distill.errors import UserError
 from distill.memory import step
-from distill.memory.cards import this_machine
-from distill.workspace.forecasting.forecast import Forecaster
+from distill.memory.cards import GIB, this_machine
+from distill.workspace.forecasting import preflight
+from distill.workspace.forecasting.forecast import CONTEXT_BYTES, DRIVER_BYTES, Forecaster
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,3 +100,14 @@ def test_a_limit_is_that_of_a_card_of_this_size() -> None:
     card = this_machine("cpu")
     assert Forecaster(card, 2**30).limit_bytes == 2**30
     assert Forecaster(card, 2**60).limit_bytes == card.memory_bytes
+
+
+def test_the_allocator_is_held_to_what_a_small_card_would_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Context and driver take of a small card what they take of a large one."""
+    held: list[float] = []
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=24 * GIB))
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share, device: held.append(share))
+    preflight._hold_to(12 * GIB, torch.device("cuda"))
+    assert 24 * GIB * held[0] == pytest.approx(12 * GIB - CONTEXT_BYTES - DRIVER_BYTES)
+    with pytest.raises(UserError, match=r"memory_limit: 51.5 GB is more than this card's 25.8 GB"):
+        preflight._hold_to(48 * GIB, torch.device("cuda"))
