@@ -30,7 +30,8 @@ _EPILOG = "\n".join(f"  distill {name:<14} {text}" for name, text in COMMANDS.it
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. Exit status 0: done; 1: a check found a difference; 2: the user can mend it; 130: interrupted.
+    """Run a command. Exit status 0: done; 1: a check found a difference; 2: the user can mend it; 3: a plan does not
+    fit; 130: interrupted.
 
     Without arguments it is the program: those of the process, which then ends.
     """

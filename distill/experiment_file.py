@@ -115,7 +115,10 @@ def print_options() -> None:
                 default = f"default {entry.default_factory()}"
             print(f"  --{section.name}.{entry.name}  ({entry.type}; {default})\n      {documentation[entry.name]}")
         print()
-    print(f"  --run_dir  (str; default {Experiment.run_dir})\n      {_field_documentation(Experiment)['run_dir']}")
+    documentation = _field_documentation(Experiment)
+    for entry in dataclasses.fields(Experiment):
+        if _section(entry) is None:
+            print(f"  --{entry.name}  ({entry.type}; default {entry.default})\n      {documentation[entry.name]}")
 
 
 def _field_documentation(kind: type) -> dict[str, str]:

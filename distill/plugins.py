@@ -133,7 +133,7 @@ def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str
     try:
         model = factory(**chosen)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{kind} {getattr(factory, '__name__', reference)}: {error}") from error
+        raise UserError(f"{kind} {reference}: {error}") from error
     _check_contract(model, reference, kind)
     return model
 

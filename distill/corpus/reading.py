@@ -108,17 +108,28 @@ def find_sources(path: str, name: str | None, split: str, text_field: str, messa
     The hub is asked only when nothing on this machine has the name. Files of other formats in a folder are left out
     with one logged line; hidden files and folders are left out.
     """
+    files = local_files(path)
+    if files is None:
+        return [HubDataset(path, _load_from_hub(path, name, split), text_field, messages_field)]
+    return [CorpusFile(file, text_field, messages_field) for file in files]
+
+
+def local_files(path: str) -> list[Path] | None:
+    """The corpus's files on this machine, in their order; None: nothing here has the name, and the hub may know it.
+
+    Raises UserError for what cannot be read, and what is neither here nor a name that the hub could know.
+    """
     local = Path(path).expanduser()
     if local.is_dir():
-        return [CorpusFile(file, text_field, messages_field) for file in _files_in(local, path)]
+        return _files_in(local, path)
     if local.exists():
         if kind_of(local) is None:
             raise UserError(f"{path}: not a format that can be read (known: {KNOWN_KINDS})")
-        return [CorpusFile(local, text_field, messages_field)]
+        return [local]
     looks_like_path = not HUB_NAME.fullmatch(path) or kind_of(local) is not None or Path(local.parts[0]).exists()
     if looks_like_path:
         raise UserError(f"{path}: no such file or folder{_nearest(local)} (and not a hub data set's name, owner/name)")
-    return [HubDataset(path, _load_from_hub(path, name, split), text_field, messages_field)]
+    return None
 
 
 def kind_of(path: Path) -> str | None:

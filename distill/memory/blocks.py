@@ -209,13 +209,21 @@ def _kind(block: nn.Module) -> Any:
     return modules, weights
 
 
-def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """Its numbers, words and switches, but for the one that says which of the blocks it is."""
-    return tuple(
-        (name, value)
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, (int, float, str, bool)) and name not in _INDICES
-    )
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What it was given, but for what says which of the blocks it is; a `forward` of its own too (checkpointing)."""
+    told = ((name, _told(value)) for name, value in sorted(vars(module).items()) if name not in _INDICES)
+    return tuple(pair for pair in told if pair[1] is not None)
+
+
+def _told(value: Any) -> Any:
+    """Plain values as they are, functions by their names; None: it says nothing."""
+    if isinstance(value, (int, float, str, bool, torch.dtype)):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value).__name__, tuple(map(_told, value))
+    if isinstance(value, partial):
+        return _told(value.func), tuple(map(_told, value.args))
+    return getattr(value, "__qualname__", None)
 
 
 _INDICES = {"layer_idx", "layer_id", "layer_number", "index"}

@@ -29,8 +29,8 @@ def without_memory(device: DeviceKind, integer: int = 1) -> Iterator[Values]:
     """Tensors made inside have shapes and types and no memory; those from outside are taken as fake ones.
 
     Checkpoints are not read: a model gets the shapes that its configuration gives, so that a folder with nothing but a
-    `config.json` will do. `integer`: see `Values`. Ctrl-C and SIGTERM wait until the end: raised inside torch's fake
-    mode, they leave it broken, and come out as errors of other kinds.
+    `config.json` will do. `integer`: see `Values`. Ctrl-C and SIGTERM wait for the next kernel, or the end: raised
+    inside torch's fake mode, they leave it broken, and come out as errors of other kinds.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:

@@ -15,20 +15,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distill import interrupt
 from distill.memory.work import tensors_in
 
 aten = torch.ops.aten
 LARGEST = 2**22
 """Values of a tensor that are still carried along."""
+MOST_GUESSES = 10_000
+"""Unknown values that a program may ask for. One that asks for more waits, in a loop, for what never comes."""
 
 
 class Values(TorchDispatchMode):
     """Answers what the program asks of fake tensors. To be entered after (above) `fake`."""
 
     def __init__(self, fake: FakeTensorMode, integer: int = 1) -> None:
-        """`integer`: what a whole number is taken to be that does not follow from the batch."""
+        """`integer`: what a whole number is taken to be that does not follow from the batch.
+
+        After `MOST_GUESSES` values of that kind what asks for another gets a RuntimeError.
+        """
         super().__init__()
         self.fake, self.integer = fake, integer
+        self._guesses = 0
 
     def known(self, real: Tensor) -> Tensor:
         """A fake tensor that carries the values of a real one."""
@@ -37,6 +44,7 @@ class Values(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(has_own_dispatch(kind) for kind in types):
             return NotImplemented
+        interrupt.stop_if_asked()  # here an exception is as good as one of torch's own
         kwargs = kwargs or {}
         if func in (aten._local_scalar_dense.default, aten.equal.default):
             return self._answer(func, args)
@@ -58,6 +66,9 @@ class Values(TorchDispatchMode):
         if all(value is not None for value in values):
             with unset_fake_temporarily():
                 return func(*values)
+        self._guesses += 1
+        if self._guesses > MOST_GUESSES:
+            raise RuntimeError("it asks for more and more values that depend on weights: a loop that ends by them?")
         if func is aten.equal.default or args[0].dtype == torch.bool:
             return True
         return 1.0 if args[0].dtype.is_floating_point else self.integer

@@ -16,13 +16,10 @@ from distill.memory.kernels import DeviceKind
 from distill.progress import say
 from distill.workspace import probes as machine
 from distill.workspace.findings import Finding, judge
+from distill.workspace.forecasting.forecast import CONTEXT_BYTES, FRAGMENTATION, LIBRARIES_BYTES
 from distill.workspace.probes import Probes
 
 T = TypeVar("T")
-CONTEXT_BYTES, FRAGMENTATION = 600e6, 0.04
-"""What the CUDA context takes of a card, and the share that its allocator loses in gaps."""
-HOST_BYTES = 1.5e9
-"""What Python and the libraries take of a host's memory."""
 
 
 def main(calibrate: bool = False, as_json: bool = False, probes: Probes = machine.REAL) -> int:
@@ -130,9 +127,9 @@ def _capacity(
     if device is None or not (device["is_cuda"] or host):
         return None
     if device["is_cuda"]:
-        budget = device["memory_bytes"] * (1 - FRAGMENTATION) - CONTEXT_BYTES
+        budget = (device["memory_bytes"] - CONTEXT_BYTES) / (1 + FRAGMENTATION)
     else:
-        budget = host["free_bytes"] - HOST_BYTES
+        budget = (host["free_bytes"] - LIBRARIES_BYTES["cpu"]) / (1 + FRAGMENTATION)
     tell("\nsimulating what fits …")
     remedy = "nothing but this table depends on it; forecasts of experiments may fail too"
     rows = _tried("the simulation fails", lambda: probes.capacity(_kind(facts), budget), found, remedy)

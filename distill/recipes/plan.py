@@ -7,17 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distill.cache.budget import parse_size
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.experiment_file import to_dict
-from distill.files import write_durably
 from distill.memory.calibration import find, kind_of
 from distill.memory.cards import Card, find_card, this_machine
 from distill.models.devices import pick_device
 from distill.report.numbers import duration, size
 from distill.workspace.forecasting.advice import Advice, advise, as_options
 from distill.workspace.forecasting.forecast import Forecast, Forecaster
-from distill.workspace.forecasting.phases import PHASES
 
 DOES_NOT_FIT = 3
 
@@ -26,17 +25,19 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     """Print the plan; 0: it fits, 3: it does not. `fit`: a new file for the experiment with what makes it fit.
 
     card: a name (`rtx-3060`) or a size (`12GiB`); default: this machine's CUDA device, else its processor.
-    Raises UserError for an unknown card or model, and for a `fit` that is there already.
+    Raises UserError for an unknown card or model, for a `fit` that is there already, and in the end for a phase that
+    cannot be simulated.
     """
     if fit is not None and Path(fit).exists():
         raise UserError(f"--fit {fit}: is there already: choose another name, or remove it")
     found = find_card(card) if card else this_machine(pick_device(experiment.train.accelerator).type)
-    forecaster = Forecaster(found)
+    limit = None if experiment.memory_limit is None else parse_size(experiment.memory_limit, "memory_limit")
+    forecaster = Forecaster(found, limit)
     forecast = forecaster.forecast(experiment)
-    advice = None if forecast.fits else advise(forecaster, experiment, PHASES)
-    changed = forecaster.forecast(advice.experiment) if advice and advice.fits else None
+    advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
+    changed = forecaster.forecast(advice.experiment) if advice else None
     written = None
-    if fit is not None and (forecast.fits or changed):
+    if fit is not None and (advice is None or advice.fits):
         written = _write(fit, advice.experiment if advice else experiment, advice, found)
     if as_json:
         print(json.dumps(_as_json(forecast, advice, changed, written), indent=2))
@@ -44,32 +45,49 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
         _print(forecast, advice, changed)
         if fit is not None:
             print(f"\nwritten: {written}" if written else f"\n--fit {fit}: not written, for it would not fit either")
+    if forecast.failures:
+        raise UserError("; ".join(forecast.failures))
     return 0 if forecast.fits else DOES_NOT_FIT
 
 
 def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None) -> None:
     card = forecast.card
-    timed = "calibrated" if find(kind_of(card)).is_measured else "not calibrated: `distill doctor --calibrate`"
-    print(f"{card.name}, {size(forecast.limit_bytes)}; time {timed if not card.is_cuda else 'estimated'}\n")
+    is_calibrated = find(kind_of(card)).is_measured
+    timed = (
+        "calibrated" if is_calibrated else "by default shares of its speed; `distill doctor --calibrate` measures them"
+    )
+    print(f"{card.name}, {size(forecast.limit_bytes)}; time {timed}\n")
     _print_phases(forecast)
     _print_disk(forecast)
     for note in forecast.notes:
         print(f"- {note}")
     if advice is None:
-        print("\nit fits")
+        print("\nit fits" + (", as far as there is a forecast" if forecast.failures else ""))
         return
-    print("\nit does not fit" + (". What makes it fit:" if advice.fits else "; the levers known here do not suffice:"))
+    assert changed is not None
+    if not advice.fits:
+        print("\nit does not fit, even with smaller passes, chunks and samples, and numbers of fewer bits:")
+        _print_phases(changed)
+        print(_FURTHER if card.is_cuda else "smaller models are what is left")
+        return
+    print("\nit does not fit. What makes it fit:")
     for step in advice.steps:
         took = f"{size(step.needed_bytes)} in {step.phase}, time × {step.time_factor:.2f}"
         print(f"  {as_options(step.keys)}   ({took})")
-    if changed is not None:
-        print("\nwith all of that:")
-        _print_phases(changed)
+    print("\nwith all of that:")
+    _print_phases(changed)
+    for note in changed.notes:
+        if note not in forecast.notes:
+            print(f"- {note}")
 
 
+_FURTHER = (
+    "what is left: smaller models, adapters (student.class_path lora), train.step_in_backward, "
+    "train.offload_activations, train.optimizer paged_adamw_8bit"
+)
 _SHORT = {
     "weights": "weights",
-    "quantized weights": "4-bit weights",
+    "quantized weights": "quantised weights",
     "gradients": "gradients",
     "optimizer states": "optimiser",
     "activations": "activations",
@@ -119,6 +137,7 @@ def _forecast(forecast: Forecast) -> dict[str, Any]:
         "disk": forecast.disk,
         "free_disk_bytes": forecast.free_disk_bytes,
         "notes": forecast.notes,
+        "failures": forecast.failures,
     }
 
 
@@ -130,7 +149,8 @@ def _write(path: str, experiment: Experiment, advice: Advice | None, card: Card)
     head = f"# Made by `distill plan --fit` for {card.name}: {changes}\n"
     text = head + yaml.safe_dump(to_dict(experiment), sort_keys=False, allow_unicode=True, width=1000)
     try:
-        write_durably(Path(path), text.encode())
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise UserError(f"--fit {path}: cannot be written ({error.strerror}): choose another place") from None
     return path

@@ -21,6 +21,7 @@ from distill.config import Experiment
 from distill.durations import parse_duration
 from distill.errors import UserError
 from distill.files import sole_writer
+from distill.models.devices import pick_device
 from distill.models.saving import recover, save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
@@ -55,7 +56,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     storage = open_cache(experiment)
     train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
     check_cache_settings(experiment, train.manifest, storage.name)
-    check_training(experiment, train.manifest.scheme, len(held_out))
+    check_training(experiment, train.manifest.scheme, len(held_out), pick_device(config.accelerator).type)
     pending = [
         training
         for role in roles(experiment)

@@ -9,8 +9,10 @@ import torch
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.evaluation.benchmarks import check_tasks
+from distill.models.devices import pick_device
 from distill.models.isolation import isolates_documents
 from distill.training.loggers import check_installed
+from distill.workspace.training import check_training
 
 PROBE = 8
 """Tokens that a model is tried on."""
@@ -63,9 +65,14 @@ def check_length(model: Any, name: str, sequence_length: int) -> None:
 def check_last_steps(experiment: Experiment) -> None:
     """What the last steps of a run need, before the first: nobody should hear after a night that a package is missing.
 
-    Raises UserError for a logger or lm-eval that is not installed, and for unknown benchmarks.
+    Raises UserError for a logger or lm-eval that is not installed, for unknown benchmarks, and for what does not go
+    together in the training.
     """
-    check_installed(experiment.train.loggers)
+    config = experiment.train
+    check_installed(config.loggers)
+    check_training(
+        experiment, experiment.cache.scheme, experiment.cache.held_out_samples, pick_device(config.accelerator).type
+    )
     check_evaluation(experiment)
 
 

@@ -13,6 +13,13 @@ from distill.models import checkpoints, devices, tokenizers
 from distill.workspace.checks import check_model
 
 
+def check_teacher_length(config: Any, name: str, sequence_length: int) -> None:
+    """Raises UserError when samples are longer than a teacher of this (text) configuration says it can read."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise UserError(f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {name}")
+
+
 class Teacher:
     """The experiment's teacher: what is cheap to know at once, the model itself when it is asked for."""
 
@@ -28,13 +35,7 @@ class Teacher:
         config = checkpoints.load_config(self.checkpoint, self.config.trust_remote_code)
         config = getattr(config, "text_config", config)
         self.hidden_size: int = config.hidden_size
-        self._check_length(experiment.corpus.sequence_length, getattr(config, "max_position_embeddings", None))
-
-    def _check_length(self, sequence_length: int, limit: int | None) -> None:
-        if limit is not None and sequence_length > limit:
-            raise UserError(
-                f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {self.checkpoint.name}"
-            )
+        check_teacher_length(config, self.checkpoint.name, experiment.corpus.sequence_length)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

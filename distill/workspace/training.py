@@ -13,7 +13,6 @@ from distill.config import Experiment
 from distill.errors import UserError
 from distill.losses.features import check_features
 from distill.losses.objective import Mixture, check_divergence, make_divergence
-from distill.models import devices
 from distill.models.language_model import Head
 from distill.training.guards import NonFinite
 from distill.training.module import DistillationModule
@@ -53,10 +52,9 @@ def roles(experiment: Experiment) -> list[Role]:
     ]
 
 
-def check_training(experiment: Experiment, scheme: str, held_out: int) -> None:
-    """Raise UserError for what does not go together, with each other, this device, or a cache of `scheme`."""
+def check_training(experiment: Experiment, scheme: str, held_out: int, device: str) -> None:
+    """Raise UserError for what does not go together, with each other, a `device` (its type), or a cache of `scheme`."""
     loss, train = experiment.loss, experiment.train
-    device = devices.pick_device(train.accelerator).type
     if train.precision == "16-mixed" and device != "cuda":
         raise UserError("train.precision: 16-mixed needs a CUDA device; use bf16-mixed or 32-true here")
     if train.num_nodes > 1 and experiment.evaluate.control:

@@ -29,12 +29,12 @@ def compact() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def maker() -> Callable[..., Callable[[], DistillationModule]]:
-    """`maker(checkpointing=True)()` is a module."""
+    """`maker(checkpointing=1)()` is a module with every block recomputed, 2 every second one."""
 
     def with_levers(
         student: Callable[[], Any] = compact,
         *,
-        checkpointing: bool = False,
+        checkpointing: int = 0,
         micro_batch: int = 4,
         chunk_size: int = 128,
         optimizer: str = "adamw",
@@ -47,7 +47,7 @@ def maker() -> Callable[..., Callable[[], DistillationModule]]:
             torch.manual_seed(0)
             model = student()
             if checkpointing:
-                checkpoint_blocks(model)
+                checkpoint_blocks(model, checkpointing)
             if rounding != "nearest":
                 model.to(torch.bfloat16)
             return DistillationModule(

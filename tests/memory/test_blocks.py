@@ -112,6 +112,7 @@ DIVIDED = {"micro_batch": 2}
     [
         (llama, 4, "32-true", {}),
         (llama, 4, "bf16-mixed", {"checkpointing": True}),
+        (llama, 1, "bf16-mixed", {"checkpointing": 2}),
         (llama, 4, "bf16-mixed", DIVIDED),
         (two_kinds, 2, "bf16-mixed", {"checkpointing": True, **DIVIDED}),
         (lora, 4, "bf16-mixed", DIVIDED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -47,3 +48,10 @@ def test_nothing_fake_is_left_behind() -> None:
     kept = moments._dynamic_map(True, torch.device("cpu"))
     assert not isinstance(kept, FakeTensor) and not isinstance(torch.zeros(1), FakeTensor)
     assert kept.abs().max() == 1
+
+
+def test_a_loop_that_waits_for_a_weight_ends() -> None:
+    with without_memory("cpu"), pytest.raises(RuntimeError, match="a loop that ends by them"):
+        hidden = torch.randn(4)
+        while hidden.norm().item() > 0.5:
+            hidden = hidden * 0.5

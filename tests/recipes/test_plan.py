@@ -87,7 +87,7 @@ def test_what_cannot_be_made_to_fit_is_not_written(
     monkeypatch.setattr(plan, "find_card", lambda name: tiny)
     short = apply(experiment, {"corpus.sequence_length": 32, "train.batch_size": 1, "loss.chunk_size": 32})
     assert plan.main(short, "tiny", fit=str(tmp_path / "never.yaml")) == 3
-    assert "do not suffice" in capsys.readouterr().out
+    assert "it does not fit, even with smaller passes" in capsys.readouterr().out
     assert not (tmp_path / "never.yaml").exists()
 
 
@@ -125,3 +125,49 @@ def test_an_8b_teacher_is_planned_in_little_memory() -> None:
     print(f"{peak / 1e9:.2f} GB, {seconds:.0f} s")
     assert status == 0
     assert peak < 2e9
+
+
+def test_a_memory_limit_is_all_there_is(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(replace(experiment, memory_limit="2GiB"), "12GiB", as_json=True)
+    assert json.loads(capsys.readouterr().out)["limit_bytes"] == 2 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.rounding": "stochastic"}, "train.rounding"),
+        ({"train.optimizer": "paged_adamw_8bit", "train.rounding": "kahan", "train.precision": "bf16-true"}, "paged"),
+        ({"train.step_in_backward": True}, "train.step_in_backward"),
+        ({"loss.divergence": "reverse_kl"}, "reverse_kl"),
+        ({"corpus.sequence_length": 100_000}, "corpus.sequence_length"),
+        ({"corpus.path": "/nowhere/text.jsonl"}, "no such file or folder"),
+    ],
+)
+def test_what_a_phase_would_refuse_is_refused(experiment: Experiment, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan.main(apply(experiment, changes), "12GiB")
+
+
+STUDENT = """
+import torch
+from distill.models.language_model import Head
+
+class Mine(torch.nn.Module):
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, 8)
+        self.head = Head(self.embedding.weight)
+    def body(self, input_ids, position_ids):
+        raise RuntimeError("not today")
+"""
+
+
+def test_what_can_be_forecast_is_where_something_else_cannot(
+    experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(STUDENT)
+    student = {"student.class_path": f"{tmp_path}/mine.py:Mine", "student.options": {}}
+    with pytest.raises(UserError, match=r"train-student: no forecast \(RuntimeError: not today\)"):
+        plan.main(apply(experiment, student), "12GiB")
+    out = capsys.readouterr().out
+    assert "cache-teacher" in out and "it fits, as far as there is a forecast" in out

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from distill import plugins
 from distill.config import Experiment
 from distill.errors import UserError
+from distill.memory.cards import Card
 from distill.workspace.forecasting.phases import Part, Phase
 
 Keys = dict[str, Any]
@@ -21,6 +22,7 @@ SHORTEST, SMALLEST_CHUNK = 256, 64
 class Forecasts(Protocol):
     """What `distill.workspace.forecasting.forecast.Forecaster` offers."""
 
+    card: Card
     limit_bytes: int
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int: ...
@@ -69,6 +71,8 @@ def advise(forecaster: Forecasts, experiment: Experiment, phases: tuple[Phase, .
         for lever in _LEVERS[phase]:
             if search.needed(phase) <= forecaster.limit_bytes:
                 break
+            if lever is _pure_bfloat16 and forecaster.card.is_cuda and not forecaster.card.has_bf16:
+                continue
             search.pull(phase, lever)
         fits = fits and search.needed(phase) <= forecaster.limit_bytes
     if fits:
@@ -174,9 +178,9 @@ def as_options(keys: Keys) -> str:
 
 
 def _halves(value: int, least: int = 1) -> list[int]:
-    """Half of it and so on, as long as it is a whole number and not below `least`."""
+    """Half of it, rounded down, and so on; none below `least`."""
     found = []
-    while value % 2 == 0 and value // 2 >= least:
+    while value // 2 >= least:
         value //= 2
         found.append(value)
     return found
@@ -185,12 +189,10 @@ def _halves(value: int, least: int = 1) -> list[int]:
 def _micro_batch(experiment: Experiment) -> list[Keys]:
     """Smaller passes, as many more of them: the same optimiser step."""
     train = experiment.train
-    samples = train.batch_size * train.accumulate_grad_batches
-    sizes = _halves(train.batch_size)
-    if not sizes or sizes[-1] > 1:
-        sizes += [1] if train.batch_size > 1 else []
     if train.step_in_backward:  # which updates after one pass
         return []
+    samples = train.batch_size * train.accumulate_grad_batches
+    sizes = [size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0]
     return [{"train.batch_size": size, "train.accumulate_grad_batches": samples // size} for size in sizes]
 
 

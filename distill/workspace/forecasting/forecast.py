@@ -11,7 +11,7 @@ from distill.config import Experiment
 from distill.memory.calibration import kind_of
 from distill.memory.cards import GIB, Card, this_machine
 from distill.report.numbers import size
-from distill.workspace.forecasting.phases import PHASES, Part, Phase, Simulator
+from distill.workspace.forecasting.phases import PHASES, NoForecast, Part, Phase, Simulator
 from distill.workspace.forecasting.sizes import Amount, amount_of, bytes_a_token, cache_bytes, free_bytes, moment_bytes
 from distill.workspace.training import roles
 
@@ -21,6 +21,8 @@ bitsandbytes, 0.3 to 0.6 GiB depending on card and driver (`nvidia-smi` less `to
 DRIVER_BYTES = int(0.25 * GIB)
 """What a driver keeps of the memory that is printed on the box: a 12 GiB card offers 11.75 GiB. A card of this machine
 says itself what it has."""
+MARGIN_BYTES = int(0.7e9)
+"""Less to spare than that is said."""
 FRAGMENTATION = 0.05
 """Share of the peak that the allocator holds without using it: it takes memory in blocks of 2 MiB (20 MiB from 1 MiB
 up), and freed pieces do not always suit what comes next. Five per cent is usual where all steps have one shape."""
@@ -67,6 +69,9 @@ class Forecast:
     limit_bytes: int
     """Device memory that may be used."""
     phases: dict[Phase, PhaseForecast]
+    """Those that could be simulated."""
+    failures: list[str]
+    """Why the others could not."""
     disk: dict[str, int | None]
     """Bytes of `cache`, `checkpoints` and `student`; None: the amount of text is not known."""
     free_disk_bytes: int
@@ -106,7 +111,13 @@ class Forecaster:
     def forecast(self, experiment: Experiment, phases: tuple[Phase, ...] = PHASES) -> Forecast:
         """The forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
         notes: list[str] = []
-        found = {phase: self.simulator.parts(experiment, phase, notes) for phase in phases}
+        failures: list[str] = []
+        found: dict[Phase, list[Part]] = {}
+        for phase in phases:
+            try:
+                found[phase] = self.simulator.parts(experiment, phase, notes)
+            except NoForecast as error:
+                failures.append(str(error))
         amount = amount_of(experiment, notes)
         made = {phase: self._phase(experiment, phase, parts, amount) for phase, parts in found.items()}
         disk = self._disk(experiment, found, amount, notes)
@@ -118,11 +129,14 @@ class Forecaster:
             )
         if experiment.train.strategy == "fsdp":
             notes.append("train.strategy fsdp: forecast as if each device had the whole student")
+        small = [phase for phase, one in made.items() if 0 <= self.limit_bytes - one.needed_bytes < MARGIN_BYTES]
+        if small and self.card.is_cuda:
+            notes.append(f"{', '.join(small)}: less than {size(MARGIN_BYTES)} to spare, and the allowances are guesses")
         free = free_bytes(Path(experiment.run_dir))
         if (total := sum(held or 0 for held in disk.values())) > free:
             where = experiment.run_dir
             notes.append(f"disk: {size(total)} are needed for {where}, where {size(free)} are free")
-        return Forecast(self.card, self.limit_bytes, made, disk, free, notes)
+        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, notes)
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
         """Device memory that a phase needs."""
@@ -132,7 +146,8 @@ class Forecaster:
     def _context_bytes(self) -> int:
         if not self.card.is_cuda:
             return self.process_bytes
-        return CONTEXT_BYTES if _is_here(self.card) else CONTEXT_BYTES + DRIVER_BYTES
+        is_whole = _is_here(self.card) and self.limit_bytes == self.card.memory_bytes
+        return CONTEXT_BYTES if is_whole else CONTEXT_BYTES + DRIVER_BYTES
 
     def _phase(self, experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount) -> PhaseForecast:
         peak = max((part.simulation for part in parts), key=lambda simulation: simulation.peak_bytes)

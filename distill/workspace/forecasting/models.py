@@ -28,8 +28,10 @@ from distill.targets.schemes import parameters
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.module import DistillationModule
 from distill.workspace.cache import make_scheme
+from distill.workspace.checks import check_length
 from distill.workspace.folders import Folders
 from distill.workspace.student import offered_options
+from distill.workspace.teacher import check_teacher_length
 from distill.workspace.training import Role, make_module
 
 
@@ -43,6 +45,7 @@ class Models:
         with quiet():
             self.checkpoint = checkpoints.resolve(teacher.model, teacher.revision, teacher.trust_remote_code)
             config = checkpoints.load_config(self.checkpoint, teacher.trust_remote_code).get_text_config()
+        check_teacher_length(config, self.checkpoint.name, experiment.corpus.sequence_length)
         self.hidden_size: int = config.hidden_size
         self.vocab_size = self._vocab_size(config)
         if experiment.student.vocabulary == "corpus":
@@ -68,6 +71,7 @@ class Models:
         offered = offered_options(self.experiment, self.vocab_size, None, "cpu")
         with without_initial_weights():
             model = plugins.build(student.class_path, "student", student.options, offered)
+        check_length(model, f"student {student.class_path}", self.experiment.corpus.sequence_length)
         rows = model.head.weight_VD.shape[0]
         if rows < self.vocab_size:
             raise UserError(

@@ -29,7 +29,7 @@ from distill.report.numbers import size
 from distill.targets.schemes import Hidden
 from distill.workspace.cache import make_scheme
 from distill.workspace.forecasting.models import Models, configurations_alone, size_of, without_initial_weights
-from distill.workspace.training import roles
+from distill.workspace.training import check_training, roles
 
 Phase = str
 PHASES: tuple[Phase, ...] = ("cache-teacher", "train-student", "evaluate")
@@ -126,6 +126,7 @@ class Simulator:
     def _student(self, models: Models) -> list[Part]:
         experiment = models.experiment
         train, scheme = experiment.train, make_scheme(experiment, models.hidden_size)
+        check_training(experiment, scheme.name, experiment.cache.held_out_samples, self.device)
         passes = min(train.accumulate_grad_batches, PASSES)
         shape = StepShape(
             samples=train.batch_size * passes,
@@ -213,9 +214,9 @@ def _without(work: Counter[Work], part: Counter[Work]) -> Counter[Work]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Lightning, transformers and bitsandbytes say things about a training that none is."""
+    """Libraries say things about a training that none is; what fails comes as an exception."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ from distill.report.numbers import duration, size
 from distill.workspace.folders import Folders, write_json
 from distill.workspace.forecasting.advice import advise, as_options
 from distill.workspace.forecasting.forecast import CONTEXT_BYTES, DRIVER_BYTES, Forecast, Forecaster
-from distill.workspace.forecasting.phases import NoForecast, Phase, Simulator
+from distill.workspace.forecasting.phases import Phase, Simulator
 
 FILE = "forecast.json"
 
@@ -55,11 +55,9 @@ class Preflight:
         self._is_checked = True
         card = this_machine(self.device.type)
         forecaster = Forecaster(card, self.limit, ledger.held_memory() or 0, _simulator(card))
-        try:
-            self.expected = forecaster.forecast(self.experiment, self.phases)
-        except NoForecast as error:
-            say(f"{error}; going on without one")
-            return
+        self.expected = forecaster.forecast(self.experiment, self.phases)
+        for failure in self.expected.failures:
+            say(f"{failure}; going on without one")
         if not self.expected.fits:
             raise UserError(_refusal(self.experiment, self.expected, forecaster))
         for note in self.expected.notes:
@@ -74,7 +72,7 @@ class Preflight:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
-        if failure is None and self.expected is not None:
+        if failure is None and self.expected is not None and self.phase in self.expected.phases:
             self._compare(self.expected)
 
     def _lines(self) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from distill.cache.format import MANIFEST, read_journal, read_manifest
 from distill.config import Experiment
-from distill.corpus.reading import kind_of
+from distill.corpus.reading import local_files
 from distill.workspace.folders import Folders
 
 # Bytes a token by threshold or entries: the largest of three corpora in the tables of distill/cache/README.md
@@ -68,10 +68,9 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
 
 
 def _samples_in_files(experiment: Experiment) -> int | None:
-    path = Path(experiment.corpus.path).expanduser()
-    if not path.exists():
+    files = local_files(experiment.corpus.path)
+    if files is None:
         return None
-    files = [file for file in path.rglob("*") if file.is_file() and kind_of(file)] if path.is_dir() else [path]
     size = sum(file.stat().st_size * (_COMPRESSION if file.suffix in (".gz", ".parquet") else 1) for file in files)
     return max(1, math.ceil(size / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
 

@@ -21,7 +21,7 @@ from distill.config import (
 )
 from distill.errors import UserError
 from distill.experiment_file import load_experiment
-from distill.memory.cards import find_card
+from distill.memory.cards import Card, find_card
 from distill.workspace.forecasting.advice import _LEVERS, Advice, advise, apply, as_options
 from distill.workspace.forecasting.forecast import Forecaster
 from distill.workspace.forecasting.phases import PHASES
@@ -39,8 +39,8 @@ PLAIN = Experiment(
 class Rules:
     """A forecaster by rules of thumb, in which every lever saves; bytes in units of a million."""
 
-    def __init__(self, limit: int, has_blocks: bool = True) -> None:
-        self.limit_bytes, self.has_blocks = limit, has_blocks
+    def __init__(self, limit: int, has_blocks: bool = True, card: Card = find_card("12GiB")) -> None:
+        self.limit_bytes, self.has_blocks, self.card = limit, has_blocks, card
         self.simulator = SimpleNamespace(parts=lambda experiment, phase, notes: [SimpleNamespace(seconds=1.0)])
 
     def needed_bytes(self, experiment: Experiment, phase: str) -> int:
@@ -110,6 +110,23 @@ def test_an_early_lever_is_let_go_when_a_later_one_suffices() -> None:
     forecaster.limit_bytes = 10_000
     advice = advise(forecaster, PLAIN, ("cache-teacher",))
     assert advice.changes == {"teacher.quantization": "nf4"}
+
+
+def test_any_size_can_be_made_smaller() -> None:
+    """An odd batch of the teacher; a student's step keeps its samples, and is cut into equal passes alone."""
+    odd = apply(PLAIN, {"cache.batch_size": 31, "train.batch_size": 12, "train.accumulate_grad_batches": 2})
+    assert advise(Rules(19_000), odd, ("cache-teacher",)).changes == {"cache.batch_size": 15}
+    assert advise(Rules(21_000), odd, ("train-student",)).changes == {
+        "train.batch_size": 4,
+        "train.accumulate_grad_batches": 6,
+    }
+
+
+def test_a_card_without_bfloat16_is_not_told_to_use_it() -> None:
+    """Of what is left, nothing suffices."""
+    for card, fits in ((find_card("rtx-3060"), True), (find_card("rtx-2060-12gb"), False)):
+        advice = advise(Rules(4_800, card=card), PLAIN, ("train-student",))
+        assert advice.fits == fits == ("train.precision" in advice.changes)
 
 
 def test_a_teacher_larger_than_the_card_is_streamed_in_large_batches() -> None:
