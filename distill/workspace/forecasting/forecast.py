@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from distill.config import Experiment
+from distill.config import Experiment, TrainConfig
 from distill.memory.calibration import kind_of
 from distill.memory.cards import GIB, Card, this_machine
 from distill.report.numbers import size
+from distill.workspace.folders import Folders
 from distill.workspace.forecasting.phases import PHASES, NoForecast, Part, Phase, Simulator
-from distill.workspace.forecasting.sizes import Amount, amount_of, bytes_a_token, cache_bytes, free_bytes, moment_bytes
+from distill.workspace.forecasting.sizes import (
+    Amount,
+    amount_of,
+    bytes_a_token,
+    cache_bytes,
+    disk_notes,
+    free_bytes,
+    moment_bytes,
+)
 from distill.workspace.training import roles
 
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -127,15 +135,14 @@ class Forecaster:
             notes.append(
                 f"train.precision {experiment.train.precision}: {self.card.name} has no bfloat16: take 16-mixed"
             )
-        if experiment.train.strategy == "fsdp":
-            notes.append("train.strategy fsdp: forecast as if each device had the whole student")
+        notes += _left_out(experiment.train)
         small = [phase for phase, one in made.items() if 0 <= self.limit_bytes - one.needed_bytes < MARGIN_BYTES]
         if small and self.card.is_cuda:
             notes.append(f"{', '.join(small)}: less than {size(MARGIN_BYTES)} to spare, and the allowances are guesses")
-        free = free_bytes(Path(experiment.run_dir))
-        if (total := sum(held or 0 for held in disk.values())) > free:
-            where = experiment.run_dir
-            notes.append(f"disk: {size(total)} are needed for {where}, where {size(free)} are free")
+        folders = Folders.of(experiment)
+        free = free_bytes(folders.run)
+        places = {"cache": folders.cache, "checkpoints": folders.run, "student": folders.run}
+        notes += disk_notes({kind: (places[kind], held) for kind, held in disk.items() if held})
         return Forecast(self.card, self.limit_bytes, made, failures, disk, free, notes)
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
@@ -198,6 +205,18 @@ class Forecaster:
             disk["checkpoints"] = count * (whole * (trained + moments) + trained)  # and the best weights
             disk["student"] = count * _student_bytes(experiment, sizes)
         return disk
+
+
+def _left_out(train: TrainConfig) -> list[str]:
+    """What the forecast of a training does not know."""
+    found = []
+    if train.strategy == "fsdp":
+        found.append("train.strategy fsdp: forecast as if each device had the whole student")
+    if train.offload_activations:
+        found.append("train.offload_activations: neither the way to the host and back nor its memory there is counted")
+    if train.optimizer.startswith("paged"):
+        found.append(f"train.optimizer {train.optimizer}: the time of its update and its pages are not counted")
+    return found
 
 
 def _is_here(card: Card) -> bool:

@@ -117,9 +117,10 @@ def _refusal(experiment: Experiment, forecast: Forecast, forecaster: Forecaster)
     )
     worst = min(forecast.phases, key=forecast.spare_bytes)
     needed, limit = forecast.phases[worst].needed_bytes, forecaster.limit_bytes
+    assumed = "".join(f"; {note}" for note in forecast.notes if note.startswith("student.vocabulary"))
     return (
         f"{worst}: needs {needed / 1e9:.1f} GB of {forecaster.card.name}'s {limit / 1e9:.1f} GB: {remedy} "
-        "(`distill plan` shows more; --preflight false tries all the same)"
+        f"(`distill plan` shows more; --preflight false tries all the same{assumed})"
     )
 
 

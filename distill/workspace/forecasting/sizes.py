@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from distill.cache.format import MANIFEST, read_journal, read_manifest
 from distill.config import Experiment
 from distill.corpus.reading import local_files
+from distill.report.numbers import size
 from distill.workspace.folders import Folders
 
 # Bytes a token by threshold or entries: the largest of three corpora in the tables of distill/cache/README.md
@@ -71,8 +73,8 @@ def _samples_in_files(experiment: Experiment) -> int | None:
     files = local_files(experiment.corpus.path)
     if files is None:
         return None
-    size = sum(file.stat().st_size * (_COMPRESSION if file.suffix in (".gz", ".parquet") else 1) for file in files)
-    return max(1, math.ceil(size / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
+    held = sum(file.stat().st_size * (_COMPRESSION if file.suffix in (".gz", ".parquet") else 1) for file in files)
+    return max(1, math.ceil(held / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
 
 
 def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) -> float:
@@ -116,11 +118,27 @@ def cache_bytes(experiment: Experiment, each: float, samples: int | None) -> int
 def moment_bytes(experiment: Experiment, trained_parameters: int, trained_bytes: int) -> int:
     """Both of AdamW's moments (and a compensation): on disk, in whichever memory they were."""
     each = {"adamw": 2.0 * trained_bytes / max(trained_parameters, 1), "adamw_4bit": 1 + 8 / 128}
-    size = trained_parameters * each.get(experiment.train.optimizer, 2 + 8 / 256)
-    return round(size + (2 * trained_parameters if experiment.train.rounding == "kahan" else 0))
+    held = trained_parameters * each.get(experiment.train.optimizer, 2 + 8 / 256)
+    return round(held + (2 * trained_parameters if experiment.train.rounding == "kahan" else 0))
+
+
+def disk_notes(needs: dict[str, tuple[Path, int]]) -> list[str]:
+    """For each disk that lacks room: what is to lie in which folder, in bytes, is more than what is free there."""
+    disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for folder, needed in needs.values():
+        disks[_nearest(folder).stat().st_dev].append((folder, needed))
+    return [
+        f"disk: {size(total)} are needed for {folders[0][0]}, where {size(free)} are free"
+        for folders in disks.values()
+        if (total := sum(needed for _, needed in folders)) > (free := free_bytes(folders[0][0]))
+    ]
 
 
 def free_bytes(folder: Path) -> int:
     """On the disk where `folder` is, or would be."""
-    here = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(here).free
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())

@@ -26,6 +26,7 @@ from distill.workspace.forecasting.advice import _LEVERS, Advice, advise, apply,
 from distill.workspace.forecasting.forecast import Forecaster
 from distill.workspace.forecasting.phases import PHASES
 
+CARD = find_card("12GiB")
 PLAIN = Experiment(
     corpus=CorpusConfig(path="text", sequence_length=1024),
     teacher=TeacherConfig(model="large", quantization="none"),
@@ -39,7 +40,7 @@ PLAIN = Experiment(
 class Rules:
     """A forecaster by rules of thumb, in which every lever saves; bytes in units of a million."""
 
-    def __init__(self, limit: int, has_blocks: bool = True, card: Card = find_card("12GiB")) -> None:
+    def __init__(self, limit: int, has_blocks: bool = True, card: Card = CARD) -> None:
         self.limit_bytes, self.has_blocks, self.card = limit, has_blocks, card
         self.simulator = SimpleNamespace(parts=lambda experiment, phase, notes: [SimpleNamespace(seconds=1.0)])
 
