@@ -120,7 +120,7 @@ def find_card(name: str) -> Card:
     """
     base, size = _split(name)
     if not base and size is not None:
-        return _of_size(size, name)
+        return _of_size(-size if name.strip().startswith("-") else size, name)
     # Written in one, as `rtx306012gb`, a name does not tell where its size begins.
     compact = [card for card in CARDS if _compact(card.name) == _compact(name)]
     found = compact or _matching(base, size)

@@ -185,4 +185,5 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 def first_line(error: BaseException) -> str:
     """What an error of a library says, cut to the length of our own messages."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -30,7 +30,9 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     """
     if fit is not None and Path(fit).exists():
         raise UserError(f"--fit {fit}: is there already: choose another name, or remove it")
-    found = find_card(card) if card else this_machine(pick_device(experiment.train.accelerator).type)
+    if fit is not None and not Path(fit).absolute().parent.is_dir():
+        raise UserError(f"--fit {fit}: there is no folder {Path(fit).parent}: make it, or choose another place")
+    found = find_card(card) if card is not None else this_machine(pick_device(experiment.train.accelerator).type)
     limit = None if experiment.memory_limit is None else parse_size(experiment.memory_limit, "memory_limit")
     forecaster = Forecaster(found, limit)
     forecast = forecaster.forecast(experiment)

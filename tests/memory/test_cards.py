@@ -73,7 +73,7 @@ def test_a_misspelt_card_is_refused_with_the_nearest(name: str, near: str) -> No
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["", "banana", "0GB", "9999GB", "12TiB", "🂡"])
+@pytest.mark.parametrize("name", ["-5GiB", "", "banana", "0GB", "9999GB", "12TiB", "🂡"])
 def test_what_is_no_card_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="--card"):
         find_card(name)

@@ -15,7 +15,7 @@ from huggingface_hub import errors
 
 from distill.errors import UserError
 from distill.models import checkpoints
-from distill.models.checkpoints import Checkpoint, fingerprints, load_config, resolve, weight_files
+from distill.models.checkpoints import Checkpoint, fingerprints, first_line, load_config, resolve, weight_files
 from distill.models.tensors import tensors
 
 
@@ -143,3 +143,15 @@ def test_load_config(llama_folder: Path, tmp_path: Path) -> None:
     (llama_folder / "config.json").write_text('{"model_type": "no_such_family"}')
     with pytest.raises(UserError, match="unreadable config"):
         load_config(resolve(str(llama_folder)))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("one\ntwo", "one"),
+        ("for validator 'heads':\n    5 is odd\nmore", "for validator 'heads': 5 is odd"),
+        ("", "OSError"),
+    ],
+)
+def test_of_a_librarys_error_what_it_says_is_told(said: str, told: str) -> None:
+    assert first_line(OSError(said)) == told
