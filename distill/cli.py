@@ -74,7 +74,11 @@ def _dispatch(arguments: list[str]) -> int:
         _quiet_libraries()
         return folder_commands.run(command, rest)
     if any(argument in ("-h", "--help") for argument in rest):
-        _print_options(command)
+        try:
+            _print_options(command)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough; Python's own flush at the end must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if not rest or rest[0].startswith("--"):
         raise UserError(f"{command}: which experiment file? For example: distill {command} configs/demo.yaml")

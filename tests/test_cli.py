@@ -66,6 +66,17 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.endswith("LOADED []\n")
 
 
+def test_help_of_which_a_part_is_read_ends_quietly() -> None:
+    """As in `distill plan --help | head -1`."""
+    line = [sys.executable, "-u", "-m", "distill.cli", "plan", "--help"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith("distill plan FILE")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_help_names_every_command(distill: Any) -> None:
     for arguments in ([], ["--help"]):
         outcome = distill(*arguments)
