@@ -91,9 +91,13 @@ class KeepCheckpoints(pl.Callback):
 
     def __init__(self, folder: Path, every_steps: int, keep: int, deadline: float | None = None) -> None:
         self.folder, self.every_steps, self.keep, self.deadline = folder, every_steps, keep, deadline
+        self.passed_over: set[Path] = set()
+        """Damaged ones: they do not count, and go when a later one stands."""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         interrupt.retake()
+        # They would have been gone on with, were they whole.
+        self.passed_over = {path for path in self.folder.glob(PATTERN) if path > self._path(pl_module)}
         if trainer.is_global_zero:
             for unfinished in self.folder.glob("*" + TEMPORARY):  # of a process that was killed while it wrote
                 unfinished.unlink()
@@ -120,9 +124,14 @@ class KeepCheckpoints(pl.Callback):
         self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, module: Any) -> None:
-        path = self.folder / f"step-{module.steps_begun:08}.ckpt"
+        path = self._path(module)
         trainer.save_checkpoint(path, weights_only=False)
+        self.passed_over.discard(path)
         if trainer.is_global_zero:
-            # Later ones are damaged, or they would have been gone on with: they do not count, and are written anew.
-            for old in sorted(other for other in self.folder.glob(PATTERN) if other <= path)[: -self.keep]:
+            there = {other for other in self.folder.glob(PATTERN) if other <= path}
+            whole = sorted(there - self.passed_over)
+            for old in (there & self.passed_over).union(whole[: -self.keep]):
                 old.unlink()
+
+    def _path(self, module: Any) -> Path:
+        return self.folder / f"step-{module.steps_begun:08}.ckpt"

@@ -142,9 +142,11 @@ class Storm:
         return signum
 
     def _damage(self, run: Path) -> Path | None:
-        """Cut the newest checkpoint, or flip a bit of it, where there is one before it."""
-        found = sorted((run / "checkpoints/student").glob("step-*.ckpt"))
-        if len(found) < 2:
+        """Cut the newest checkpoint, or flip a bit of it, where another whole one is left and it is still needed."""
+        from distill.training.checkpoints import is_whole
+
+        found = [path for path in sorted((run / "checkpoints/student").glob("step-*.ckpt")) if is_whole(path)]
+        if len(found) < 2 or (run / "student").exists():
             return None
         content = bytearray(found[-1].read_bytes())
         if self.random.random() < 0.5:
@@ -162,6 +164,8 @@ class Storm:
     def _compare(self, name: str) -> None:
         import torch
 
+        from distill.training.checkpoints import is_whole
+
         run, undisturbed = self.folder / name, self.folder / "undisturbed"
         found = contents(run / "student")
         other = sorted(
@@ -172,6 +176,9 @@ class Storm:
             self.problems.append(f"{name}: not the undisturbed student ({', '.join(other)}) after: {story}")
             return
         for file in ("best.ckpt", f"step-{self.steps:08}.ckpt"):
+            if not is_whole(run / "checkpoints/student" / file):
+                self.problems.append(f"{name}: its {file} is damaged or missing after: {'; '.join(self.story)}")
+                continue
             ours, theirs = (
                 torch.load(folder / "checkpoints/student" / file, weights_only=True)["state_dict"]
                 for folder in (run, undisturbed)

@@ -61,18 +61,22 @@ def test_a_full_disk_costs_that_checkpoint_alone(
 
 
 def test_damaged_ones_neither_count_nor_stand_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for step in (3, 6, 9):
+    """Two whole ones are there at any time, so that one more that is damaged costs no training."""
+    for step in (1, 3, 6, 9):
         save(tmp_path / f"step-{step:08}.ckpt")
     for step in (6, 9):
         (tmp_path / f"step-{step:08}.ckpt").write_bytes(b"damaged")
     assert newest(tmp_path) == tmp_path / "step-00000003.ckpt"
     assert capsys.readouterr().out.count("damaged; going back") == 2
-    keep = KeepCheckpoints(tmp_path, every_steps=1, keep=1)
-    trainer = SimpleNamespace(is_global_zero=True, save_checkpoint=lambda path, weights_only: save(path))
-    keep.on_train_end(trainer, SimpleNamespace(steps_begun=4))  # type: ignore[arg-type]
-    assert newest(tmp_path) == tmp_path / "step-00000004.ckpt"
-    keep.on_train_end(trainer, SimpleNamespace(steps_begun=9))  # type: ignore[arg-type]
-    assert [file.name for file in tmp_path.iterdir()] == ["step-00000009.ckpt"] and is_whole(newest(tmp_path))  # type: ignore[arg-type]
+    keep = KeepCheckpoints(tmp_path, every_steps=1, keep=2)
+    trainer: Any = SimpleNamespace(is_global_zero=True, save_checkpoint=lambda path, weights_only: save(path))
+    keep.on_train_start(trainer, SimpleNamespace(steps_begun=3))
+    for step, stay in [(4, (3, 4, 6, 9)), (7, (4, 7, 9)), (9, (7, 9))]:
+        keep.on_train_end(trainer, SimpleNamespace(steps_begun=step))
+        assert sorted(tmp_path.iterdir()) == [tmp_path / f"step-{number:08}.ckpt" for number in stay]
+        assert newest(tmp_path) == tmp_path / f"step-{step:08}.ckpt"
+        capsys.readouterr()
+    assert all(is_whole(path) for path in tmp_path.iterdir())
 
 
 def test_of_damaged_ones_alone_nothing_begins_anew(tmp_path: Path) -> None:
