@@ -47,6 +47,8 @@ class Storm:
         self.hits: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
         self.children = Children(folder, self.problems.append)
+        self.signals: list[signal.Signals] = []
+        """Those to come: of each ten, six are SIGKILL."""
         self.story: list[str] = []
         """What happened to the training at hand."""
         assert distill_here("cache-teacher", str(self.file), "--run_dir", str(folder / "warm")) == 0
@@ -136,7 +138,10 @@ class Storm:
             time.sleep(self.random.uniform(0, 0.02))
         if exited(child):
             return None
-        signum = self.random.choice([signal.SIGKILL] * 6 + [signal.SIGINT] * 2 + [signal.SIGTERM] * 2)
+        if not self.signals:
+            self.signals = [signal.SIGKILL] * 6 + [signal.SIGINT] * 2 + [signal.SIGTERM] * 2
+            self.random.shuffle(self.signals)
+        signum = self.signals.pop()
         send(signum, child)
         self._note(f"{signum.name:8} {where(run)}", run)
         return signum

@@ -24,7 +24,7 @@ def test_kills_at_random_instants_change_no_bit_of_the_student() -> None:
     hits = {words: int(count) for count, words in re.findall(r"^ *(\d+)  (.*)$", done.stdout, flags=re.MULTILINE)}
     assert any(words.startswith("kills, ") and count == 30 for words, count in hits.items())
     by_signal = {name: sum(n for words, n in hits.items() if words.startswith(name)) for name in ("SIGKILL", "SIG")}
-    assert by_signal["SIG"] == 30 and 10 <= by_signal["SIGKILL"] < 30
+    assert by_signal == {"SIG": 30, "SIGKILL": 18}
     assert hits["SIGKILL  between checkpoints"] > 0  # or the kills were not where the training is
 
 
