@@ -63,6 +63,8 @@ class Preflight:
         for note in self.expected.notes:
             if note.startswith("disk: "):
                 say(note)
+        if self.device.type == "cuda":
+            _say_what_others_hold(self.expected, self.device)
 
     def __enter__(self) -> Preflight:
         self.check()
@@ -122,6 +124,21 @@ def _refusal(experiment: Experiment, forecast: Forecast, forecaster: Forecaster)
         f"{worst}: needs {needed / 1e9:.1f} GB of {forecaster.card.name}'s {limit / 1e9:.1f} GB: {remedy} "
         f"(`distill plan` shows more; --preflight false tries all the same{assumed})"
     )
+
+
+def _say_what_others_hold(forecast: Forecast, device: torch.device) -> None:
+    """A desktop or another training may leave too little of a card that is large enough."""
+    if not forecast.phases:
+        return
+    free, total = torch.cuda.mem_get_info(device)  # it creates the context, whose part is taken from here on
+    free += torch.cuda.memory_reserved(device)
+    worst = min(forecast.phases, key=forecast.spare_bytes)
+    needed = forecast.phases[worst].needed_bytes - forecast.phases[worst].context_bytes
+    if needed > free:
+        say(
+            f"{worst}: may run out of memory: it takes {size(needed)}, and other programs leave {size(free)} of this "
+            f"card's {size(total)}: end some (nvidia-smi lists them)"
+        )
 
 
 def _hold_to(limit: int, device: torch.device) -> None:

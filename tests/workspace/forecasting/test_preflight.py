@@ -111,3 +111,24 @@ def test_the_allocator_is_held_to_what_a_small_card_would_leave_it(monkeypatch: 
     assert 24 * GIB * held[0] == pytest.approx(12 * GIB - CONTEXT_BYTES - DRIVER_BYTES)
     with pytest.raises(UserError, match=r"memory_limit: 51.5 GB is more than this card's 25.8 GB"):
         preflight._hold_to(48 * GIB, torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("free", "is_said"), [(6.0e9, True), (6.2e9, False)])
+def test_a_card_that_others_use_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free: float, is_said: bool
+) -> None:
+    """What this process holds of it already is no other's, and its context is there already."""
+    forecast: Any = SimpleNamespace(
+        phases={
+            "cache-teacher": SimpleNamespace(needed_bytes=5_000_000_000, context_bytes=900_000_000),
+            "train-student": SimpleNamespace(needed_bytes=8_000_000_000, context_bytes=900_000_000),
+        },
+        spare_bytes=lambda phase: {"cache-teacher": 7, "train-student": 4}[phase],
+    )
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (int(free), 12_000_000_000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 1_000_000_000)
+    preflight._say_what_others_hold(forecast, torch.device("cuda"))
+    said = capsys.readouterr().out.replace("\u00a0", " ")
+    assert ("train-student: may run out of memory: it takes 7.1 GB, and other programs leave 7 GB" in said) == is_said
+    assert bool(said) == is_said
+    preflight._say_what_others_hold(SimpleNamespace(phases={}), torch.device("cuda"))  # type: ignore[arg-type]
