@@ -231,6 +231,8 @@ class EvaluateConfig:
     """Held-out samples to measure on at most; default: all."""
     batch_size: int = 8
     """Samples a forward pass."""
+    student_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that student and control are held and compute in while they are measured."""
     tasks: list[str] = field(default_factory=list)
     """Benchmarks of lm-eval for teacher, student and control, such as `[arc_easy, hellaswag]` (extra `eval`)."""
     tasks_path: str | None = None

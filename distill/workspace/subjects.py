@@ -113,7 +113,8 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
     calibration = _calibration(samples, experiment.cache.max_samples)
 
     def load() -> Loaded:
-        model = build_student(experiment, teacher.vocab_size, calibration, vocabulary)[0].to(teacher.device).eval()
+        model = build_student(experiment, teacher.vocab_size, calibration, vocabulary)[0]
+        model = model.to(device=teacher.device, dtype=_dtype(experiment)).eval()
         return _checked(experiment, model, teacher.tokenizer, teacher, vocabulary)
 
     identity = {
@@ -121,6 +122,7 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
         "student": asdict(experiment.student),
         "seed": experiment.train.seed,
         "calibration": [samples.fingerprint, experiment.cache.max_samples],
+        "dtype": experiment.evaluate.student_dtype,
         **_code(experiment.student.class_path),
     }
     return Subject("before", identity, [], load)
@@ -133,12 +135,17 @@ def _trained(
     weights = sorted(folder.glob("*.safetensors"))
 
     def load() -> Loaded:
-        model = load_language_model(folder, teacher.device)
+        model = load_language_model(folder, teacher.device, _dtype(experiment))
         return _checked(experiment, model, load_tokenizer(Checkpoint(folder, None, str(folder))), teacher, vocabulary)
 
     files = sorted(path for path in folder.iterdir() if path.is_file())
     identity = {file.name: sha256_of(file) for file in files} | _code(experiment.student.class_path)
+    identity["dtype"] = experiment.evaluate.student_dtype
     return Subject(role.name, identity, weights, load)
+
+
+def _dtype(experiment: Experiment) -> torch.dtype:
+    return getattr(torch, experiment.evaluate.student_dtype)
 
 
 def _code(class_path: str) -> dict[str, str]:

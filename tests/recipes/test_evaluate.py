@@ -47,6 +47,20 @@ def test_neither_batch_nor_chunk_changes_what_is_measured(
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
+def test_students_are_measured_in_the_type_asked_for(run: Any, finished: Any, distill: Any, tmp_path: Path) -> None:
+    """Another rounding of the same weights, and no other teacher."""
+    distill("evaluate", *run, "--evaluate.student_dtype", "bfloat16").done()
+    ours, theirs = (read(folder)["fidelity"] for folder in (tmp_path / "run", finished.run))
+    assert ours["teacher"] == theirs["teacher"]
+    for role in ("before", "student", "control"):
+        assert ours[role]["kl"] == pytest.approx(theirs[role]["kl"], rel=0.02, abs=2e-3)
+        assert ours[role]["kl"] != theirs[role]["kl"]
+    again = distill("evaluate", *run, "--evaluate.student_dtype", "bfloat16").done()
+    assert "nothing to do" in again.out
+    assert "nothing to do" not in distill("evaluate", *run).done().out
+    assert read(tmp_path / "run")["fidelity"]["student"] == theirs["student"]
+
+
 def test_other_inputs_are_measured_anew(run: Any, distill: Any, tmp_path: Path) -> None:
     distill("evaluate", *run, "--evaluate.max_samples", 4, "--evaluate.control", "false").done()
     fewer = read(tmp_path / "run")

@@ -139,6 +139,7 @@ def test_lora_in_16_bits_with_recomputed_blocks(
 ) -> None:
     chosen = [*finished.elsewhere(tmp_path), *student("lora", model=base, quantization="nf4", rank=4, dropout=0.1)]
     levers = ["--train.precision", precision, "--train.activation_checkpointing"]
+    levers += ["--evaluate.student_dtype", "bfloat16"]
     check_ordinary(learns(distill, tmp_path, [*chosen, *levers]), "llama")
 
 

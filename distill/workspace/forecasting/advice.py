@@ -16,6 +16,9 @@ from distill.workspace.forecasting.phases import Part, Phase
 Keys = dict[str, Any]
 """Changed keys of the experiment file and their new values, such as `{"train.batch_size": 2}`."""
 
+Lever = Callable[[Experiment], list[Keys]]
+"""The changes that it can make to an experiment, from the weakest to the strongest; none: it is pulled already."""
+
 SHORTEST, SMALLEST_CHUNK = 256, 64
 
 
@@ -64,15 +67,13 @@ def advise(forecaster: Forecasts, experiment: Experiment, phases: tuple[Phase, .
     Levers are pulled from the cheapest to the dearest, each to its end, until a phase fits; then each is let go as far
     as it still fits, the dearest first.
     """
-    search = _Search(forecaster, experiment)
+    search, levers = _Search(forecaster, experiment), _levers(forecaster.card)
     fits = True
-    for phase in sorted(phases, key=list(_LEVERS).index):
+    for phase in sorted(phases, key=list(levers).index):
         search.phases.append(phase)
-        for lever in _LEVERS[phase]:
+        for lever in levers[phase]:
             if search.needed(phase) <= forecaster.limit_bytes:
                 break
-            if lever is _pure_bfloat16 and forecaster.card.is_cuda and not forecaster.card.has_bf16:
-                continue
             search.pull(phase, lever)
         fits = fits and search.needed(phase) <= forecaster.limit_bytes
     if fits:
@@ -114,7 +115,7 @@ class _Search:
     def needed(self, phase: Phase, count: int | None = None) -> int:
         return self.forecaster.needed_bytes(self.changed(count), phase)
 
-    def pull(self, phase: Phase, lever: Callable[[Experiment], list[Keys]]) -> None:
+    def pull(self, phase: Phase, lever: Lever) -> None:
         """To its end, if that helps; what does not fit this student or teacher does not."""
         before, settings = self.needed(phase), lever(self.changed())
         if not settings:
@@ -213,6 +214,10 @@ def _pure_bfloat16(experiment: Experiment) -> list[Keys]:
     return [{"train.precision": "bf16-true", "train.rounding": "stochastic"}]
 
 
+def _student_in(dtype: str, experiment: Experiment) -> list[Keys]:
+    return [{"evaluate.student_dtype": dtype}] if experiment.evaluate.student_dtype == "float32" else []
+
+
 def _four_bits(experiment: Experiment) -> list[Keys]:
     return [{"teacher.quantization": "nf4"}] if experiment.teacher.quantization != "nf4" else []
 
@@ -227,7 +232,7 @@ def _streamed(experiment: Experiment) -> list[Keys]:
     return [{**common, "cache.batch_size": size, "evaluate.batch_size": size} for size in sizes]
 
 
-def _halved(key: str, least: int = 1) -> Callable[[Experiment], list[Keys]]:
+def _halved(key: str, least: int = 1) -> Lever:
     def lever(experiment: Experiment) -> list[Keys]:
         section, name = key.split(".")
         return [{key: size} for size in _halves(getattr(getattr(experiment, section), name), least)]
@@ -235,16 +240,34 @@ def _halved(key: str, least: int = 1) -> Callable[[Experiment], list[Keys]]:
     return lever
 
 
-_LENGTH = _halved("corpus.sequence_length", SHORTEST)
-_LOSS_CHUNK = _halved("loss.chunk_size", SMALLEST_CHUNK)
-_LEVERS: dict[Phase, list[Callable[[Experiment], list[Keys]]]] = {
-    "train-student": [_micro_batch, _checkpointing, _LOSS_CHUNK, _optimizer, _pure_bfloat16, _LENGTH],
-    "cache-teacher": [
-        _halved("cache.batch_size"),
-        _halved("cache.chunk_size", SMALLEST_CHUNK),
-        _four_bits,
-        _streamed,
-        _LENGTH,
-    ],
-    "evaluate": [_halved("evaluate.batch_size"), _LOSS_CHUNK, _four_bits, _streamed, _LENGTH],
-}
+def _levers(card: Card) -> dict[Phase, list[Lever]]:
+    """Of a phase, from the cheapest to the dearest."""
+    loss_chunk = _halved("loss.chunk_size", SMALLEST_CHUNK)
+    length = _halved("corpus.sequence_length", SHORTEST)
+    has_bf16 = card.has_bf16 or not card.is_cuda
+    half = "bfloat16" if has_bf16 else "float16"
+    return {
+        "train-student": [
+            _micro_batch,
+            _checkpointing,
+            loss_chunk,
+            _optimizer,
+            *([_pure_bfloat16] if has_bf16 else []),
+            length,
+        ],
+        "cache-teacher": [
+            _halved("cache.batch_size"),
+            _halved("cache.chunk_size", SMALLEST_CHUNK),
+            _four_bits,
+            _streamed,
+            length,
+        ],
+        "evaluate": [
+            _halved("evaluate.batch_size"),
+            loss_chunk,
+            _four_bits,
+            _streamed,
+            lambda experiment: _student_in(half, experiment),
+            length,
+        ],
+    }

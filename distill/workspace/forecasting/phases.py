@@ -182,14 +182,14 @@ def _measured(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, int
 
 
 def _trained(models: Models) -> Any:
-    """A student as it is loaded after its training: in float32, adapters merged into their weights."""
-    student = models.experiment.student
+    """A student as it is loaded after its training: in the evaluation's type, adapters merged into their weights."""
+    student, dtype = models.experiment.student, getattr(torch, models.experiment.evaluate.student_dtype)
     if student.class_path not in ("lora", plugins.BUILT_IN["student"]["lora"]):
-        return models.student().float()
+        return models.student().to(dtype)
     names = ("model", "revision", "trust_remote_code")
     taken = {name: student.options[name] for name in names if name in student.options}
     with without_initial_weights():
-        return plugins.build("huggingface", "student", taken, {})
+        return plugins.build("huggingface", "student", taken, {}).to(dtype)
 
 
 def _relevant(experiment: Experiment, phase: Phase) -> str:

@@ -22,7 +22,7 @@ from distill.config import (
 from distill.errors import UserError
 from distill.experiment_file import load_experiment
 from distill.memory.cards import Card, find_card
-from distill.workspace.forecasting.advice import _LEVERS, Advice, advise, apply, as_options
+from distill.workspace.forecasting.advice import Advice, _levers, advise, apply, as_options
 from distill.workspace.forecasting.forecast import Forecaster
 from distill.workspace.forecasting.phases import PHASES
 
@@ -53,12 +53,13 @@ class Rules:
             moments = 8000 if train.optimizer == "adamw" else 2000
             each = 2 if not train.activation_checkpointing else 0.2
             return round(weights + moments + train.batch_size * length * each + 2 * experiment.loss.chunk_size)
+        student = 8000 if experiment.evaluate.student_dtype == "float32" else 4000
         held = {"none": 16_000, "int8": 8000, "nf4": 5000}[experiment.teacher.quantization]
         if experiment.teacher.class_path == "streamed":
             held = 1000
         config: Any = experiment.cache if phase == "cache-teacher" else experiment.evaluate
         chunk = experiment.cache.chunk_size if phase == "cache-teacher" else experiment.loss.chunk_size
-        return round(held + config.batch_size * length * 0.1 + 2 * chunk)
+        return round(max(held, student if phase == "evaluate" else 0) + config.batch_size * length * 0.1 + 2 * chunk)
 
 
 def check(forecaster: Any, experiment: Experiment, advice: Advice) -> None:
@@ -113,6 +114,14 @@ def test_an_early_lever_is_let_go_when_a_later_one_suffices() -> None:
     assert advice.changes == {"teacher.quantization": "nf4"}
 
 
+def test_a_student_too_large_to_be_measured_in_float32() -> None:
+    """Teacher and student are not in memory together: of two that are too large both are made smaller."""
+    advice = advise(Rules(8_000), PLAIN, ("evaluate",))
+    assert advice.fits and set(advice.changes) == {"teacher.quantization", "evaluate.student_dtype"}
+    small_teacher = apply(PLAIN, {"teacher.quantization": "nf4"})
+    assert advise(Rules(8_000), small_teacher, ("evaluate",)).changes == {"evaluate.student_dtype": "bfloat16"}
+
+
 def test_any_size_can_be_made_smaller() -> None:
     """An odd batch of the teacher; a student's step keeps its samples, and is cut into equal passes alone."""
     odd = apply(PLAIN, {"cache.batch_size": 31, "train.batch_size": 12, "train.accumulate_grad_batches": 2})
@@ -128,6 +137,8 @@ def test_a_card_without_bfloat16_is_not_told_to_use_it() -> None:
     for card, fits in ((find_card("rtx-3060"), True), (find_card("rtx-2060-12gb"), False)):
         advice = advise(Rules(4_800, card=card), PLAIN, ("train-student",))
         assert advice.fits == fits == ("train.precision" in advice.changes)
+        held = advise(Rules(4_800, card=card), PLAIN, ("evaluate",)).changes["evaluate.student_dtype"]
+        assert held == ("bfloat16" if fits else "float16")
 
 
 def test_a_teacher_larger_than_the_card_is_streamed_in_large_batches() -> None:
@@ -147,7 +158,7 @@ def test_a_lever_that_a_student_has_not_is_passed_over() -> None:
 
 
 def test_levers_keep_the_samples_of_a_step() -> None:
-    for keys in _LEVERS["train-student"][0](apply(PLAIN, {"train.accumulate_grad_batches": 3})):
+    for keys in _levers(CARD)["train-student"][0](apply(PLAIN, {"train.accumulate_grad_batches": 3})):
         assert keys["train.batch_size"] * keys["train.accumulate_grad_batches"] == 24
 
 

@@ -147,6 +147,21 @@ def test_levers_move_the_forecast(experiment: Callable[..., Experiment]) -> None
     assert all(shorter[phase] < before[phase] for phase in PHASES)
 
 
+@pytest.mark.parametrize("name", ["compact", "lora"])
+def test_a_student_is_measured_in_the_type_asked_for(
+    name: str, world: Any, experiment: Callable[..., Experiment]
+) -> None:
+    student, forecaster = STUDENTS[name](world.content["teacher"]["model"]), Forecaster(CARD)
+    whole, half = (
+        forecaster.simulator.parts(experiment(student=student, evaluate={"student_dtype": dtype}), "evaluate", [])[1]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.sizes["parameters"] == whole.sizes["parameters"]
+    assert half.sizes["bytes"] == whole.sizes["bytes"] / 2
+    saved = whole.simulation.parts["weights"] - half.simulation.parts["weights"]
+    assert saved == pytest.approx(half.sizes["bytes"], rel=0.02)  # a card gives memory in blocks
+
+
 def test_passes_of_a_step_cost_time_and_the_update_is_one(experiment: Callable[..., Experiment]) -> None:
     forecaster = Forecaster(CARD)
     each = [
