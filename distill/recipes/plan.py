@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distill.cache.budget import parse_size
 from distill.config import Experiment
 from distill.errors import UserError
 from distill.experiment_file import to_dict
@@ -17,6 +16,7 @@ from distill.models.devices import pick_device
 from distill.report.numbers import duration, size
 from distill.workspace.forecasting.advice import Advice, advise, as_options
 from distill.workspace.forecasting.forecast import Forecast, Forecaster
+from distill.workspace.forecasting.sizes import memory_limit
 
 DOES_NOT_FIT = 3
 
@@ -33,8 +33,7 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     if fit is not None and not Path(fit).absolute().parent.is_dir():
         raise UserError(f"--fit {fit}: there is no folder {Path(fit).parent}: make it, or choose another place")
     found = find_card(card) if card is not None else this_machine(pick_device(experiment.train.accelerator).type)
-    limit = None if experiment.memory_limit is None else parse_size(experiment.memory_limit, "memory_limit")
-    forecaster = Forecaster(found, limit)
+    forecaster = Forecaster(found, memory_limit(experiment))
     forecast = forecaster.forecast(experiment)
     advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
     changed = forecaster.forecast(advice.experiment) if advice else None
@@ -154,5 +153,7 @@ def _write(path: str, experiment: Experiment, advice: Advice | None, card: Card)
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
+        if not isinstance(error, FileExistsError):  # else half of a file is in the way of the next attempt
+            Path(path).unlink(missing_ok=True)
         raise UserError(f"--fit {path}: cannot be written ({error.strerror}): choose another place") from None
     return path

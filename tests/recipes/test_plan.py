@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -97,6 +98,19 @@ def test_no_file_is_written_over(experiment: Experiment, tmp_path: Path) -> None
     with pytest.raises(UserError, match="there already"):
         plan.main(experiment, "12GiB", fit=str(file))
     assert file.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str, mode: str, encoding: str) -> Any:
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plan, "open", full, raising=False)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+        plan.main(experiment, "12GiB", fit=str(tmp_path / "mine.yaml"))
+    assert not (tmp_path / "mine.yaml").exists()
 
 
 def test_an_unknown_card_is_refused(experiment: Experiment) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from distill import ledger
-from distill.cache.budget import parse_size
 from distill.cache.format import read_journal
 from distill.config import Experiment
 from distill.errors import UserError
@@ -23,6 +22,7 @@ from distill.workspace.folders import Folders, write_json
 from distill.workspace.forecasting.advice import advise, as_options
 from distill.workspace.forecasting.forecast import CONTEXT_BYTES, DRIVER_BYTES, Forecast, Forecaster
 from distill.workspace.forecasting.phases import Phase, Simulator
+from distill.workspace.forecasting.sizes import memory_limit
 
 FILE = "forecast.json"
 
@@ -39,8 +39,7 @@ class Preflight:
         self.experiment, self.phase, self.phases = experiment, phase, (phase, *following)
         self.folders = Folders.of(experiment)
         self.device = pick_device(experiment.train.accelerator)
-        limit = experiment.memory_limit
-        self.limit = None if limit is None else parse_size(limit, "memory_limit")
+        self.limit = memory_limit(experiment)
         self.expected: Forecast | None = None
         self._is_checked = False
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distill.cache.budget import parse_size
 from distill.cache.format import MANIFEST, read_journal, read_manifest
 from distill.config import Experiment
 from distill.corpus.reading import local_files
@@ -30,6 +31,11 @@ _SHARD = 600
 BYTES_A_TOKEN_OF_TEXT = 4.0
 """Of English text and today's tokenizers, where a file's samples have not been counted."""
 _COMPRESSION = 3.0
+
+
+def memory_limit(experiment: Experiment) -> int | None:
+    """Bytes of device memory that may be used; None: all. Raises UserError for what is no size."""
+    return None if experiment.memory_limit is None else parse_size(experiment.memory_limit, "memory_limit")
 
 
 @dataclass(frozen=True)
