@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,31 @@ def random_targets(
 
 def joined(ids: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.uint32), *ids]).astype(np.uint32)
+
+
+class Tokenizer:
+    """Writes two files, as a tokenizer does."""
+
+    def save_pretrained(self, folder: Path, /) -> None:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text('{"model": "BPE"}')
+        (folder / "tokenizer_config.json").write_text('{\n  "is_local": true,\n  "model_max_length": 12\n}\n')
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """What `save_tokenizer` is given."""
+    return Tokenizer()
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """`contents(folder)`: every file below a folder."""
+
+    def look(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    return look
 
 
 @pytest.fixture(scope="session")

@@ -94,10 +94,6 @@ def manifest_of(make_manifest: Callable[..., Manifest]) -> Callable[..., Manifes
     return lambda **changes: make_manifest(SAMPLES, **changes)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def samples_of(folder: Path) -> list[dict[str, Any]]:
     """All numbers of all samples."""
     return [
@@ -125,7 +121,7 @@ SCHEMES = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_batch_sizes_make_the_same_bytes(tmp_path: Path, manifest_of: Any, scheme: str) -> None:
+def test_batch_sizes_make_the_same_bytes(tmp_path: Path, manifest_of: Any, scheme: str, contents: Any) -> None:
     manifest = manifest_of(scheme=scheme, scheme_parameters=SCHEMES[scheme])
     for batch_size in (1, 3, 8):
         make_cache(tmp_path / str(batch_size), manifest, batch_size)
@@ -152,7 +148,7 @@ def test_another_seed_makes_another_cache(tmp_path: Path, manifest_of: Any) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_order_of_work_and_restarts_make_the_same_bytes(tmp_path: Path, manifest_of: Any) -> None:
+def test_order_of_work_and_restarts_make_the_same_bytes(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
     manifest = manifest_of()
     make_cache(tmp_path / "straight", manifest, batch_size=3)
     for shard, batch_size in zip((4, 1, 5, 0, 2, 3), (1, 2, 3, 8, 1, 4), strict=True):
@@ -161,7 +157,7 @@ def test_order_of_work_and_restarts_make_the_same_bytes(tmp_path: Path, manifest
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_parts_make_the_same_bytes(tmp_path: Path, manifest_of: Any) -> None:
+def test_parts_make_the_same_bytes(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
     manifest = manifest_of()
     make_cache(tmp_path / "whole", manifest, batch_size=3)
     parts = [(Part(number, 3), tmp_path / f"part{number}") for number in (1, 2, 3)]
@@ -220,7 +216,9 @@ def end(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("devices", "shard_samples"), [(2, 64), (4, 2)])
-def test_processes_make_the_same_bytes(tmp_path: Path, manifest_of: Any, devices: int, shard_samples: int) -> None:
+def test_processes_make_the_same_bytes(
+    tmp_path: Path, manifest_of: Any, devices: int, shard_samples: int, contents: Any
+) -> None:
     """One shard for two processes, of which one has nothing to do, and twelve for four."""
     manifest = manifest_of(shard_samples=shard_samples)
     make_cache(tmp_path / "one", manifest, batch_size=8)
@@ -233,7 +231,7 @@ def test_processes_make_the_same_bytes(tmp_path: Path, manifest_of: Any, devices
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
-def test_the_first_process_stops_all_and_they_continue(tmp_path: Path, manifest_of: Any) -> None:
+def test_the_first_process_stops_all_and_they_continue(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
     manifest, folder = manifest_of(shard_samples=1), tmp_path / "several"
     process = start(tmp_path, folder, manifest, batch_size=1, devices=2, seconds=0.3)
     deadline = time.monotonic() + 120

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,10 +22,6 @@ from distill.errors import UserError
 
 RecordsOf = Callable[[Manifest, int], list[Record]]
 MakePart = Callable[..., Path]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def nothing(amount: int) -> None:
@@ -76,7 +73,9 @@ def test_more_parts_than_shards_are_refused() -> None:
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
-def test_joined_parts_are_the_whole_cache(tmp_path: Path, make_part: MakePart, order: tuple[int, ...]) -> None:
+def test_joined_parts_are_the_whole_cache(
+    tmp_path: Path, make_part: MakePart, order: tuple[int, ...], contents: Any
+) -> None:
     join([make_part(f"{number}/3") for number in order], tmp_path / "joined")
     assert contents(tmp_path / "joined") == contents(make_part(None))
 
@@ -89,7 +88,9 @@ def test_joining_again_changes_nothing(tmp_path: Path, make_part: MakePart) -> N
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "joined").rglob("*.safetensors")}
 
 
-def test_stopped_anywhere_it_looks_unfinished_and_can_be_continued(tmp_path: Path, make_part: MakePart) -> None:
+def test_stopped_anywhere_it_looks_unfinished_and_can_be_continued(
+    tmp_path: Path, make_part: MakePart, contents: Any
+) -> None:
     parts, whole = [make_part("1/2"), make_part("2/2")], contents(make_part(None))
     for stop_after in range(6):
         to = tmp_path / f"stopped-{stop_after}"
@@ -111,7 +112,7 @@ def test_stopped_anywhere_it_looks_unfinished_and_can_be_continued(tmp_path: Pat
 
 
 def test_a_cache_that_was_begun_otherwise_is_completed(
-    tmp_path: Path, make_part: MakePart, make_manifest: Callable[..., Manifest], records_of: RecordsOf
+    tmp_path: Path, make_part: MakePart, make_manifest: Callable[..., Manifest], records_of: RecordsOf, contents: Any
 ) -> None:
     writer = CacheWriter(tmp_path / "begun", make_manifest())
     writer.write(5, records_of(writer.manifest, 5))
@@ -145,13 +146,15 @@ def test_a_part_of_another_cache_is_refused_and_the_difference_named(
     assert not (tmp_path / "joined").exists()
 
 
-def test_library_versions_may_differ(tmp_path: Path, make_part: MakePart) -> None:
+def test_library_versions_may_differ(tmp_path: Path, make_part: MakePart, contents: Any) -> None:
     parts = [make_part("1/2"), make_part("2/2", made_with={"torch": "3"})]
     join(parts, tmp_path / "joined")
     assert contents(tmp_path / "joined") == contents(make_part(None))
 
 
-def test_a_changed_shard_is_refused_and_leaves_the_target_unfinished(tmp_path: Path, make_part: MakePart) -> None:
+def test_a_changed_shard_is_refused_and_leaves_the_target_unfinished(
+    tmp_path: Path, make_part: MakePart, contents: Any
+) -> None:
     parts = [make_part("1/2"), make_part("2/2")]
     path = parts[1] / shard_file(5)
     content = path.read_bytes()
@@ -170,7 +173,7 @@ def test_a_changed_shard_is_refused_and_leaves_the_target_unfinished(tmp_path: P
     assert contents(tmp_path / "joined") == contents(make_part(None))
 
 
-def test_nothing_of_others_is_written_over(tmp_path: Path, make_part: MakePart) -> None:
+def test_nothing_of_others_is_written_over(tmp_path: Path, make_part: MakePart, contents: Any) -> None:
     parts = [make_part("1/2"), make_part("2/2")]
     other = tmp_path / "other"
     other.mkdir()

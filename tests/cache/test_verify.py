@@ -28,24 +28,14 @@ from distill.models.language_model import Head
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-class Tokenizer:
-    def save_pretrained(self, folder: Path, /) -> None:
-        folder.mkdir()
-        (folder / "tokenizer.json").write_text("{}")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture
-def finish(make_manifest: Any, records_of: Any) -> Callable[..., Manifest]:
+def finish(make_manifest: Any, records_of: Any, tokenizer: Any) -> Callable[..., Manifest]:
     """`finish(folder)`: make a cache of four shards, or what is missing of it; `made` lists the shards that it made."""
 
     def run(folder: Path, made: list[int] | None = None, **changes: Any) -> Manifest:
         manifest: Manifest = make_manifest(samples=14, **changes)
         writer = CacheWriter(folder, manifest)
-        save_tokenizer(folder, Tokenizer())
+        save_tokenizer(folder, tokenizer)
         for shard in writer.missing():
             writer.write(shard, records_of(manifest, shard))
             if made is not None:
@@ -71,7 +61,7 @@ def flip(path: Path, place: int = -1, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_cache_has_no_findings_and_nothing_to_repair(cache: Path) -> None:
+def test_a_whole_cache_has_no_findings_and_nothing_to_repair(cache: Path, contents: Any) -> None:
     before = contents(cache)
     report = verify(cache)
     assert (report.findings, report.whole, report.bad, report.to_do) == ([], 4, 0, 0)
@@ -97,10 +87,10 @@ def test_each_finding_names_file_and_remedy(cache: Path) -> None:
     assert "--repair" in remedies[shard_file(1)] and "move" in remedies["notes"]
 
 
-def test_an_unfinished_cache_is_not_whole(tmp_path: Path, make_manifest: Any, records_of: Any) -> None:
+def test_an_unfinished_cache_is_not_whole(tmp_path: Path, make_manifest: Any, records_of: Any, tokenizer: Any) -> None:
     manifest = make_manifest(samples=14)
     writer = CacheWriter(tmp_path, manifest)
-    save_tokenizer(tmp_path, Tokenizer())
+    save_tokenizer(tmp_path, tokenizer)
     writer.write(0, records_of(manifest, 0))
     report = verify(tmp_path)
     assert (report.whole, report.bad, report.to_do) == (1, 0, 3)
@@ -109,7 +99,7 @@ def test_an_unfinished_cache_is_not_whole(tmp_path: Path, make_manifest: Any, re
 
 @pytest.mark.parametrize("how", ["changed", "cut", "missing", "line", "lines", "no journal"])
 def test_repair_drops_what_is_bad_and_the_next_run_makes_just_that(
-    how: str, cache: Path, finish: Any, tmp_path: Path
+    how: str, cache: Path, finish: Any, tmp_path: Path, contents: Any
 ) -> None:
     undisturbed, journal = contents(cache), cache / "journal.jsonl"
     if how == "changed":
@@ -132,7 +122,7 @@ def test_repair_drops_what_is_bad_and_the_next_run_makes_just_that(
     assert said and (how == "lines" or any("00000" in line for line in said))
 
 
-def test_repair_takes_back_only_what_is_whole_and_in_its_place(cache: Path, finish: Any) -> None:
+def test_repair_takes_back_only_what_is_whole_and_in_its_place(cache: Path, finish: Any, contents: Any) -> None:
     undisturbed = contents(cache)
     (cache / "journal.jsonl").unlink()
     flip(cache / shard_file(0), 300)
@@ -144,7 +134,7 @@ def test_repair_takes_back_only_what_is_whole_and_in_its_place(cache: Path, fini
     assert made == [0, 1, 2] and contents(cache) == undisturbed
 
 
-def test_repair_mends_the_tokenizer_through_the_next_run(cache: Path, finish: Any) -> None:
+def test_repair_mends_the_tokenizer_through_the_next_run(cache: Path, finish: Any, contents: Any) -> None:
     undisturbed = contents(cache)
     flip(cache / "tokenizer/SHA256SUMS")
     assert repair(cache)
@@ -159,7 +149,7 @@ def test_repair_leaves_files_alone_that_are_not_the_caches(cache: Path) -> None:
     assert sorted(found(cache)) == ["shards/000099.safetensors", "shards/notes.tmp"]
 
 
-def test_repair_does_not_touch_a_cache_whose_manifest_is_damaged(cache: Path) -> None:
+def test_repair_does_not_touch_a_cache_whose_manifest_is_damaged(cache: Path, contents: Any) -> None:
     flip(cache / "manifest.json", 50)
     before = contents(cache)
     with pytest.raises(UserError, match=r"manifest.json.*restore it, or make the cache anew"):
@@ -167,7 +157,9 @@ def test_repair_does_not_touch_a_cache_whose_manifest_is_damaged(cache: Path) ->
     assert contents(cache) == before
 
 
-def test_an_exchanged_manifest_is_found_and_costs_no_shard(cache: Path, finish: Any, tmp_path: Path) -> None:
+def test_an_exchanged_manifest_is_found_and_costs_no_shard(
+    cache: Path, finish: Any, tmp_path: Path, contents: Any
+) -> None:
     """A seed, say, that is not the one the shards were made with: each file is whole, and yet nothing fits."""
     finish(tmp_path / "other", seed=1)
     shutil.copy(tmp_path / "other/manifest.json", cache / "manifest.json")

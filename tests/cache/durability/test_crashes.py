@@ -1,0 +1,200 @@
+"""Whatever ends a writer, and whenever: what was finished is kept, and the cache becomes the undisturbed one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.cache.format import Manifest, read_journal, read_manifest, seal, shard_file
+from distill.cache.reader import CacheReader
+from distill.cache.records import pack
+from distill.cache.shards import ShardFile
+from distill.cache.tokenizer_files import save_tokenizer
+from distill.cache.writer import CacheWriter
+from distill.errors import UserError
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STEPS = ("open", "write", "fsync", "replace", "unlink", "mkdir", "rmdir", "ftruncate")
+CRASHED = 9
+
+
+def crashes(action: Callable[[], None]) -> Iterator[int]:
+    """Runs `action` in a process that ends at its first system call that changes a file, at the second, and so on."""
+    for step in itertools.count():
+        child = os.fork()
+        if child == 0:
+            try:
+                end_at(step)
+                action()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            return
+        assert status == CRASHED, f"step {step}: exit status {status}"
+        yield step
+
+
+def end_at(last: int) -> None:
+    """End this process at a call; of a write, half is done."""
+    steps = itertools.count()
+
+    def ending(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(steps) == last:
+                if name == "write":
+                    real(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                os._exit(CRASHED)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in STEPS:
+        setattr(os, name, ending(name))
+
+
+def check_reader(folder: Path, packed: list[bytes], whole: bool) -> None:
+    """Who reads now gets the message that the cache is not finished, or the data; finished shards are whole."""
+    if whole:
+        for split in ("held_out", "train"):
+            reader = CacheReader(folder, split)
+            for index in range(len(reader)):
+                key = reader.manifest.record_key(reader.start + index)
+                assert pack(reader[index], reader.scheme, key) == packed[reader.start + index]
+    else:
+        with pytest.raises(UserError, match=r"no cache here|is not finished"):
+            CacheReader(folder, "train")
+    for shard in read_journal(folder) if (folder / "manifest.json").exists() else ():
+        samples = read_manifest(folder).shard_range(shard)
+        with ShardFile(folder / shard_file(shard), len(samples)) as file:
+            assert [file.record(row) for row in range(len(samples))] == packed[samples.start : samples.stop]
+
+
+def test_a_crash_at_any_step_heals_and_no_reader_sees_half_a_shard(
+    tmp_path: Path, finish: Any, undisturbed: Any, manifest: Manifest, packed: list[bytes], contents: Any
+) -> None:
+    folder, seen = tmp_path / "cache", 0
+    for _ in crashes(lambda: finish(folder)):
+        names = contents(folder) if folder.exists() else {}
+        whole = names.get("journal.jsonl", b"").count(b"\n") == manifest.shards
+        check_reader(folder, packed, whole)
+        finish(folder)
+        assert contents(folder) == undisturbed
+        check_reader(folder, packed, whole=True)
+        shutil.rmtree(folder)
+        seen += 1
+    assert seen > 30  # or the crashes were not where the writing is
+
+
+def test_a_crash_at_every_step_in_turn_heals(tmp_path: Path, finish: Any, undisturbed: Any, contents: Any) -> None:
+    """Each start goes on from what the one before left, and comes one call further."""
+    folder = tmp_path / "cache"
+    for step in crashes(lambda: finish(folder)):
+        assert step < 200, "it does not come to an end"
+    assert contents(folder) == undisturbed
+
+
+def test_a_crash_while_another_cache_is_overwritten_heals(
+    tmp_path: Path, finish: Any, undisturbed: Any, make_manifest: Any, records_of: Any, contents: Any
+) -> None:
+    old, other = tmp_path / "old", make_manifest(samples=13, seed=1)
+    writer = CacheWriter(old, other)
+    for shard in writer.missing():
+        writer.write(shard, records_of(other, shard))
+    folder = tmp_path / "cache"
+    shutil.copytree(old, folder)
+    for _ in crashes(lambda: finish(folder, overwrite=True)):
+        finish(folder, overwrite=True)
+        assert contents(folder) == undisturbed
+        shutil.rmtree(folder)
+        shutil.copytree(old, folder)
+
+
+def test_overwriting_deletes_nothing_that_is_not_the_caches(
+    tmp_path: Path, finish: Any, make_manifest: Any, contents: Any
+) -> None:
+    folder, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    CacheWriter(folder, make_manifest(seed=1))
+    elsewhere.mkdir()
+    for path in (folder / "notes.txt", folder / "draft.tmp", elsewhere / "000000.safetensors"):
+        path.write_text("mine")
+    (folder / "shards").symlink_to(elsewhere)
+    CacheWriter(folder, make_manifest(seed=2), overwrite=True)
+    assert contents(elsewhere) == {"000000.safetensors": b"mine"}
+    assert (folder / "notes.txt").exists() and (folder / "draft.tmp").exists()
+
+
+def test_everything_is_synced_before_something_relies_on_it(
+    tmp_path: Path, manifest: Manifest, records_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order that makes a power cut harmless; only a machine that loses power could show it from outside."""
+    writer = CacheWriter(tmp_path / "cache", manifest)
+    writer.write(0, records_of(manifest, 0))
+    records, calls = records_of(manifest, 1), []
+
+    def logged(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            path = os.readlink(f"/proc/self/fd/{arguments[0]}") if isinstance(arguments[0], int) else arguments[0]
+            calls.append((name, Path(path).name))
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("write", "fsync", "replace"):
+            patch.setattr(os, name, logged(name))
+        writer.write(1, records)
+    half = "000001.safetensors.tmp"
+    shard = [("write", half), ("fsync", half), ("replace", half), ("fsync", "shards")]
+    assert calls == [*shard, ("write", "journal.jsonl"), ("fsync", "journal.jsonl")]
+
+
+def test_a_journal_line_that_is_cut_anywhere_is_made_again(
+    tmp_path: Path, finish: Any, undisturbed: Any, contents: Any
+) -> None:
+    folder = tmp_path / "cache"
+    finish(folder)
+    journal = undisturbed["journal.jsonl"]
+    last = journal[:-1].rfind(b"\n") + 1
+    for end in [*range(last, len(journal), 40), len(journal) - 1]:
+        (folder / "journal.jsonl").write_bytes(journal[:end])
+        with pytest.raises(UserError, match="1 of 3 shards to go"):
+            CacheReader(folder, "train")
+        finish(folder)
+        assert contents(folder) == undisturbed
+
+
+def test_the_order_of_the_work_leaves_no_trace(
+    tmp_path: Path, manifest: Manifest, records_of: Any, undisturbed: Any, contents: Any, tokenizer: Any
+) -> None:
+    folder = tmp_path / "cache"
+    writer = CacheWriter(folder, manifest)
+    save_tokenizer(folder, tokenizer)
+    for shard in (2, 0, 1):
+        writer.write(shard, records_of(manifest, shard))
+    assert contents(folder) == undisturbed
+    lines = undisturbed["journal.jsonl"].splitlines(keepends=True)
+    (folder / "journal.jsonl").write_bytes(b"".join(reversed(lines)))
+    seal(folder)
+    assert contents(folder) == undisturbed
+
+
+def test_kills_at_random_instants_change_nothing() -> None:
+    """The real command, from start to end; tests/benchmarks/kill_storm.py throws as many kills as one likes."""
+    storm = [sys.executable, str(BENCHMARKS / "kill_storm.py"), "--kills", "50"]
+    done = subprocess.run(storm, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "50  kills" in done.stdout
