@@ -90,6 +90,20 @@ class Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def assert_same() -> Callable[[Record, Record], None]:
+    """`assert_same(one, other)`: equal numbers of equal types."""
+
+    def compare(one: Record, other: Record) -> None:
+        for field in ("input_ids_L", "position_ids_L", "loss_mask_L"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field), strict=True)
+        assert type(one.targets) is type(other.targets)
+        for field in vars(one.targets):
+            np.testing.assert_array_equal(getattr(one.targets, field), getattr(other.targets, field), strict=True)
+
+    return compare
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """What `save_tokenizer` is given."""
     return Tokenizer()
