@@ -1,8 +1,8 @@
 """How fast this machine is: kernels and real work are timed, and the forecast of the work is set right.
 
 Matrix products are timed alone. A training step of a tiny model, which is mostly starting kernels, tells how long that
-takes. What is left is moving: its rate is the one by which targets of a large vocabulary and training steps of a larger
-model, in float32 and in 16 bits, are forecast to take what they took, on average.
+takes. What is left is moving: its rate is the one by which training steps of a larger model, in float32 and in 16 bits,
+are forecast to take what they took, on average.
 """
 
 from __future__ import annotations
@@ -20,18 +20,14 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from distill.cache.predict import TeacherModule
 from distill.losses.objective import Mixture
 from distill.memory.calibration import DEFAULTS, DTYPES, Efficiency, kind_of, speed
 from distill.memory.cards import Card, this_machine
 from distill.memory.disk import time_disk
 from distill.memory.kernels import DeviceKind
 from distill.memory.step import StepShape, make_batch, run_steps, simulate_step
-from distill.memory.teacher import make_batch as make_teacher_batch
-from distill.memory.teacher import simulate_teacher
 from distill.memory.work import Work
 from distill.models.huggingface import HuggingFaceLanguageModel, quiet
-from distill.targets import schemes
 from distill.training.module import DistillationModule
 from distill.training.optimizers.adamw import make_optimizer
 from distill.training.optimizers.schedule import Schedule
@@ -62,7 +58,7 @@ def calibrate(
     matmul = {name: pace.products(dtype) / peaks[name] for name, dtype in DTYPES.items()}
     with quiet():
         tiny = pace.step(_TINY, "32-true")
-        others = [pace.targets(), *(pace.step(_LARGER[device], precision) for precision in _precisions(card))]
+        others = [pace.step(_LARGER[device], precision) for precision in _precisions(card)]
     found = fit(card, replace(DEFAULTS[device], matmul=matmul), tiny, others)
     disk = None if folder is None else time_disk(folder)
     return replace(found, reading=Efficiency.reading if disk is None else disk[1], is_measured=True)
@@ -118,10 +114,6 @@ _LARGER: dict[DeviceKind, _Model] = {
     "cpu": _Model(384, 4, 8192, StepShape(samples=4, length=128)),
     "cuda": _Model(1024, 8, 32_000, StepShape(samples=8, length=512)),
 }
-_TARGETS: dict[DeviceKind, dict[str, int]] = {
-    "cpu": {"batch_size": 1, "length": 256, "vocab_size": 32_000},
-    "cuda": {"batch_size": 4, "length": 1024, "vocab_size": 128_000},
-}
 
 
 class _Pace:
@@ -168,22 +160,6 @@ class _Pace:
         batch = make_batch(model.shape, model.vocab_size)
         run_steps(make(), batch, precision, [clock], accelerator=self.device, steps=_RUNS)
         return Timed(work, min(clock.seconds[1:]))
-
-    def targets(self) -> Timed:
-        """Targets of a teacher of which there is little but its vocabulary."""
-        sizes, scheme = _TARGETS[self.device], schemes.make("varopt", threshold=0.02)
-        vocab_size = sizes["vocab_size"]
-        make = partial(_llama, _Model(64, 1, vocab_size, StepShape(1, 1)))
-        given: dict[str, Any] = {**sizes, "scheme": scheme, "device": self.device}
-        work = simulate_teacher(make, **given).work
-        module = TeacherModule(make().to(self.device), vocab_size, scheme, seed=0)  # type: ignore[arg-type]
-        batch = {name: tensor.to(self.device) for name, tensor in make_teacher_batch(**sizes).items()}
-        seconds = []
-        for _ in range(_RUNS):
-            started = self.now()
-            module.predict_step(batch, 0)
-            seconds.append(self.now() - started)
-        return Timed(work, min(seconds[1:]))
 
 
 class _Clock(pl.Callback):

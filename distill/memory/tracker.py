@@ -110,7 +110,10 @@ class Tracker(TorchDispatchMode):
         if extra and not self._elsewhere:
             storage = Storage(extra, None, self._in_loss, False)
             self._events += [(extra, storage), (-extra, storage)]
-        self._count(work_of(func, args, kwargs, made), moved_in_workspace(func, args, extra, self.device))
+        work = work_of(func, args, kwargs, made)
+        if is_sum and work is not None:
+            work = work._replace(fresh=0)
+        self._count(work, moved_in_workspace(func, args, extra, self.device))
         return made
 
     def _count(self, work: Work | None, moved: int) -> None:

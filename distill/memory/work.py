@@ -72,7 +72,8 @@ def work_of(func: Any, args: Any, kwargs: Any, made: Any) -> Work | None:
     given, results = tensors_in(args, kwargs.values()), tensors_in([made])
     written = sum(_bytes(tensor) for tensor in results)
     # Rows are picked out of what is given: only those are read.
-    moved = 2 * written if func in _GATHERS else sum(_bytes(tensor) for tensor in given) + written
+    read = written if func in _GATHERS else sum(_bytes(tensor) for tensor in given)
+    moved = _PASSES.get(func._overloadpacket, 1) * read + written
     flops = _flops(func, args, kwargs, made)
     fresh = 0 if func._schema.is_mutable else written
     return Work(given[0].dtype if flops else None, flops, moved, fresh)
@@ -102,4 +103,6 @@ _FREE = {
     *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
     *(aten.new_empty_strided.default, aten.detach.default, aten._unsafe_view.default, aten._local_scalar_dense.default),
 }
+_PASSES = {aten.topk: 8}
+"""How often a kernel reads what it is given: a card selects digit by digit, a processor finds and sorts pairs."""
 _GATHERS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}

@@ -19,7 +19,7 @@ from distill.memory.work import Work
 
 TINY = Counter({Work(None, 0, 2_000): 1500, Work(torch.float32, 10**5, 10**4): 200})
 LARGE = Counter({Work(torch.bfloat16, 10**11, 10**7): 60, Work(None, 0, 10**8): 400, Work(None, 0, 100): 300})
-TARGETS = Counter({Work(None, 0, 10**9): 100, Work(torch.float32, 10**10, 10**8): 3})
+LARGER = Counter({Work(None, 0, 10**9): 100, Work(torch.float32, 10**10, 10**8): 3})
 
 
 @pytest.mark.parametrize("card", [this_machine("cpu"), find_card("rtx-3060")], ids=["cpu", "card"])
@@ -27,7 +27,7 @@ TARGETS = Counter({Work(None, 0, 10**9): 100, Work(torch.float32, 10**10, 10**8)
 def test_the_speed_that_made_the_times_is_found(card: Card, launch: float, bandwidth: float) -> None:
     default = DEFAULTS["cuda" if card.is_cuda else "cpu"]
     truth = speed(card, replace(default, launch=launch, bandwidth=bandwidth))
-    tiny, *others = (Timed(work, truth.seconds(work)) for work in (TINY, LARGE, TARGETS))
+    tiny, *others = (Timed(work, truth.seconds(work)) for work in (TINY, LARGE, LARGER))
     found = fit(card, default, tiny, others)
     assert (found.launch, found.bandwidth) == (pytest.approx(launch, rel=1e-3), pytest.approx(bandwidth, rel=1e-3))
 
@@ -58,7 +58,7 @@ def test_a_calibration_is_the_fit_of_what_was_timed(
     monkeypatch.setattr(measuring, "_RUNS", 2)
     found = calibrate("cpu", Ticks(0.02), tmp_path)
     ((tiny, others, fitted),) = seen
-    assert [timed.seconds for timed in (tiny, *others)] == pytest.approx([0.02] * 4)
+    assert [timed.seconds for timed in (tiny, *others)] == pytest.approx([0.02] * 3)
     assert found.is_measured and found.reading > 0 and list(tmp_path.iterdir()) == []
     assert replace(found, reading=fitted.reading, is_measured=False) == fitted
     assert speed(this_machine("cpu"), found).seconds(tiny.work) == pytest.approx(0.02, rel=1e-3)

@@ -98,6 +98,25 @@ def test_matrix_products_are_counted_by_type() -> None:
     assert products == [Work(torch.bfloat16, 2 * 4 * 8 * 16, sizes, fresh=2 * 4 * 16)]
 
 
+def test_a_selection_reads_its_input_several_times() -> None:
+    values = torch.zeros(16, 1024)
+    with Tracker("cpu") as tracker:
+        torch.topk(values, 4)
+        torch.amax(values, -1)
+    selection, largest = tracker.work
+    assert selection.bytes - selection.fresh == 8 * values.nbytes == 8 * (largest.bytes - largest.fresh)
+
+
+def test_gradients_that_are_added_up_are_written_where_one_of_them_is() -> None:
+    weight = torch.zeros(256, requires_grad=True)
+    with Tracker("cpu") as tracker:
+        loss = (weight * 2 + weight.exp()).sum()
+        tracker.work.clear()
+        loss.backward()
+    sums = [work for work in tracker.work if work.bytes == 3 * weight.nbytes and not work.fresh]
+    assert len(sums) == 1
+
+
 def test_a_kernel_takes_what_takes_longest() -> None:
     speed = Speed({torch.float32: 100.0}, bytes=10.0, launch=0.5)
     for work, seconds in [
