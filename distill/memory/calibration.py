@@ -19,7 +19,7 @@ from distill.memory.kernels import DeviceKind
 from distill.memory.work import Speed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_VERSION = 2
+_VERSION = 3
 _MOST_BYTES = 1 << 20
 _FRESH = 3.0
 """A processor's program gets new memory page by page from the system, empty; the least squares over all rows of

@@ -49,12 +49,12 @@ def test_another_machines_calibration_does_not_count(fact: str, monkeypatch: pyt
         "",
         "{",
         "[]",
-        '{"version": 2, "cpu": 3}',
+        '{"version": 3, "cpu": 3}',
         '{"version": 99}',
         "[" * 100_000,
-        '{"version": 2, "cpu": {"identity": IDENTITY}}',
-        '{"version": 2, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": []}}}',
-        '{"version": 2, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": {"float32": 1, "bfloat16": 1, '
+        '{"version": 3, "cpu": {"identity": IDENTITY}}',
+        '{"version": 3, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": []}}}',
+        '{"version": 3, "cpu": {"identity": IDENTITY, "efficiency": {"matmul": {"float32": 1, "bfloat16": 1, '
         '"float16": NUMBER}, "bandwidth": 1, "launch": 1, "reading": 1}}}',
     ],
 )
