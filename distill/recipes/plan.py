@@ -153,7 +153,7 @@ def _write(path: str, experiment: Experiment, advice: Advice | None, card: Card)
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        if not isinstance(error, FileExistsError):  # else half of a file is in the way of the next attempt
+        if not isinstance(error, FileExistsError):  # then it is ours: half of it would be in the next attempt's way
             Path(path).unlink(missing_ok=True)
         raise UserError(f"--fit {path}: cannot be written ({error.strerror}): choose another place") from None
     return path
