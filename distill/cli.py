@@ -96,7 +96,7 @@ def plan_parser() -> argparse.ArgumentParser:
 
 def _plan(path: str, rest: list[str]) -> int:
     options, overrides = plan_parser().parse_known_args(rest)
-    from distill.experiment_file import load_experiment
+    from distill.experiment.file import load_experiment
 
     def work() -> int:
         experiment = load_experiment(path, _spelled_out(overrides))
@@ -108,7 +108,7 @@ def _plan(path: str, rest: list[str]) -> int:
 
 
 def _print_options(command: str) -> None:
-    from distill.experiment_file import print_options
+    from distill.experiment.file import print_options
 
     print(f"distill {command} FILE [--section.key value ...]: {COMMANDS[command]}\n")
     if command == "plan":
@@ -118,8 +118,8 @@ def _print_options(command: str) -> None:
 
 
 def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
-    from distill import interrupt
-    from distill.experiment_file import load_experiment
+    from distill.experiment.file import load_experiment
+    from distill.system import interrupt
 
     overrides = _spelled_out(overrides)
     steps = ["cache-teacher", "train-student", "evaluate"] if command == "run" else [command]
@@ -128,7 +128,7 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
         experiment = load_experiment(path, overrides)
         _quiet_libraries()
         if command == "run":
-            from distill.workspace.checks import check_last_steps
+            from distill.experiment.checks import check_last_steps
 
             # What an earlier `run` left unfinished is what this one is for.
             experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
@@ -157,7 +157,7 @@ def _in_a_process_of_its_own(arguments: list[str]) -> int:
     import signal
     import subprocess
 
-    from distill import interrupt
+    from distill.system import interrupt
 
     environment = {**os.environ, _PART_OF_A_RUN: "1"}
     with subprocess.Popen([sys.executable, "-m", "distill.cli", *arguments], env=environment) as process:

@@ -35,7 +35,7 @@ Recipe = Callable[[argparse.Namespace, list[str]], int]
 
 def stoppable(work: Callable[[], int], words: str) -> int:
     """Do the work; on Ctrl-C and SIGTERM say what is left of it."""
-    from distill import interrupt
+    from distill.system import interrupt
 
     interrupt.install()
     try:
@@ -129,7 +129,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument("--json", action="store_true", help="print all as JSON")
 
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
-        from distill.recipes import doctor
+        from distill.recipes.doctor import command as doctor
 
         return stoppable(lambda: doctor.main(options.calibrate, options.json), "nothing was changed")
 

@@ -13,10 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATML = (
@@ -262,3 +265,13 @@ def distill() -> Callable[..., Outcome]:
         return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
     return command
+
+
+@pytest.fixture(scope="session")
+def random_rows() -> Tensor:
+    """`[12, 1009]` float32, from open to sure."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    sharpness_N1 = torch.linspace(0.2, 6, 12)[:, None]
+    return (torch.randn(12, 1009, generator=generator) * sharpness_N1).softmax(-1)

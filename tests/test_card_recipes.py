@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.experiment_file import load_experiment
-from distill.memory.cards import find_card
-from distill.workspace.forecasting.forecast import Forecaster
-from distill.workspace.forecasting.phases import PHASES
+from distill.experiment.file import load_experiment
+from distill.forecast.forecast import Forecaster
+from distill.forecast.machine.cards import find_card
+from distill.forecast.phases.simulator import PHASES
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*-*gb.yaml"))
 SPARE = 0.7e9

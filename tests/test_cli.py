@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from distill import cli, interrupt
-from distill.config import Experiment
+from distill import cli
 from distill.errors import UserError
+from distill.experiment.configuration import Experiment
+from distill.system import interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "lightning", "datasets", "bitsandbytes", "numpy", "jsonargparse", "yaml"}

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from distill import plugins
-from distill.config import Experiment
-from distill.experiment_file import load_experiment
+from distill.experiment.configuration import Experiment
+from distill.experiment.file import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.y*ml"))

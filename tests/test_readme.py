@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from distill import cli, config, folder_commands
-from distill.experiment_file import load_experiment
+from distill import cli, folder_commands
+from distill.experiment import configuration as config
+from distill.experiment.file import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -47,7 +47,7 @@ def open_corpus(
     held_out: float = 0.05,
     seed: int = 0,
 ) -> SampleSets:
-    """Read, tokenise, split and pack a corpus; the arguments are those of `distill.config.CorpusConfig`.
+    """Read, tokenise, split and pack a corpus; the arguments are those of the configuration's `CorpusConfig`.
 
     Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`), keyed by the files'
     bytes and the tokenizer's content, so that a second opening is quick and never stale.

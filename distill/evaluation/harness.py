@@ -26,7 +26,7 @@ from distill.errors import UserError
 from distill.models.generation import context_length, generate
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import LanguageModel
-from distill.progress import Progress
+from distill.system.progress import Progress
 
 LOGITS_AT_A_TIME = 1 << 24
 """Logits in memory at once, 64 MiB in float32."""

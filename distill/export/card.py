@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from distill.files import last_part
 from distill.models.checkpoints import Checkpoint, weight_files
+from distill.system.files import last_part
 
 FILE = "README.md"
 REPORT = "report.md"

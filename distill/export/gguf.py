@@ -10,11 +10,11 @@ import numpy as np
 
 from distill.errors import UserError, did_you_mean
 from distill.export import gguf_architecture, gguf_check, gguf_tokenizer
-from distill.files import TEMPORARY, make_folder, sync_folder
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.saving import DESCRIPTION
 from distill.models.tokenizers import load_tokenizer
-from distill.progress import say
+from distill.system.files import TEMPORARY, make_folder, sync_folder
+from distill.system.progress import say
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType

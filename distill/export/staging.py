@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.errors import UserError
-from distill.files import sole_writer, sync_folder
+from distill.system.files import sole_writer, sync_folder
 
 
 @contextlib.contextmanager

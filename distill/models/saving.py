@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from distill.errors import UserError
-from distill.files import sole_writer, sync_folder
 from distill.models.checkpoints import Checkpoint
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.tokenizers import load_tokenizer, vocab_size
+from distill.system.files import sole_writer, sync_folder
 
 DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options}
 WEIGHTS = "model.safetensors"

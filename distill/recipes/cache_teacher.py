@@ -9,28 +9,29 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
-from distill import interrupt, ledger
-from distill.cache.budget import Calibration, parse_size
-from distill.cache.format import MANIFEST, Manifest, differences, read_journal, read_manifest
-from distill.cache.head import HEAD, save_head
-from distill.cache.locking import cannot_write, sole_writer
-from distill.cache.parts import Part, claim_part
-from distill.cache.predict import TeacherModule
-from distill.cache.processes import ShardShares, make_trainer, predict
-from distill.cache.storage import is_url
-from distill.cache.token_order import TokenOrder, save_order
-from distill.cache.tokenizer_files import save_tokenizer
-from distill.cache.writer import CacheWriter
-from distill.config import Experiment
+from distill.cache.format.folder import MANIFEST, Manifest, differences, read_journal, read_manifest
+from distill.cache.format.head import HEAD, save_head
+from distill.cache.format.part import Part
+from distill.cache.format.token_order import TokenOrder, save_order
+from distill.cache.format.tokenizer_files import save_tokenizer
+from distill.cache.making.budget import Calibration, parse_size
+from distill.cache.making.parts import claim_part
+from distill.cache.making.predict import TeacherModule
+from distill.cache.making.processes import ShardShares, make_trainer, predict
+from distill.cache.making.writer import CacheWriter
+from distill.cache.reading.storage import is_url
 from distill.corpus import SampleSets
 from distill.errors import UserError
+from distill.experiment.cache import make_manifest, make_token_order, with_budgeted_threshold
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.teacher import Teacher, open_samples
+from distill.forecast.preflight import Preflight
 from distill.models import devices
-from distill.progress import Progress, be_quiet, say
+from distill.system import interrupt, ledger
+from distill.system.locks import cannot_write, sole_writer
+from distill.system.progress import Progress, be_quiet, say
 from distill.targets.schemes import VarOpt
-from distill.workspace.cache import make_manifest, make_token_order, with_budgeted_threshold
-from distill.workspace.folders import Folders, make_run_folder
-from distill.workspace.forecasting.preflight import Preflight
-from distill.workspace.teacher import Teacher, open_samples
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:

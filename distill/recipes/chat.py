@@ -14,14 +14,14 @@ import jinja2
 import torch
 
 from distill.errors import UserError, did_you_mean
+from distill.experiment.folders import finished_model
 from distill.models.checkpoints import Checkpoint
 from distill.models.devices import compute_dtype, pick_device
 from distill.models.generation import HALF, context_length, decode_text, encode_prompt, ending_tokens, generate
 from distill.models.quantization import DTYPES
 from distill.models.saving import load_language_model
 from distill.models.tokenizers import load_tokenizer, vocab_size
-from distill.progress import say
-from distill.workspace.folders import finished_model
+from distill.system.progress import say
 
 COMMANDS = ("/quit", "/reset")
 ANSWER_SHARE = 4

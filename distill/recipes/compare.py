@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.errors import UserError
-from distill.files import write_durably
-from distill.progress import say
 from distill.report.compare import MADE_BY, compare
+from distill.system.files import write_durably
+from distill.system.progress import say
 
 _OURS = f'<meta name="generator" content="{MADE_BY} '.encode()
 _BEGINNING = 4096

@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from distill.errors import UserError
+from distill.experiment.folders import finished_model
 from distill.export.card import write_card
 from distill.export.format import find_format
 from distill.export.staging import new_folder
-from distill.progress import say
-from distill.workspace.folders import finished_model
+from distill.system.progress import say
 
 
 def main(run: str, to: str, format: str, type: str | None, with_code: bool) -> int:

@@ -7,21 +7,21 @@ from pathlib import Path
 from torch import Tensor
 
 from distill import plugins
-from distill.cache.batches import Batch, HiddenTargets
-from distill.cache.format import MANIFEST, read_journal, read_manifest
-from distill.cache.head import load_head
-from distill.cache.reader import CacheReader
-from distill.cache.statistics import alternatives, gather, histogram
-from distill.cache.tokenizer_files import checked_tokenizer
-from distill.cache.verify import repair as repair_cache
-from distill.cache.verify import verify as verify_cache
+from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
+from distill.cache.format.head import load_head
+from distill.cache.format.tokenizer_files import checked_tokenizer
+from distill.cache.making.repair import repair as repair_cache
+from distill.cache.reading.batches import Batch, HiddenTargets
+from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.statistics import alternatives, gather, histogram
+from distill.cache.reading.verify import verify as verify_cache
 from distill.errors import UserError
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.divergences import forward_kl
 from distill.models import checkpoints
 from distill.models.language_model import Head
-from distill.progress import say
-from distill.targets.extract import next_ids
+from distill.system.progress import say
+from distill.targets.next_token import next_ids
 
 _MOST_LINES = 50
 _COMPARED = 8

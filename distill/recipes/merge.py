@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distill import interrupt
-from distill.cache.locking import cannot_write, sole_writer
-from distill.cache.parts import merge, whose_shards
-from distill.cache.storage import is_url, open_storage
+from distill.cache.making.parts import merge, whose_shards
+from distill.cache.reading.storage import is_url, open_storage
 from distill.errors import UserError
-from distill.progress import Progress, say
+from distill.system import interrupt
+from distill.system.locks import cannot_write, sole_writer
+from distill.system.progress import Progress, say
 
 
 def main(parts: list[str], to: str) -> int:

@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distill.config import Experiment
 from distill.errors import UserError
-from distill.experiment_file import to_dict
-from distill.memory.calibration import find, kind_of
-from distill.memory.cards import Card, find_card, this_machine
+from distill.experiment.configuration import Experiment
+from distill.experiment.file import to_dict
+from distill.forecast.advice import Advice, advise, as_options
+from distill.forecast.forecast import Forecast, Forecaster
+from distill.forecast.machine.calibration import find, kind_of
+from distill.forecast.machine.cards import Card, find_card, this_machine
+from distill.forecast.sizes import memory_limit
 from distill.models.devices import pick_device
 from distill.report.numbers import duration, size
-from distill.workspace.forecasting.advice import Advice, advise, as_options
-from distill.workspace.forecasting.forecast import Forecast, Forecaster
-from distill.workspace.forecasting.sizes import memory_limit
 
 DOES_NOT_FIT = 3
 

@@ -12,21 +12,28 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from distill import interrupt, ledger, settings
-from distill.cache.head import load_head
-from distill.cache.reader import CacheReader
-from distill.cache.storage import Storage
-from distill.cache.tokenizer_files import checked_tokenizer
-from distill.config import Experiment
-from distill.durations import parse_duration
+from distill.cache.format.head import load_head
+from distill.cache.format.tokenizer_files import checked_tokenizer
+from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.storage import Storage
 from distill.errors import UserError
-from distill.files import sole_writer
+from distill.experiment import settings
+from distill.experiment.cache import check_cache_settings, open_cache
+from distill.experiment.checks import check_length, check_model
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders, make_run_folder, write_json
+from distill.experiment.student import build_student, calibration_samples
+from distill.experiment.training import Role, check_training, make_module, roles, training_settings
+from distill.forecast.preflight import Preflight
 from distill.models.devices import pick_device
 from distill.models.saving import recover, save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
-from distill.processes import is_first_process, leave_if_not_first, run_together
-from distill.progress import Progress, be_quiet, say
+from distill.system import interrupt, ledger
+from distill.system.files import sole_writer
+from distill.system.processes import is_first_process, leave_if_not_first, run_together
+from distill.system.progress import Progress, be_quiet, say
+from distill.system.units import parse_duration
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, is_whole, newest
@@ -36,12 +43,6 @@ from distill.training.loggers import check_installed, make_loggers
 from distill.training.parallel import is_sharded
 from distill.training.trainer import make_trainer
 from distill.training.vocabulary import count_tokens, trim_batch
-from distill.workspace.cache import check_cache_settings, open_cache
-from distill.workspace.checks import check_length, check_model
-from distill.workspace.folders import Folders, make_run_folder, write_json
-from distill.workspace.forecasting.preflight import Preflight
-from distill.workspace.student import build_student, calibration_samples
-from distill.workspace.training import Role, check_training, make_module, roles, training_settings
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:

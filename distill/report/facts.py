@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import ledger
 from distill.errors import UserError
-from distill.files import read_bounded
 from distill.report.curves import Curves, read_curves
 from distill.report.schema import COST_LINE, EVALUATION, FORECAST, checked
+from distill.system import ledger
+from distill.system.files import read_bounded
 
 LIMIT = 256 << 20
 """Bytes of a file beyond which it is none of ours."""

@@ -12,14 +12,14 @@ import jinja2
 
 from distill import __version__
 from distill.errors import UserError
-from distill.files import read_bounded, without_folders, write_durably
-from distill.progress import say
 from distill.report import benchmarks, fidelity, provenance, speed
 from distill.report.blocks import Continuation, Page, Sample, Section
 from distill.report.facts import LIMIT, RunFacts
 from distill.report.markdown import model_card
 from distill.report.metrics import model_name
 from distill.report.verdict import verdict
+from distill.system.files import read_bounded, without_folders, write_durably
+from distill.system.progress import say
 
 GENERATOR = f"distill {__version__}"
 """What a run's page says it is made by."""

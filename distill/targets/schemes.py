@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.cache.format.stored import coded_mask, decode_weights, encode_weights
 from distill.targets.random_draws import random_draws
 from distill.targets.sparse import SparseTargets
-from distill.targets.stored import coded_mask, decode_weights, encode_weights
 from distill.targets.top_k import top_k
 from distill.targets.varopt import varopt_draws
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from distill.progress import Progress
+from distill.system.progress import Progress
 
 
 class ShowProgress(pl.Callback):

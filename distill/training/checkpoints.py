@@ -14,10 +14,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from distill import interrupt
 from distill.errors import UserError
-from distill.files import TEMPORARY, make_folder, sync_folder
-from distill.progress import say
+from distill.system import interrupt
+from distill.system.files import TEMPORARY, make_folder, sync_folder
+from distill.system.progress import say
 
 PATTERN = "step-*.ckpt"
 BEST = "best.ckpt"

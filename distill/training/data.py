@@ -9,11 +9,11 @@ from typing import cast
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from distill.cache.batches import Batch
-from distill.cache.reader import CacheReader
-from distill.cache.records import Record
+from distill.cache.format.records import Record
+from distill.cache.format.stored import StoredTargets
+from distill.cache.reading.batches import Batch
+from distill.cache.reading.reader import CacheReader
 from distill.models.vocabulary import Vocabulary
-from distill.targets.stored import StoredTargets
 from distill.training.order import NOTHING, batches_of, permuted, share
 from distill.training.vocabulary import trim_batch
 

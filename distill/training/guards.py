@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.progress import say
+from distill.system.progress import say
 
 IN_A_ROW = 20
 """Steps left out one after another at which a training ends: nothing is learned any more."""

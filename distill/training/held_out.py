@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from distill.progress import say
+from distill.system.progress import say
 from distill.training.data import CacheDataModule
 
 

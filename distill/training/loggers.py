@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from distill.errors import UserError
-from distill.files import make_folder
-from distill.processes import is_first_process
+from distill.system.files import make_folder
+from distill.system.processes import is_first_process
 
 PROJECT = "distill"
 """Under which the services file the trainings, unless their own variables of the environment say otherwise."""

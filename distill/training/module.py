@@ -14,15 +14,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from distill.cache.batches import Batch, HiddenTargets
+from distill.cache.reading.batches import Batch, HiddenTargets
 from distill.errors import UserError
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.features import feature_distance
 from distill.losses.fused import fused_loss
 from distill.losses.objective import Mixture
 from distill.models.language_model import Head
-from distill.progress import say
-from distill.targets.extract import next_ids
+from distill.system.progress import say
+from distill.targets.next_token import next_ids
 from distill.training.guards import NonFinite, out_of_memory, too_large
 from distill.training.optimizers.schedule import Schedule
 from distill.training.optimizers.step_in_backward import StepInBackward

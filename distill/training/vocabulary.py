@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.cache.batches import Batch
-from distill.cache.reader import CacheReader
+from distill.cache.reading.batches import Batch
+from distill.cache.reading.reader import CacheReader
 from distill.models.vocabulary import Vocabulary
 from distill.targets.sparse import SparseTargets, entry_mask
 

@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.cache.batches import collate
-from distill.cache.packing import compress
-from distill.cache.records import Record, pack
-from distill.cache.token_order import TokenOrder, token_counts
+from distill.cache.format.packing import compress
+from distill.cache.format.records import Record, pack
+from distill.cache.format.token_order import TokenOrder, token_counts
+from distill.cache.making.extract import extract
+from distill.cache.reading.batches import collate
 from distill.corpus import open_corpus
 from distill.losses.chunks import SparseChunk
 from distill.losses.divergences import forward_kl
 from distill.models import checkpoints, tokenizers
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.language_model import Head
-from distill.targets.extract import extract, next_ids
+from distill.targets.next_token import next_ids
 from distill.targets.schemes import AnyScheme, RandomDraws, VarOpt
 from distill.targets.top_k import top_k
 

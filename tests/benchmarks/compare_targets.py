@@ -209,7 +209,7 @@ def comparison(work: Path, rows: list[Row], options: argparse.Namespace) -> dict
 
 
 def cache_facts(work: Path, scheme: str) -> dict[str, Any]:
-    from distill.cache.format import read_journal, read_manifest
+    from distill.cache.format.folder import read_journal, read_manifest
 
     folder = work / "caches" / slug(scheme)
     manifest, entries = read_manifest(folder), read_journal(folder).values()

@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from distill.cache.format import Manifest
-from distill.cache.reader import CacheReader
-from distill.cache.records import Record
-from distill.cache.tokenizer_files import checked_tokenizer, save_tokenizer
-from distill.cache.verify import verify
-from distill.cache.writer import CacheWriter
+from distill.cache.format.folder import Manifest
+from distill.cache.format.records import Record
+from distill.cache.format.tokenizer_files import checked_tokenizer, save_tokenizer
+from distill.cache.making.writer import CacheWriter
+from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.verify import verify
 from distill.errors import UserError
 
 ROOM = 256 * 2**20

@@ -32,14 +32,14 @@ import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from distill.cache.predict import TeacherModule
+from distill.cache.making.predict import TeacherModule
+from distill.forecast.machine.calibration import Efficiency, speed
+from distill.forecast.machine.cards import this_machine
+from distill.forecast.machine.measuring import calibrate
+from distill.forecast.phases import teacher as teacher_phase
+from distill.forecast.phases.step import StepShape, make_batch, run_steps, simulate_step
+from distill.forecast.simulation.result import Simulation
 from distill.losses.objective import Mixture
-from distill.memory import teacher as teacher_phase
-from distill.memory.calibration import Efficiency, speed
-from distill.memory.cards import this_machine
-from distill.memory.measuring import calibrate
-from distill.memory.simulation import Simulation
-from distill.memory.step import StepShape, make_batch, run_steps, simulate_step
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import quantize_linears
 from distill.targets import schemes

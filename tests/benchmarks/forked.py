@@ -82,7 +82,7 @@ class Children:
         return child
 
     def _become(self, name: str, arguments: tuple[str, ...]) -> None:
-        from distill.interrupt import Interrupted
+        from distill.system.interrupt import Interrupted
 
         status = 1
         try:

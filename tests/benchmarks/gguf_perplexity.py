@@ -14,10 +14,10 @@ import math
 import tempfile
 from pathlib import Path
 
+from distill.experiment.folders import finished_model
 from distill.export import gguf, gguf_check
 from distill.models.checkpoints import Checkpoint
 from distill.models.tokenizers import load_tokenizer
-from distill.workspace.folders import finished_model
 
 
 def tail(checkpoint: Checkpoint, file: Path, tokens: int) -> list[int]:

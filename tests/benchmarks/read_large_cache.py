@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from distill.cache.format import Manifest, read_journal, shard_file
-from distill.cache.reader import CacheReader
-from distill.cache.records import Record
-from distill.cache.writer import CacheWriter
+from distill.cache.format.folder import Manifest, read_journal, shard_file
+from distill.cache.format.records import Record
+from distill.cache.making.extract import extract
+from distill.cache.making.writer import CacheWriter
+from distill.cache.reading.reader import CacheReader
 from distill.models.language_model import Head
 from distill.targets import schemes
-from distill.targets.extract import extract
 from distill.training.data import EpochPermutation, Samples
 
 LENGTH, VOCABULARY, DISTINCT = 1024, 49_152, 16
@@ -89,7 +89,7 @@ class reused_packing:
         import struct
         import zlib
 
-        from distill.cache import writer
+        from distill.cache.making import writer
 
         self.module, self.pack = writer, writer.pack
         bodies: dict[int, bytes] = {}

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.cache.format import Manifest
-from distill.cache.records import Record
+from distill.cache.format.folder import Manifest
+from distill.cache.format.records import Record
+from distill.cache.format.stored import StoredHidden, StoredTargets
 from distill.targets import schemes
-from distill.targets.stored import StoredHidden, StoredTargets
 
 LENGTH, VOCABULARY = 24, 1009
 FINGERPRINTS = dict.fromkeys(

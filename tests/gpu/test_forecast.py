@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cache.predict import TeacherModule
-from distill.memory.step import StepShape, make_batch, run_steps, simulate_step
-from distill.memory.teacher import make_batch as make_teacher_batch
-from distill.memory.teacher import simulate_teacher
+from distill.cache.making.predict import TeacherModule
+from distill.forecast.phases.step import StepShape, make_batch, run_steps, simulate_step
+from distill.forecast.phases.teacher import make_batch as make_teacher_batch
+from distill.forecast.phases.teacher import simulate_teacher
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.config import LossConfig
 from distill.errors import UserError
+from distill.experiment.configuration import LossConfig
 from distill.losses.features import check_features, feature_distance
 
 N, D = 53, 29

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.config import CacheConfig, LossConfig
 from distill.errors import UserError
+from distill.experiment.configuration import CacheConfig, LossConfig
 from distill.losses.chunks import DenseChunk, SparseChunk
 from distill.losses.divergences import cross_entropy, forward_kl, mean_squared_logits
 from distill.losses.objective import DIVERGENCES, Mixture, check_divergence, make_divergence

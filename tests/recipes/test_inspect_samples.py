@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.cache.reader import CacheReader
-from distill.cache.statistics import gather
+from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.statistics import gather
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from distill.config import Experiment
 from distill.errors import UserError
-from distill.experiment_file import load_experiment
-from distill.memory.cards import find_card
+from distill.experiment.configuration import Experiment
+from distill.experiment.file import load_experiment
+from distill.forecast.advice import apply
+from distill.forecast.forecast import Forecaster
+from distill.forecast.machine.cards import find_card
 from distill.recipes import plan
-from distill.workspace.forecasting.advice import apply
-from distill.workspace.forecasting.forecast import Forecaster
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,7 +122,7 @@ def test_an_8b_teacher_is_planned_in_little_memory() -> None:
     """On a laptop: under 2 GB. The time is printed, for machines differ."""
     script = (
         "import json, resource, time, torch; torch.set_num_threads(1); begun = time.monotonic()\n"
-        "from distill.experiment_file import load_experiment; from distill.recipes import plan\n"
+        "from distill.experiment.file import load_experiment; from distill.recipes import plan\n"
         "status = plan.main(load_experiment('configs/llama-8b-to-1b-12gb.yaml', []), 'rtx-3060')\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(json.dumps([status, peak * 1024, time.monotonic() - begun]))"

@@ -43,7 +43,7 @@ def _exact(world: Any, batch: Any, reader: Any) -> torch.Tensor:
 
 
 def _cached(name: str, world: Any, distill: Any, folder: Path) -> tuple[Any, Any, torch.Tensor]:
-    from distill.cache.reader import CacheReader
+    from distill.cache.reading.reader import CacheReader
 
     file = world.write(folder / "experiment.yaml", cache=SCHEMES[name])
     outcome = distill("cache-teacher", file)
@@ -62,7 +62,7 @@ def test_the_rest_of_top_k_is_the_mass_without_an_entry(world: Any, distill: Any
 
 
 def test_hidden_states_give_the_exact_distributions_back(world: Any, distill: Any, tmp_path: Path) -> None:
-    from distill.cache.head import load_head
+    from distill.cache.format.head import load_head
     from distill.losses.chunks import DenseChunk
     from distill.losses.divergences import forward_kl
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.progress import Progress
+from distill.system.progress import Progress
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Distributions to sample from: random rows, rows as a language model has them, and rows of the demo teacher."""
+"""Distributions to sample from: rows as a language model has them, and rows of the demo teacher."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from torch import Tensor
 
 # "The Constitution gives the Congress power to lay taxes; I therefore recommend that the revenue be examined."
 SENTENCE = [504, 7152, 3894, 260, 5061, 1149, 288, 2060, 8557, 43, 339, 3472, 3730, 338, 260, 9949, 325, 8668, 30]
-
-
-@pytest.fixture(scope="session")
-def random_rows() -> Tensor:
-    """`[12, 1009]` float32, from open to sure."""
-    generator = torch.Generator().manual_seed(1)
-    sharpness_N1 = torch.linspace(0.2, 6, 12)[:, None]
-    return (torch.randn(12, 1009, generator=generator) * sharpness_N1).softmax(-1)
 
 
 @pytest.fixture(scope="session")

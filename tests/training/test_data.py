@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distill.cache.batches import Batch, collate
-from distill.cache.records import Record
+from distill.cache.format.records import Record
+from distill.cache.making.extract import extract
+from distill.cache.reading.batches import Batch, collate
 from distill.models.language_model import Head
-from distill.targets.extract import extract
 from distill.targets.schemes import VarOpt
 from distill.training.data import CacheDataModule, EpochPermutation, Samples
 from distill.training.order import NOTHING

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cache.records import Record
+from distill.cache.format.records import Record
 from distill.errors import UserError
 from distill.training.guards import IN_A_ROW, NonFinite
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
-from distill.cache.batches import collate
+from distill.cache.reading.batches import collate
 from distill.errors import UserError
 from distill.training.loggers import TrackioLogger, check_installed, make_loggers
 from distill.training.trainer import make_trainer

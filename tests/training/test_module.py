@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.cache.batches import Batch, collate
-from distill.cache.records import Record
+from distill.cache.format.records import Record
+from distill.cache.reading.batches import Batch, collate
 from distill.losses.objective import Mixture
 from distill.targets.schemes import AnyScheme
 

@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distill.cache.batches import Batch, collate
-from distill.cache.records import Record
+from distill.cache.format.records import Record
+from distill.cache.reading.batches import Batch, collate
 from distill.training.data import CacheDataModule, EpochPermutation, Samples
 from distill.training.order import NOTHING, batches_of, permuted
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cache.batches import Batch, HiddenTargets, collate
-from distill.cache.records import Record
+from distill.cache.format.records import Record
+from distill.cache.reading.batches import Batch, HiddenTargets, collate
 from distill.losses.chunks import DenseChunk, SparseChunk
 from distill.losses.divergences import forward_kl, reverse_kl
 from distill.models.language_model import Head

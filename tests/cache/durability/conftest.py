@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from distill.cache.format import Manifest
-from distill.cache.records import Record, pack
-from distill.cache.tokenizer_files import save_tokenizer
-from distill.cache.writer import CacheWriter
+from distill.cache.format.folder import Manifest
+from distill.cache.format.records import Record, pack
+from distill.cache.format.tokenizer_files import save_tokenizer
+from distill.cache.making.writer import CacheWriter
 
 
 @pytest.fixture

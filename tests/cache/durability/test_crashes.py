@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from distill.cache.format import Manifest, read_journal, read_manifest, seal, shard_file
-from distill.cache.reader import CacheReader
-from distill.cache.records import pack
-from distill.cache.shards import ShardFile
-from distill.cache.tokenizer_files import save_tokenizer
-from distill.cache.writer import CacheWriter
+from distill.cache.format.folder import Manifest, read_journal, read_manifest, seal, shard_file
+from distill.cache.format.records import pack
+from distill.cache.format.shards import ShardFile
+from distill.cache.format.tokenizer_files import save_tokenizer
+from distill.cache.making.writer import CacheWriter
+from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from distill import files
-from distill.cache.format import Manifest, read_journal, read_manifest
-from distill.cache.locking import sole_writer
-from distill.cache.tokenizer_files import checked_tokenizer, save_tokenizer, tokenizer_problems
-from distill.cache.writer import CacheWriter
+from distill.cache.format.folder import Manifest, read_journal, read_manifest
+from distill.cache.format.tokenizer_files import checked_tokenizer, save_tokenizer, tokenizer_problems
+from distill.cache.making.writer import CacheWriter
 from distill.errors import UserError
+from distill.system import files
+from distill.system.locks import sole_writer
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])

@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.cache.batches import Batch, collate
-from distill.cache.records import Record
+from distill.cache.format.records import Record
+from distill.cache.making.extract import extract
+from distill.cache.reading.batches import Batch, collate
 from distill.losses.objective import Mixture
 from distill.models.language_model import Head
 from distill.targets import schemes
-from distill.targets.extract import extract
 from distill.training.guards import NonFinite
 from distill.training.module import DistillationModule
 from distill.training.optimizers.schedule import Schedule

@@ -1,0 +1,1 @@
+"""The cache's format: bytes, records, shards, manifest, journal."""

@@ -1,0 +1,31 @@
+"""The folder's layout: manifest, journal, shard names. What writer and reader agree on."""
+
+from __future__ import annotations
+
+from distill.cache.format.journal import JOURNAL, SHARDS, JournalEntry, read_journal, seal, shard_file
+from distill.cache.format.manifest import FORMAT, MANIFEST, VERSION, Manifest, differences, read_manifest
+
+PART = "part.json"
+"""Which part of a cache a folder holds, where it is not all of it."""
+TOKEN_ORDER = "token_order"
+"""The order of the tokens in which records write their ids."""
+TOKENIZER = "tokenizer"
+"""Folder of the teacher's tokenizer."""
+
+__all__ = [
+    "FORMAT",
+    "JOURNAL",
+    "MANIFEST",
+    "PART",
+    "SHARDS",
+    "TOKENIZER",
+    "TOKEN_ORDER",
+    "VERSION",
+    "JournalEntry",
+    "Manifest",
+    "differences",
+    "read_journal",
+    "read_manifest",
+    "seal",
+    "shard_file",
+]

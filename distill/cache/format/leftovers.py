@@ -1,0 +1,38 @@
+"""Remains of a killed writer in a cache's folder, and their removal."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from distill.cache.format.folder import JOURNAL, MANIFEST, PART, SHARDS, TOKEN_ORDER, TOKENIZER
+from distill.cache.format.head import HEAD
+from distill.system.files import TEMPORARY
+
+SHARD_NAME = re.compile(r"\d{6,}\.safetensors")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether this is what a kill left half written: no other file is touched."""
+    whole = name.removesuffix(TEMPORARY)
+    ours = whole in (MANIFEST, JOURNAL, PART, TOKEN_ORDER, TOKENIZER, HEAD) or SHARD_NAME.fullmatch(whole) is not None
+    return ours and whole != name
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Take away what kills left half written."""
+    remove(folder, is_leftover)
+    remove(folder / SHARDS, is_leftover)
+
+
+def remove(folder: Path, is_meant: Callable[[str], bool]) -> None:
+    if folder.name == SHARDS and folder.is_symlink():
+        return  # nothing outside the cache is deleted
+    for child in list(folder.iterdir()) if folder.is_dir() else []:
+        if is_meant(child.name):
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            else:
+                child.unlink()

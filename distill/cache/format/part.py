@@ -1,0 +1,50 @@
+"""A part of a cache: which of its shards a machine makes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.cache.format.folder import PART
+from distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` (from 1) of `count`."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """From `3/8`. Raises UserError for anything else."""
+        match = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+        if not match or int(match[1]) > int(match[2]):
+            raise UserError(f"cache.part: '{text}': give k/n with k from 1 to n, for example 3/8")
+        return cls(int(match[1]), int(match[2]))
+
+    def shards(self, total: int) -> range:
+        """Its shards among all: a contiguous range, as long as the others' to within one."""
+        if self.count > total:
+            raise UserError(
+                f"cache.part: {self}: the cache has only {total} shards: give at most {total} parts, "
+                "or make --cache.shard_samples smaller (everywhere)"
+            )
+        return range((self.number - 1) * total // self.count, self.number * total // self.count)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+def read_part(folder: Path) -> Part | None:
+    """Which part of a cache a folder holds; None: all of it. Raises UserError when that is not readable."""
+    path = folder / PART
+    if not path.exists():
+        return None
+    try:
+        return Part.parse(json.loads(path.read_text(encoding="utf-8"))["part"])
+    except (ValueError, KeyError, TypeError, OSError, UserError):
+        raise UserError(f"{path}: damaged: delete it and run `distill cache-teacher` with --cache.part again") from None

@@ -1,0 +1,176 @@
+"""The order of the tokens in which records write their ids: frequent ones first, so that ids are small numbers.
+
+It is a function of the corpus alone, made once, and lies beside the shards; its hash is a fingerprint of the manifest.
+Shapes: V vocabulary, N positions with loss, T entries of all positions, A atoms of all positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distill.cache.format.folder import TOKEN_ORDER
+from distill.cache.format.manifest import Manifest
+from distill.cache.format.packing import DamagedRecord, compress, decompress, read_sizes, write_sizes
+from distill.cache.format.records import Record
+from distill.cache.format.stored import StoredHidden, StoredTargets
+from distill.errors import UserError
+from distill.system.files import read_bounded, write_durably
+from distill.system.locks import cannot_write
+from distill.targets.next_token import next_ids
+
+FINGERPRINT = "token_order"
+"""Its name among the manifest's fingerprints; without it, tokens are in the order of their ids."""
+
+_TOKENS = 2**20
+"""Tokens that are counted: enough to tell frequent tokens from rare ones."""
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """A permutation of the vocabulary."""
+
+    tokens_V: NDArray[np.uint32]
+    """The token of each rank."""
+
+    @cached_property
+    def ranks_V(self) -> NDArray[np.int64]:
+        """The rank of each token."""
+        ranks_V = np.empty(len(self.tokens_V), dtype=np.int64)
+        ranks_V[self.tokens_V] = np.arange(len(self.tokens_V))
+        return ranks_V
+
+    @classmethod
+    def by_frequency(cls, counts_V: NDArray[np.integer]) -> TokenOrder:
+        """Frequent tokens first; equally frequent ones by id, which in most vocabularies says how frequent they are."""
+        return cls(np.argsort(-counts_V.astype(np.int64), kind="stable").astype(np.uint32))
+
+    @classmethod
+    def by_id(cls, vocab_size: int) -> TokenOrder:
+        """The tokens as they are numbered."""
+        return cls(np.arange(vocab_size, dtype=np.uint32))
+
+    @cached_property
+    def is_by_id(self) -> bool:
+        """Whether ranks are ids."""
+        return bool((np.diff(self.tokens_V.astype(np.int64)) > 0).all())
+
+    def ranked(self, record: Record) -> Record:
+        """The record with ranks in the place of token ids: what is written."""
+        return self._relabelled(record, self.ranks_V)
+
+    def named(self, record: Record) -> Record:
+        """The record with token ids in the place of ranks. Raises DamagedRecord for a rank beyond the vocabulary."""
+        return self._relabelled(record, self.tokens_V)
+
+    def _relabelled(self, record: Record, names_V: NDArray) -> Record:
+        numbers = _numbers(record)
+        if any(ids.max(initial=0) >= len(names_V) for ids in numbers):
+            raise DamagedRecord("a token beyond the vocabulary")
+        if self.is_by_id:
+            return record
+        input_ids_L, *of_targets = [names_V[ids].astype(np.uint32) for ids in numbers]
+        if isinstance(record.targets, StoredHidden):
+            return replace(record, input_ids_L=input_ids_L)
+        ids_T, further_DA = of_targets
+        targets = _in_order(replace(record.targets, ids_T=ids_T, further_DA=further_DA))
+        return replace(record, input_ids_L=input_ids_L, targets=targets)
+
+    def to_bytes(self) -> bytes:
+        """Packed: the tokens that are out of the order of their ids, and how many those are."""
+        # Behind the last rank that is out of order, the tokens that are left follow by id.
+        falls = np.flatnonzero(np.diff(self.tokens_V.astype(np.int64)) < 0)
+        head = int(falls[-1]) + 1 if len(falls) else 0
+        return write_sizes([head]) + compress(self.tokens_V[:head])
+
+    @classmethod
+    def from_bytes(cls, data: bytes, vocab_size: int) -> TokenOrder:
+        """Raises DamagedRecord when this is no permutation of the vocabulary."""
+        (head,), start = read_sizes(data, 0, 1)
+        if head > vocab_size:
+            raise DamagedRecord("more tokens than the vocabulary has")
+        first = decompress(data[start:], head, "u32")
+        is_left_V = np.ones(vocab_size, dtype=bool)
+        if (first >= vocab_size).any() or len(np.unique(first)) != head:
+            raise DamagedRecord("tokens twice, or beyond the vocabulary")
+        is_left_V[first] = False
+        return cls(np.concatenate([first, np.flatnonzero(is_left_V).astype(np.uint32)]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def token_counts(samples: Dataset[dict[str, Tensor]], count: int, vocab_size: int) -> NDArray[np.int64]:
+    """How often each token is to be learned in the first samples, at most `count` and about a million tokens."""
+    counts_V = np.zeros(vocab_size, dtype=np.int64)
+    for index in range(count):
+        sample = samples[index]
+        counts_V += np.bincount(next_ids(sample["input_ids"], sample["loss_mask"]).numpy(), minlength=vocab_size)
+        if index * len(sample["input_ids"]) >= _TOKENS:
+            break
+    return counts_V
+
+
+def _numbers(record: Record) -> list[NDArray[np.uint32]]:
+    """What in a record names tokens."""
+    targets = record.targets
+    of_targets = [] if isinstance(targets, StoredHidden) else [targets.ids_T, targets.further_DA]
+    return [record.input_ids_L, *of_targets]
+
+
+def _in_order(targets: StoredTargets) -> StoredTargets:
+    """The targets with the atoms of each position in order of rising number."""
+    heads_N, counts_N = targets.split()
+    position_T = np.repeat(np.arange(len(counts_N)), counts_N)
+    place_T = np.arange(len(position_T)) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
+    is_atom_T = place_T >= heads_N[position_T]
+    position_A, ids_T = position_T[is_atom_T], targets.ids_T.copy()
+    ids_T[is_atom_T] = _sorted(ids_T[is_atom_T], position_A)
+    further = [_sorted(ids_A, position_A) for ids_A in targets.further_DA]
+    further_DA = np.array(further, dtype=np.uint32).reshape(targets.further_DA.shape)
+    return replace(targets, ids_T=ids_T, further_DA=further_DA)
+
+
+def _sorted(ids_A: NDArray, position_A: NDArray) -> NDArray:
+    """Rising inside each position."""
+    return ids_A[np.lexsort((ids_A, position_A))]
+
+
+def save_order(folder: Path, order: TokenOrder) -> None:
+    """Write the order beside the shards; one that is there and whole is left alone.
+
+    Raises UserError when it cannot be written.
+    """
+    path, content = folder / TOKEN_ORDER, order.to_bytes()
+    try:
+        if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
+            write_durably(path, content)
+    except OSError as error:
+        raise cannot_write(folder, error, len(content)) from None
+
+
+def load_order(folder: Path, manifest: Manifest) -> TokenOrder:
+    """The order of a cache. Raises UserError when it is missing or has changed."""
+    expected = manifest.fingerprints.get(FINGERPRINT)
+    if expected is None:
+        return TokenOrder.by_id(manifest.vocab_size)
+    path = folder / TOKEN_ORDER
+    again = "run `distill cache-teacher` again, it writes it anew"
+    try:
+        content = read_bounded(path, 64 + 8 * manifest.vocab_size)
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise DamagedRecord("its hash does not match")
+        return TokenOrder.from_bytes(content, manifest.vocab_size)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing: {again}") from None
+    except (DamagedRecord, OSError) as error:
+        raise UserError(f"{path}: has changed ({error}): {again}") from None

@@ -1,0 +1,76 @@
+"""A writer beside the teacher: shards are packed, hashed and synced in a thread while the next ones are computed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from types import TracebackType
+
+from distill.cache.format.records import Record
+from distill.cache.making.writer import CacheWriter
+
+QUEUE_SHARDS = 2
+"""Finished shards that may wait to be written: they are all the memory this takes."""
+_POLL_SECONDS = 0.1
+
+
+class BackgroundWriter:
+    """Hands shards to a thread; use as a context manager, whose end waits until all of them are on disk.
+
+    What goes wrong in the thread is raised by the next call here, or by the end of the context. When the context ends
+    with another error (an interruption, say), the shards handed over before are still written.
+    """
+
+    def __init__(self, writer: CacheWriter) -> None:
+        self.writer, self.manifest = writer, writer.manifest
+        self.bytes = self.positions = 0
+        """Written so far."""
+        self._queue: queue.Queue[tuple[int, list[Record]] | None] = queue.Queue(QUEUE_SHARDS)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="cache writer", daemon=True)
+
+    def __enter__(self) -> BackgroundWriter:
+        self._thread.start()
+        return self
+
+    def write(self, shard: int, records: list[Record]) -> None:
+        """Hand over a shard; waits while the queue is full."""
+        self._put((shard, records))
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything did."""
+        if self._error:
+            raise self._error
+
+    def _put(self, item: tuple[int, list[Record]] | None) -> None:
+        while True:
+            self.check()
+            try:
+                return self._queue.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue  # the thread may have died meanwhile
+
+    def _run(self) -> None:
+        try:
+            while (item := self._queue.get()) is not None:
+                entry = self.writer.write(*item)
+                self.bytes, self.positions = self.bytes + entry.bytes, self.positions + entry.positions
+        except BaseException as error:
+            self._error = error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._error is None:
+            self._finish()
+        if error is not self._error:
+            self.check()
+
+    def _finish(self) -> None:
+        try:
+            self._put(None)
+        except BaseException:
+            if self._error is None:  # a second Ctrl-C while waiting
+                raise
+            return
+        self._thread.join()

@@ -1,0 +1,135 @@
+"""How large a cache will be, and which threshold makes it as large as asked: measured on the first samples.
+
+Shapes: B batch, L sequence length, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from distill.cache.format.manifest import Manifest
+from distill.cache.format.records import Record, pack
+from distill.cache.format.token_order import TokenOrder
+from distill.cache.making.extract import extract
+from distill.cache.making.predict import TeacherModule
+from distill.errors import UserError
+from distill.targets.schemes import AnyScheme, VarOpt
+
+TOKENS = 4096
+"""Tokens of the samples that a calibration looks at."""
+
+LOWEST, HIGHEST = 0.002, 0.5
+"""Thresholds among which one is looked for."""
+
+_UNITS = {"B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("B", 1000), ("IB", 1024))
+}
+_MARGIN = 0.95
+"""Share of the samples that would fit which is advised: with fewer samples the order of the tokens is another."""
+
+
+class Calibration:
+    """The teacher's hidden states of the first samples, from which records of any scheme are made again."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        module: TeacherModule,
+        order: TokenOrder,
+        samples: Dataset,
+        count: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        """Runs the teacher's body over at most `count` samples, up to `TOKENS` tokens."""
+        self.module, self.order = module, order
+        length = len(samples[0]["input_ids"])
+        chosen = Subset(samples, range(min(count, max(1, TOKENS // length))))
+        self._rows: list[dict[str, Tensor]] = []
+        for batch in DataLoader(chosen, batch_size=batch_size):
+            hidden_BLD = module.teacher.body(batch["input_ids"].to(device), batch["position_ids"].to(device))
+            columns = {"hidden": hidden_BLD, **batch}
+            self._rows += [{name: column[row] for name, column in columns.items()} for row in range(len(hidden_BLD))]
+        self.tokens = length * len(self._rows)
+
+    def bytes_per_token(self, scheme: AnyScheme) -> float:
+        """Size of the samples' records under a scheme, divided by their tokens."""
+        module, head = self.module, self.module.teacher.head.with_rows(self.module.vocab_size)
+        size = 0
+        for row in self._rows:
+            ids_L, positions_L, mask_L = row["input_ids"], row["position_ids"], row["loss_mask"]
+            device = row["hidden"].device
+            targets = extract(
+                row["hidden"],
+                head,
+                ids_L.to(device),
+                positions_L.to(device),
+                mask_L.to(device),
+                scheme,
+                seed=module.seed,
+                temperature=module.temperature,
+                chunk_size=module.chunk_size,
+            )
+            record = Record(
+                ids_L.numpy().astype(np.uint32), positions_L.numpy().astype(np.uint32), mask_L.numpy(), targets
+            )
+            size += len(pack(self.order.ranked(record), scheme))
+        return size / self.tokens
+
+    def threshold_for(self, bytes_per_token: float, scheme: VarOpt) -> VarOpt:
+        """The scheme with the threshold, to three digits, at which the samples take about, and no more than, so much.
+
+        Raises UserError when no threshold from 0.002 to 0.5 does.
+        """
+        at = {bound: self.bytes_per_token(replace(scheme, threshold=bound)) for bound in (LOWEST, HIGHEST)}
+        if not at[HIGHEST] <= bytes_per_token <= at[LOWEST]:
+            raise UserError(
+                f"cache.bytes_per_token: {bytes_per_token:g} cannot be had for this teacher and corpus: "
+                f"thresholds from {HIGHEST} to {LOWEST} take {at[HIGHEST]:.1f} to {at[LOWEST]:.1f} bytes"
+            )
+        low, high = LOWEST, HIGHEST
+        for _ in range(8):  # a factor of 250 between the bounds: the last interval is 2 % wide
+            middle = float(f"{math.sqrt(low * high):.3g}")
+            if self.bytes_per_token(replace(scheme, threshold=middle)) > bytes_per_token:
+                low = middle
+            else:
+                high = middle
+        return replace(scheme, threshold=high)
+
+    def check_size(self, scheme: AnyScheme, manifest: Manifest, max_size: str) -> float:
+        """Bytes a token. Raises UserError when the forecast is over `max_size`, with what would fit."""
+        size, limit = self.bytes_per_token(scheme), parse_size(max_size)
+        tokens = manifest.samples * manifest.sequence_length
+        if size * tokens <= limit:
+            return size
+        advice = [f"raise it to {math.ceil(size * tokens / 1e5) / 10:.1f}MB"]
+        if isinstance(scheme, VarOpt):
+            # Rounded down, so that what is advised fits; not advised where no threshold makes records so small.
+            affordable = math.floor(10 * limit / tokens) / 10
+            if affordable >= self.bytes_per_token(replace(scheme, threshold=HIGHEST)):
+                advice.append(f"give --cache.bytes_per_token {affordable:.1f}")
+        held_out = manifest.splits["train"][0]
+        fits = int(_MARGIN * limit / (size * manifest.sequence_length)) - held_out
+        if fits > 0:
+            advice.append(f"give --cache.max_samples {fits}")
+        raise UserError(
+            f"cache.max_size: the forecast is {size * tokens / 1e9:,.3f} GB ({size:.1f} bytes for each of "
+            f"{tokens:,} tokens), over {max_size}: {', or '.join(advice)}"
+        )
+
+
+def parse_size(text: str, key: str = "cache.max_size") -> int:
+    """`20GB`, `500 MB`, `12GiB` to bytes. Raises UserError for anything else, which names the `key`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?[iI]?[bB])\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise UserError(f"{key}: '{text}' is not a size; for example: 20GB, 500MB, 12GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

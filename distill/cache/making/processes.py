@@ -1,0 +1,109 @@
+"""One cache made by several processes under Lightning's ddp: who makes which shards, and an end for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from datetime import timedelta
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, Dataset
+
+from distill.cache.format.folder import seal
+from distill.cache.making.background import BackgroundWriter
+from distill.cache.making.predict import ShardWriter, TeacherModule, shard_loader
+from distill.cache.making.writer import CacheWriter
+from distill.system.processes import leave_if_not_first, run_together
+from distill.system.progress import Progress
+
+_PATIENCE = timedelta(days=30)
+"""How long a process may wait for the others at the end: they do not work equally fast."""
+
+
+def make_trainer(accelerator: str, devices: int = 1, num_nodes: int = 1) -> pl.Trainer:
+    """A Trainer that predicts. Its `global_rank` is right at once, in whatever way the processes were started."""
+    return pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=DDPStrategy(timeout=_PATIENCE) if devices * num_nodes > 1 else "auto",
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        inference_mode=False,
+    )
+
+
+class ShardShares(pl.LightningDataModule):
+    """The samples of the shards that are to do, dealt out to the processes; each writes the shards that are its own.
+
+    Args:
+        samples: `samples[i]` holds `input_ids`, `position_ids`, `loss_mask` of the cache's sample i.
+        open_writer: opens the cache; called when the process of rank 0 has done so already.
+        shards: those to make, as far as they are missing.
+        batch_size: samples a forward pass.
+        progress: told about this process's tokens.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset,
+        open_writer: Callable[[], CacheWriter],
+        shards: range,
+        batch_size: int,
+        progress: Progress,
+    ) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
+        self.samples, self.open_writer, self.shards = samples, open_writer, shards
+        self.batch_size, self.progress = batch_size, progress
+        self.background = contextlib.ExitStack()
+        """Ends when this process's shards are on disk."""
+
+    def setup(self, stage: str) -> None:
+        """Before this, and before the first batch, Lightning waits for all processes: all see the same shards."""
+        assert self.trainer is not None
+        self._writer = self.open_writer()
+        missing = [shard for shard in self._writer.missing() if shard in self.shards]
+        self._mine = missing[self.trainer.global_rank :: self.trainer.world_size]
+        self._show_what_is_done(len(missing))
+        background = self.background.enter_context(BackgroundWriter(self._writer))
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(ShardWriter(background, self._mine, self.progress))
+
+    def _show_what_is_done(self, missing: int) -> None:
+        """A process shows its own share of the work, and as done the same share of what was there before."""
+        assert self.trainer is not None
+        manifest = self._writer.manifest
+        to_do = sum(len(manifest.shard_range(shard)) for shard in self._mine)
+        done = (len(self.shards) - missing) * manifest.shard_samples // self.trainer.world_size
+        self.progress.total = (done + to_do) * manifest.sequence_length
+        self.progress.start(done * manifest.sequence_length)
+
+    def predict_dataloader(self) -> DataLoader:
+        return shard_loader(self.samples, self._writer.manifest, self._mine, self.batch_size)
+
+    def teardown(self, stage: str) -> None:
+        """When all have written what is theirs, the journal is put in order."""
+        assert self.trainer is not None
+        self.background.close()
+        self.trainer.strategy.barrier("shards written")
+        if self.trainer.is_global_zero:
+            missing = self._writer.missing()
+            assert not any(shard in self.shards for shard in missing), "all ended without an error, but shards miss"
+            if not missing:
+                seal(self._writer.folder)
+
+
+def predict(trainer: pl.Trainer, module: TeacherModule, shares: ShardShares) -> None:
+    """Make the shards; returns in the process of rank 0 only, the others end here. A failure of one ends all."""
+
+    def work() -> None:
+        with shares.background:
+            trainer.predict(module, datamodule=shares, return_predictions=False)
+
+    run_together(trainer, work)
+    leave_if_not_first(trainer)

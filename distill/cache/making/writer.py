@@ -1,0 +1,141 @@
+"""Writing a cache: shard by shard, each durable before the next, so that a second start continues."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+from distill.cache.format import journal
+from distill.cache.format.folder import (
+    JOURNAL,
+    MANIFEST,
+    PART,
+    SHARDS,
+    TOKEN_ORDER,
+    TOKENIZER,
+    JournalEntry,
+    Manifest,
+    differences,
+    read_journal,
+    read_manifest,
+    seal,
+    shard_file,
+)
+from distill.cache.format.head import HEAD
+from distill.cache.format.leftovers import SHARD_NAME, is_leftover, remove, remove_leftovers
+from distill.cache.format.records import Record, pack
+from distill.cache.format.shards import encode
+from distill.cache.format.token_order import TokenOrder, load_order
+from distill.errors import UserError
+from distill.system.files import sync_folder, write_durably
+from distill.system.locks import cannot_write
+
+
+class CacheWriter:
+    """Adds shards to a cache folder, which it makes or, if it is the same cache, continues.
+
+    Raises UserError when the folder holds another cache (unless `overwrite`), is not empty, is damaged, or cannot be
+    written.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, overwrite: bool = False) -> None:
+        self.folder = folder
+        try:
+            self.manifest = self._open(manifest, overwrite)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+        self.scheme = self.manifest.make_scheme()
+        self._left = set(self.missing())
+
+    def _open(self, manifest: Manifest, overwrite: bool) -> Manifest:
+        path = self.folder / MANIFEST
+        if path.exists():
+            # What is wrong with the old manifest is of no interest to someone who wants it gone.
+            if overwrite and (not self._readable() or differences(manifest, read_manifest(self.folder))):
+                _clear(self.folder)
+                write_durably(path, manifest.to_json().encode())
+            else:
+                self._check_same(manifest)
+        else:
+            if self.folder.exists() and not all(is_leftover(child.name) for child in self.folder.iterdir()):
+                raise UserError(
+                    f"{self.folder}: not a cache, and not empty: point --cache.dir to a new or empty folder"
+                )
+            write_durably(path, manifest.to_json().encode())
+        remove_leftovers(self.folder)
+        found = read_manifest(self.folder)
+        self._heal_journal(found)
+        return found
+
+    def _readable(self) -> bool:
+        try:
+            read_manifest(self.folder)
+        except UserError:
+            return False
+        return True
+
+    def _check_same(self, manifest: Manifest) -> None:
+        different = differences(manifest, read_manifest(self.folder))
+        if different:
+            raise UserError(
+                f"cache {self.folder} was made from something else ({'; '.join(different)}): "
+                "point --cache.dir elsewhere, or pass --cache.overwrite true"
+            )
+
+    def _heal_journal(self, manifest: Manifest) -> None:
+        """What a kill left undone in the journal: a torn line goes, and so do those whose shard is not there."""
+        entries = read_journal(self.folder, manifest)
+        journal.rewrite(self.folder, manifest, {shard: entry for shard, entry in entries.items() if self._has(entry)})
+
+    def _has(self, entry: JournalEntry) -> bool:
+        path = self.folder / entry.file
+        return path.is_file() and path.stat().st_size == entry.bytes
+
+    @cached_property
+    def order(self) -> TokenOrder:
+        """The order of the tokens: it lies beside the shards before the first of them is written."""
+        return load_order(self.folder, self.manifest)
+
+    def missing(self) -> list[int]:
+        """Shards that are not finished, in order."""
+        done = read_journal(self.folder, self.manifest)
+        return [shard for shard in range(self.manifest.shards) if shard not in done or not self._has(done[shard])]
+
+    def write(self, shard: int, records: list[Record]) -> JournalEntry:
+        """Write one shard: temporary name, sync, rename, then its journal line; the last one seals the journal.
+
+        Raises UserError when the disk is full or does not take it: then nothing of the shard is there.
+        """
+        samples = self.manifest.shard_range(shard)
+        packed = [
+            pack(self.order.ranked(record), self.scheme, self.manifest.record_key(sample))
+            for sample, record in zip(samples, records, strict=True)
+        ]
+        content = encode(packed)
+        entry = JournalEntry(
+            shard=shard,
+            file=shard_file(shard),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            samples=len(records),
+            positions=int(sum(record.loss_mask_L.sum() for record in records)),
+            entries=sum(record.targets.entries for record in records),
+        )
+        try:
+            write_durably(self.folder / entry.file, content)
+            journal.append(self.folder, self.manifest, entry)
+            self._left.discard(shard)
+            if not self._left:
+                seal(self.folder)
+        except OSError as error:
+            raise cannot_write(self.folder, error, len(content) * len(self._left)) from None
+        return entry
+
+
+def _clear(folder: Path) -> None:
+    """Take a cache away but for its manifest, which says whose the folder is until the new one is in its place."""
+    (folder / JOURNAL).unlink(missing_ok=True)
+    sync_folder(folder)
+    remove(folder / SHARDS, lambda name: SHARD_NAME.fullmatch(name) is not None)
+    remove(folder, lambda name: name in (PART, TOKEN_ORDER, TOKENIZER, HEAD))

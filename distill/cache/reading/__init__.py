@@ -1,0 +1,1 @@
+"""The reading of a cache: records to batches, verification, statistics."""

@@ -1,0 +1,87 @@
+"""Reading a cache: sample i in constant time and constant memory, and batches of samples with their targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from distill.cache.format.folder import read_journal, read_manifest, shard_file
+from distill.cache.format.packing import DamagedRecord
+from distill.cache.format.part import read_part
+from distill.cache.format.records import Record, unpack
+from distill.cache.format.shards import ShardFile
+from distill.cache.format.token_order import load_order
+from distill.cache.reading.batches import Batch, collate
+from distill.cache.reading.storage import FolderStorage, Storage, open_storage
+from distill.errors import UserError
+
+_ATTEMPTS = 3
+
+
+class CacheReader(Dataset[Record]):
+    """The samples of one split (`train` or `held_out`) of a finished cache, in a folder or at an fsspec URL.
+
+    Nothing is kept in memory or open but the manifest (and 40 bytes a shard for a URL): a sample is read from its
+    shard, which is opened for that moment only. So memory is the same at any size, and any number of threads, workers
+    and processes may read at once.
+
+    Raises UserError when there is no cache, when it is not finished, or a sample in it is damaged.
+    """
+
+    def __init__(self, location: Path | str | Storage, split: str) -> None:
+        self.storage = open_storage(location) if isinstance(location, (str, Path)) else location
+        self.manifest = read_manifest(self.storage.folder)
+        self.scheme = self.manifest.make_scheme()
+        self.start, self.stop = self.manifest.splits[split]
+        check_finished(self.storage)
+        self.order = load_order(self.storage.folder, self.manifest)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        sample, manifest = self.start + index, self.manifest
+        shard, row = divmod(sample, manifest.shard_samples)
+        try:
+            data, key = self._bytes(shard, row), manifest.record_key(sample)
+            return self.order.named(unpack(data, manifest.sequence_length, self.scheme, key))
+        except (DamagedRecord, OSError) as error:
+            raise UserError(
+                f"cache {self.storage.name}: {shard_file(shard)}, sample {row} cannot be read ({error}): "
+                f"run `distill inspect {self.storage.folder} --verify`"
+            ) from None
+
+    def _bytes(self, shard: int, row: int) -> bytes:
+        for attempt in range(_ATTEMPTS):
+            try:
+                with ShardFile(self.storage.shard(shard), len(self.manifest.shard_range(shard))) as file:
+                    return file.record(row)
+            except FileNotFoundError:
+                # Another process made room for a copy of its own just then.
+                if isinstance(self.storage, FolderStorage) or attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def collate(self, records: list[Record]) -> Batch:
+        """Records to one batch; targets are padded to the longest of them."""
+        return collate(records, self.scheme)
+
+
+def check_finished(storage: Storage) -> None:
+    """Raises UserError when shards are missing."""
+    shards = read_manifest(storage.folder).shards
+    missing = shards - len(read_journal(storage.folder))
+    part = read_part(storage.folder)
+    if missing and part:
+        raise UserError(
+            f"cache {storage.name} is not finished: it is part {part.number} of {part.count}: "
+            "join the parts with `distill merge PART PART ... --to CACHE`"
+        )
+    if missing:
+        raise UserError(
+            f"cache {storage.name} is not finished ({missing} of {shards} shards to go): "
+            "run `distill cache-teacher` again, it continues"
+        )

@@ -1,0 +1,141 @@
+"""Whether every byte of a cache is what was written; if not, what is wrong, and what is dropped to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.cache.format import journal
+from distill.cache.format.checks import printable
+from distill.cache.format.folder import (
+    JOURNAL,
+    MANIFEST,
+    PART,
+    SHARDS,
+    TOKEN_ORDER,
+    TOKENIZER,
+    JournalEntry,
+    Manifest,
+    read_manifest,
+    shard_file,
+)
+from distill.cache.format.head import HEAD, load_head
+from distill.cache.format.part import read_part
+from distill.cache.format.token_order import FINGERPRINT, load_order
+from distill.cache.format.tokenizer_files import tokenizer_problems
+from distill.errors import UserError
+from distill.system.files import TEMPORARY, sha256_of
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it was written."""
+
+    file: str
+    """Name in the cache's folder."""
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found."""
+
+    findings: list[Finding]
+    whole: int
+    """Shards that are as they were written."""
+    bad: int
+    """Shards that are not: changed, missing, or without their journal line."""
+    to_do: int
+    """Shards that were not made yet."""
+
+
+def verify(folder: Path) -> Report:
+    """Read all of a cache and compare every hash. Raises UserError when its manifest cannot be read."""
+    manifest = read_manifest(folder)
+    lines = journal.scan_journal(folder, manifest)
+    repair = f"run `distill inspect {folder} --repair`"
+    again = "run `distill cache-teacher` again"
+    findings = list(_journal_findings(lines, repair, again))
+    expected = shards_of(folder, manifest)
+    bad = whole = 0
+    for shard in sorted({*expected, *lines.entries}):
+        problem = shard_problem(folder, shard, lines.entries.get(shard))
+        if shard not in expected:
+            findings.append(Finding(shard_file(shard), "is not of this part of the cache", "start the part anew"))
+        elif problem:
+            findings.append(Finding(shard_file(shard), problem, repair))
+            bad += 1
+        elif shard in lines.entries:
+            whole += 1
+    to_do = len(expected) - whole - bad
+    if to_do:
+        findings.append(Finding(JOURNAL, f"not finished, {to_do} shards to go", f"{again}, it continues"))
+    for name, problem in side_problems(folder, manifest).items():
+        findings.append(Finding(name, problem, f"{repair}, then `distill cache-teacher`"))
+    for name in _strangers(folder, manifest, {*expected, *lines.entries}):
+        if name.endswith(TEMPORARY):
+            findings.append(Finding(name, "was left half written", f"{again}, it is removed then"))
+        else:
+            findings.append(Finding(name, "is not part of the cache", "move it elsewhere"))
+    return Report(findings, whole, bad, to_do)
+
+
+def _journal_findings(lines: journal.Journal, repair: str, again: str) -> Iterator[Finding]:
+    for number, problem in lines.damaged.items():
+        yield Finding(f"{JOURNAL}, line {number}", problem, repair)
+    if lines.is_torn:
+        yield Finding(JOURNAL, "its last line has no end", f"{again}, it is made anew")
+    elif not lines.damaged and not lines.is_sealed:
+        yield Finding(JOURNAL, "its lines are not in the order of the shards", f"{again}, it puts them in order")
+
+
+def shards_of(folder: Path, manifest: Manifest) -> range:
+    """The shards that a finished cache has in this folder: all, or those of its part."""
+    part = read_part(folder)
+    return part.shards(manifest.shards) if part else range(manifest.shards)
+
+
+def shard_problem(folder: Path, shard: int, entry: JournalEntry | None) -> str | None:
+    """What is wrong with a shard's file; None: it is what its line says, or neither is there yet."""
+    path = folder / shard_file(shard)
+    if entry is None:
+        return "has no journal line" if path.exists() else None
+    try:
+        # The size first: an absurdly long file would take long to read.
+        return None if path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256 else "has changed"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong beside manifest, journal and shards."""
+    problems = {printable(name): problem for name, problem in tokenizer_problems(folder).items()}
+    try:
+        load_order(folder, manifest)
+    except UserError as error:
+        problems[TOKEN_ORDER] = "is missing" if not (folder / TOKEN_ORDER).exists() else f"has changed ({error})"
+    if manifest.scheme == "hidden":
+        try:
+            load_head(folder)
+        except UserError as error:
+            problems[HEAD] = "is missing" if not (folder / HEAD).exists() else f"has changed ({error})"
+    return problems
+
+
+def _strangers(folder: Path, manifest: Manifest, shards: set[int]) -> Iterator[str]:
+    """Files that no writer of caches made, or that one left half written."""
+    known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER}
+    known |= {HEAD} if manifest.scheme == "hidden" else set()
+    known |= {TOKEN_ORDER} if FINGERPRINT in manifest.fingerprints else set()
+    for path in sorted(folder.iterdir()):
+        if path.name not in known:
+            yield printable(path.name)
+    for path in sorted((folder / SHARDS).iterdir()) if (folder / SHARDS).is_dir() else []:
+        number = path.name[:18].removesuffix(".safetensors")
+        is_shard = number.isascii() and number.isdecimal() and int(number) in shards
+        if not is_shard or shard_file(int(number)) != f"{SHARDS}/{path.name}":
+            yield printable(f"{SHARDS}/{path.name}")

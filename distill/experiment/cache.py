@@ -1,0 +1,116 @@
+"""The experiment's cache: what it must be, and the finished one to read from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import replace
+from typing import Any
+
+from distill.cache.format import token_order
+from distill.cache.format.folder import Manifest, differences
+from distill.cache.format.token_order import TokenOrder, token_counts
+from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
+from distill.corpus import SampleSets
+from distill.errors import UserError
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders
+from distill.experiment.teacher import Teacher
+from distill.system.progress import say
+from distill.targets import schemes
+
+
+def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
+    """The scheme of the experiment's cache. Raises UserError for an option that the scheme does not have."""
+    cache = experiment.cache
+    if cache.draws > 1 and cache.scheme != "varopt":
+        raise UserError(f"cache.draws: {cache.draws} draws go with scheme varopt, not {cache.scheme}")
+    parameters: dict[str, dict[str, Any]] = {
+        "varopt": {"threshold": cache.threshold, "draws": cache.draws},
+        "top_k": {"entries": cache.entries},
+        "random": {"entries": cache.entries, "exponent": cache.exponent},
+        "hidden": {"size": hidden_size},
+    }
+    return schemes.make(cache.scheme, **parameters[cache.scheme])
+
+
+def with_budgeted_threshold(experiment: Experiment, found: Manifest) -> Experiment:
+    """The experiment with the threshold that was chosen for its `cache.bytes_per_token` when `found` was made."""
+    cache = experiment.cache
+    if cache.bytes_per_token is None or found.made_with.get("bytes_per_token") != f"{cache.bytes_per_token:g}":
+        return experiment
+    threshold = found.scheme_parameters.get("threshold", cache.threshold)
+    return replace(experiment, cache=replace(cache, threshold=threshold))
+
+
+def make_token_order(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> TokenOrder:
+    """The order of the tokens in the experiment's cache: by their frequency in its training samples."""
+    count = min(len(samples.train), experiment.cache.max_samples or len(samples.train))
+    return TokenOrder.by_frequency(token_counts(samples.train, count, teacher.vocab_size))
+
+
+def packing_fingerprint(experiment: Experiment) -> str:
+    """Which documents are held out, and in which order the others are packed."""
+    return f"held out {experiment.corpus.held_out}, seed {experiment.corpus.seed}"
+
+
+def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets, order: TokenOrder) -> Manifest:
+    """What the experiment's cache must be."""
+    corpus, cache = experiment.corpus, experiment.cache
+    held_out = min(len(samples.held_out), cache.held_out_samples)
+    train = len(samples.train) if cache.max_samples is None else min(len(samples.train), cache.max_samples)
+    scheme = make_scheme(experiment, teacher.hidden_size)
+    return Manifest(
+        scheme=scheme.name,
+        scheme_parameters=schemes.parameters(scheme),
+        temperature=cache.temperature,
+        seed=cache.seed,
+        vocab_size=teacher.vocab_size,
+        sequence_length=corpus.sequence_length,
+        pack=corpus.pack,
+        shard_samples=cache.shard_samples,
+        splits={"held_out": [0, held_out], "train": [held_out, held_out + train]},
+        fingerprints={
+            **teacher.fingerprints,
+            "corpus": samples.fingerprint,
+            token_order.FINGERPRINT: order.fingerprint,
+            "packing": packing_fingerprint(experiment),
+        },
+        made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
+        | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {}),
+    )
+
+
+def open_cache(experiment: Experiment) -> Storage:
+    """The finished cache to read from: the folder that was made, or a URL."""
+    cache = experiment.cache
+    location = cache.dir if cache.dir and is_url(cache.dir) else Folders.of(experiment).cache
+    storage = open_storage(location, local_copy_bytes=int(cache.local_copy_gb * 1e9))
+    if isinstance(storage, UrlStorage) and storage.bytes > storage.limit:
+        say(
+            f"cache {storage.name}: {storage.bytes / 1e9:,.1f} GB, more than the local copies may take "
+            "(cache.local_copy_gb): its shards will be fetched many times, as samples are read in random order"
+        )
+    return storage
+
+
+def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -> None:
+    """Raises UserError when the experiment asks for a cache other than `found`, as far as its own settings tell."""
+    experiment = with_budgeted_threshold(experiment, found)
+    scheme = make_scheme(experiment, found.scheme_parameters.get("size", 0))
+    expected = Manifest(
+        **{
+            **found.__dict__,
+            "scheme": scheme.name,
+            "scheme_parameters": schemes.parameters(scheme),
+            "temperature": experiment.cache.temperature,
+            "seed": experiment.cache.seed,
+            "sequence_length": experiment.corpus.sequence_length,
+            "pack": experiment.corpus.pack,
+        }
+    )
+    different = differences(expected, found)
+    if different:
+        raise UserError(
+            f"cache {folder} was made with other settings ({'; '.join(different)}): "
+            "give the settings it was made with, or point --cache.dir elsewhere"
+        )

@@ -1,0 +1,92 @@
+"""Where an experiment keeps what it makes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+from distill.experiment.configuration import Experiment
+from distill.models.saving import DESCRIPTION, recover
+from distill.system.files import write_durably
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where an experiment keeps what it makes."""
+
+    run: Path
+    cache: Path
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Folders:
+        run = Path(experiment.run_dir)
+        return cls(run, Path(experiment.cache.dir) if experiment.cache.dir else run / "cache")
+
+    @property
+    def evaluation(self) -> Path:
+        return self.run / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.run / "report.html"
+
+    def model(self, role: str) -> Path:
+        """The finished `student` or `control`."""
+        return self.run / role
+
+    def checkpoints(self, role: str) -> Path:
+        return self.run / "checkpoints" / role
+
+    def logs(self, role: str) -> Path:
+        return self.run / "logs" / role
+
+
+def finished_model(run: str | Path) -> Path:
+    """The finished student of a run folder, or the folder of a language model itself. Raises UserError for others."""
+    run = Path(run)
+    for folder in (run / "student", run):
+        recover(folder)
+        if any((folder / name).is_file() for name in ("config.json", DESCRIPTION)):
+            return folder
+    raise UserError(f"{run}: holds no finished student: give the run_dir of a finished training, or a model's folder")
+
+
+def make_run_folder(folders: Folders) -> None:
+    """Raises UserError when the run folder cannot be written."""
+    try:
+        folders.run.mkdir(parents=True, exist_ok=True)
+        probe = folders.run / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run_dir {folders.run}: cannot be written ({error.strerror}): choose another") from None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content`, readable, all of it or nothing, also in a power cut.
+
+    Raises UserError for a number that is not finite, for which JSON has no word.
+    """
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError:
+        keys = ", ".join(_not_finite(content))
+        raise UserError(f"{path}: not written, for JSON has only finite numbers: {keys}") from None
+    write_durably(path, (text + "\n").encode())
+
+
+def _not_finite(content: Any, key: str = "") -> Iterator[str]:
+    """Where in `content` numbers are not finite: `fidelity.student.nll is nan`."""
+    if isinstance(content, float) and not math.isfinite(content):
+        yield f"{key} is {content}"
+    if isinstance(content, (list, tuple)):
+        content = dict(enumerate(content))
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _not_finite(value, f"{key}.{name}" if key else str(name))

@@ -1,0 +1,175 @@
+"""The models that an evaluation measures: the teacher, the student before and after training, the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import plugins
+from distill.corpus import SampleSets
+from distill.errors import UserError
+from distill.experiment import settings
+from distill.experiment.cache import packing_fingerprint
+from distill.experiment.checks import check_model
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders
+from distill.experiment.student import Calibration, build_student
+from distill.experiment.teacher import Teacher
+from distill.experiment.training import Role, own_settings, roles
+from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.saving import load_language_model, recover
+from distill.models.tokenizers import load_tokenizer
+from distill.models.vocabulary import Vocabulary
+from distill.system.files import sha256_of
+
+_OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on its device, and its own tokenizer: a student of few tokens has one of its own."""
+
+    model: Any
+    tokenizer: Any
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model to measure."""
+
+    name: str
+    """teacher, before, student, control, or a further seed's such as seeds/1/student."""
+    identity: dict[str, Any]
+    """Changes whenever the model does; what was measured of the same one stays."""
+    weights: list[Path]
+    """The files of its weights; none where it was not saved."""
+    load: Callable[[], Loaded]
+
+
+def trained_roles(experiment: Experiment, folders: Folders, corpus: str) -> list[Role]:
+    """What was trained, from held-out text other than that of the fingerprint `corpus` as the experiment splits it.
+
+    Raises UserError when a model is missing, was trained with other settings, or has seen what would be measured on.
+    """
+    found = roles(experiment)
+    for role in found:
+        folder = folders.model(role.name)
+        recover(folder)
+        if not folder.exists():
+            raise UserError(f"{folder}: no trained {role.name} here: run `distill train-student` first")
+        own = own_settings(role.own(experiment), role)
+        different = [line for line in settings.differences(folder, own) if line.split(".")[0].split(":")[0] in own]
+        if different:
+            raise UserError(
+                f"{folder} was trained with other settings ({'; '.join(different)}): give those of its training"
+            )
+        _check_held_out(experiment, folder, corpus)
+    return found
+
+
+def _check_held_out(experiment: Experiment, folder: Path, corpus: str) -> None:
+    made_from = settings.read(folder)["cache"]["fingerprints"]
+    split = packing_fingerprint(experiment)
+    if made_from["corpus"] == corpus and made_from["packing"] != split:
+        raise UserError(
+            f"{folder} was trained with '{made_from['packing']}' of this corpus, here it is '{split}': it has "
+            "seen what would be held out: give the corpus.held_out and corpus.seed of its training"
+        )
+
+
+def kept_vocabulary(experiment: Experiment, folders: Folders) -> Vocabulary | None:
+    """The tokens of students that have only some of the teacher's. Raises UserError when they have not the same."""
+    if experiment.student.vocabulary == "full":
+        return None
+    vocabularies = [Vocabulary.load(folders.model(role.name)) for role in roles(experiment)]
+    if len({vocabulary.fingerprint for vocabulary in vocabularies}) > 1:
+        raise UserError(f"{folders.run}: student and control have other tokens: train the control again")
+    return vocabularies[0]
+
+
+def all_subjects(
+    experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None
+) -> list[Subject]:
+    """The teacher first, then the student before training, then what was trained."""
+    trained = [_trained(experiment, folders, role, teacher, vocabulary) for role in roles(experiment)]
+    return [_teacher(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *trained]
+
+
+def _teacher(experiment: Experiment, teacher: Teacher) -> Subject:
+    plugin = {"class_path": experiment.teacher.class_path, "options": experiment.teacher.options}
+
+    def load() -> Loaded:
+        return Loaded(teacher.load(experiment.corpus.pack), teacher.tokenizer, teacher.vocab_size)
+
+    return Subject("teacher", {**teacher.fingerprints, "plugin": plugin}, weight_files(teacher.checkpoint), load)
+
+
+def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None) -> Subject:
+    calibration = _calibration(samples, experiment.cache.max_samples)
+
+    def load() -> Loaded:
+        model = build_student(experiment, teacher.vocab_size, calibration, vocabulary)[0]
+        model = model.to(device=teacher.device, dtype=_dtype(experiment)).eval()
+        return _checked(experiment, model, teacher.tokenizer, teacher, vocabulary)
+
+    identity = {
+        "teacher": teacher.fingerprints,
+        "student": asdict(experiment.student),
+        "seed": experiment.train.seed,
+        "calibration": [samples.fingerprint, experiment.cache.max_samples],
+        "dtype": experiment.evaluate.student_dtype,
+        **_code(experiment.student.class_path),
+    }
+    return Subject("before", identity, [], load)
+
+
+def _trained(
+    experiment: Experiment, folders: Folders, role: Role, teacher: Teacher, vocabulary: Vocabulary | None
+) -> Subject:
+    folder = folders.model(role.name)
+    weights = sorted(folder.glob("*.safetensors"))
+
+    def load() -> Loaded:
+        model = load_language_model(folder, teacher.device, _dtype(experiment))
+        return _checked(experiment, model, load_tokenizer(Checkpoint(folder, None, str(folder))), teacher, vocabulary)
+
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    identity = {file.name: sha256_of(file) for file in files} | _code(experiment.student.class_path)
+    identity["dtype"] = experiment.evaluate.student_dtype
+    return Subject(role.name, identity, weights, load)
+
+
+def _dtype(experiment: Experiment) -> torch.dtype:
+    return getattr(torch, experiment.evaluate.student_dtype)
+
+
+def _code(class_path: str) -> dict[str, str]:
+    """The hash of the file of a class of the user's own; what it imports is not in it."""
+    source = plugins.source_file(class_path)
+    return {} if source is None else {"code": sha256_of(source)}
+
+
+def _checked(
+    experiment: Experiment, model: Any, tokenizer: Any, teacher: Teacher, vocabulary: Vocabulary | None
+) -> Loaded:
+    tokens = teacher.vocab_size if vocabulary is None else len(vocabulary)
+    what = f"student {experiment.student.class_path}"
+    check_model(model, what, tokens, experiment.corpus.pack)
+    return Loaded(model, tokenizer, tokens)
+
+
+def _calibration(samples: SampleSets, max_samples: int | None) -> Calibration:
+    """The first training samples, as the student saw them in the cache while it was made; no cache is needed."""
+
+    def first(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        rows = [samples.train[index] for index in range(min(count, len(samples.train), max_samples or count))]
+        ids_BL, positions_BL, mask_BL = (torch.stack([row[name] for row in rows]) for name in _OF_A_SAMPLE)
+        return ids_BL, positions_BL, mask_BL
+
+    return first

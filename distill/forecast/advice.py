@@ -1,0 +1,273 @@
+"""What makes an experiment fit: its levers of memory, tried from the cheapest to the dearest."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from distill import plugins
+from distill.errors import UserError
+from distill.experiment.configuration import Experiment
+from distill.forecast.machine.cards import Card
+from distill.forecast.phases.simulator import Part, Phase
+
+Keys = dict[str, Any]
+"""Changed keys of the experiment file and their new values, such as `{"train.batch_size": 2}`."""
+
+Lever = Callable[[Experiment], list[Keys]]
+"""The changes that it can make to an experiment, from the weakest to the strongest; none: it is pulled already."""
+
+SHORTEST, SMALLEST_CHUNK = 256, 64
+
+
+class Forecasts(Protocol):
+    """What `distill.forecast.forecast.Forecaster` offers."""
+
+    card: Card
+    limit_bytes: int
+
+    def needed_bytes(self, experiment: Experiment, phase: Phase) -> int: ...
+
+    @property
+    def simulator(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change, made after those before it."""
+
+    phase: Phase
+    """For whose sake."""
+    keys: Keys
+    needed_bytes: int
+    """Of the device, in that phase, from then on."""
+    time_factor: float
+    """Time for each token in that phase, of what it was before this change."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The changed experiment."""
+
+    experiment: Experiment
+    steps: list[Step]
+    fits: bool
+
+    @property
+    def changes(self) -> Keys:
+        """All of them, each key with its last value."""
+        return {key: value for step in self.steps for key, value in step.keys.items()}
+
+
+def advise(forecaster: Forecasts, experiment: Experiment, phases: tuple[Phase, ...]) -> Advice:
+    """What makes all `phases` fit, or the strongest of all levers when nothing does.
+
+    Levers are pulled from the cheapest to the dearest, each to its end, until a phase fits; then each is let go as far
+    as it still fits, the dearest first.
+    """
+    search, levers = _Search(forecaster, experiment), _levers(forecaster.card)
+    fits = True
+    for phase in sorted(phases, key=list(levers).index):
+        search.phases.append(phase)
+        for lever in levers[phase]:
+            if search.needed(phase) <= forecaster.limit_bytes:
+                break
+            search.pull(phase, lever)
+        fits = fits and search.needed(phase) <= forecaster.limit_bytes
+    if fits:
+        costs = [step.time_factor for step in search.steps()]
+        for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+            search.let_go(search.pulled[number])
+    return Advice(search.changed(), [step for step in search.steps() if step.keys], fits)
+
+
+@dataclass
+class _Pulled:
+    """A lever, as far as it is pulled."""
+
+    phase: Phase
+    settings: list[Keys]
+    """From none to the strongest."""
+    at: int
+
+    @property
+    def keys(self) -> Keys:
+        return self.settings[self.at]
+
+
+class _Search:
+    """Levers pulled so far; simulations are remembered by the forecaster."""
+
+    def __init__(self, forecaster: Forecasts, experiment: Experiment) -> None:
+        self.forecaster, self.experiment = forecaster, experiment
+        self.phases: list[Phase] = []
+        self.pulled: list[_Pulled] = []
+
+    def changed(self, count: int | None = None) -> Experiment:
+        """The experiment after the first `count` levers, by default all."""
+        experiment = self.experiment
+        for pulled in self.pulled[:count]:
+            experiment = apply(experiment, pulled.keys)
+        return experiment
+
+    def needed(self, phase: Phase, count: int | None = None) -> int:
+        return self.forecaster.needed_bytes(self.changed(count), phase)
+
+    def pull(self, phase: Phase, lever: Lever) -> None:
+        """To its end, if that helps; what does not fit this student or teacher does not."""
+        before, settings = self.needed(phase), lever(self.changed())
+        if not settings:
+            return
+        self.pulled.append(_Pulled(phase, [{}, *settings], len(settings)))
+        try:
+            helps = self.needed(phase) < before
+        except UserError:  # such as checkpointing where there are no blocks
+            helps = False
+        if not helps:
+            self.pulled.pop()
+
+    def let_go(self, pulled: _Pulled) -> None:
+        """To the weakest setting with which all phases still fit."""
+        settings = range(pulled.at + 1)
+        pulled.at = bisect_left(settings, True, key=lambda at: self._fits(pulled, at))
+
+    def _fits(self, pulled: _Pulled, at: int) -> bool:
+        before, pulled.at = pulled.at, at
+        try:
+            return all(self.needed(phase) <= self.forecaster.limit_bytes for phase in self.phases)
+        finally:
+            pulled.at = before
+
+    def steps(self) -> list[Step]:
+        found = []
+        for number, pulled in enumerate(self.pulled, start=1):
+            before, after = self.changed(number - 1), self.changed(number)
+            factor = _seconds(self.forecaster, after, pulled.phase) / _seconds(self.forecaster, before, pulled.phase)
+            found.append(Step(pulled.phase, pulled.keys, self.needed(pulled.phase, number), factor))
+        return found
+
+
+def _seconds(forecaster: Forecasts, experiment: Experiment, phase: Phase) -> float:
+    """For each token."""
+    parts: list[Part] = forecaster.simulator.parts(experiment, phase, [])
+    train = experiment.train
+    samples = {
+        "cache-teacher": experiment.cache.batch_size,
+        "train-student": train.batch_size * train.accumulate_grad_batches,
+        "evaluate": experiment.evaluate.batch_size,
+    }[phase]
+    return sum(part.seconds for part in parts) / (samples * experiment.corpus.sequence_length)
+
+
+def apply(experiment: Experiment, keys: Keys) -> Experiment:
+    """The experiment with other values of some keys, of any section and of a section's free options."""
+    for key, value in keys.items():
+        section, name, *option = key.split(".")
+        own = getattr(experiment, section)
+        if option:
+            value = {**getattr(own, name), option[0]: value}
+        experiment = replace(experiment, **{section: replace(own, **{name: value})})
+    return experiment
+
+
+def as_options(keys: Keys) -> str:
+    """As they are given on the command line."""
+    values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in keys.items()}
+    return " ".join(f"--{key} {value}" for key, value in values.items())
+
+
+def _halves(value: int, least: int = 1) -> list[int]:
+    """Half of it, rounded down, and so on; none below `least`."""
+    found = []
+    while value // 2 >= least:
+        value //= 2
+        found.append(value)
+    return found
+
+
+def _micro_batch(experiment: Experiment) -> list[Keys]:
+    """Smaller passes, as many more of them: the same optimiser step."""
+    train = experiment.train
+    if train.step_in_backward:  # which updates after one pass
+        return []
+    samples = train.batch_size * train.accumulate_grad_batches
+    sizes = [size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0]
+    return [{"train.batch_size": size, "train.accumulate_grad_batches": samples // size} for size in sizes]
+
+
+def _checkpointing(experiment: Experiment) -> list[Keys]:
+    train = experiment.train
+    if not train.activation_checkpointing:
+        return [{"train.activation_checkpointing": True}]
+    return [{"train.checkpoint_every_k": 1}] if train.checkpoint_every_k > 1 else []
+
+
+def _optimizer(experiment: Experiment) -> list[Keys]:
+    return [{"train.optimizer": "adamw_8bit"}] if experiment.train.optimizer == "adamw" else []
+
+
+def _pure_bfloat16(experiment: Experiment) -> list[Keys]:
+    if experiment.train.precision == "bf16-true":
+        return []
+    return [{"train.precision": "bf16-true", "train.rounding": "stochastic"}]
+
+
+def _student_in(dtype: str, experiment: Experiment) -> list[Keys]:
+    return [{"evaluate.student_dtype": dtype}] if experiment.evaluate.student_dtype == "float32" else []
+
+
+def _four_bits(experiment: Experiment) -> list[Keys]:
+    return [{"teacher.quantization": "nf4"}] if experiment.teacher.quantization != "nf4" else []
+
+
+def _streamed(experiment: Experiment) -> list[Keys]:
+    """Unquantised weights that are read anew for every batch: the larger that is, the less the reading costs."""
+    teacher, cache = experiment.teacher, experiment.cache
+    if teacher.class_path not in ("huggingface", plugins.BUILT_IN["teacher"]["huggingface"]):
+        return []
+    sizes = [size for size in (64, 32, 16, 8) if size <= cache.shard_samples]  # no batch straddles shards
+    common = {"teacher.class_path": "streamed", "teacher.quantization": "none", "teacher.options.micro_batch": 1}
+    return [{**common, "cache.batch_size": size, "evaluate.batch_size": size} for size in sizes]
+
+
+def _halved(key: str, least: int = 1) -> Lever:
+    def lever(experiment: Experiment) -> list[Keys]:
+        section, name = key.split(".")
+        return [{key: size} for size in _halves(getattr(getattr(experiment, section), name), least)]
+
+    return lever
+
+
+def _levers(card: Card) -> dict[Phase, list[Lever]]:
+    """Of a phase, from the cheapest to the dearest."""
+    loss_chunk = _halved("loss.chunk_size", SMALLEST_CHUNK)
+    length = _halved("corpus.sequence_length", SHORTEST)
+    has_bf16 = card.has_bf16 or not card.is_cuda
+    half = "bfloat16" if has_bf16 else "float16"
+    return {
+        "train-student": [
+            _micro_batch,
+            _checkpointing,
+            loss_chunk,
+            _optimizer,
+            *([_pure_bfloat16] if has_bf16 else []),
+            length,
+        ],
+        "cache-teacher": [
+            _halved("cache.batch_size"),
+            _halved("cache.chunk_size", SMALLEST_CHUNK),
+            _four_bits,
+            _streamed,
+            length,
+        ],
+        "evaluate": [
+            _halved("evaluate.batch_size"),
+            loss_chunk,
+            _four_bits,
+            _streamed,
+            lambda experiment: _student_in(half, experiment),
+            length,
+        ],
+    }

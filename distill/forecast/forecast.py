@@ -1,0 +1,263 @@
+"""Whether an experiment fits a card, how long it takes and what it leaves on disk, before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from distill.experiment.configuration import Experiment, TrainConfig
+from distill.experiment.folders import Folders
+from distill.experiment.training import roles
+from distill.forecast.machine.calibration import kind_of
+from distill.forecast.machine.cards import GIB, Card, this_machine
+from distill.forecast.phases.simulator import PHASES, NoForecast, Part, Phase, Simulator
+from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, disk_notes, free_bytes, moment_bytes
+from distill.report.numbers import size
+
+CONTEXT_BYTES = int(0.6 * GIB)
+"""What a process takes of a card beside torch's allocator: the CUDA context and the loaded kernels of torch, cuBLAS and
+bitsandbytes, 0.3 to 0.6 GiB depending on card and driver (`nvidia-smi` less `torch.cuda.memory_reserved`)."""
+DRIVER_BYTES = int(0.25 * GIB)
+"""What a driver keeps of the memory that is printed on the box: a 12 GiB card offers 11.75 GiB. A card of this machine
+says itself what it has."""
+MARGIN_BYTES = int(0.7e9)
+"""Less to spare than that is said."""
+FRAGMENTATION = 0.05
+"""Share of the peak that the allocator holds without using it: it takes memory in blocks of 2 MiB (20 MiB from 1 MiB
+up), and freed pieces do not always suit what comes next. Five per cent is usual where all steps have one shape."""
+LIBRARIES_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.9 * GIB)}
+"""Resident memory of a process that has imported everything, and on CUDA has begun to use it."""
+WORKER_BYTES = int(0.4 * GIB)
+"""Of a process that reads the cache (`train.num_workers`)."""
+LARGEST_TENSORS_BYTES = 2 * GIB
+"""Host memory while a checkpoint is read tensor by tensor to a device: the largest tensor, twice, is below that."""
+
+
+@dataclass(frozen=True)
+class PhaseForecast:
+    """What one phase takes."""
+
+    phase: Phase
+    peak_bytes: int
+    """Largest number of bytes in use on the device at one time."""
+    parts: dict[str, int]
+    """What the peak is made of; they sum to it."""
+    context_bytes: int
+    """Driver, CUDA context and libraries on the device."""
+    fragmentation_bytes: int
+    host_bytes: int
+    """Host memory, roughly. On a CPU it is `needed_bytes`."""
+    seconds: float | None
+    """None: the amount of text is not known."""
+    seconds_each: float
+    """Of a batch, or of an optimiser step."""
+    count: int | None
+    """Batches, or optimiser steps of all trainings."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the device, all in all."""
+        return self.peak_bytes + self.context_bytes + self.fragmentation_bytes
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an experiment takes on a card."""
+
+    card: Card
+    limit_bytes: int
+    """Device memory that may be used."""
+    phases: dict[Phase, PhaseForecast]
+    """Those that could be simulated."""
+    failures: list[str]
+    """Why the others could not."""
+    disk: dict[str, int | None]
+    """Bytes of `cache`, `checkpoints` and `student`; None: the amount of text is not known."""
+    free_disk_bytes: int
+    """Where the run's folder is, or will be."""
+    notes: list[str] = field(default_factory=list)
+    """What was assumed."""
+
+    def spare_bytes(self, phase: Phase) -> int:
+        """What is left on the device at the phase's peak; below 0: it does not fit."""
+        return self.limit_bytes - self.phases[phase].needed_bytes
+
+    @property
+    def fits(self) -> bool:
+        return all(self.spare_bytes(phase) >= 0 for phase in self.phases)
+
+
+class Forecaster:
+    """Forecasts experiments, and changed ones, on one card."""
+
+    def __init__(
+        self,
+        card: Card,
+        limit_bytes: int | None = None,
+        process_bytes: int = 0,
+        simulator: Simulator | None = None,
+    ) -> None:
+        """`limit_bytes`: use no more of the card's memory; default: all of it.
+
+        `process_bytes`: what the process that the phases will run in holds already, on the host.
+        `simulator`: one that knows some of the phases already.
+        """
+        self.card, self.simulator = card, simulator or Simulator(card)
+        self.limit_bytes = min(limit_bytes or card.memory_bytes, card.memory_bytes)
+        kind = kind_of(card)
+        self.process_bytes = max(process_bytes, LIBRARIES_BYTES[kind]) if kind == "cpu" else LIBRARIES_BYTES[kind]
+
+    def forecast(self, experiment: Experiment, phases: tuple[Phase, ...] = PHASES) -> Forecast:
+        """The forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
+        notes: list[str] = []
+        failures: list[str] = []
+        found: dict[Phase, list[Part]] = {}
+        for phase in phases:
+            try:
+                found[phase] = self.simulator.parts(experiment, phase, notes)
+            except NoForecast as error:
+                failures.append(str(error))
+        amount = amount_of(experiment, notes)
+        made = {phase: self._phase(experiment, phase, parts, amount) for phase, parts in found.items()}
+        disk = self._disk(experiment, found, amount, notes)
+        if experiment.evaluate.tasks or experiment.evaluate.cost or experiment.evaluate.texts:
+            notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
+        if self.card.is_cuda and not self.card.has_bf16 and experiment.train.precision.startswith("bf16"):
+            notes.append(
+                f"train.precision {experiment.train.precision}: {self.card.name} has no bfloat16: take 16-mixed"
+            )
+        notes += _left_out(experiment.train)
+        small = [phase for phase, one in made.items() if 0 <= self.limit_bytes - one.needed_bytes < MARGIN_BYTES]
+        if small and self.card.is_cuda:
+            notes.append(f"{', '.join(small)}: less than {size(MARGIN_BYTES)} to spare, and the allowances are guesses")
+        folders = Folders.of(experiment)
+        free = free_bytes(folders.run)
+        places = {"cache": folders.cache, "checkpoints": folders.run, "student": folders.run}
+        notes += disk_notes({kind: (places[kind], held) for kind, held in disk.items() if held})
+        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, notes)
+
+    def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
+        """Device memory that a phase needs."""
+        peak = max(part.simulation.peak_bytes for part in self.simulator.parts(experiment, phase, []))
+        return peak + round(FRAGMENTATION * peak) + self._context_bytes()
+
+    def _context_bytes(self) -> int:
+        if not self.card.is_cuda:
+            return self.process_bytes
+        is_whole = _is_here(self.card) and self.limit_bytes == self.card.memory_bytes
+        return CONTEXT_BYTES if is_whole else CONTEXT_BYTES + DRIVER_BYTES
+
+    def _phase(self, experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount) -> PhaseForecast:
+        peak = max((part.simulation for part in parts), key=lambda simulation: simulation.peak_bytes)
+        seconds, each, count = _time(experiment, phase, parts, amount)
+        needed = peak.peak_bytes + round(FRAGMENTATION * peak.peak_bytes) + self._context_bytes()
+        return PhaseForecast(
+            phase=phase,
+            peak_bytes=peak.peak_bytes,
+            parts={kind: held for kind, held in peak.parts.items() if held},
+            context_bytes=self._context_bytes(),
+            fragmentation_bytes=round(FRAGMENTATION * peak.peak_bytes),
+            host_bytes=self._host_bytes(experiment, parts, amount, needed, phase),
+            seconds=seconds,
+            seconds_each=each,
+            count=count,
+        )
+
+    def _host_bytes(self, experiment: Experiment, parts: list[Part], amount: Amount, needed: int, phase: Phase) -> int:
+        loading = max(part.loading_bytes for part in parts)
+        states = 0
+        if phase == "evaluate":  # the teacher's, of all samples
+            each = self.simulator.hidden_size(experiment) * (2 if self.card.is_cuda else 4)
+            states = (amount.evaluated or 0) * experiment.corpus.sequence_length * each
+        if not self.card.is_cuda:
+            return max(needed, self.process_bytes + loading) + states
+        if phase == "train-student":
+            sizes = parts[0].sizes
+            # The student is made in host memory, all of it, before it moves: in float32, but for a frozen base.
+            made = sizes["bytes"] if sizes["trained_parameters"] < sizes["parameters"] else 4 * sizes["parameters"]
+            return self.process_bytes + made + WORKER_BYTES * experiment.train.num_workers
+        students = 4 * parts[1].sizes["parameters"] if phase == "evaluate" else 0
+        return self.process_bytes + max(LARGEST_TENSORS_BYTES, loading, students) + states
+
+    def _disk(
+        self, experiment: Experiment, found: dict[Phase, list[Part]], amount: Amount, notes: list[str]
+    ) -> dict[str, int | None]:
+        disk: dict[str, int | None] = {}
+        if "cache-teacher" in found:
+            each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), notes)
+            disk["cache"] = cache_bytes(experiment, each, amount.cached)
+        if "train-student" in found:
+            sizes, train = found["train-student"][0].sizes, experiment.train
+            trained = sizes["trained_bytes"]
+            moments = moment_bytes(experiment, sizes["trained_parameters"], trained)
+            whole, count = train.keep_checkpoints + 1, len(roles(experiment))  # one more while it is written
+            if (steps := _steps(experiment, amount)) is not None:
+                whole = min(whole, -(-steps // train.checkpoint_every_steps))
+            disk["checkpoints"] = count * (whole * (trained + moments) + trained)  # and the best weights
+            disk["student"] = count * _student_bytes(experiment, sizes)
+        return disk
+
+
+def _left_out(train: TrainConfig) -> list[str]:
+    """What the forecast of a training does not know."""
+    found = []
+    if train.strategy == "fsdp":
+        found.append("train.strategy fsdp: forecast as if each device had the whole student")
+    if train.offload_activations:
+        found.append("train.offload_activations: neither the way to the host and back nor its memory there is counted")
+    if train.optimizer.startswith("paged"):
+        found.append(f"train.optimizer {train.optimizer}: the time of its update and its pages are not counted")
+    return found
+
+
+def _is_here(card: Card) -> bool:
+    return card.is_cuda and torch.cuda.is_available() and card == this_machine()
+
+
+def _time(
+    experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount
+) -> tuple[float | None, float, int | None]:
+    """Seconds of a phase, of one of its batches or steps, and their number."""
+    train = experiment.train
+    if phase == "cache-teacher":
+        processes = experiment.cache.devices * experiment.cache.num_nodes
+        count = None if amount.cached is None else -(-amount.cached // (experiment.cache.batch_size * processes))
+        each = parts[0].seconds
+    elif phase == "evaluate":
+        batches = None if amount.evaluated is None else -(-amount.evaluated // experiment.evaluate.batch_size)
+        models = 1 + len(roles(experiment))  # before its training too
+        each = parts[0].seconds + models * parts[1].seconds
+        count = batches
+    else:
+        each, steps = parts[0].seconds, _steps(experiment, amount)
+        if steps is None:
+            return None, each, None
+        # A held-out sample is read forward alone, about a third of a training sample's work.
+        held_out = (steps // train.validate_every_steps + 1) * amount.held_out / _step_samples(experiment) / 3
+        trainings = len(roles(experiment))
+        return trainings * (steps + held_out) * each, each, trainings * steps
+    return None if count is None else count * each, each, count
+
+
+def _step_samples(experiment: Experiment) -> int:
+    """Of an optimiser step, on all devices."""
+    train = experiment.train
+    return train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
+
+
+def _steps(experiment: Experiment, amount: Amount) -> int | None:
+    """Optimiser steps of a training; None: the amount of text is not known."""
+    train = experiment.train
+    if amount.train is None:
+        return train.max_steps
+    steps = max(1, amount.train * train.epochs // _step_samples(experiment))
+    return steps if train.max_steps is None else min(steps, train.max_steps)
+
+
+def _student_bytes(experiment: Experiment, sizes: dict[str, int]) -> int:
+    """Of the finished folder: the weights as they were trained; adapters merged into all weights."""
+    if sizes["trained_parameters"] == sizes["parameters"]:
+        return sizes["bytes"]
+    each = 4 if experiment.student.options.get("export_dtype", "float32") == "float32" else 2
+    return each * (sizes["parameters"] + sizes["packed_parameters"])

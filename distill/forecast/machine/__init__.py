@@ -1,0 +1,1 @@
+"""Cards, processors and disks: published figures, and measurements of this machine."""

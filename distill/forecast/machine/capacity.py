@@ -1,0 +1,244 @@
+"""How large a teacher and a student a device can take: bytes a parameter, measured in simulations of a small llama.
+
+Simulated is a model of width 512 at three sizes; from these follow the bytes that a parameter of the layers and one of
+the vocabulary cost. What a pass holds beside them is kept in proportion to the width: a quarter as many tokens, a
+sixteenth as many positions with logits. So a model 2,048 wide is taken to be passed 512 tokens at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from distill import plugins
+from distill.forecast.phases.step import StepShape, simulate_step
+from distill.forecast.phases.teacher import simulate_teacher
+from distill.forecast.simulation.kernels import DeviceKind
+from distill.forecast.simulation.repetition import each_kind_of_chunk_once, moments_made_first
+from distill.losses.objective import Mixture
+from distill.models.huggingface import HuggingFaceLanguageModel, quiet
+from distill.models.quantization import quantize_linears
+from distill.targets import schemes
+from distill.training.activation_checkpointing import checkpoint_blocks
+from distill.training.module import DistillationModule
+from distill.training.optimizers.adamw import make_optimizer
+from distill.training.optimizers.schedule import Schedule
+
+_WIDTH, _LAYERS, _VOCABULARY = 512, 2, 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A llama-like model."""
+
+    width: int
+    inner: int
+    layers: int
+    vocab_size: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of all layers, with a quarter as many keys as queries."""
+        return self.layers * (self.width * self.width * 5 // 2 + 3 * self.width * self.inner)
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Of embedding and head; models below two thousand wide have one for both."""
+        return self.width * self.vocab_size * (1 if self.width < 2048 else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All but the norms'."""
+        return self.layer_parameters + self.vocabulary_parameters
+
+
+SHAPES = tuple(
+    Shape(*sizes)
+    for sizes in (
+        (384, 1024, 8, 32_000),
+        (576, 1536, 12, 49_152),
+        (576, 1536, 30, 49_152),
+        (768, 2048, 24, 49_152),
+        (960, 2560, 32, 49_152),
+        (1024, 3072, 28, 128_256),
+        (1536, 4608, 28, 128_256),
+        (2048, 8192, 16, 128_256),
+        (2048, 8192, 24, 128_256),
+        (3072, 8192, 28, 128_256),
+        (3584, 9728, 32, 128_256),
+        (4096, 14_336, 32, 128_256),
+        (5120, 13_824, 40, 128_256),
+        (5120, 17_408, 48, 128_256),
+        (5120, 25_600, 64, 128_256),
+        (8192, 28_672, 80, 128_256),
+        (12_288, 28_672, 88, 128_256),
+        (16_384, 53_248, 126, 128_256),
+    )
+)
+"""From 20 M to 400 B parameters, near those of released models."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a teacher or to train a student."""
+
+    name: str
+    role: Literal["teacher", "student"]
+    streamed: bool = False
+    """One layer is on the device at a time."""
+    quantization: Literal["nf4", "none"] = "none"
+    precision: str = "32-true"
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+
+
+WAYS = (
+    Way("teacher in NF4", "teacher", quantization="nf4"),
+    Way("teacher in bfloat16", "teacher"),
+    Way("teacher in bfloat16, streamed", "teacher", streamed=True),
+    Way("student, plain AdamW, 32-true", "student"),
+    Way("student, bf16-mixed, checkpointing", "student", precision="bf16-mixed", checkpointing=True),
+    Way(
+        "student, the same and adamw_8bit",
+        "student",
+        precision="bf16-mixed",
+        checkpointing=True,
+        optimizer="adamw_8bit",
+    ),
+    Way("student, bf16-true, checkpointing", "student", precision="bf16-true", checkpointing=True),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a way takes."""
+
+    base: float
+    """Bytes of a model of no size."""
+    layers: float
+    """Bytes a parameter of the layers that are on the device."""
+    vocabulary: float
+    """Bytes a parameter of embedding and head."""
+    streamed: bool = False
+
+    def bytes_of(self, shape: Shape) -> float:
+        """The forecast peak of a model."""
+        here = replace(shape, layers=min(shape.layers, 1)) if self.streamed else shape
+        return self.base + self.layers * here.layer_parameters + self.vocabulary * shape.vocabulary_parameters
+
+
+def largest(cost: Cost, budget: float) -> Shape | None:
+    """The model with most parameters in `budget` bytes: one of `SHAPES` with all its layers or at least half of them.
+
+    None when not even the smallest fits.
+    """
+    return max(_fitting(cost, budget), key=lambda shape: shape.parameters, default=None)
+
+
+def _fitting(cost: Cost, budget: float) -> Iterator[Shape]:
+    for shape in SHAPES:
+        counts = range((shape.layers + 1) // 2, shape.layers + 1)
+        fitting = bisect_right(counts, budget, key=lambda count: cost.bytes_of(replace(shape, layers=count)))
+        if fitting:
+            yield replace(shape, layers=counts[fitting - 1])
+
+
+def cost_of(way: Way, device: DeviceKind) -> Cost:
+    """Bytes a parameter, from the peaks of three simulations: a small model, one of more and one of wider layers."""
+    small = Shape(_WIDTH, 1408, _LAYERS, _VOCABULARY)
+    larger = replace(small, inner=2 * small.inner) if way.streamed else replace(small, layers=2 * _LAYERS)
+    wide = replace(small, vocab_size=2 * _VOCABULARY)
+    peak, larger_peak, wide_peak = (_peak(way, shape, device) for shape in (small, larger, wide))
+    here, more = (replace(shape, layers=1) if way.streamed else shape for shape in (small, larger))
+    layers = (larger_peak - peak) / (more.layer_parameters - here.layer_parameters)
+    # Here embedding and head are two.
+    vocabulary = (wide_peak - peak) / (2 * _WIDTH * (wide.vocab_size - small.vocab_size))
+    base = peak - layers * here.layer_parameters - vocabulary * 2 * _WIDTH * small.vocab_size
+    return Cost(max(base, 0.0), layers, vocabulary, way.streamed)
+
+
+def _peak(way: Way, shape: Shape, device: DeviceKind) -> int:
+    tokens, chunk = shape.width // 4, shape.width // 16
+    with quiet():
+        if way.role == "teacher":
+            return simulate_teacher(
+                partial(_teacher, shape, way),
+                batch_size=1,
+                length=tokens,
+                vocab_size=shape.vocab_size,
+                scheme=schemes.make("varopt", threshold=0.02),
+                chunk_size=chunk,
+                device=device,
+            ).peak_bytes
+        step = StepShape(samples=1, length=tokens)
+        make = partial(_student, shape, way, chunk)
+        with each_kind_of_chunk_once(), moments_made_first():
+            return simulate_step(make, step, precision=way.precision, device=device).peak_bytes
+
+
+def _config(shape: Shape) -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=shape.width // 256,
+    )
+
+
+def _model(shape: Shape, dtype: torch.dtype) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
+
+
+def _teacher(shape: Shape, way: Way) -> nn.Module:
+    if way.streamed:
+        with tempfile.TemporaryDirectory() as folder:
+            _config(shape).save_pretrained(folder)
+            given = {"model": folder, "compute_dtype": "bfloat16"}
+            return plugins.build("streamed", "teacher", given, {})
+    model = _model(shape, torch.bfloat16)
+    if way.quantization == "nf4":
+        quantize_linears(model, "nf4", torch.bfloat16, "cpu")
+    return HuggingFaceLanguageModel(model).eval().requires_grad_(False)
+
+
+def _student(shape: Shape, way: Way, chunk: int) -> DistillationModule:
+    student = HuggingFaceLanguageModel(_model(shape, torch.bfloat16 if way.precision == "bf16-true" else torch.float32))
+    if way.checkpointing:
+        checkpoint_blocks(student)
+    return DistillationModule(
+        student,
+        vocab_size=shape.vocab_size,
+        objective=Mixture(0.0),
+        chunk_size=chunk,
+        micro_batch=1,
+        make_optimizer=partial(
+            make_optimizer, name=way.optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95)
+        ),
+        make_schedule=lambda total: Schedule("cosine", total, 0.0, 0.2, 0.1),
+        gradient_clip=1.0,
+    )
+
+
+def table(device: DeviceKind, budget: float, ways: Sequence[Way] = WAYS) -> list[dict[str, Any]]:
+    """For each way its largest model in `budget` bytes (parameters 0: none), and the bytes a parameter of layers."""
+    rows = []
+    for way in ways:
+        cost = cost_of(way, device)
+        shape = largest(cost, budget) or Shape(0, 0, 0, 0)
+        row: dict[str, Any] = {"way": way.name, "role": way.role, "parameters": shape.parameters}
+        row |= {"layers": shape.layers, "width": shape.width, "bytes_a_parameter": cost.layers}
+        rows.append(row)
+    return rows

@@ -1,0 +1,262 @@
+"""Cards that people have: memory, bandwidth and peak rates as NVIDIA states them; and the card of this machine."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from distill.errors import UserError
+from distill.system.machine import processor_name
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a device can do at most; what it does in practice is `distill.forecast.machine.calibration`'s subject."""
+
+    name: str
+    memory_bytes: int
+    """All of it. The driver and the CUDA context take their part; see what plans with it."""
+    bandwidth_bytes_per_s: float
+    half_flops: float
+    """Dense matrix products of bfloat16 or, on cards without it, float16, summed up in float32; without sparsity."""
+    fp32_flops: float
+    """Plain float32, without TF32."""
+    has_bf16: bool
+    """In hardware; elsewhere float16 has to do (`16-mixed`)."""
+    source: str
+    is_cuda: bool = True
+
+
+# Documents that the table refers to. `cores`: fp32 = cores × 2 × boost clock, as NVIDIA's own figures are made.
+_GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper V2"
+_AMPERE = "GeForce specification: cores, boost clock, memory; products twice fp32 as in NVIDIA's GA102 whitepaper"
+_ADA = "NVIDIA Ada GPU Architecture whitepaper, appendix A"
+_ADA_LATER = "GeForce specification: cores, boost clock, memory; products twice fp32 as in NVIDIA's Ada whitepaper"
+_BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A"
+_BLACKWELL_LATER = (
+    "GeForce specification: cores, boost clock, memory; products twice fp32 as in the Blackwell whitepaper"
+)
+_TURING = "NVIDIA Turing GPU Architecture whitepaper, appendix A (reference clocks)"
+_TURING_LATER = (
+    "GeForce specification: cores, boost clock, memory; products four times fp32 as in the Turing whitepaper"
+)
+_TU116 = "GeForce GTX 16 specification: no tensor cores, float16 at twice the rate of float32"
+_ECC = "; 1/16 of the memory holds its error correction"
+
+
+# name, GiB, GB/s, TFLOP/s in products of bf16 or fp16 summed up in fp32, TFLOP/s in fp32, bf16, source. GeForce cards
+# from Turing on sum up in fp32 at half the rate that is often quoted, which is that of sums in fp16.
+_ROWS: tuple[tuple[str, float, float, float, float, bool, str], ...] = (
+    ("GTX 1660", 6, 192, 10.0, 5.0, False, _TU116),
+    ("GTX 1660 Super", 6, 336, 10.0, 5.0, False, _TU116),
+    ("GTX 1660 Ti", 6, 288, 10.9, 5.4, False, _TU116),
+    ("RTX 2060", 6, 336, 25.8, 6.5, False, _TURING_LATER),
+    ("RTX 2060 12GB", 12, 336, 28.7, 7.2, False, _TURING_LATER),
+    ("RTX 2070", 8, 448, 29.9, 7.5, False, _TURING),
+    ("RTX 2080", 8, 448, 40.3, 10.1, False, _TURING),
+    ("RTX 2080 Ti", 11, 616, 53.8, 13.4, False, _TURING),
+    ("RTX 3050", 8, 224, 18.2, 9.1, True, _AMPERE),
+    ("RTX 3060", 12, 360, 25.5, 12.7, True, _AMPERE),
+    ("RTX 3060 Ti", 8, 448, 32.4, 16.2, True, _AMPERE),
+    ("RTX 3070", 8, 448, 40.6, 20.3, True, _GA102),
+    ("RTX 3080", 10, 760, 59.5, 29.8, True, _GA102),
+    ("RTX 3080 12GB", 12, 912, 61.3, 30.6, True, _AMPERE),
+    ("RTX 3090", 24, 936, 71.0, 35.6, True, _GA102),
+    ("RTX 4060", 8, 272, 30.2, 15.1, True, _ADA_LATER),
+    ("RTX 4060 Ti", 8, 288, 44.1, 22.1, True, _ADA_LATER),
+    ("RTX 4060 Ti 16GB", 16, 288, 44.1, 22.1, True, _ADA_LATER),
+    ("RTX 4070", 12, 504, 58.3, 29.1, True, _ADA_LATER),
+    ("RTX 4070 Ti", 12, 504, 80.2, 40.1, True, _ADA_LATER),
+    ("RTX 4080", 16, 717, 97.5, 48.7, True, _ADA),
+    ("RTX 4090", 24, 1008, 165.2, 82.6, True, _ADA),
+    ("RTX 5060 Ti 16GB", 16, 448, 47.4, 23.7, True, _BLACKWELL_LATER),
+    ("RTX 5070", 12, 672, 61.7, 30.9, True, _BLACKWELL),
+    ("RTX 5080", 16, 960, 112.6, 56.3, True, _BLACKWELL),
+    ("RTX 5090", 32, 1792, 209.5, 104.8, True, _BLACKWELL),
+    ("RTX A6000", 48, 768, 154.8, 38.7, True, _GA102 + ", appendix C"),
+    ("P100", 16, 732, 18.7, 9.3, False, "NVIDIA Tesla P100 PCIe datasheet; no tensor cores"),
+    ("V100", 16, 900, 112.0, 14.0, False, "NVIDIA Tesla V100 datasheet, PCIe"),
+    ("V100 32GB", 32, 900, 112.0, 14.0, False, "NVIDIA Tesla V100 datasheet, PCIe"),
+    ("T4", 15, 320, 65.0, 8.1, False, "NVIDIA T4 datasheet" + _ECC),
+    ("A10", 22.5, 600, 125.0, 31.2, True, "NVIDIA A10 datasheet" + _ECC),
+    ("A100 40GB", 40, 1555, 312.0, 19.5, True, "NVIDIA A100 datasheet"),
+    ("A100 80GB", 80, 1935, 312.0, 19.5, True, "NVIDIA A100 datasheet, PCIe"),
+    ("L4", 22.5, 300, 121.0, 30.3, True, "NVIDIA L4 datasheet, half of its figure, which is with sparsity" + _ECC),
+    ("L40S", 45, 864, 362.0, 91.6, True, "NVIDIA L40S datasheet" + _ECC),
+    ("H100", 80, 3350, 989.0, 67.0, True, "NVIDIA H100 datasheet, SXM, half of its figure, which is with sparsity"),
+    (
+        "H100 PCIe",
+        80,
+        2000,
+        756.0,
+        51.0,
+        True,
+        "NVIDIA H100 datasheet, PCIe, half of its figure, which is with sparsity",
+    ),
+)
+CARDS = tuple(
+    Card(name, int(memory * GIB), bandwidth * 1e9, half * 1e12, fp32 * 1e12, has_bf16, source)
+    for name, memory, bandwidth, half, fp32, has_bf16, source in _ROWS
+)
+
+_TYPICAL = ("GTX 1660", "RTX 4060", "RTX 3080", "RTX 2080 Ti", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 3090", "RTX 5090")
+_TYPICAL_LARGE = ("A100 40GB", "RTX A6000", "A100 80GB")
+"""Which card's speed a mere size is given, from the smallest to the largest: of each size one that many have."""
+
+
+def find_card(name: str) -> Card:
+    """A card of the table (`rtx-3060`, `RTX 3060`, `rtx 3080 12gb`), or a size (`12GiB`, `8gb`) at a typical speed.
+
+    Sizes are as on the box, where a 12 GB card has 12 GiB; of several sizes of a card the first, smallest one is meant
+    when none is given. The typical speed is that of the largest of a few widespread cards that has no more memory; its
+    name says which. Raises UserError for anything else, with the nearest names.
+    """
+    base, size = _split(name)
+    if not base and size is not None:
+        return _of_size(-size if name.strip().startswith("-") else size, name)
+    # Written in one, as `rtx306012gb`, a name does not tell where its size begins.
+    compact = [card for card in CARDS if _compact(card.name) == _compact(name)]
+    found = compact or _matching(base, size)
+    if found:
+        return found[0]
+    bases = {_split(card.name)[0]: card for card in reversed(CARDS)}
+    close = difflib.get_close_matches(base, bases, n=3, cutoff=0.5)
+    near = [card.name for card in _matching(base, None)] or [bases[key].name for key in close]
+    nearest = f"; the nearest are {', '.join(near)}" if near else ""
+    raise UserError(
+        f"--card '{name}' is unknown{nearest}. Give a size, such as 12GiB, or one of: "
+        + ", ".join(card.name.lower().replace(" ", "-") for card in CARDS)
+    )
+
+
+def _of_size(gib: float, asked: str) -> Card:
+    if not 1 <= gib <= 1024:
+        raise UserError(f"--card '{asked}': no card has that much memory; for example: 8GiB, 12GiB, 24GiB")
+    typical = [find_card(name) for name in (*_TYPICAL, *_TYPICAL_LARGE)]
+    smaller = [card for card in typical if card.memory_bytes <= gib * GIB]
+    like = smaller[-1] if smaller else typical[0]
+    name = f"{gib:g} GiB card, as fast as {like.name}"
+    return replace(like, name=name, memory_bytes=int(gib * GIB))
+
+
+def _split(name: str) -> tuple[str, float | None]:
+    """`NVIDIA GeForce RTX 3080 12GB` → (`rtx3080`, 12); `16 GiB` → (``, 16); `rtx-3060` → (`rtx3060`, None)."""
+    words = re.sub(r"\b(nvidia|geforce|tesla|gpu|hbm\d\w*|sxm\d?)\b", "", name.lower())
+    size = re.search(r"(\d+(?:\.\d+)?)\s*(?:gi?b|g)\b", words)
+    base = words if size is None else words[: size.start()] + words[size.end() :]
+    return _compact(base), None if size is None else float(size[1])
+
+
+def _compact(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _matching(base: str, size: float | None) -> list[Card]:
+    """Cards of that name and about that size: some of it may be its error correction's."""
+    return [
+        card
+        for card in CARDS
+        if _split(card.name)[0] == base and (size is None or abs(card.memory_bytes / GIB - size) < 0.1 * size)
+    ]
+
+
+def this_machine(device: str | None = None) -> Card:
+    """The CUDA device of this machine with its real memory, else (or with `device="cpu"`) the processor and its memory.
+
+    A card that the table does not know has the rates that its multiprocessors and clocks give.
+    """
+    if device != "cpu" and torch.cuda.is_available():
+        properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return of_properties(properties, has_bf16=torch.cuda.is_bf16_supported(including_emulation=False))
+    return _processor()
+
+
+def of_properties(properties: Any, has_bf16: bool) -> Card:
+    """The card of torch's device properties: the table's of that name and nearest memory, with its real memory."""
+    name, memory = str(properties.name), int(properties.total_memory)
+    base = _split(name)[0]
+    # The name of a part of a card (MIG), or of a laptop's, is no card's name.
+    alike = _matching(base, None) or _matching(base.replace("pcie", ""), None)
+    if not alike:
+        return _estimated(properties, has_bf16)
+    nearest = min(alike, key=lambda card: abs(card.memory_bytes - memory))
+    return replace(nearest, name=name, memory_bytes=memory, has_bf16=has_bf16)
+
+
+# Multiply-adds a clock and multiprocessor: of bf16 or fp16 summed up in fp32, and of fp32, by compute capability, from
+# the whitepapers of the architectures. Of 7.5, 8.6, 8.9 and 12.0 it is GeForce's half rate.
+_A_CLOCK: dict[tuple[int, int], tuple[int, int]] = {
+    (6, 0): (128, 64),
+    (6, 1): (128, 128),
+    (7, 0): (512, 64),
+    (7, 5): (256, 64),
+    (8, 0): (1024, 64),
+    (8, 6): (256, 128),
+    (8, 9): (256, 128),
+    (9, 0): (2048, 128),
+    (10, 0): (4096, 128),
+    (12, 0): (256, 128),
+}
+
+
+def _estimated(properties: Any, has_bf16: bool) -> Card:
+    """Rates from clocks. Where torch does not tell a clock, 1.5 GHz and 300 GB/s stand in, which is modest."""
+    capability = (int(properties.major), int(properties.minor))
+    known = [entry for entry in sorted(_A_CLOCK) if entry <= capability]
+    half, single = _A_CLOCK[known[-1]] if known else (128, 128)
+    if capability == (7, 5) and "gtx" in str(properties.name).lower():  # no tensor cores
+        half = 128
+    clock = getattr(properties, "clock_rate", 1_500_000) * 1e3
+    memory_clock, width = getattr(properties, "memory_clock_rate", 0) * 1e3, getattr(properties, "memory_bus_width", 0)
+    each = 2 * int(properties.multi_processor_count) * clock
+    return Card(
+        str(properties.name),
+        int(properties.total_memory),
+        2 * memory_clock * width / 8 or 300e9,
+        each * half,
+        each * single,
+        has_bf16,
+        f"estimated from {properties.multi_processor_count} multiprocessors of compute capability "
+        f"{capability[0]}.{capability[1]} and their clocks",
+    )
+
+
+_LANES = {"AVX512": 16, "AVX2": 8}
+_CPU_CLOCK, _CPU_BANDWIDTH = 2.5e9, 20e9
+
+
+def _processor() -> Card:
+    """Modest figures for the threads that torch uses; a calibration puts the real ones in their place."""
+    threads = torch.get_num_threads()
+    lanes = _LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
+    rate = threads * _CPU_CLOCK * lanes * 4  # two units, each a multiplication and an addition a clock
+    return Card(
+        processor_name(),
+        memory_of_host(),
+        _CPU_BANDWIDTH,
+        rate,
+        rate,
+        True,
+        f"assumed: {threads} threads at {_CPU_CLOCK / 1e9} GHz with {lanes} numbers a register, one memory channel",
+        is_cuda=False,
+    )
+
+
+def memory_of_host() -> int:
+    """Physical memory in bytes, or what a container's limit leaves of it; 8 GiB where the system does not tell."""
+    try:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 * GIB
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            return min(physical, int(file.read()))
+    except (OSError, ValueError):
+        return physical

@@ -1,0 +1,1 @@
+"""One simulation a phase: a teacher's batch, a training step, an evaluation's batch."""

@@ -1,0 +1,120 @@
+"""The evaluation's memory and work: its real walks over one batch of held-out text, on tensors without memory.
+
+Shapes: N positions of a batch, V vocabulary, D the teacher's hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from typing import Any
+from unittest import mock
+
+import torch
+import torchmetrics.metric
+from torch import Tensor, nn
+
+from distill.evaluation import fidelity
+from distill.evaluation.breakdown import Fidelity, Likelihood
+from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
+from distill.forecast.phases.teacher import make_batch
+from distill.forecast.simulation.blocks import alike_once
+from distill.forecast.simulation.fake import without_memory
+from distill.forecast.simulation.kernels import DeviceKind
+from distill.forecast.simulation.repetition import first_two_alike
+from distill.forecast.simulation.result import Simulation, tag_model
+from distill.forecast.simulation.tracker import Tracker
+from distill.models.language_model import Head
+
+_CPU = torch.device("cpu")
+
+
+def simulate_likelihood(
+    make_teacher: Callable[[], nn.Module],
+    *,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+    chunk_size: int,
+    documents: int = 1,
+    device: DeviceKind = "cpu",
+) -> Simulation:
+    """Memory and work of one batch of held-out samples that the teacher reads; a copy of its head is among it."""
+    rows, tracker = _rows(batch_size, length, documents), Tracker(device)
+    with without_memory(device) as values:
+        samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
+        with tracker, _without_values():
+            teacher: Any = make_teacher()
+            tag_model(tracker, teacher)
+            tracker.forget()
+            with alike_once(teacher, tracker):
+                states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
+            tracker.tag([states.head.weight_VD], "weights")
+            with _equal_chunks_once(tracker):
+                teacher_likelihood(states, samples, batch_size, chunk_size, _CPU)
+            peak = tracker.peak()
+    return Simulation(peak.bytes, peak.parts, tracker.work.copy())
+
+
+def simulate_fidelity(
+    make_student: Callable[[], nn.Module],
+    *,
+    teacher_hidden_size: int,
+    teacher_dtype: torch.dtype,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+    chunk_size: int,
+    documents: int = 1,
+    device: DeviceKind = "cpu",
+) -> Simulation:
+    """Memory and work of one batch of held-out samples; the teacher has left its head and its hidden states."""
+    rows, tracker = _rows(batch_size, length, documents), Tracker(device)
+    with without_memory(device) as values:
+        samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
+        with tracker, _without_values():
+            student: Any = make_student().eval()
+            tag_model(tracker, student)
+            head = Head(torch.empty(vocab_size, teacher_hidden_size, dtype=teacher_dtype))
+            tracker.tag([head.weight_VD], "weights")
+            with tracker.host() if device == "cuda" else nullcontext():  # the device has the chunk in hand alone
+                hidden_ND = torch.empty(batch_size * length, teacher_hidden_size, dtype=teacher_dtype)
+            tracker.forget()
+            states = TeacherStates([hidden_ND], head)
+            with alike_once(student, tracker), _equal_chunks_once(tracker):
+                student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None)
+            peak = tracker.peak()
+    return Simulation(peak.bytes, peak.parts, tracker.work.copy())
+
+
+def _rows(batch_size: int, length: int, documents: int) -> list[dict[str, Tensor]]:
+    batch = make_batch(batch_size, length, documents)
+    return [{name: tensor[row].clone() for name, tensor in batch.items()} for row in range(batch_size)]
+
+
+@contextmanager
+def _equal_chunks_once(tracker: Tracker) -> Iterator[None]:
+    """Inside, of a batch's equal chunks two are measured: what a metric keeps does not grow."""
+
+    def chunks(*args: Any) -> Iterator[tuple[slice, Any]]:
+        return first_two_alike(inner(*args), tracker, lambda chunk: len(chunk[1].next_ids_N))
+
+    inner = fidelity._chunks
+    with mock.patch.object(fidelity, "_chunks", chunks):
+        yield
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Inside, metrics copy what their states begin as, where fake tensors cannot be deep-copied, and tell no sums."""
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else copy(value)
+
+    with (
+        mock.patch.object(torchmetrics.metric, "deepcopy", copied),
+        mock.patch.object(Fidelity, "measured", lambda metric, text_bytes: None),
+        mock.patch.object(Likelihood, "measured", lambda metric, text_bytes: None),
+    ):
+        yield

@@ -1,0 +1,225 @@
+"""What a batch of the teacher, a step of the student and a batch of the evaluation take: each simulated once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from distill import plugins
+from distill.errors import UserError
+from distill.experiment.cache import make_scheme
+from distill.experiment.configuration import Experiment
+from distill.experiment.training import check_training, roles
+from distill.forecast.machine.calibration import find, kind_of, speed
+from distill.forecast.machine.cards import Card
+from distill.forecast.models import Models, configurations_alone, size_of, without_initial_weights
+from distill.forecast.phases.evaluation import simulate_fidelity, simulate_likelihood
+from distill.forecast.phases.step import StepShape, simulate_step
+from distill.forecast.phases.teacher import most_entries, simulate_teacher
+from distill.forecast.simulation.kernels import DeviceKind
+from distill.forecast.simulation.repetition import each_kind_of_chunk_once, moments_made_first, work_of_update
+from distill.forecast.simulation.result import Simulation
+from distill.forecast.simulation.work import Work
+from distill.models.checkpoints import first_line
+from distill.report.numbers import size
+from distill.targets.schemes import Hidden
+
+Phase = str
+PHASES: tuple[Phase, ...] = ("cache-teacher", "train-student", "evaluate")
+PASSES = 2
+"""Passes that are simulated of a step with more: from the second on each is like the one before."""
+DOCUMENTS = 2
+"""In a packed sample: the mask that keeps them apart is as large for any number."""
+
+
+class NoForecast(UserError):
+    """A phase cannot be simulated: a student that does what only real tensors can, or that would fail in training."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One simulation of a phase."""
+
+    what: str
+    simulation: Simulation
+    seconds: float
+    """Of a batch, or of a whole optimiser step."""
+    sizes: dict[str, int]
+    """Of the model that was made, as `size_of` tells."""
+    loading_bytes: int = 0
+    """Host memory while a model is loaded, where that is more than the largest tensor at a time."""
+
+
+class Simulator:
+    """Simulates phases of experiments on one card, nothing twice."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.device: DeviceKind = "cuda" if card.is_cuda else "cpu"
+        efficiency = find(kind_of(card))
+        self.speed, self.reading = speed(card, efficiency), efficiency.reading
+        self._known: dict[str, tuple[list[Part], list[str]]] = {}
+
+    def parts(self, experiment: Experiment, phase: Phase, notes: list[str]) -> list[Part]:
+        """The phase's simulations; its peak is the largest of theirs.
+
+        Raises UserError for what cannot be made, and NoForecast for what cannot be simulated.
+        """
+        key = f"{phase} {_relevant(experiment, phase)}"
+        if key not in self._known:
+            own: list[str] = []
+            try:
+                with _quietly(), configurations_alone(own):
+                    self._known[key] = _SIMULATE[phase](self, Models(experiment, self.card, own)), own
+            except UserError:
+                raise
+            except Exception as error:  # of a stranger's model, say
+                raise NoForecast(f"{phase}: no forecast ({type(error).__name__}: {first_line(error)})") from error
+        parts, own = self._known[key]
+        notes += [note for note in own if note not in notes]
+        return parts
+
+    def hidden_size(self, experiment: Experiment) -> int:
+        """The teacher's."""
+        with _quietly(), configurations_alone([]):
+            return Models(experiment, self.card, []).hidden_size
+
+    def _teacher(self, models: Models) -> list[Part]:
+        cache = models.experiment.cache
+        make, sizes = _measured(models.teacher)
+        simulation = simulate_teacher(
+            make,
+            batch_size=cache.batch_size,
+            vocab_size=models.vocab_size,
+            scheme=make_scheme(models.experiment, models.hidden_size),
+            chunk_size=cache.chunk_size,
+            **self._text(models),
+        )
+        return [self._teacher_part(models, simulation, sizes)]
+
+    def _teacher_part(self, models: Models, simulation: Simulation, sizes: dict[str, int]) -> Part:
+        """A batch of the teacher; a streamed one's weights are read while it computes."""
+        seconds = max(self.speed.seconds(simulation.work), sizes["bytes_read"] / self.reading)
+        if sizes["bytes_read"]:
+            models.note(f"teacher: every batch reads {size(sizes['bytes_read'])}, at {size(self.reading)} a second")
+        loading = 0
+        if models.checkpoint.gguf_file is not None:  # dequantised as a whole: its tensors, and the model made of them
+            each = getattr(torch, models.compute_dtype).itemsize
+            loading = 2 * each * (sizes["parameters"] + sizes["packed_parameters"])
+        return Part("teacher", simulation, seconds, sizes, loading)
+
+    def _text(self, models: Models) -> dict[str, Any]:
+        corpus = models.experiment.corpus
+        return {
+            "length": corpus.sequence_length,
+            "documents": DOCUMENTS if corpus.pack else 1,
+            "device": self.device,
+        }
+
+    def _student(self, models: Models) -> list[Part]:
+        experiment = models.experiment
+        train, scheme = experiment.train, make_scheme(experiment, models.hidden_size)
+        check_training(experiment, scheme.name, experiment.cache.held_out_samples, self.device)
+        passes = min(train.accumulate_grad_batches, PASSES)
+        shape = StepShape(
+            samples=train.batch_size * passes,
+            length=self._text(models)["length"],
+            entries=most_entries(scheme),
+            hidden_size=models.hidden_size if isinstance(scheme, Hidden) else None,
+            has_rest=experiment.cache.scheme == "top_k",
+            documents=self._text(models)["documents"],
+        )
+        make, sizes = _measured(lambda: models.module(roles(experiment)[0]))
+        with each_kind_of_chunk_once(), moments_made_first(), work_of_update() as update:
+            simulation = simulate_step(make, shape, precision=train.precision, device=self.device)
+        passing = self.speed.seconds(_without(simulation.work, update))
+        seconds = passing * train.accumulate_grad_batches / passes + self.speed.seconds(update)
+        return [Part("a step of the student", simulation, seconds, sizes)]
+
+    def _evaluation(self, models: Models) -> list[Part]:
+        config, chunk_size = models.experiment.evaluate, models.experiment.loss.chunk_size
+        text: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "vocab_size": models.vocab_size,
+            "chunk_size": chunk_size,
+        }
+        text |= self._text(models)
+        make, sizes = _measured(models.teacher)
+        teacher = simulate_likelihood(make, **text)
+        make, student_sizes = _measured(lambda: _trained(models))
+        dtype = getattr(torch, models.compute_dtype)
+        student = simulate_fidelity(make, teacher_hidden_size=models.hidden_size, teacher_dtype=dtype, **text)
+        return [
+            self._teacher_part(models, teacher, sizes),
+            Part("student", student, self.speed.seconds(student.work), student_sizes),
+        ]
+
+
+_SIMULATE = {
+    "cache-teacher": Simulator._teacher,
+    "train-student": Simulator._student,
+    "evaluate": Simulator._evaluation,
+}
+
+
+def _measured(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, int]]:
+    """The same function, and the sizes of the model that it makes, once it has made one."""
+    sizes: dict[str, int] = {}
+
+    def made() -> Any:
+        model = make()
+        sizes.update(size_of(getattr(model, "student", model)))
+        return model
+
+    return made, sizes
+
+
+def _trained(models: Models) -> Any:
+    """A student as it is loaded after its training: in the evaluation's type, adapters merged into their weights."""
+    student, dtype = models.experiment.student, getattr(torch, models.experiment.evaluate.student_dtype)
+    if student.class_path not in ("lora", plugins.BUILT_IN["student"]["lora"]):
+        return models.student().to(dtype)
+    names = ("model", "revision", "trust_remote_code")
+    taken = {name: student.options[name] for name in names if name in student.options}
+    with without_initial_weights():
+        return plugins.build("huggingface", "student", taken, {}).to(dtype)
+
+
+def _relevant(experiment: Experiment, phase: Phase) -> str:
+    """All that a phase's simulations depend on, and little else."""
+    same = {"max_samples": None, "held_out_samples": 0, "overwrite": False, "shard_samples": 1}
+    cache, evaluate = replace(experiment.cache, **same), None  # type: ignore[arg-type]
+    train, loss, student = experiment.train, experiment.loss, experiment.student
+    if phase == "cache-teacher":
+        return repr((experiment.corpus, experiment.teacher, cache))
+    cache = replace(cache, batch_size=1, chunk_size=1)
+    if phase == "evaluate":
+        evaluate, train, cache = experiment.evaluate, None, replace(cache, scheme="varopt")  # type: ignore[assignment]
+        return repr((experiment.corpus, experiment.teacher, cache, student, loss.chunk_size, evaluate))
+    return repr((experiment.corpus, experiment.teacher, cache, student, loss, train))
+
+
+def _without(work: Counter[Work], part: Counter[Work]) -> Counter[Work]:
+    rest = Counter(work)
+    rest.subtract(part)
+    return rest
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Libraries say things about a training that none is; what fails comes as an exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

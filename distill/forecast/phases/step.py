@@ -1,0 +1,211 @@
+"""A training step's memory and work: the real trainer makes two steps with the real module on tensors without memory.
+
+Shapes: B samples of an optimiser step, L sequence length, N positions, K entries of a target, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from distill.cache.reading.batches import Batch, HiddenTargets
+from distill.forecast.simulation.blocks import AlikeBlocks, NotAlike, alike_once
+from distill.forecast.simulation.fake import without_memory
+from distill.forecast.simulation.kernels import DeviceKind
+from distill.forecast.simulation.result import Simulation, all_tensors, tag_model
+from distill.forecast.simulation.tracker import Tracker
+from distill.forecast.simulation.work import Work
+from distill.targets.sparse import SparseTargets
+from distill.training import module as training_module
+from distill.training.module import DistillationModule
+from distill.training.optimizers.step_in_backward import StepInBackward
+from distill.training.trainer import make_trainer
+
+STEPS = 2
+"""The optimiser's states are made in the first step; the second is the one that all others are like."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One optimiser step's samples; the module's `micro_batch` says in how many passes it is made."""
+
+    samples: int
+    length: int
+    entries: int = 40
+    """Of a sparse target, the longest of the step."""
+    hidden_size: int | None = None
+    """Of the teacher, where its hidden states are the targets."""
+    has_rest: bool = False
+    """Whether a target has a bucket for all other tokens (top_k)."""
+    documents: int = 1
+    """Packed into one sample."""
+
+
+def simulate_step(
+    make_module: Callable[[], DistillationModule],
+    shape: StepShape,
+    *,
+    precision: str = "32-true",
+    device: DeviceKind = "cpu",
+    alike_blocks_once: bool = True,
+) -> Simulation:
+    """Memory and work of a step of what `make_module` makes, without memory for it.
+
+    `make_module` builds student, optimiser and levers as for a training on a CPU; whatever tensors it makes are fake,
+    and checkpoints give their shapes alone. `precision` is the trainer's. `alike_blocks_once`: see
+    `distill.forecast.simulation.blocks`; without it every block is run. Raises what the module raises.
+    """
+    batch, tracker = make_batch(shape), Tracker(device)
+    # Of the same size; a CPU, which fake tensors are on, has no float16 autocast.
+    fake_precision = "bf16-mixed" if precision == "16-mixed" else precision
+    try:
+        with without_memory(device) as values:
+            fake_batch = _mapped(batch, values.known)
+            with tracker:
+                return run_tracked(make_module, fake_batch, tracker, fake_precision, alike_blocks_once)
+    except NotAlike:
+        return simulate_step(make_module, shape, precision=precision, device=device, alike_blocks_once=False)
+
+
+def run_tracked(
+    make_module: Callable[[], DistillationModule],
+    batch: Batch,
+    tracker: Tracker,
+    precision: str,
+    alike_blocks_once: bool = False,
+) -> Simulation:
+    """Make the steps under a tracker that has been entered, on tensors of any kind."""
+    with tracker.host() if tracker.device == "cuda" else nullcontext():  # where it waits for its passes
+        tracker.tag(all_tensors(batch), "buffers and batch")
+    module = make_module()
+    tag_model(tracker, module)
+    if module.teacher_head is not None:
+        tracker.tag([module.teacher_head.weight_VD], "weights")
+    _watch_gradients(tracker, module)
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # copies tensors past torch
+    tracker.forget()
+    with (
+        mock.patch.object(training_module, "fused_loss", _in_loss(tracker, training_module.fused_loss)),
+        alike_once(module.student, tracker) as blocks,
+    ):
+        # What is offloaded leaves the device at moments that a block not run does not have.
+        if not alike_blocks_once or module.saved_activations is not nullcontext:
+            blocks.run_all()
+        watch = _Watch(tracker, blocks)
+        run_steps(module, batch, precision, [watch])
+    peak = tracker.peak()
+    return Simulation(peak.bytes, peak.parts, watch.work)
+
+
+def run_steps(
+    module: DistillationModule,
+    batch: Batch,
+    precision: str,
+    callbacks: list[pl.Callback] | None = None,
+    accelerator: str = "cpu",
+    steps: int = STEPS,
+) -> None:
+    """Some optimiser steps of Lightning's trainer as every training here uses it, on one batch again and again."""
+    trainer = make_trainer(
+        accelerator=accelerator,
+        devices=1,
+        num_nodes=1,
+        strategy="auto",
+        precision=precision,
+        epochs=1,
+        max_steps=steps,
+        log_every_steps=steps + 1,
+        loggers=[],
+        callbacks=callbacks or [],
+    )
+    trainer.fit(module, _Repeat(batch, steps))
+
+
+def make_batch(shape: StepShape, vocab_size: int = 2) -> Batch:
+    """A step's samples, of which every position carries loss; real tensors."""
+    B, L, K = shape.samples, shape.length, shape.entries
+    document = -(-L // shape.documents)
+    positions_BL = (torch.arange(L) % document).repeat(B, 1)
+    N = B * L
+    targets: SparseTargets | HiddenTargets
+    if shape.hidden_size is not None:
+        targets = HiddenTargets(torch.zeros(N, shape.hidden_size, dtype=torch.bfloat16))
+    else:
+        rest_N = torch.full((N,), 0.1) if shape.has_rest else None
+        counts_N = torch.full((N,), K)
+        ids_NK = torch.randint(vocab_size, (N, K))
+        targets = SparseTargets(ids_NK, torch.full((N, K), 0.9 / K), counts_N, counts_N.clone(), rest_N)
+    ids_BL, mask_BL = torch.randint(vocab_size, (B, L)), torch.ones(B, L, dtype=torch.bool)
+    return Batch(ids_BL, positions_BL, mask_BL, targets, torch.ones(N), torch.ones(N))
+
+
+class _Repeat:
+    """A loader of one batch."""
+
+    def __init__(self, batch: Batch, times: int) -> None:
+        self.batch, self.times = batch, times
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter([self.batch] * self.times)
+
+    def __len__(self) -> int:
+        return self.times
+
+
+class _Watch(pl.Callback):
+    """Learns what is a gradient and what an optimiser's state, and where the last step begins."""
+
+    def __init__(self, tracker: Tracker, blocks: AlikeBlocks) -> None:
+        self.tracker, self.blocks = tracker, blocks
+        self.work: Counter[Work] = Counter()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if any(isinstance(optimizer, StepInBackward) for optimizer in trainer.optimizers):
+            self.blocks.run_all()  # each weight's update is among its block's backward pass
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.tracker.work.clear()
+        self.blocks.begin_step()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.work = Counter(self.tracker.work)
+        self.blocks.end_step()
+        for optimizer in trainer.optimizers:
+            self.tracker.tag(all_tensors(dict(optimizer.state)), "optimizer states")
+
+
+def _watch_gradients(tracker: Tracker, module: DistillationModule) -> None:
+    """A gradient may live for a moment only: it is told as soon as it is complete."""
+
+    def tag(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            tracker.tag([parameter.grad], "gradients")
+
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(tag)
+
+
+def _in_loss(tracker: Tracker, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def tracked(*args: Any, **kwargs: Any) -> Tensor:
+        with tracker.loss():
+            return loss(*args, **kwargs)
+
+    return tracked
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with all its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{field.name: _mapped(getattr(value, field.name), change) for field in fields(value)})
+    return value

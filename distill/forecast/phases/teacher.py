@@ -1,0 +1,102 @@
+"""The teacher phase's memory and work: its real walk over one batch, on tensors without memory.
+
+Shapes: B samples of a batch, L sequence length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from distill.cache.making import predict
+from distill.cache.making.predict import TeacherModule
+from distill.forecast.simulation.blocks import alike_once
+from distill.forecast.simulation.fake import without_memory
+from distill.forecast.simulation.kernels import DeviceKind
+from distill.forecast.simulation.repetition import first_two_alike
+from distill.forecast.simulation.result import Simulation, tag_model
+from distill.forecast.simulation.tracker import Tracker
+from distill.targets.schemes import AnyScheme, Hidden, VarOpt
+
+
+def simulate_teacher(
+    make_teacher: Callable[[], nn.Module],
+    *,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+    scheme: AnyScheme,
+    chunk_size: int = 256,
+    documents: int = 1,
+    device: DeviceKind = "cpu",
+    alike_blocks_once: bool = True,
+) -> Simulation:
+    """Memory and work of one batch of the teacher that `make_teacher` makes: body, head and targets.
+
+    Every position carries loss and, under varopt, has as many entries as a target may have: all samples are alike, and
+    two of them get their targets. `alike_blocks_once`: see `distill.forecast.simulation.blocks`; without it every
+    block is run.
+    """
+    batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
+    with without_memory(device, most_entries(scheme)) as values, _two_samples(tracker):
+        batch = {name: values.known(tensor) for name, tensor in batch.items()}
+        with tracker:
+            module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
+            return run_tracked(module, batch, tracker, alike_blocks_once)
+
+
+def run_tracked(
+    module: TeacherModule, batch: dict[str, Tensor], tracker: Tracker, alike_blocks_once: bool = False
+) -> Simulation:
+    """Make one batch's targets under a tracker that has been entered, on tensors of any kind."""
+    tag_model(tracker, module)
+    tracker.tag(batch.values(), "buffers and batch")
+    tracker.forget()
+    extract = _head_and_targets(tracker, module)
+    module._record = extract  # type: ignore[method-assign]
+    with alike_once(cast(nn.Module, module.teacher), tracker) as blocks:
+        if not alike_blocks_once:
+            blocks.run_all()
+        module.predict_step(batch, 0)
+    peak = tracker.peak()
+    return Simulation(peak.bytes, peak.parts, tracker.work.copy())
+
+
+def make_batch(batch_size: int, length: int, documents: int = 1, vocab_size: int = 2) -> dict[str, Tensor]:
+    """A batch as the corpus gives it; real tensors."""
+    document = -(-length // documents)
+    return {
+        "input_ids": torch.randint(vocab_size, (batch_size, length)),
+        "position_ids": (torch.arange(length) % document).repeat(batch_size, 1),
+        "loss_mask": torch.ones(batch_size, length, dtype=torch.bool),
+    }
+
+
+def most_entries(scheme: AnyScheme) -> int:
+    """Entries of the longest target that a scheme makes."""
+    if isinstance(scheme, VarOpt):
+        return int(1 / scheme.threshold)
+    return 1 if isinstance(scheme, Hidden) else scheme.entries
+
+
+@contextmanager
+def _two_samples(tracker: Tracker) -> Iterator[None]:
+    """Inside, two samples of a batch get targets, and their records are all that there are."""
+    inner = predict._samples
+    with mock.patch.object(predict, "_samples", lambda *columns: first_two_alike(inner(*columns), tracker)):
+        yield
+
+
+def _head_and_targets(tracker: Tracker, module: TeacherModule) -> Callable[..., Any]:
+    inner = module._record
+
+    def tracked(*args: Any) -> Any:
+        with tracker.loss():
+            return inner(*args)
+
+    return tracked

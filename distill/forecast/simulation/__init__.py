@@ -1,0 +1,1 @@
+"""Simulation of kernels on tensors without memory: memory in use, work done."""

@@ -1,0 +1,59 @@
+"""What a simulation finds, and how it tells what a tensor is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from distill.forecast.simulation.tracker import Kind, Tracker
+from distill.forecast.simulation.work import Work
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a training step, or a batch of the teacher, would take."""
+
+    peak_bytes: int
+    """Largest number of bytes on the device at one time, the model among them."""
+    parts: dict[Kind, int]
+    """What the peak is made of."""
+    work: Counter[Work]
+    """`Speed.seconds(work)` is its time."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products."""
+        return sum(work.flops * count for work, count in self.work.items())
+
+    @property
+    def bytes_moved(self) -> int:
+        """Read and written by all kernels."""
+        return sum(work.bytes * count for work, count in self.work.items())
+
+
+def tag_model(tracker: Tracker, module: nn.Module) -> None:
+    """Tell the tracker a model's weights and buffers."""
+    tracker.tag(module.buffers(), "buffers and batch")
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None or not parameter.is_floating_point():
+            scales = all_tensors([state, getattr(parameter, "SCB", None)])
+            tracker.tag([parameter, *scales], "quantized weights")
+        else:
+            tracker.tag([parameter], "weights")
+
+
+def all_tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested dataclasses, mappings, sequences and quantisation states."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in all_tensors(getattr(value, field.name))]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in all_tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in all_tensors(item)]
+    return all_tensors(vars(value)) if type(value).__name__ == "QuantState" else []

@@ -1,0 +1,150 @@
+"""How much an experiment reads, writes and keeps: samples, tokens, the cache, checkpoints, the student's folder."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
+from distill.cache.making.budget import parse_size
+from distill.corpus.reading import local_files
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders
+from distill.report.numbers import size
+
+# Bytes a token by threshold or entries: the largest of three corpora in the tables of distill/cache/README.md
+# (OpenStax textbooks, every token with loss). A corpus of plainer text, or with masked questions, takes less.
+_VAROPT: dict[float, float] = {1 / 200: 78.2, 1 / 100: 50.8, 1 / 50: 33.2, 1 / 25: 22.0}
+_TOP_K: dict[float, float] = {12: 30.0, 32: 74.7, 64: 144.5, 128: 281.3}
+_RANDOM: dict[float, float] = {50: 33.8}
+_FURTHER_DRAW = 0.5
+"""Of the first draw's bytes, for the ids of its tail atoms; an estimate, as those tables have one draw alone."""
+_SCALARS = 8
+"""Bytes of what is stored beside hidden states: token, entropy, surprisal."""
+_SHARD = 600
+"""Bytes a shard beside its records: header, offsets of the samples, journal line."""
+BYTES_A_TOKEN_OF_TEXT = 4.0
+"""Of English text and today's tokenizers, where a file's samples have not been counted."""
+_COMPRESSION = 3.0
+
+
+def memory_limit(experiment: Experiment) -> int | None:
+    """Bytes of device memory that may be used; None: all. Raises UserError for what is no size."""
+    return None if experiment.memory_limit is None else parse_size(experiment.memory_limit, "memory_limit")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much text an experiment has; None: not known before the corpus is read."""
+
+    train: int | None
+    """Training samples in the cache."""
+    held_out: int
+    """Held-out samples in the cache, at most."""
+    evaluated: int | None
+    """Held-out samples that the evaluation reads."""
+
+    @property
+    def cached(self) -> int | None:
+        return None if self.train is None else self.train + self.held_out
+
+
+def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
+    """Samples of a cache that was begun, else as many as are allowed, or as the corpus's files hold by their size."""
+    cache, corpus = experiment.cache, experiment.corpus
+    folder = Folders.of(experiment).cache
+    if (folder / MANIFEST).is_file():
+        splits = read_manifest(folder).splits
+        train, held_out = (splits[name][1] - splits[name][0] for name in ("train", "held_out"))
+        return Amount(train, held_out, experiment.evaluate.max_samples or held_out)
+    total = _samples_in_files(experiment)
+    evaluated = experiment.evaluate.max_samples
+    if total is None:
+        if cache.max_samples is None:
+            notes.append(f"corpus {corpus.path}: its size is not known here; with cache.max_samples the whole is told")
+        return Amount(cache.max_samples, cache.held_out_samples, evaluated)
+    text = f"about {total:,} samples, by the size of its files ({BYTES_A_TOKEN_OF_TEXT:g} bytes a token)"
+    notes.append(f"corpus {corpus.path}: {text}")
+    held_out = round(total * corpus.held_out)
+    train = min(total - held_out, cache.max_samples or total)
+    return Amount(train, min(held_out, cache.held_out_samples), min(held_out, evaluated or held_out))
+
+
+def _samples_in_files(experiment: Experiment) -> int | None:
+    files = local_files(experiment.corpus.path)
+    if files is None:
+        return None
+    held = sum(file.stat().st_size * (_COMPRESSION if file.suffix in (".gz", ".parquet") else 1) for file in files)
+    return max(1, math.ceil(held / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
+
+
+def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) -> float:
+    """Of the cache: as its finished shards have it, else as its budget asks, else by the measured tables."""
+    cache, folder = experiment.cache, Folders.of(experiment).cache
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        entries = read_journal(folder, manifest).values()
+        tokens = sum(entry.samples for entry in entries) * manifest.sequence_length
+        if tokens:
+            return sum(entry.bytes for entry in entries) / tokens
+    if cache.bytes_per_token is not None:
+        return cache.bytes_per_token
+    notes.append(f"cache: bytes a token of scheme {cache.scheme} by the tables in distill/cache/README.md")
+    if cache.scheme == "hidden":
+        return 2.0 * hidden_size + _SCALARS
+    if cache.scheme == "varopt":
+        return _between(_VAROPT, cache.threshold) * (1 + _FURTHER_DRAW * (cache.draws - 1))
+    return _between(_TOP_K if cache.scheme == "top_k" else _RANDOM, cache.entries)
+
+
+def _between(table: dict[float, float], at: float) -> float:
+    """A straight line between neighbours on logarithmic scales; beyond the ends it goes on as the last ones do."""
+    if len(table) == 1:
+        return sum(value * at / place for place, value in table.items())
+    places, values = (np.log(np.array(column)) for column in zip(*sorted(table.items()), strict=True))
+    at = math.log(at)
+    first = int(np.clip(np.searchsorted(places, at) - 1, 0, len(places) - 2))
+    slope = (values[first + 1] - values[first]) / (places[first + 1] - places[first])
+    return float(np.exp(values[first] + slope * (at - places[first])))
+
+
+def cache_bytes(experiment: Experiment, each: float, samples: int | None) -> int | None:
+    """The whole cache."""
+    if samples is None:
+        return None
+    shards = -(-samples // experiment.cache.shard_samples)
+    return round(each * samples * experiment.corpus.sequence_length) + shards * _SHARD + 8 * samples
+
+
+def moment_bytes(experiment: Experiment, trained_parameters: int, trained_bytes: int) -> int:
+    """Both of AdamW's moments (and a compensation): on disk, in whichever memory they were."""
+    each = {"adamw": 2.0 * trained_bytes / max(trained_parameters, 1), "adamw_4bit": 1 + 8 / 128}
+    held = trained_parameters * each.get(experiment.train.optimizer, 2 + 8 / 256)
+    return round(held + (2 * trained_parameters if experiment.train.rounding == "kahan" else 0))
+
+
+def disk_notes(needs: dict[str, tuple[Path, int]]) -> list[str]:
+    """For each disk that lacks room: what is to lie in which folder, in bytes, is more than what is free there."""
+    disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for folder, needed in needs.values():
+        disks[_nearest(folder).stat().st_dev].append((folder, needed))
+    return [
+        f"disk: {size(total)} are needed for {folders[0][0]}, where {size(free)} are free"
+        for folders in disks.values()
+        if (total := sum(needed for _, needed in folders)) > (free := free_bytes(folders[0][0]))
+    ]
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk where `folder` is, or would be."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the one above it that is there."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())

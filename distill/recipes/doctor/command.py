@@ -1,0 +1,199 @@
+"""`distill doctor`: what this machine is, what it can do, what is wrong with it and how to mend that."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distill.forecast.forecast import CONTEXT_BYTES, FRAGMENTATION, LIBRARIES_BYTES
+from distill.forecast.machine import calibration
+from distill.forecast.simulation.kernels import DeviceKind
+from distill.recipes.doctor import probes as machine
+from distill.recipes.doctor.findings import Finding, judge
+from distill.recipes.doctor.probes import Probes
+from distill.system.progress import say
+
+T = TypeVar("T")
+
+
+def main(calibrate: bool = False, as_json: bool = False, probes: Probes = machine.REAL) -> int:
+    """Look at this machine and print what was seen; exit status 0: healthy, 1: something is wrong.
+
+    `calibrate` measures its speed first, in under a minute, and keeps it for forecasts. Nothing raises: what cannot be
+    looked at is a finding.
+    """
+    tell: Callable[[str], None] = (lambda line: None) if as_json else say
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        facts, found = _look(probes)
+        for line in _machine_lines(facts):
+            tell(line)
+        facts["calibration"] = _calibration(facts, found, probes, calibrate, tell)
+        facts["can"] = _capacity(facts, found, probes, tell)
+    findings = [*found, *judge(facts)]
+    for line in [*_capacity_lines(facts), *_finding_lines(findings)]:
+        tell(line)
+    healthy = not any(finding.kind == "wrong" for finding in findings)
+    if as_json:
+        say(json.dumps({**facts, "findings": [asdict(finding) for finding in findings], "healthy": healthy}, indent=2))
+    return 0 if healthy else 1
+
+
+def _tried(what: str, look: Callable[[], T], findings: list[Finding], remedy: str) -> T | None:
+    """What a probe sees; a finding where it fails. What libraries print meanwhile is theirs alone."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return look()
+    except (Exception, SystemExit) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        findings.append(Finding("wrong", f"{what}: {lines[0][:200]}", remedy))
+        return None
+
+
+def _look(probes: Probes) -> tuple[dict[str, Any], list[Finding]]:
+    found: list[Finding] = []
+    facts: dict[str, Any] = {
+        "software": _tried("software", probes.software, found, "reinstall torch: pip install --force-reinstall torch"),
+        "host": _tried("host", probes.host, found, "nothing depends on it but the figures for this processor"),
+        "device": _tried(
+            "the CUDA device does not answer",
+            probes.device,
+            found,
+            "look whether nvidia-smi shows it; another program may hold it, or it may need a restart",
+        ),
+        "driver": _tried("nvidia-smi", probes.driver, found, "reinstall the NVIDIA driver, or restart the machine"),
+        "disk": _tried(
+            "this folder cannot be written to",
+            lambda: probes.disk(Path.cwd()),
+            found,
+            "go to a folder of yours on a disk with room, and run there",
+        ),
+        "packages": _tried("packages", probes.packages, found, "reinstall them: pip install -e . in this project"),
+    }
+    kind = _kind(facts)
+    facts["four_bit"] = _tried(
+        f"bitsandbytes fails in 4 bits on {kind}",
+        lambda: probes.four_bit(kind),
+        found,
+        "pip install --upgrade bitsandbytes; until it works: --teacher.quantization none",
+    )
+    if kind == "cuda":
+        before = len(found)
+        _tried(
+            "bitsandbytes' 8-bit optimiser fails",
+            probes.eight_bit_optimizer,
+            found,
+            "pip install --upgrade bitsandbytes; adamw_8bit does without, paged_adamw_8bit does not",
+        )
+        facts["eight_bit_optimizer"] = len(found) == before
+    return facts, found
+
+
+def _kind(facts: dict[str, Any]) -> DeviceKind:
+    return "cuda" if (facts["device"] or {}).get("is_cuda") else "cpu"
+
+
+def _calibration(
+    facts: dict[str, Any], found: list[Finding], probes: Probes, wanted: bool, tell: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """The machine's measured efficiency, now or from before; None: forecasts use the defaults."""
+    kind = _kind(facts)
+    if wanted:
+        tell("calibrating   (less than a minute, best with nothing else running)")
+        remedy = "forecasts go on with the defaults; look at the findings beside it"
+        efficiency = _tried("calibration failed", lambda: probes.calibrate(kind), found, remedy)
+    else:
+        efficiency = _tried(
+            "calibration", lambda: calibration.load(kind), found, "delete distill/calibration.json in your cache folder"
+        )
+    if efficiency is None:
+        tell("time          forecast by default figures; `distill doctor --calibrate` measures yours")
+        return None
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in efficiency.matmul.items())
+    tell(f"time          calibrated: of the peak rates {shares}, of the bandwidth {efficiency.bandwidth:.0%}")
+    return asdict(efficiency)
+
+
+def _capacity(
+    facts: dict[str, Any], found: list[Finding], probes: Probes, tell: Callable[[str], None]
+) -> dict[str, Any] | None:
+    device, host = facts["device"], facts["host"]
+    if device is None or not (device["is_cuda"] or host):
+        return None
+    if device["is_cuda"]:
+        budget = (device["memory_bytes"] - CONTEXT_BYTES) / (1 + FRAGMENTATION)
+    else:
+        budget = (host["free_bytes"] - LIBRARIES_BYTES["cpu"]) / (1 + FRAGMENTATION)
+    tell("\nsimulating what fits …")
+    remedy = "nothing but this table depends on it; forecasts of experiments may fail too"
+    rows = _tried("the simulation fails", lambda: probes.capacity(_kind(facts), budget), found, remedy)
+    method = "bytes a parameter, simulated for a small llama at three sizes; a pass has width/4 tokens"
+    return None if rows is None else {"budget_bytes": budget, "method": method, "largest": rows}
+
+
+def _machine_lines(facts: dict[str, Any]) -> Iterator[str]:
+    software, host, device, driver = (facts[key] or {} for key in ("software", "host", "device", "driver"))
+    if software:
+        build = f"CUDA {software['cuda_build']}" if software["cuda_build"] else "built without CUDA"
+        yield f"system        {software['system']}, Python {software['python']}"
+        yield f"torch         {software['torch']}, {build}"
+    if host:
+        yield f"processor     {host['processor']}, {host['cores']} cores, {host['threads']} threads"
+        yield f"memory        {_gb(host['memory_bytes'])}, {_gb(host['free_bytes'])} free"
+    if device.get("is_cuda"):
+        more = f", one of {device['count']}" if device["count"] > 1 else ""
+        yield f"card          {device['name']}{more}, compute capability {device['capability']}"
+        yield f"card's memory {_gb(device['memory_bytes'])}, {_gb(device['free_bytes'])} free"
+        yield f"bfloat16      {'yes' if device['bf16'] else 'no'}"
+    elif device:
+        yield "card          none that torch can use"
+    if driver:
+        yield f"driver        {driver['version']} ({', '.join(driver['cards'])})"
+    if facts["four_bit"]:
+        errors = facts["four_bit"]
+        yield f"4 bits        tried: weights off by {errors['weight_error']:.1%}, product {errors['product_error']:.0e}"
+    if facts.get("eight_bit_optimizer"):
+        yield "8-bit AdamW   tried: works"
+    if facts["disk"]:
+        speeds = [f"{name} {facts['disk'][key] / 1e6:,.0f} MB/s" for name, key in _SPEEDS if key in facts["disk"]]
+        yield f"disk          {', '.join([_gb(facts['disk']['free_bytes']) + ' free here', *speeds])}"
+    if facts["packages"]:
+        packages = facts["packages"]
+        there = [f"{name} {version}" for name, version in packages.items() if version and name in machine.OPTIONAL]
+        absent = [f"{name} ({machine.OPTIONAL[name]})" for name in machine.OPTIONAL if not packages.get(name)]
+        yield f"optional      {', '.join(there) or 'none'}"
+        yield f"not there     {', '.join(absent) or 'nothing'}"
+
+
+_SPEEDS = (("writes", "write_bytes_per_s"), ("reads", "read_bytes_per_s"))
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def _capacity_lines(facts: dict[str, Any]) -> Iterator[str]:
+    can = facts["can"]
+    if can is None:
+        return
+    yield f"largest llama-like models in {_gb(can['budget_bytes'])} ({can['method']}):"
+    for row in can["largest"]:
+        if row["parameters"]:
+            size = f"{row['parameters'] / 1e9:6.2f} B parameters ({row['layers']} layers of {row['width']:,})"
+        else:
+            size = "  none"
+        yield f"  {row['way']:<36} {size}, {row['bytes_a_parameter']:.2f} bytes a parameter"
+
+
+def _finding_lines(findings: list[Finding]) -> Iterator[str]:
+    yield ""
+    for finding in sorted(findings, key=lambda finding: finding.kind == "note"):
+        yield f"{finding.kind}: {finding.what} -> {finding.remedy}"
+    if not any(finding.kind == "wrong" for finding in findings):
+        yield "nothing is wrong"

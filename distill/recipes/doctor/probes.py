@@ -1,0 +1,189 @@
+"""What `distill doctor` looks at: small functions that each look at one thing, and raise when it does not work."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.forecast.machine import calibration, capacity, measuring
+from distill.forecast.machine.calibration import Efficiency
+from distill.forecast.machine.cards import this_machine
+from distill.forecast.machine.disk import time_disk
+from distill.forecast.simulation.kernels import DeviceKind
+
+REQUIRED = ("torch", "lightning", "transformers", "datasets", "bitsandbytes", "peft", "torchmetrics", "safetensors")
+OPTIONAL = {
+    "lm-eval": "benchmarks",
+    "gguf": "GGUF files",
+    "llama-cpp-python": "checking and chatting with GGUF exports",
+    "onnx": "ONNX export",
+    "onnxscript": "ONNX export",
+    "onnxruntime": "checking ONNX exports",
+    "torchao": "adamw_4bit",
+    "tensorboard": "logs in TensorBoard",
+    "wandb": "logs in Weights & Biases",
+    "nvidia-ml-py": "energy of NVIDIA cards",
+}
+"""What each is for."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """All of them; tests put fakes in their place."""
+
+    software: Callable[[], dict[str, Any]]
+    host: Callable[[], dict[str, Any]]
+    device: Callable[[], dict[str, Any]]
+    driver: Callable[[], dict[str, Any] | None]
+    four_bit: Callable[[DeviceKind], dict[str, float]]
+    eight_bit_optimizer: Callable[[], None]
+    disk: Callable[[Path], dict[str, float]]
+    packages: Callable[[], dict[str, str | None]]
+    capacity: Callable[[DeviceKind, float], list[dict[str, Any]]]
+    calibrate: Callable[[DeviceKind], Efficiency]
+
+
+def software() -> dict[str, Any]:
+    """Python and the build of torch."""
+    return {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda_build": torch.version.cuda,
+    }
+
+
+def host() -> dict[str, Any]:
+    """Processor and memory."""
+    card = this_machine("cpu")
+    found = {"processor": card.name, "cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+    return {**found, "memory_bytes": card.memory_bytes, "free_bytes": min(_available(), card.memory_bytes)}
+
+
+def _available() -> int:
+    """Bytes of memory that programs can have without swapping; where the system does not tell, all."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 1 << 62
+
+
+def device() -> dict[str, Any]:
+    """The card that models run on, else the processor."""
+    card = this_machine()
+    found: dict[str, Any] = {"name": card.name, "is_cuda": card.is_cuda, "bf16": card.has_bf16}
+    if not card.is_cuda:
+        return found
+    index = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    return {
+        **found,
+        "count": torch.cuda.device_count(),
+        "memory_bytes": total,
+        "free_bytes": free,
+        "capability": f"{major}.{minor}",
+        "is_in_build": _is_in_build(major, minor, torch.cuda.get_arch_list()),
+    }
+
+
+def _is_in_build(major: int, minor: int, built_for: list[str]) -> bool:
+    """Whether a build has code for a capability: of the same major number and no larger a minor one, or portable."""
+    pairs = [name.partition("_") for name in built_for]
+    codes = [(kind, int(digits[:-1]), int(digits[-1])) for kind, _, digits in pairs if digits.isdigit()]
+    own = any(kind == "sm" and code == major and least <= minor for kind, code, least in codes)
+    portable = any(kind == "compute" and (code, least) <= (major, minor) for kind, code, least in codes)
+    return own or portable or not codes
+
+
+def driver() -> dict[str, Any] | None:
+    """What nvidia-smi says, whatever torch can do; None where there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
+    if done.returncode or not lines:
+        raise RuntimeError(f"nvidia-smi: {(done.stdout + done.stderr).strip().splitlines()[:1] or done.returncode}")
+    return {"version": lines[0][1], "cards": [name for name, _, _ in lines]}
+
+
+def four_bit(kind: DeviceKind) -> dict[str, float]:
+    """Quantise a weight to NF4 on the device and multiply with it.
+
+    `weight_error`: of the dequantised weight; `product_error`: of the product against that with the dequantised weight.
+    Both root mean square, relative.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes as bnb
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(384, 512, generator=generator).to(kind)
+    given = torch.randn(64, 512, generator=generator).to(kind)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    dequantized = bnb.functional.dequantize_4bit(packed, state)
+    product = bnb.matmul_4bit(given, packed.t(), quant_state=state)
+    return {
+        "weight_error": _relative(dequantized, weight),
+        "product_error": _relative(product, given @ dequantized.t()),
+    }
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not math.isfinite(error):
+        raise RuntimeError("4-bit layers give numbers that are not finite")
+    return error
+
+
+def eight_bit_optimizer() -> None:
+    """A step of bitsandbytes' AdamW on the card. Raises when it leaves the weight as it was, or not finite."""
+    import bitsandbytes as bnb
+
+    weight = torch.nn.Parameter(torch.ones(128, 128, device="cuda"))
+    optimizer = bnb.optim.AdamW8bit([weight], lr=1e-2)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    if not weight.isfinite().all() or bool((weight == 1).any()):
+        raise RuntimeError("a step of AdamW8bit did not move the weights")
+
+
+def disk(folder: Path) -> dict[str, float]:
+    """Free bytes where `folder` is, and bytes a second written and read there, where there is room to try."""
+    speeds = time_disk(folder)
+    found: dict[str, float] = {"free_bytes": shutil.disk_usage(folder).free}
+    return found if speeds is None else found | {"write_bytes_per_s": speeds[0], "read_bytes_per_s": speeds[1]}
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of what is needed and of what may be there; None: it is not."""
+    found: dict[str, str | None] = {}
+    for name in (*REQUIRED, *OPTIONAL):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _calibrate(kind: DeviceKind) -> Efficiency:
+    efficiency = measuring.calibrate(kind, folder=Path.cwd())
+    calibration.save(kind, efficiency)
+    return efficiency
+
+
+REAL = Probes(software, host, device, driver, four_bit, eight_bit_optimizer, disk, packages, capacity.table, _calibrate)

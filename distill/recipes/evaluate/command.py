@@ -1,0 +1,104 @@
+"""`distill evaluate`: the student, before and after training, and the control beside their live teacher."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from distill.errors import UserError
+from distill.evaluation.statistics import mean_and_deviation, speculative
+from distill.experiment.checks import check_evaluation
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
+from distill.experiment.teacher import Teacher, open_samples
+from distill.forecast.preflight import Preflight
+from distill.recipes.evaluate.measurements import all_measurements
+from distill.recipes.evaluate.record import Record
+from distill.report.page import write_report
+from distill.report.terminal import print_tables
+from distill.system import interrupt, ledger
+from distill.system.files import sole_writer
+from distill.system.progress import say
+
+
+def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
+    """Measure what is not measured yet, write `evaluation.json` and the report, print the tables.
+
+    `following`: phases that run next, and that must fit too.
+    """
+    folders = Folders.of(experiment)
+    make_run_folder(folders)
+    teacher = Teacher(experiment)
+    samples = open_samples(experiment, teacher)
+    trained_roles(experiment, folders, samples.fingerprint)
+    if not len(samples.held_out):
+        raise UserError("nothing to evaluate on: corpus.held_out is 0")
+    vocabulary = kept_vocabulary(experiment, folders)
+    subjects = all_subjects(experiment, folders, teacher, samples, vocabulary)
+    measurements = all_measurements(experiment, teacher, samples, vocabulary, len(subjects))
+    record = Record(folders, subjects, measurements)
+    if record.is_complete:
+        say("evaluation: all is measured; nothing to do")
+    else:
+        check_evaluation(experiment)
+        preflight = Preflight(experiment, "evaluate", following)
+        with sole_writer(folders.run), preflight, ledger.phase(folders.run, "evaluate"):
+            for subject in subjects:
+                _measure(subject, record)
+    result = record.view()
+    asked = replace(experiment, train=replace(experiment.train, resume=False))  # of what was run, not of how
+    result |= {**_derived(result), "experiment": asdict(asked)}
+    is_new = record.write(result)
+    print_tables(result)
+    if is_new or not folders.report.exists():
+        write_report(folders.run)
+    say(f"evaluation: {folders.evaluation}")
+    say(f"report: {folders.report}")
+    return 0
+
+
+def _measure(subject: Subject, record: Record) -> None:
+    """All that is missing of one model, which is in memory for this long."""
+    missing = record.missing(subject)
+    if not missing:
+        return
+    loaded = subject.load()
+    for measurement in missing:
+        interrupt.stop_if_asked()
+        record.put(subject, measurement, measurement.measure(subject, loaded))
+    del loaded
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _derived(result: dict[str, Any]) -> dict[str, Any]:
+    """What follows from the measurements: the speed-up as a draft model, and the spread over seeds."""
+    derived: dict[str, Any] = {}
+    cost = result.get("cost", {})
+    if "student" in cost and "teacher" in cost:
+        speeds = [cost[name]["decode"].get("1") for name in ("teacher", "student")]
+        if all(speeds):
+            derived["speculative"] = speculative(result["fidelity"]["student"]["acceptance"], speeds[0] / speeds[1])
+    spread = {kind: _spread(result, kind) for kind in ("student", "control")}
+    if any(spread.values()):
+        derived["seeds"] = {kind: values for kind, values in spread.items() if values}
+    return derived
+
+
+def _spread(result: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Mean and deviation of each metric over the trainings of one kind, if there are several."""
+    names = [name for name in result["fidelity"] if name.rpartition("/")[2] == kind]
+    if len(names) < 2:
+        return {}
+    values: dict[str, list[float]] = {}
+    for name in names:
+        for metric, value in result["fidelity"][name].items():
+            if isinstance(value, float):
+                values.setdefault(metric, []).append(value)
+        for task, found in result.get("benchmarks", {}).get(name, {}).items():
+            if found["metric"] in found["metrics"]:  # else it is not finite
+                values.setdefault(task, []).append(found["metrics"][found["metric"]]["value"])
+    return {metric: mean_and_deviation(found) for metric, found in values.items() if len(found) == len(names)}

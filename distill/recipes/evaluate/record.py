@@ -1,0 +1,92 @@
+"""What was measured in a run: an append-only list of measurements, and evaluation.json, the view of those asked for."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from typing import Any
+
+from distill.experiment.folders import Folders, write_json
+from distill.experiment.subjects import Subject
+from distill.recipes.evaluate.measurements import Measurement
+from distill.system import json_lines
+
+_LIMIT = 1 << 30
+"""Bytes of the list at most."""
+
+
+class Record:
+    """The measurements of a run, each under a key of all that it depends on.
+
+    A measurement is a line of `measured.jsonl` as soon as it is made, and stays: what is asked for again, after other
+    options or models in between, is not measured again. A line that a killed process left half-written is not counted.
+    """
+
+    def __init__(self, folders: Folders, subjects: list[Subject], measurements: list[Measurement]) -> None:
+        self.lines, self.evaluation = folders.run / "measured.jsonl", folders.evaluation
+        self.subjects, self.measurements = subjects, measurements
+        self.teacher = subjects[0].identity
+        self.everyone = {subject.name: subject.identity for subject in subjects}
+        lines = json_lines.read(self.lines, _LIMIT)
+        self.found = {line["key"]: line["found"] for line in lines if {"key", "found"} <= line.keys()}
+
+    @property
+    def is_complete(self) -> bool:
+        return not any(self.missing(subject) for subject in self.subjects)
+
+    def missing(self, subject: Subject) -> list[Measurement]:
+        """What is still to be measured of a model."""
+        return [each for each in self.measurements if each.wanted_of(subject) and self._lacks(subject, each)]
+
+    def _lacks(self, subject: Subject, measurement: Measurement) -> bool:
+        key = self._key_of_all(measurement) if measurement.together else self._key(subject, measurement)
+        return key not in self.found
+
+    def put(self, subject: Subject, measurement: Measurement, found: Any) -> None:
+        """Keep what was measured, on disk too; what belongs together counts once the last of it is there."""
+        self._append(self._key(subject, measurement), found)
+        last = [each for each in self.subjects if measurement.wanted_of(each)][-1]
+        if not measurement.together or subject.name == last.name:
+            self._append(self._key_of_all(measurement), measurement.about_all())
+
+    def _append(self, key: str, found: Any) -> None:
+        self.found[key] = found
+        json_lines.append(self.lines, {"key": key, "found": found})
+
+    def _key(self, subject: Subject, measurement: Measurement) -> str:
+        made_from = [self.teacher if measurement.together else None, subject.identity, measurement.inputs]
+        return f"{measurement.section}:{measurement.item}:{subject.name}:{_digest(made_from)}"
+
+    def _key_of_all(self, measurement: Measurement) -> str:
+        made_from = [self.everyone if measurement.together else None, measurement.inputs]
+        return f"{measurement.section}:{measurement.item}::{_digest(made_from)}"
+
+    def view(self) -> dict[str, Any]:
+        """All that was asked for, by section, model and item."""
+        result: dict[str, Any] = {}
+        for measurement in self.measurements:
+            result |= copy.deepcopy(self.found.get(self._key_of_all(measurement), {}))
+            for subject in filter(measurement.wanted_of, self.subjects):
+                entries = result.setdefault(measurement.section, {})
+                found = self.found[self._key(subject, measurement)]
+                if measurement.item:
+                    entries.setdefault(subject.name, {})[measurement.item] = found
+                else:
+                    entries[subject.name] = found
+        return result
+
+    def write(self, result: dict[str, Any]) -> bool:
+        """Write evaluation.json, if it is not there already; whether it was written."""
+        result = json.loads(json.dumps(result))
+        try:
+            if json.loads(self.evaluation.read_text(encoding="utf-8")) == result:
+                return False
+        except (OSError, ValueError):
+            pass
+        write_json(self.evaluation, result)
+        return True
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]

@@ -1,0 +1,34 @@
+"""Files of one JSON object a line that only grow: a line is there whole, or it is no line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.system.files import append_durably, make_folder, read_bounded
+
+
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Add a line; processes that write at once keep each other's whole."""
+    make_folder(path.parent)
+    append_durably(path, json.dumps(entry).encode() + b"\n")
+
+
+def read(path: Path, limit: int) -> list[dict[str, Any]]:
+    """All lines, oldest first; none when there is no file. What killed processes left unfinished is no line.
+
+    Raises OSError when it is there and cannot be read, or is longer than `limit` bytes.
+    """
+    try:
+        lines = read_bounded(path, limit).split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [entry for line in lines if isinstance(entry := _parsed(line), dict)]
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

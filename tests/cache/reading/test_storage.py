@@ -1,0 +1,185 @@
+"""Caches at fsspec URLs: the same samples as in the folder, from local copies that are checked, shared and bounded."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from distill.cache.format.folder import Manifest, shard_file
+from distill.cache.format.records import Record
+from distill.cache.making.writer import CacheWriter
+from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.storage import UrlStorage, is_url, open_storage
+from distill.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_manifest: Callable[..., Manifest], records_of: Callable[..., list[Record]]) -> Path:
+    """A cache of seven shards with a tokenizer."""
+    writer = CacheWriter(tmp_path / "cache", make_manifest())
+    for shard in writer.missing():
+        writer.write(shard, records_of(writer.manifest, shard))
+    (tmp_path / "cache" / "tokenizer").mkdir()
+    (tmp_path / "cache" / "tokenizer" / "tokenizer.json").write_text("{}")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, folder: Path) -> Iterator[str]:
+    """The cache, uploaded."""
+    where = f"memory://{uuid.uuid4()}/cache" if request.param == "memory" else f"file://{tmp_path}/bucket/cache"
+    filesystem, root = fsspec.core.url_to_fs(where)
+    filesystem.put(str(folder), root, recursive=True)
+    yield where
+    filesystem.rm(root, recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where local copies go."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "distill"
+
+
+def shards_in(copies: Path) -> list[str]:
+    return sorted(path.name[:6] for path in copies.rglob("shards/*"))
+
+
+def same(one: Record, other: Record) -> bool:
+    return np.array_equal(one.input_ids_L, other.input_ids_L) and all(
+        np.array_equal(vars(one.targets)[name], vars(other.targets)[name]) for name in vars(one.targets)
+    )
+
+
+def test_paths_and_urls() -> None:
+    assert is_url("s3://bucket/cache") and is_url("memory://x") and is_url("file:///x")
+    assert not is_url("runs/demo/cache") and not is_url(Path("/runs")) and not is_url("c:\\runs")
+
+
+def test_a_url_holds_what_its_folder_holds(url: str, folder: Path) -> None:
+    for split in ("train", "held_out"):
+        there, here = CacheReader(url, split), CacheReader(folder, split)
+        assert len(there) == len(here)
+        assert all(same(there[index], here[index]) for index in reversed(range(len(here))))
+        assert (there.storage.folder / "tokenizer" / "tokenizer.json").read_text() == "{}"
+
+
+def test_only_the_shards_in_use_are_copied_and_only_once(url: str, copies: Path) -> None:
+    reader = CacheReader(url, "train")
+    assert shards_in(copies) == []
+    reader[0]
+    assert shards_in(copies) == ["000001"]
+    copy = next(copies.rglob("shards/000001*"))
+    inode = copy.stat().st_ino
+    CacheReader(url, "train")[1]  # in a later run too
+    assert shards_in(copies) == ["000001"] and copy.stat().st_ino == inode
+
+
+def test_a_folder_is_used_in_place(folder: Path, copies: Path) -> None:
+    assert open_storage(folder).shard(3) == folder / shard_file(3)
+    assert not copies.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "flipped", "missing"])
+def test_a_copy_that_is_not_what_the_journal_says_is_not_used(url: str, copies: Path, damage: str) -> None:
+    filesystem, root = fsspec.core.url_to_fs(url)
+    path = f"{root}/{shard_file(2)}"
+    content = filesystem.cat_file(path)
+    changed = {"cut": content[:-1], "longer": content + b"\0", "flipped": content[:-1] + bytes([content[-1] ^ 1])}
+    if damage == "missing":
+        filesystem.rm(path)
+    else:
+        filesystem.pipe_file(path, changed[damage])
+    reader = CacheReader(url, "train")
+    reader[0]
+    message = "000002.safetensors: is missing" if damage == "missing" else "000002.safetensors is not what its journal"
+    with pytest.raises(UserError, match=message):
+        reader[3]
+    assert shards_in(copies) == ["000001"]
+    filesystem.pipe_file(path, content)
+    reader[3]
+
+
+def test_copies_used_longest_ago_make_room(url: str, folder: Path, copies: Path) -> None:
+    largest = max(path.stat().st_size for path in (folder / "shards").iterdir())
+    reader = CacheReader(UrlStorage(url, local_copy_bytes=3 * largest), "train")
+    for index in (0, 3, 7, 1):  # shards 1, 2, 3, and 1 again
+        reader[index]
+    assert shards_in(copies) == ["000001", "000002", "000003"]
+    reader[11]  # shard 4
+    assert shards_in(copies) == ["000001", "000003", "000004"]
+
+
+def test_room_for_less_than_one_shard_still_reads(url: str, folder: Path, copies: Path) -> None:
+    reader, here = CacheReader(UrlStorage(url, local_copy_bytes=1), "train"), CacheReader(folder, "train")
+    assert all(same(reader[index], here[index]) for index in range(len(here)))
+    assert len(shards_in(copies)) == 1
+
+
+def test_a_cache_made_anew_at_the_same_url_is_not_mixed_up(
+    url: str, tmp_path: Path, make_manifest: Callable[..., Manifest], records_of: Callable[..., list[Record]]
+) -> None:
+    before = CacheReader(url, "train")[0]
+    writer = CacheWriter(tmp_path / "anew", make_manifest(seed=1))
+    for shard in writer.missing():
+        writer.write(shard, [*reversed(records_of(writer.manifest, shard))])
+    filesystem, root = fsspec.core.url_to_fs(url)
+    filesystem.rm(root, recursive=True)
+    filesystem.put(str(tmp_path / "anew"), root, recursive=True)
+    after = CacheReader(url, "train")
+    assert after.manifest.seed == 1
+    assert not same(after[0], before) and same(after[0], CacheReader(tmp_path / "anew", "train")[0])
+
+
+def test_workers_share_the_copies(url: str, folder: Path, copies: Path) -> None:
+    """Two processes that read all shards at once, with room for a few: each gets what it asked for."""
+    storage = UrlStorage(url, local_copy_bytes=3 * (folder / shard_file(0)).stat().st_size)
+    reader, here = CacheReader(storage, "train"), CacheReader(folder, "train")
+    loader = DataLoader(reader, batch_size=1, num_workers=2, collate_fn=lambda records: records[0], shuffle=False)
+    for _ in range(2):
+        assert all(same(record, here[index]) for index, record in enumerate(loader))
+    assert not list(copies.rglob("*.tmp"))
+
+
+def test_an_unfinished_cache_is_refused(url: str) -> None:
+    filesystem, root = fsspec.core.url_to_fs(url)
+    journal = filesystem.cat_file(f"{root}/journal.jsonl")
+    filesystem.pipe_file(f"{root}/journal.jsonl", b"".join(journal.splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=r"cache (memory|file)://.* is not finished \(1 of 7"):
+        CacheReader(url, "train")
+
+
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    for url, message in {
+        "memory://nowhere": r"memory://nowhere: no cache here \(manifest.json is missing\)",
+        f"file://{tmp_path}": "no cache here",
+        "gopher://x/cache": "gopher",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            CacheReader(url, "train")
+        assert "\n" not in str(caught.value)
+
+
+def test_file_names_do_not_lead_out_of_the_copy(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if url.startswith("file"):
+        pytest.skip("no such names there")
+    filesystem, _ = fsspec.core.url_to_fs(url)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(filesystem), "find", lambda self, path, **_: [f"{path}/../../../escaped"])
+        with pytest.raises(UserError, match="not a cache"):
+            CacheReader(url, "train")
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_copies_may_vanish_between_two_reads(url: str, copies: Path) -> None:
+    reader = CacheReader(url, "train")
+    first = reader[0]
+    shutil.rmtree(copies)
+    assert same(reader[0], first)

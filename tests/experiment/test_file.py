@@ -1,0 +1,159 @@
+"""Experiment files: what they give, and one line for every mistake in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distill.errors import UserError
+from distill.experiment.configuration import Experiment
+from distill.experiment.file import _RANGES, load_experiment, to_dict
+
+MINIMAL = {"corpus": {"path": "c.jsonl"}, "teacher": {"model": "t"}}
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    return write(tmp_path, yaml.safe_dump(MINIMAL))
+
+
+def write(folder: Path, text: str | bytes) -> str:
+    path = folder / "demo.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def refusal(path: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_experiment(path, list(overrides))
+    assert len(str(caught.value).splitlines()) == 1
+    assert "<class" not in str(caught.value) and "typing." not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_the_file_leaves_out_has_its_default(minimal: str) -> None:
+    experiment = load_experiment(minimal, [])
+    assert experiment.corpus.path == "c.jsonl" and experiment.teacher.model == "t"
+    assert (experiment.cache.threshold, experiment.cache.scheme, experiment.loss.alpha) == (0.02, "varopt", 0.0)
+    assert experiment.run_dir == Experiment.run_dir
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump({**MINIMAL, "cache": {"threshold": 0.1}, "run_dir": "a"}))
+    overrides = ["--cache.threshold", "0.01", "--run_dir=b", "--train.precision", "bf16-true", "--teacher.model", "u"]
+    experiment = load_experiment(path, overrides)
+    assert (experiment.cache.threshold, experiment.run_dir, experiment.train.precision) == (0.01, "b", "bf16-true")
+    assert experiment.teacher.model == "u" and experiment.corpus.path == "c.jsonl"
+
+
+def test_a_required_key_may_come_from_the_command_line_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "teacher: {model: t}\n")
+    assert load_experiment(path, ["--corpus.path", "x"]).corpus.path == "x"
+    assert "corpus.path" in refusal(path)
+
+
+def test_options_of_a_plug_in_are_free_and_keep_their_types(tmp_path: Path) -> None:
+    student = {"class_path": "compact", "options": {"layers": 3, "sizes": [1, 2], "inner": {"a": None}, "rate": 1e-3}}
+    path = write(tmp_path, yaml.safe_dump({**MINIMAL, "student": student}))
+    assert load_experiment(path, []).student.options == student["options"]
+    replaced = load_experiment(path, ["--student.options", "{size: 64, layers: 2}"])
+    assert replaced.student.options == {"size": 64, "layers": 2}
+    one = load_experiment(path, ["--student.options.layers", "4"]).student.options
+    assert one["layers"] in (4, "4") and one["sizes"] == [1, 2]
+
+
+def test_numbers_written_as_people_write_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-3 as text, and 1 is no float to a strict reader."""
+    path = write(tmp_path, "corpus: {path: c}\nteacher: {model: t}\ntrain: {learning_rate: 1e-3, weight_decay: 1}\n")
+    train = load_experiment(path, ["--train.beta1", "9e-1"]).train
+    assert (train.learning_rate, train.weight_decay, train.beta1) == (1e-3, 1.0, 0.9)
+    assert isinstance(train.learning_rate, float)
+
+
+def test_to_dict_gives_back_an_equal_experiment(tmp_path: Path, minimal: str) -> None:
+    experiment = load_experiment(minimal, ["--student.options", "{layers: 2}"])
+    assert load_experiment(write(tmp_path, yaml.safe_dump(to_dict(experiment))), []) == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("corpus: {path: c\n", ["demo.yaml: not valid YAML: line 2, column 1: expected ',' or '}'"]),
+        ("a: b: c\n", ["not valid YAML: line 1, column 5"]),
+        ("- a\n- b\n", ["an experiment file is a mapping"]),
+        ("", ["an experiment file is a mapping"]),
+        (b"corpus: \xff\xfe\n", ["cannot be read"]),
+        ("corpsu: {path: c}\n", ["corpsu: unknown key", "did you mean 'corpus'?"]),
+        ("teacher: {quantisation: nf4}\n", ["teacher.quantisation: unknown key", "did you mean 'quantization'?"]),
+        ("teacher: {zzz: 1}\n", ["teacher.zzz: unknown key", "known: class_path, compute_dtype, model"]),
+        ("teacher: [nf4]\n", ["teacher: must be a mapping"]),
+        ("cache:\n", ["cache: must be a mapping"]),
+        ("teacher: {model: t, quantization: nf5}\n", ["teacher.quantization", "nf5", "'nf4', 'int8', 'none'"]),
+        ("train: {epochs: many}\n", ["train.epochs", "many", "int"]),
+        ("train: {epochs: 1.5}\n", ["train.epochs", "1.5", "int"]),
+        ("train: {learning_rate: fast}\n", ["train.learning_rate", "fast", "float"]),
+        ("corpus: {path: c, pack: perhaps}\n", ["corpus.pack", "perhaps", "bool"]),
+        ("student: {options: 3}\n", ["student.options", "3"]),
+        ("1: 2\n", ["1: unknown key"]),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, (str, bytes)) else "",
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
+    message = refusal(write(tmp_path, text))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--teacher.quantisation", "nf4"], ["--teacher.quantisation: unknown option", "did you mean 'quantization'?"]),
+        (["--tarin.epochs", "2"], ["--tarin: unknown option", "did you mean 'train'?"]),
+        (["--seed", "2"], ["--seed: unknown option", "did you mean --corpus.seed or --cache.seed or --train.seed?"]),
+        (["--experiment_file", "other.yaml"], ["--experiment_file: unknown option"]),
+        (["--train.epochs", "many"], ["train.epochs", "many", "int"]),
+        (["--train.epochs"], ["epochs"]),
+        (["--train.precision", "fp8"], ["train.precision", "fp8", "'bf16-mixed'"]),
+        (["--train.epochs.more", "1"], ["--train.epochs.more: unknown option", "train.epochs is a value"]),
+        (["--run_dir.more", "1"], ["--run_dir.more: unknown option", "run_dir is a value"]),
+        (["more.yaml"], ["more.yaml"]),
+        (["-x", "1"], ["-x"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("-") else "",
+)
+def test_a_mistake_in_an_override_is_one_line(minimal: str, overrides: list[str], words: list[str]) -> None:
+    message = refusal(minimal, *overrides)
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path, minimal: str) -> None:
+    assert f"did you mean '{minimal}'?" in refusal(str(tmp_path / "demmo.yaml"))
+    assert "no such experiment file" in refusal(str(tmp_path / "nowhere" / "demo.yaml"))
+    assert "cannot be read" in refusal(str(tmp_path))
+
+
+def test_all_values_out_of_range_are_named_at_once(minimal: str) -> None:
+    message = refusal(minimal, "--loss.alpha", "1.5", "--corpus.held_out", "0.7", "--train.epochs", "0")
+    assert "loss.alpha: 1.5 is not between 0 and 1" in message
+    assert "corpus.held_out: 0.7 is not between 0 and 0.5" in message
+    assert "train.epochs: 0 is not between 1 and" in message
+
+
+def test_not_a_number_is_in_no_range(minimal: str) -> None:
+    assert "train.learning_rate: nan is not between" in refusal(minimal, "--train.learning_rate", ".nan")
+
+
+def test_every_number_of_the_file_has_a_range(minimal: str) -> None:
+    """A number without one would be taken as it comes: a batch of 0, a threshold of -1."""
+    experiment = load_experiment(minimal, [])
+    numbers = {
+        f"{section.name}.{entry.name}"
+        for section in dataclasses.fields(Experiment)
+        if dataclasses.is_dataclass(part := getattr(experiment, section.name))
+        for entry in dataclasses.fields(part)
+        if entry.type.split(" | ")[0] in ("int", "float")
+    }
+    assert numbers - set(_RANGES) <= {"corpus.seed"}  # open_corpus refuses a negative one itself
+    assert set(_RANGES) <= numbers
