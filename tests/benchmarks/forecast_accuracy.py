@@ -1,7 +1,7 @@
 """Forecast against measured memory and time: `python tests/benchmarks/forecast_accuracy.py`.
 
 Four kinds of students under several levers, and a teacher in bfloat16 and in 4 bits, are simulated without memory
-(`distill.memory`); then their steps are really made, in a process for each model. Measured are the bytes that torch's
+(`distill.forecast`); then their steps are really made, in a process for each model. Measured are the bytes that torch's
 CPU allocator held at most, from the profiler's record, and the processor's time of a step without the profiler, the
 shortest of ten. The machine's speed is what `distill doctor --calibrate` measures, in the processor's time too and for
 each model anew, for the speed of a virtual machine drifts.

@@ -101,8 +101,8 @@ def test_a_limit_is_kept_by_the_allocator() -> None:
     """What a card of this size would still give is given, and not more; a process of its own, for a limit stays."""
     code = """
 import torch
-from distill.workspace.forecasting import preflight
-from distill.workspace.forecasting.forecast import CONTEXT_BYTES, DRIVER_BYTES
+from distill.forecast import preflight
+from distill.forecast.forecast import CONTEXT_BYTES, DRIVER_BYTES
 
 preflight._hold_to(4 << 30, torch.device("cuda", 0))
 left = (4 << 30) - CONTEXT_BYTES - DRIVER_BYTES

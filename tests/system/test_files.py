@@ -15,7 +15,7 @@ from distill.system.files import last_part, sole_writer, without_folders
 HOLDS = """
 import sys
 from pathlib import Path
-from distill.files import sole_writer
+from distill.system.files import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

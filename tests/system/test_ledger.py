@@ -133,7 +133,7 @@ def test_what_is_no_line_is_passed_over(tmp_path: Path, rubbish: bytes) -> None:
 APPENDS = """
 import sys
 from pathlib import Path
-from distill import ledger
+from distill.system import ledger
 for number in range(50):
     ledger.append(Path(sys.argv[1]), {"phase": sys.argv[2] * 5000, "number": number})
 """
@@ -245,7 +245,7 @@ def test_the_peak_of_the_fullest_card(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_reading_and_appending_load_no_torch(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from distill import ledger; "
+        "import sys; from pathlib import Path; from distill.system import ledger; "
         "ledger.append(Path(sys.argv[1]), {'phase': 'a'}); ledger.read(Path(sys.argv[1])); "
         "[begin()() for begin in ledger.METERS]; print({'torch', 'lightning'} & set(sys.modules))"
     )

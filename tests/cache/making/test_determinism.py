@@ -179,8 +179,8 @@ determinism = importlib.util.module_from_spec(spec)
 sys.modules["determinism"] = determinism
 spec.loader.exec_module(determinism)
 from pathlib import Path
-from distill import interrupt
-from distill.cache.format import Manifest
+from distill.system import interrupt
+from distill.cache.format.folder import Manifest
 content = json.loads(sys.argv[2])
 interrupt.install()
 try:

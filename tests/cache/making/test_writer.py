@@ -146,8 +146,8 @@ def test_an_end_at_any_call_to_the_disk(
 SCRIPT = """
 import importlib.util, os, random, signal, sys, time
 from pathlib import Path
-from distill.cache.format import read_journal, read_manifest
-from distill.cache.writer import CacheWriter
+from distill.cache.format.folder import read_journal, read_manifest
+from distill.cache.making.writer import CacheWriter
 
 spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
 helpers = importlib.util.module_from_spec(spec)
