@@ -59,7 +59,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "mars
 
 
 def module_name(path: Path) -> str:
-    """`distill/cache/making/writer.py` → `distill.cache.making.writer`; a package's `__init__.py` carries the package's name."""
+    """`distill/losses/fused.py` → `distill.losses.fused`; a package's `__init__.py` carries the package's name."""
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -77,7 +77,7 @@ def imported(tree: ast.AST, module: str, is_package: bool = False) -> Iterator[s
 
 
 def room(module: str) -> str:
-    """The room of a module of distill: `distill.cache.making.writer` → `cache`; a name in `distill` itself → `__init__`."""
+    """The room of a module of distill: `distill.losses.fused` → `losses`; a name in `distill` itself → `__init__`."""
     second = [*module.split("."), "__init__"][1]
     return "__init__" if second.startswith("__") and second != "__main__" else second
 
