@@ -13,9 +13,12 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["student", "teacher"]
 
@@ -128,33 +131,43 @@ def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict
 
 def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str, Any]) -> Any:
     """Call the plug-in with its `arguments`; the result is a `torch.nn.Module` with the two members of the contract."""
+    from distill.models.language_model import check_contract
+
     chosen = arguments(reference, kind, options, offered)
     factory = load(reference, kind)
     try:
         model = factory(**chosen)
+        check_contract(model)
     except (ValueError, TypeError) as error:
         raise UserError(f"{kind} {reference}: {error}") from error
-    _check_contract(model, reference, kind)
     return model
 
 
-def _check_contract(model: Any, reference: str, kind: Kind) -> None:
+def load_language_model(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Any:
+    """Return the language model that `save_language_model` wrote, or any Hugging Face folder's, in evaluation mode.
+
+    `dtype` defaults to float32. A model with a `student.json` is built again by its plug-in and given its weights.
+    """
     import torch
 
-    from distill.models.language_model import Head
+    from distill.models import saving
+    from distill.models.checkpoints import Checkpoint
+    from distill.models.tokenizers import load_tokenizer, vocab_size
+    from distill.system.staging import recover
 
-    where = f"{kind} {reference}"
-    if not isinstance(model, torch.nn.Module):
-        raise UserError(f"{where}: made a {type(model).__name__}, not a torch.nn.Module")
-    if not callable(getattr(model, "body", None)):
-        raise UserError(f"{where}: {type(model).__name__} has no method 'body(input_ids_BL, position_ids_BL)'")
-    if not hasattr(model, "head"):
-        raise UserError(f"{where}: {type(model).__name__} has no 'head' (a distill.models.language_model.Head)")
-    if not isinstance(model.head, Head):
-        raise UserError(
-            f"{where}: 'head' is a {type(model.head).__name__}, not a distill.models.language_model.Head "
-            "(make it a property: return Head(self.lm_head.weight))"
-        )
+    folder, dtype = Path(folder), dtype or torch.float32
+    recover(folder)
+    description = saving.read_description(folder)
+    model: Any
+    if description is None:
+        model = saving.load_hugging_face(folder, dtype)
+    else:
+        offered = {"vocab_size": vocab_size(load_tokenizer(Checkpoint(folder, None, str(folder))))}
+        model = build(description["class_path"], "student", description["options"], offered)
+        saving.load_weights(model, folder, description)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:

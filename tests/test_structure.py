@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("distill", "teachers", "students")
 
 # DESIGN's arrows, from the ground up. A module may import what stands on a lower floor, its own room, and the
-# neighbours named here, whose rooms are one subject: a cache stores targets; a plug-in is checked for being a model,
-# and a saved model of a plug-in's class is opened through it.
+# neighbours named here, whose rooms are one subject: a cache stores targets.
 FLOORS = (
     {"__init__", "errors"},
     {"system"},
-    {"models", "plugins"},
+    {"models"},
+    {"plugins"},
     {"losses", "targets", "cache", "corpus"},
     {"training", "evaluation", "export", "report"},
     {"experiment", "forecast"},
@@ -29,8 +29,6 @@ FLOORS = (
 NEIGHBOURS = {
     ("cache", "targets"),
     ("targets", "cache"),
-    ("plugins", "models"),
-    ("models", "plugins"),
     ("forecast", "experiment"),
 }
 # The parts take plain arguments and work from a notebook: only these know the experiment file.

@@ -12,8 +12,9 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
-from distill.models.saving import DESCRIPTION, recover
+from distill.models.saving import DESCRIPTION
 from distill.system.files import write_durably
+from distill.system.staging import recover
 
 
 @dataclass(frozen=True)

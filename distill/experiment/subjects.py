@@ -22,10 +22,11 @@ from distill.experiment.student import Calibration, build_student
 from distill.experiment.teacher import Teacher
 from distill.experiment.training import Role, own_settings, roles
 from distill.models.checkpoints import Checkpoint, weight_files
-from distill.models.saving import load_language_model, recover
 from distill.models.tokenizers import load_tokenizer
 from distill.models.vocabulary import Vocabulary
+from distill.plugins import load_language_model
 from distill.system.files import sha256_of
+from distill.system.staging import recover
 
 _OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
 

@@ -18,8 +18,9 @@ from distill import __version__, plugins
 from distill.errors import UserError
 from distill.export import probe
 from distill.models import isolation, language_model
-from distill.models.saving import DESCRIPTION, WEIGHTS, load_language_model
+from distill.models.saving import DESCRIPTION, WEIGHTS
 from distill.models.tokenizers import vocab_size
+from distill.plugins import load_language_model
 
 CONTRACT = "distill.models.language_model"
 WRAPPER = "modeling_student"

@@ -26,8 +26,8 @@ from distill.export.gguf_architecture import query_divisor
 from distill.models.checkpoints import Checkpoint, first_line, load_config
 from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
-from distill.models.saving import load_language_model
 from distill.models.tokenizers import load_tokenizer, vocab_size
+from distill.plugins import load_language_model
 
 TOLERANCES = {"f16": 0.01, "q8_0": 0.02, "q4_0": 0.10}
 """By how much the perplexity may be off, as a share of the student's own."""

@@ -25,8 +25,8 @@ from distill.export import onnx_tracing, probe
 from distill.export.hf import save_tokenizer
 from distill.models.checkpoints import Checkpoint, first_line
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.saving import load_language_model
 from distill.models.tokenizers import load_tokenizer
+from distill.plugins import load_language_model
 
 TYPES = ("float32",)
 FILE = "model.onnx"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.models.saving import load_language_model
+from distill.plugins import load_language_model
 
 TEXTS = (
     "The cat sat on the mat, and the rain fell on the roof all night. In the morning the streets were full of water, "

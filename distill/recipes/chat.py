@@ -19,8 +19,8 @@ from distill.models.checkpoints import Checkpoint
 from distill.models.devices import compute_dtype, pick_device
 from distill.models.generation import HALF, context_length, decode_text, encode_prompt, ending_tokens, generate
 from distill.models.quantization import DTYPES
-from distill.models.saving import load_language_model
 from distill.models.tokenizers import load_tokenizer, vocab_size
+from distill.plugins import load_language_model
 from distill.system.progress import say
 
 COMMANDS = ("/quit", "/reset")

@@ -11,8 +11,8 @@ from distill.errors import UserError
 from distill.experiment.folders import finished_model
 from distill.export.card import write_card
 from distill.export.format import find_format
-from distill.export.staging import new_folder
 from distill.system.progress import say
+from distill.system.staging import new_folder
 
 
 def main(run: str, to: str, format: str, type: str | None, with_code: bool) -> int:

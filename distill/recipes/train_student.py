@@ -26,13 +26,14 @@ from distill.experiment.student import build_student, calibration_samples
 from distill.experiment.training import Role, check_training, make_module, roles, training_settings
 from distill.forecast.preflight import Preflight
 from distill.models.devices import pick_device
-from distill.models.saving import recover, save_language_model
+from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.system import interrupt, ledger
 from distill.system.files import sole_writer
 from distill.system.processes import is_first_process, leave_if_not_first, run_together
 from distill.system.progress import Progress, be_quiet, say
+from distill.system.staging import recover
 from distill.system.units import parse_duration
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.callbacks import ShowProgress

@@ -15,7 +15,7 @@ from distill.errors import UserError
 from distill.export.custom import self_contained
 from distill.export.hf import HuggingFaceFormat
 from distill.export.probe import our_logits
-from distill.models.saving import load_language_model
+from distill.plugins import load_language_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,8 +23,9 @@ from distill.errors import UserError
 from distill.export import gguf, gguf_architecture, gguf_llama_cpp
 from distill.models.checkpoints import Checkpoint
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.saving import load_language_model, save_language_model
+from distill.models.saving import save_language_model
 from distill.models.tokenizers import load_tokenizer, vocab_size
+from distill.plugins import load_language_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

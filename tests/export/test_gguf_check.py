@@ -164,7 +164,7 @@ def test_what_holds_is_said(type: str, change: dict[str, Any]) -> None:
 
 
 def test_the_likelihood_is_that_of_every_next_token(student: Path) -> None:
-    from distill.models.saving import load_language_model
+    from distill.plugins import load_language_model
 
     model = load_language_model(student)
     windows = [[5, 6, 7, 8], [9, 10, 11]]

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from distill.errors import UserError
 from distill.export import hf, probe
 from distill.export.hf import HuggingFaceFormat, stored_dtype
-from distill.models.saving import load_language_model, save_language_model
+from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import vocab_size
+from distill.plugins import load_language_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from distill.export import onnx as format_onnx
 from distill.export import onnx_tracing
 from distill.export.onnx import OnnxFormat
 from distill.export.probe import our_logits
-from distill.models.saving import load_language_model
+from distill.plugins import load_language_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill import plugins
 from distill.errors import UserError
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.saving import load_language_model, recover, save_language_model
+from distill.models.saving import save_language_model
+from distill.plugins import load_language_model
+from distill.system.staging import recover
 
 OPTIONS = {"vocab_size": 300, "hidden_size": 32, "layers": 2, "heads": 4}
 

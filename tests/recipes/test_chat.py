@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TokenizersBackend
 from distill import plugins
 from distill.errors import UserError
 from distill.models.language_model import Head
-from distill.models.saving import load_language_model, save_language_model
+from distill.models.saving import save_language_model
+from distill.plugins import load_language_model
 from distill.recipes.chat import HALF, Chat, GrowingText, main
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_traces")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.saving import load_language_model
+from distill.plugins import load_language_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import UserError
-from distill.export.staging import new_folder
+from distill.system.staging import new_folder
 
 
 def test_it_has_its_name_when_all_is_done(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 FILL = """
 import sys
 from pathlib import Path
-from distill.export.staging import new_folder
+from distill.system.staging import new_folder
 
 with new_folder(Path(sys.argv[1])) as new:
     (new / "half").mkdir()
