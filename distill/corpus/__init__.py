@@ -1,4 +1,4 @@
-"""The corpus: reading, chat templates, tokenising, the held-out split and packing; `open_corpus` is the way in."""
+"""The corpus: reading, chat templates, tokenising, the held-out split and packing; `open_corpus` is the entry point."""
 
 from distill.corpus.opening import SampleSets, open_corpus
 from distill.corpus.packing import Samples

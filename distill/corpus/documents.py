@@ -1,4 +1,4 @@
-"""Turn rows of any source into one table of documents: plain texts, or conversations as JSON."""
+"""Table of documents made from the rows of any source: plain texts, or conversations as JSON."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distill.corpus.reading import Source
 from distill.errors import UserError, did_you_mean
 
 READER_VERSION = 1
-"""Part of the key of stored tables: raise it when the same file gives another table."""
+"""Part of the key of stored tables. Raise it when the same file gives another table."""
 
 MAX_DOCUMENT_BYTES = 32 << 20
-"""A document is tokenised in one piece, which takes a hundred times its size in memory; more is refused."""
+"""Largest document; a larger one is refused, because tokenising it takes a hundred times its size in memory."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -33,7 +33,7 @@ FEATURES = datasets.Features(
 
 
 def load_documents(sources: Sequence[Source], text_field: str, messages_field: str) -> datasets.Dataset:
-    """The documents of all `sources` in order, empty ones among them, as a memory-mapped table (see `FEATURES`).
+    """Load the documents of all `sources` in order, empty ones included, as a memory-mapped table (see `FEATURES`).
 
     The table is kept in the cache folder of `datasets` under a hash of the files' bytes and read from there next time.
     """
@@ -52,7 +52,7 @@ def load_documents(sources: Sequence[Source], text_field: str, messages_field: s
 
 
 def corpus_fingerprint(documents: datasets.Dataset) -> str:
-    """sha256 (hex) of the content of the documents in order; empty documents leave it as it is."""
+    """Return the sha256 (hex) of the documents' content in order. Empty documents do not change it."""
     kind = b"messages" if documents[0]["conversation"] else b"text"
     digest = hashlib.sha256(kind)
     for batch in documents.select_columns(["digest"]).iter(batch_size=4096):
@@ -92,7 +92,7 @@ def _text(value: Any, where: str, field: str) -> str:
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """The messages without keys that are null: tables fill them in, and a template may ask whether a key is there."""
+    """Return the messages without keys that are null: tables fill them in, and a template may ask if a key is there."""
     if not isinstance(value, list):
         raise UserError(f"{where}: messages are a {type(value).__name__}, not a list of objects with role and content")
     messages = []
@@ -116,12 +116,12 @@ def _document(content: str | list[dict[str, Any]], where: str) -> dict[str, Any]
         if isinstance(content, str):
             document = canonical = content
         else:
-            # Stored with the keys in the user's order (a template may print them), hashed with the keys sorted.
+            # The document keeps the user's order of keys, because a template may print them. The hash sorts them.
             document = json.dumps(content, ensure_ascii=False)
             canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         encoded = canonical.encode("utf-8")
     except (TypeError, UnicodeEncodeError) as error:
-        raise UserError(f"{where}: holds what is not text: {error}") from error
+        raise UserError(f"{where}: not text: {error}") from error
     if len(encoded) > MAX_DOCUMENT_BYTES:
         raise UserError(
             f"{where}: a document of {len(encoded) / 2**20:.0f} MiB (at most {MAX_DOCUMENT_BYTES >> 20}): cut it into "

@@ -1,4 +1,4 @@
-"""Tokenise documents once, into a memory-mapped table of token ids and loss masks."""
+"""Tokenisation of documents, once, into a memory-mapped table of token ids and loss masks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from distill.corpus.templates import ChatTemplate, tokens_in_spans
 
 ENCODER_VERSION = 1
-"""Part of the key of stored tables: raise it when the same document gives other tokens or another mask."""
+"""Part of the key of stored tables. Raise it when the same document gives other tokens or another mask."""
 
 BATCH_BYTES = 4 << 20
-"""Text that is tokenised at one time; the tokenizer needs about a hundred times that in memory."""
+"""Bytes of text that are tokenised at a time. The tokenizer needs about a hundred times that in memory."""
 
 FEATURES = datasets.Features(
     {
@@ -35,9 +35,9 @@ Batch = dict[str, list[Any]]
 
 
 def encode(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> datasets.Dataset:
-    """A row of tokens (see `FEATURES`) for every row of `documents`; an empty document has no tokens.
+    """Return a row of tokens (see `FEATURES`) for every row of `documents`. An empty document has no tokens.
 
-    The table is kept beside that of the documents, under a hash of both and of everything the tokenizer saves.
+    The table is kept beside that of the documents, under a hash of both and of everything that the tokenizer saves.
     `labels` are the sources' names, for messages to the user.
     """
     batch_size = max(1, min(512, BATCH_BYTES * len(documents) // max(1, documents.data.nbytes)))
@@ -55,7 +55,10 @@ def encode(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, labe
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Batch], Batch]:
-    """Plain text: the tokenizer's own special tokens, and an end-of-text token where the text does not end in one."""
+    """Return a function that tokenises plain texts with the tokenizer's own special tokens.
+
+    A text that does not end with the end-of-text token gets one.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def function(batch: Batch) -> Batch:
@@ -69,7 +72,7 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Batch], Batch
 
 
 def _encode_conversations(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Callable[[Batch], Batch]:
-    """Conversations: the template's text as it is, with loss on the assistant's tokens alone."""
+    """Return a function that renders and tokenises conversations, with loss on the assistant's tokens alone."""
     template = ChatTemplate.of(tokenizer)
 
     def function(batch: Batch) -> Batch:
@@ -90,18 +93,25 @@ def _encode_conversations(tokenizer: PreTrainedTokenizerBase, labels: Sequence[s
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: bool) -> Any:
-    """`verbose=False`: that a document is longer than the model's context is what packing is there for."""
+    """Tokenise texts without a warning about their length: packing cuts documents that are longer than the model's
+    context.
+    """
     return tokenizer(texts, padding=False, truncation=False, verbose=False, **options)
 
 
 def _table(ids: list[np.ndarray], to_learn: list[np.ndarray]) -> Batch:
-    """Shift "this token is to be learned" by one place, to the position that predicts it; the last one has none."""
+    """Shift "this token is to be learned" by one place, to the position that predicts it.
+
+    The next-token shift of the loss mask happens here and nowhere else. The last position predicts nothing.
+    """
     masks = [np.append(row[1:], False) if len(row) else row for row in to_learn]
     return {"input_ids": ids, "loss_mask": masks, "learned": [int(mask.sum()) for mask in masks]}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that the tokenizer writes when it is saved (vocabulary, rules, chat template) and of its code."""
+    """Return a hash of everything that the tokenizer saves (vocabulary, rules, chat template) and of its code's
+    version.
+    """
     digest = hashlib.sha256()
     digest.update(f"{type(tokenizer).__qualname__} {transformers.__version__} {tokenizers.__version__}".encode())
     with tempfile.TemporaryDirectory() as folder:

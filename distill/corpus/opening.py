@@ -1,4 +1,4 @@
-"""From the user's path to samples, ready to be indexed: the one entry point of this package."""
+"""The way from the user's path to samples that can be indexed: the one entry point of this room."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class SampleSets:
     """A corpus as samples, in two sets that share no document."""
 
     train: Samples
-    """To train on; documents shuffled."""
+    """Samples to train on. Their documents are shuffled."""
     held_out: Samples
-    """Never trained on; documents in file order. Empty when none was asked for."""
+    """Samples that are never trained on, with their documents in file order. Empty if none were asked for."""
     fingerprint: str
-    """sha256 (hex) of the documents' content in file order, before tokenising: the same for every tokenizer."""
+    """The sha256 (hex) of the documents' content in file order, before tokenising: the same for every tokenizer."""
     empty_documents: int = 0
-    """Documents left out because they hold nothing but white space (conversations: no message)."""
+    """Documents left out because they hold nothing but white space, or no message."""
     unlearnable_documents: int = 0
     """Documents left out because no position in them carries loss: conversations without an answer, single tokens."""
 
@@ -47,11 +47,11 @@ def open_corpus(
     held_out: float = 0.05,
     seed: int = 0,
 ) -> SampleSets:
-    """Read, tokenise, split and pack a corpus; the arguments are those of the configuration's `CorpusConfig`.
+    """Read, tokenise, split and pack a corpus. The arguments are those of the configuration's `CorpusConfig`.
 
-    Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`), keyed by the files'
-    bytes and the tokenizer's content, so that a second opening is quick and never stale.
-    Raises UserError for whatever is wrong with the corpus.
+    Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`). Their keys are the
+    files' bytes and the tokenizer's content, so a second opening is quick and never stale.
+    Raises UserError if anything is wrong with the corpus.
     """
     if not 0 <= held_out <= 0.5:
         raise UserError(f"corpus.held_out: {held_out} is not a share from 0 to 0.5")
@@ -88,14 +88,14 @@ def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills a short sample; never learned, and isolated from the text by its own positions."""
+    """Return the token that fills a short sample. It is never learned, and its own positions isolate it from the text."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """The command draws its own progress; leave the user's setting as it was."""
+    """Hide the progress bars of `datasets`, because the command draws its own. Restore the user's setting at the end."""
     if datasets.utils.are_progress_bars_disabled():
         yield
         return

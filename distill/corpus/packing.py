@@ -1,4 +1,4 @@
-"""Samples: the documents' tokens cut into rows of one length, read from disk when asked for.
+"""Samples: the documents' tokens, cut into rows of one length and read from disk on request.
 
 Shapes: L sequence length.
 """
@@ -15,18 +15,18 @@ from torch import Tensor
 class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
     """A map-style data set of samples; `samples[i]` is a dict of tensors of length L:
 
-    * `input_ids` int64: tokens, padded on the right where a sample is short
+    * `input_ids` int64: tokens, padded on the right if a sample is short
     * `position_ids` int64: from 0 at each sample's start, at each document's start, and at the padding's start
     * `loss_mask` bool: True where the next token (of the same document and sample) is to be learned
 
-    With `pack` the documents form one stream that is cut every L tokens, so only the last sample may be short;
-    without, each document is cut by itself into ceil(length / L) samples. No token is lost or doubled: the unpadded
+    With `pack`, the documents form one stream that is cut every L tokens, so only the last sample may be short.
+    Without it, each document is cut by itself into ceil(length / L) samples. No token is lost or doubled: the unpadded
     tokens of all samples, one after another, are the documents, one after another.
 
-    A sample may carry no loss at all (the middle of a long question; one last token): it keeps its place, so that the
+    A sample may carry no loss at all (the middle of a long question; one last token). It keeps its place, so that the
     numbering depends on nothing but the documents' lengths. Sums over positions with loss are right with it.
 
-    In memory are 16 bytes a document (24 without `pack`); the tokens stay in the memory-mapped table.
+    Memory holds 16 bytes a document (24 without `pack`). The tokens stay in the memory-mapped table.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         self._encoded = encoded.select_columns(["input_ids", "loss_mask"]).with_format("arrow")
         self._rows = rows
         self._begins = np.concatenate([[0], np.cumsum(lengths)])  # each document's first token in the stream
-        # Without packing: each document's first sample.
+        # Only without packing: the number of each document's first sample.
         self._first_samples = None if pack else np.concatenate([[0], np.cumsum(-(-lengths // sequence_length))])
 
     @property
@@ -69,11 +69,11 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         filled = 0
         while begin < end:
             stop = min(end, int(self._begins[document + 1]))
-            part = slice(filled, filled + stop - begin)
-            ids_L[part], mask_L[part] = self._read(document, begin, stop)
-            positions_L[part] = np.arange(stop - begin)
-            mask_L[part.stop - 1] = False  # the next token is in another sample, or another document's
-            filled, begin, document = part.stop, stop, document + 1
+            places = slice(filled, filled + stop - begin)
+            ids_L[places], mask_L[places] = self._read(document, begin, stop)
+            positions_L[places] = np.arange(stop - begin)
+            mask_L[places.stop - 1] = False  # the next token is in another sample or belongs to another document
+            filled, begin, document = places.stop, stop, document + 1
         positions_L[filled:] = np.arange(self.sequence_length - filled)
         return {
             "input_ids": torch.from_numpy(ids_L),
@@ -82,7 +82,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         }
 
     def _stream_span(self, index: int) -> tuple[int, int]:
-        """First and last-but-one token of a sample in the stream of all documents."""
+        """Return the place of a sample's first token in the stream of all documents, and the place after its last."""
         if self._first_samples is None:
             begin = index * self.sequence_length
             return begin, min(begin + self.sequence_length, self.tokens)
@@ -91,7 +91,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return begin, min(begin + self.sequence_length, int(self._begins[document + 1]))
 
     def _read(self, document: int, begin: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and loss mask of a part of a document; of a long document only that part is read from disk."""
+        """Return ids and loss mask of a slice of a document. Only that slice is read from disk."""
         row = self._encoded[int(self._rows[document])]  # one row, so one chunk a column: views of the file, no copy
         start = begin - int(self._begins[document])
         ids, mask = (
@@ -102,6 +102,6 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def document_lengths(encoded: datasets.Dataset) -> np.ndarray:
-    """int64 [documents]: tokens of each row of the table that `encode` makes."""
+    """Return the number of tokens (int64) in each row of the table that `encode` makes."""
     column = encoded.select_columns(["input_ids"]).data.column("input_ids")
     return pyarrow.compute.list_value_length(column).to_numpy().astype(np.int64)

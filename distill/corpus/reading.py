@@ -1,4 +1,4 @@
-"""Find the corpus (files of several formats, or a hub data set) and read its rows one at a time."""
+"""The corpus on disk (files of several formats, or a hub data set), read one row at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One local file; every format becomes numbered rows of named columns."""
+    """One local file. Every format becomes numbered rows of named columns."""
 
     path: Path
     text_field: str
@@ -42,19 +42,19 @@ class CorpusFile:
 
     @property
     def label(self) -> str:
-        """What error messages call it."""
+        """The file's name in error messages."""
         return str(self.path)
 
     def content_key(self) -> str:
-        """A hash of the file's bytes and format, never of its date: an edited file is never mistaken for its past."""
+        """Return a hash of the file's bytes and format, never of its date, so that an edited file is noticed."""
         digest = hashlib.sha256(f"{kind_of(self.path)} {self.path.suffix} {self.text_field}\n".encode())
         with open(self.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
         return digest.hexdigest()
 
     def rows(self) -> Iterator[Row]:
-        """The rows in file order. A text file is one row; its only column takes the name `text_field`.
+        """Yield the rows in file order. A text file is one row, and its only column takes the name `text_field`.
 
         Text is UTF-8 (a byte order mark is dropped) and its line ends arrive as "\\n".
         """
@@ -90,11 +90,11 @@ class HubDataset:
     messages_field: str
 
     def content_key(self) -> str:
-        """The fingerprint that `datasets` gives to this split of this revision."""
+        """Return the fingerprint that `datasets` gives to this split of this revision."""
         return f"hub {self.data._fingerprint}"
 
     def rows(self) -> Iterator[Row]:
-        """The rows in the data set's order."""
+        """Yield the rows in the data set's order."""
         wanted = _wanted(self.data.column_names, self.text_field, self.messages_field)
         yield from enumerate(self.data.select_columns(wanted), start=1)
 
@@ -103,10 +103,11 @@ Source = CorpusFile | HubDataset
 
 
 def find_sources(path: str, name: str | None, split: str, text_field: str, messages_field: str) -> list[Source]:
-    """The files at `path` (a folder's files recursively, sorted by name), or the hub data set of that name.
+    """Return the files at `path` (a folder's files recursively, sorted by name), or the hub data set of that name.
 
-    The hub is asked only when nothing on this machine has the name. Files of other formats in a folder are left out
-    with one logged line; hidden files and folders are left out.
+    The hub is asked only if nothing on this machine has the name. Files of other formats in a folder are left out with
+    one
+    logged line. Hidden files and folders are left out.
     """
     files = local_files(path)
     if files is None:
@@ -115,9 +116,9 @@ def find_sources(path: str, name: str | None, split: str, text_field: str, messa
 
 
 def local_files(path: str) -> list[Path] | None:
-    """The corpus's files on this machine, in their order; None: nothing here has the name, and the hub may know it.
+    """Return the corpus's files on this machine in order, or None if nothing here has the name and the hub may know it.
 
-    Raises UserError for what cannot be read, and what is neither here nor a name that the hub could know.
+    Raises UserError if a file cannot be read, or if the path is neither here nor a name that the hub could know.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -133,7 +134,7 @@ def local_files(path: str) -> list[Path] | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """The format that a file's name promises, without `.gz`, or None when it is none that can be read."""
+    """Return the format that a file's name promises, without `.gz`, or None if it cannot be read."""
     kind = path.suffix.lower()
     if kind == ".gz":
         kind = Path(path.stem).suffix.lower()
@@ -157,7 +158,7 @@ def _files_in(folder: Path, path: str) -> list[Path]:
 
 
 def _nearest(missing: Path) -> str:
-    """The nearest name beside the first part of `missing` that does not exist."""
+    """Return a question with the nearest name beside the first part of `missing` that does not exist."""
     while not missing.parent.exists():
         missing = missing.parent
     near = get_close_matches(missing.name, [entry.name for entry in missing.parent.iterdir()], n=1, cutoff=0.5)
@@ -168,7 +169,7 @@ def _load_from_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
     try:
         data = datasets.load_dataset(path, name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # `datasets` says in the first line what is wrong (unknown name, configuration or split; no network).
+        # The first line of an error of `datasets` is enough: unknown name, configuration or split; no network.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: neither a file or folder here nor a hub data set that can be loaded "
@@ -184,7 +185,7 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
-    """Rows of a file with one object a line, or of one list of objects (which is held in memory whole)."""
+    """Yield the rows of a file with one object a line, or of one list of objects (which is held in memory whole)."""
     line = file.readline()
     while line and not line.strip():
         line = file.readline()
@@ -226,5 +227,5 @@ def _parquet_rows(path: Path, *fields: str) -> Iterator[Row]:
 
 
 def _wanted(columns: list[str], *fields: str) -> list[str]:
-    """The columns to read; all of them where none is wanted, so that an error can name them."""
+    """Return the columns to read, or all columns if none is wanted, so that an error can name them."""
     return [column for column in columns if column in fields] or columns

@@ -1,4 +1,4 @@
-"""Choose which documents are never trained on, and the order of the others."""
+"""The choice of documents that are never trained on, and the order of the others."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from distill.errors import UserError
 
 
 def split_rows(shares: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the training documents, shuffled with `seed`, and of the held-out documents, in file order.
+    """Return the rows of the training documents, shuffled with `seed`, and of the held-out documents, in file order.
 
-    `shares` is float64 [documents]: a hash of each document's content as a number in [0, 1]; 2 for an empty document,
-    which is on neither side. A document is held out when its share is below `held_out`: the same text is always on the
-    same side, whatever the order, the file or the rest of the corpus.
+    `shares` is float64 [documents]: a hash of each document's content as a number in [0, 1]. An empty document has 2
+    and
+    is on neither side. A document is held out if its share is below `held_out`. So the same text is always on the same
+    side, in any order, in any file, and beside any other documents.
     """
     held_rows = np.flatnonzero(shares < held_out)
     train_rows = np.flatnonzero((shares >= held_out) & (shares <= 1))
@@ -20,7 +21,7 @@ def split_rows(shares: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarr
 
 
 def check_sides(path: str, train_rows: np.ndarray, held_rows: np.ndarray, held_out: float) -> None:
-    """Raise UserError where one of the two sides, if asked for, has no document."""
+    """Raise UserError if one of the two sides was asked for and has no document."""
     documents = len(train_rows) + len(held_rows)
     if len(train_rows) == 0:
         raise UserError(

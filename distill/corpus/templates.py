@@ -1,4 +1,4 @@
-"""Render a conversation with the tokenizer's chat template, and find the assistant's answers in the rendering."""
+"""Rendering of conversations with the tokenizer's chat template, and the assistant's answers in the rendered text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """The default chat template of `tokenizer`. Raises UserError without one, or without character offsets."""
+        """Return the default chat template of `tokenizer`. Raises UserError if there is none, or no character offsets."""
         if not tokenizer.chat_template:
             raise UserError(
                 "the corpus holds conversations, but the tokenizer has no chat template: take the instruction-tuned "
@@ -46,10 +46,11 @@ class ChatTemplate:
         return cls(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map), added)
 
     def render(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
-        """The conversation as text, and where in it the answers are, each with its end-of-turn token.
+        """Return the conversation as text, and the spans of the answers in it, each with its end-of-turn token.
 
-        A template with `{% generation %}` says itself what is learned. Otherwise an answer is what the template adds
-        for the assistant's message to the prompt that it renders of the messages before.
+        A template with `{% generation %}` marks the answers itself. Otherwise an answer is the text that the template
+        adds for
+        the assistant's message after the prompt, which is rendered from the messages before it.
         """
         if GENERATION.search(self.source):
             return self._rendered(messages, where)
@@ -75,13 +76,15 @@ class ChatTemplate:
                     f"{where}: message {i + 1}: the chat template renders this answer in another way once the "
                     f"conversation goes on: {REMEDY}"
                 )
-        # A separator behind the end-of-turn token ("\n" in ChatML) is never generated, so it is not learned either.
+        # A separator after the end-of-turn token ("\n" in ChatML) is never generated, so it is not learned either.
         ended = answer.rstrip()
         return len(prompt), len(prompt) + len(ended if ended.endswith(self.added_tokens) else answer)
 
     @staticmethod
     def _without_trimmings(answer: str, message: Message) -> str:
-        """The bare content and what follows it: Qwen3 puts an empty `<think>` block before the last answer only."""
+        """Return the bare content and the text after it: Qwen3 puts an empty `<think>` block before the last answer
+        only.
+        """
         content = str(message.get("content", "")).strip()
         return answer[answer.rindex(content) :] if content and content in answer else ""
 
@@ -103,10 +106,11 @@ class ChatTemplate:
 
 
 def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
-    """bool [tokens]: which tokens share at least one character with a span.
+    """Return a mask (bool [tokens]) of the tokens that share at least one character with a span.
 
-    transformers' own mask is not used: it looks up the span's first character alone, and where no token claims that
-    character (a blank that the tokenizer trims off) it gives up the conversation's remaining answers in silence.
+    transformers' own mask is not used. It looks up the span's first character alone. If no token covers that character
+    (a
+    blank that the tokenizer trims off), it gives up the conversation's remaining answers without a message.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     inside = np.zeros(len(starts), dtype=bool)

@@ -93,7 +93,7 @@ BAD_ROWS: list[tuple[list[Any], str]] = [
     ([{"text": "x"}, {"tex": "x"}], r"row 2: no column 'text'.*did you mean 'tex'"),
     ([{"text": "x"}, {"text": None}], r"row 2: column 'text' is null, not text"),
     ([{"text": 3}], r"row 1: column 'text' is int, not text"),
-    ([{"text": "\ud800"}], r"row 1: holds what is not text"),
+    ([{"text": "\ud800"}], r"row 1: not text"),
     ([{"text": "x"}, {"messages": [USER]}], r"row 2 is a conversation but .*row 1 is plain text: make two corpora"),
     ([{"messages": "Who?"}], r"row 1: messages are a str, not a list"),
     ([{"messages": None}], r"row 1: messages are a NoneType"),
