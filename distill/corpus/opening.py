@@ -88,14 +88,14 @@ def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that fills a short sample. It is never learned, and its own positions isolate it from the text."""
+    """Return the token that fills a short sample. It is never learned; its positions isolate it from the text."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets`, because the command draws its own. Restore the user's setting at the end."""
+    """Hide the progress bars of `datasets`, since the command draws its own. Restore the user's setting at the end."""
     if datasets.utils.are_progress_bars_disabled():
         yield
         return

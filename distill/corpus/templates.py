@@ -31,7 +31,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-        """Return the default chat template of `tokenizer`. Raises UserError if there is none, or no character offsets."""
+        """Return the default chat template of `tokenizer`. Raises UserError if it or character offsets are missing."""
         if not tokenizer.chat_template:
             raise UserError(
                 "the corpus holds conversations, but the tokenizer has no chat template: take the instruction-tuned "
