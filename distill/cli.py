@@ -13,6 +13,7 @@ from typing import Any
 
 from distill import __version__, folder_commands
 from distill.errors import UserError, did_you_mean
+from distill.system.quiet import quiet_command
 
 EXPERIMENT_COMMANDS = {
     "cache-teacher": "phase 1: the teacher reads the corpus once, its answers go to disk",
@@ -71,7 +72,7 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"{command}: unknown command{did_you_mean(command, COMMANDS)}")
     if command in folder_commands.COMMANDS:
-        _quiet_libraries()
+        quiet_command()
         return folder_commands.run(command, rest)
     if any(argument in ("-h", "--help") for argument in rest):
         try:
@@ -100,7 +101,7 @@ def _plan(path: str, rest: list[str]) -> int:
 
     def work() -> int:
         experiment = load_experiment(path, _spelled_out(overrides))
-        _quiet_libraries()
+        quiet_command()
         status: int = _imported("distill.recipes.plan").main(experiment, options.card, options.json, options.fit)
         return status
 
@@ -126,7 +127,7 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
     try:
         interrupt.install()
         experiment = load_experiment(path, overrides)
-        _quiet_libraries()
+        quiet_command()
         if command == "run":
             from distill.experiment.checks import check_last_steps
 
@@ -182,28 +183,6 @@ def _spelled_out(overrides: list[str]) -> list[str]:
         if argument.startswith("--") and "=" not in argument and following.startswith("--"):
             result.append("true")
     return result
-
-
-def _quiet_libraries() -> None:
-    """Progress and warnings of the libraries below would bury ours."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|bitsandbytes)\b.*")
-    for name in (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric.utilities.distributed",
-        "transformers",
-        "bitsandbytes",
-        "datasets",
-        "torchao",
-        "mlflow",
-        "lightning.pytorch.loggers",
-        "torch.utils._pytree",  # about torchao
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distill.models.checkpoints import resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet_transformers
 
 
 def load_student(
@@ -56,7 +56,7 @@ def _from_config(config: dict[str, Any] | str, vocab_size: int | None, trust_rem
     if vocab_size is not None:
         given.setdefault("vocab_size", vocab_size)
     given.setdefault("pad_token_id", None)  # a family's own padding id may lie outside this vocabulary
-    with quiet():
+    with quiet_transformers():
         try:
             made = transformers.AutoConfig.for_model(family, **given)
             return transformers.AutoModelForCausalLM.from_config(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.checkpoints import resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
 
 NAME = "default"  # of the one adapter that a layer has
@@ -81,7 +81,7 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
         with torch.device("meta"):  # for its names only
             empty = type(self.model)(copy.deepcopy(config))
         weights = {name: self._merged_tensor(name, empty).to("cpu", copy=True) for name in empty.state_dict()}
-        with quiet():
+        with quiet_transformers():
             plain, report = type(self.model).from_pretrained(
                 None, config=config, state_dict=weights, dtype=self.export_dtype, output_loading_info=True
             )

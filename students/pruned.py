@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.models.checkpoints import load_config, resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.tensors import Tensors, tensors
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_stream import COMPUTED, LAYER, Source, StreamedTeacher, split_name
@@ -96,7 +96,7 @@ def shape_of_pruned(
     if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
         widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
     made = pruned_config(config, chosen, widths)
-    with quiet():
+    with quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_config(
             made, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
@@ -224,7 +224,7 @@ def _build(config: Any, weights: dict[str, Tensor], teacher: str, trust_remote_c
     """Load through transformers, which knows how a family's names on disk differ from those in memory."""
     import transformers
 
-    with quiet():
+    with quiet_transformers():
         with torch.device("meta"):  # for its class only
             empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model, report = type(empty).from_pretrained(

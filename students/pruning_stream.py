@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from distill.models.huggingface import HuggingFaceLanguageModel, quiet, transformation
+from distill.models.huggingface import HuggingFaceLanguageModel, quiet_transformers, transformation
 from distill.models.language_model import Head
 
 LAYER = re.compile(r"(?:^|(?<=\.))(layers|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h
@@ -75,7 +75,7 @@ class StreamedTeacher:
 
         config = copy.deepcopy(config)
         # Parameters without memory, but buffers (rotary frequencies, an embedding's scale) with their values.
-        with quiet(), accelerate.init_empty_weights(include_buffers=False):
+        with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
             self.model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             ).eval()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.checkpoints import Checkpoint, load_config, resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.quantization import Quantization, is_quantized
 from distill.models.tensors import tensors
 from teachers.huggingface import resolve_dtype
@@ -41,7 +41,7 @@ def load_streamed_teacher(
     _check(checkpoint, quantization, micro_batch, trust_remote_code)
     dtype = resolve_dtype(compute_dtype, device)
     empty = _without_weights(checkpoint, dtype, trust_remote_code)
-    with quiet():
+    with quiet_transformers():
         teacher = StreamedTeacher(empty, dtype, tensors(checkpoint), device, model, micro_batch, keep_layers)
     teacher.check()
     return teacher
@@ -90,7 +90,7 @@ def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_co
     import transformers
 
     config = load_config(checkpoint, trust_remote_code)
-    with quiet(), accelerate.init_empty_weights(include_buffers=False):
+    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 

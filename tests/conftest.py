@@ -75,14 +75,14 @@ def save_teacher(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from distill.models.huggingface import quiet
+    from distill.system.quiet import quiet_transformers
 
     rows = save_tokenizer(folder, texts, vocabulary) + 13
     # The wide initial weights make a teacher of few, sure and position-dependent answers, as real ones are.
     common = {"vocab_size": rows, "hidden_size": 32, "num_hidden_layers": 4, "initializer_range": 0.15}
     config = AutoConfig.for_model(family, pad_token_id=None, **{**common, **FAMILIES[family], **sizes})
     torch.manual_seed(seed)
-    with quiet():
+    with quiet_transformers():
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 

@@ -45,6 +45,7 @@ LIGHT = (
     "distill.experiment.configuration",
     "distill.errors",
     "distill.experiment.file",
+    "distill.system.quiet",
 )
 HEAVY = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "numpy", "safetensors"}
 

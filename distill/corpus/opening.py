@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import datasets
@@ -16,6 +14,7 @@ from distill.corpus.packing import Samples
 from distill.corpus.reading import find_sources
 from distill.corpus.splitting import check_sides, split_rows
 from distill.errors import UserError
+from distill.system.quiet import quiet_datasets
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def open_corpus(
     if seed < 0:
         raise UserError(f"corpus.seed: {seed} is negative; give 0 or more")
     sources = find_sources(path, name, split, text_field, messages_field)
-    with _no_progress_bars():
+    with quiet_datasets():
         documents = load_documents(sources, text_field, messages_field)
         shares = _numbers(documents, "share")
         empty = int((shares > 1).sum())
@@ -91,16 +90,3 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the token that fills a short sample. It is never learned; its positions isolate it from the text."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets`, since the command draws its own. Restore the user's setting at the end."""
-    if datasets.utils.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()

@@ -7,7 +7,6 @@ import copy
 import difflib
 import functools
 import importlib.util
-import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.models.checkpoints import first_line
-from distill.models.huggingface import quiet
-
-NOISY = ("lm_eval", "datasets", "huggingface_hub", "httpx")
+from distill.system.quiet import quiet, quiet_datasets, quiet_transformers
 
 
 def demand_lm_eval() -> None:
@@ -114,33 +111,22 @@ def _check_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def lm_eval_alone(seed: int) -> Iterator[None]:
     """lm-eval inside: without its log lines, bars and prints, in this process alone, and with randomness of its own."""
-    import datasets
     import lm_eval.api.metrics as metrics
     import lm_eval.api.task as task
     import numpy
 
-    loggers = [logging.getLogger(name) for name in NOISY]
-    levels = [logger.level for logger in loggers]
     kept = task.tqdm, metrics.bootstrap_stderr, random.getstate(), numpy.random.get_state()
-    has_bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     task.tqdm = lambda iterable, **_: iterable
     metrics.bootstrap_stderr = _bootstrap_stderr
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     try:
-        with quiet():
+        with quiet(), quiet_datasets(), quiet_transformers():
             yield
     finally:
         task.tqdm, metrics.bootstrap_stderr = kept[:2]
         random.setstate(kept[2])
         numpy.random.set_state(kept[3])
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if has_bars:
-            datasets.enable_progress_bars()
 
 
 def _bootstrap_stderr(statistic: Any, values: Any, iters: int) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
 from distill.experiment import configuration as config
 from distill.experiment.configuration import Experiment
+from distill.system.quiet import quiet
 
 
 def load_experiment(path: str, overrides: list[str]) -> Experiment:
@@ -145,8 +145,7 @@ def _parse(path: str, overrides: list[str]) -> Experiment:
     parser.add_class_arguments(Experiment, None)
     try:
         namespace = parser.parse_args(["--experiment_file", path, *overrides])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             values = parser.instantiate_classes(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {_plain(str(error))}") from None

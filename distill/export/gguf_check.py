@@ -25,9 +25,10 @@ from distill.errors import UserError
 from distill.export.gguf_architecture import query_divisor
 from distill.models.checkpoints import Checkpoint, first_line, load_config
 from distill.models.generation import context_length
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing
 from distill.models.tokenizers import load_tokenizer, vocab_size
 from distill.plugins import load_language_model
+from distill.system.quiet import quiet_transformers
 
 TOLERANCES = {"f16": 0.01, "q8_0": 0.02, "q4_0": 0.10}
 """By how much the perplexity may be off, as a share of the student's own."""
@@ -200,7 +201,7 @@ def _read_by_transformers(file: Path, config: Any) -> Any:
 
     if config.model_type == "mistral":  # Llama by another name, which the reader does not know
         config = transformers.LlamaConfig(**{**config.to_dict(), "model_type": "llama"})
-    with quiet():
+    with quiet_transformers():
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent,

@@ -18,9 +18,10 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.export import alone, custom, probe
 from distill.models.checkpoints import Checkpoint, weight_files
-from distill.models.huggingface import load_pretrained, quiet
+from distill.models.huggingface import load_pretrained
 from distill.models.saving import DESCRIPTION
 from distill.models.tokenizers import load_tokenizer
+from distill.system.quiet import quiet_transformers
 
 TYPES = ("float32", "bfloat16", "float16")
 SHARD = "5GB"
@@ -51,7 +52,7 @@ class HuggingFaceFormat:
         else:
             model = load_pretrained(Checkpoint(source, None, str(source)), dtype)
             model.generation_config = _generation_config(model.generation_config, tokenizer)
-            with quiet():
+            with quiet_transformers():
                 model.save_pretrained(folder, max_shard_size=SHARD)
         save_tokenizer(tokenizer, folder)
 

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import json
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from distill.models.checkpoints import Checkpoint, first_line
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.tokenizers import load_tokenizer
 from distill.plugins import load_language_model
+from distill.system.quiet import quiet
 
 TYPES = ("float32",)
 FILE = "model.onnx"
@@ -57,7 +54,7 @@ class OnnxFormat:
         """Write the folder. Raises UserError for a model that torch's exporter cannot trace or translate."""
         model = load_language_model(source)
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-        with _quiet():
+        with quiet(prints=True):  # the exporter tells of every step, and of libraries that it can do without
             program = _translated(_traced(_forward(model), model.head.weight_VD.shape[0], _sizes(source), str(source)))
             program.save(str(folder / FILE), external_data=size > ONE_FILE)
         save_tokenizer(load_tokenizer(Checkpoint(source, None, str(source))), folder)
@@ -171,19 +168,3 @@ def _translated(program: Any) -> Any:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise UserError(f"torch's exporter has no ONNX for this model: {first_line(cause)}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells of every step, and of libraries that it can do without."""
-    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "torch.export", "torch.fx")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

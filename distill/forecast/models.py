@@ -28,8 +28,8 @@ from distill.forecast.machine.cards import Card
 from distill.forecast.published import published_models
 from distill.models import checkpoints, tokenizers
 from distill.models.checkpoints import Checkpoint
-from distill.models.huggingface import quiet
 from distill.models.language_model import Head
+from distill.system.quiet import quiet_transformers
 from distill.targets.schemes import parameters
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.module import DistillationModule
@@ -42,7 +42,7 @@ class Models:
         """`notes`: what had to be assumed is added to it."""
         self.experiment, self.card, self.notes = experiment, card, notes
         teacher = experiment.teacher
-        with quiet():
+        with quiet_transformers():
             self.checkpoint = checkpoints.resolve(teacher.model, teacher.revision, teacher.trust_remote_code)
             config = checkpoints.load_config(self.checkpoint, teacher.trust_remote_code).get_text_config()
         check_teacher_length(config, self.checkpoint.name, experiment.corpus.sequence_length)

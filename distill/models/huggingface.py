@@ -5,9 +5,8 @@ Shapes: B batch, L sequence length, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, first_line, load_config, weight_files
 from distill.models.language_model import Head
+from distill.system.quiet import quiet_transformers
 
 
 class HuggingFaceLanguageModel(torch.nn.Module):
@@ -129,7 +129,7 @@ class HuggingFaceLanguageModel(torch.nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors)."""
-        with quiet():
+        with quiet_transformers():
             self.model.save_pretrained(folder)
 
 
@@ -180,7 +180,7 @@ def load_pretrained(
         options["use_safetensors"] = True
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
-    with quiet():
+    with quiet_transformers():
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, output_loading_info=True, **options
@@ -202,22 +202,3 @@ def complain_about_missing(report: Any, name: str) -> None:
         what = f"lacks {missing[0]}" if missing else f"has another shape of {mismatched[0]}"
         more = len(missing) + len(mismatched) - 1
         raise UserError(f"{name}: the checkpoint {what}" + (f" and {more} more weights" if more else ""))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' log lines and progress bars inside: the pipeline draws its own."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
-    from transformers.utils import logging
-
-    verbosity, bars, gguf_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf.tqdm
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    gguf.tqdm = logging.tqdm  # that module draws its bar past the switch
-    try:
-        yield
-    finally:
-        gguf.tqdm = gguf_bar
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.huggingface import load_pretrained
+from distill.system.quiet import quiet_for_good
 
 Quantization = Literal["nf4", "int8", "none"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,7 +28,8 @@ def load_quantized(
     A Hugging Face folder is quantised while it is read, so that the full weights never lie in memory together; a GGUF
     file is dequantised in host memory and then quantised layer by layer on the device.
     """
-    _hush_bitsandbytes()
+    # It warns at every product of every layer that int8 casts, and at import of a kernel that we do not use.
+    quiet_for_good("bitsandbytes")
     if checkpoint.gguf_file is not None:
         loaded = load_pretrained(checkpoint, dtype, trust_remote_code=trust_remote_code)
         if quantization != "none":
@@ -116,11 +117,6 @@ def _quantized(weight: Tensor, bias: nn.Parameter | None, quantization: Quantiza
         )
     layer.bias = bias
     return layer
-
-
-def _hush_bitsandbytes() -> None:
-    """It warns at every product of every layer that int8 casts, and at import of a kernel that we do not use."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _use_portable_kernel(model: nn.Module) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from distill import plugins
 from distill.models.checkpoints import Checkpoint
-from distill.models.huggingface import HuggingFaceLanguageModel, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.saving import save_language_model
 from distill.models.tokenizers import load_tokenizer, vocab_size
+from distill.system.quiet import quiet_transformers
 
 TEXT = "the state of the union and the people of the states, in the year of our Lord one thousand and one"
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -55,7 +56,7 @@ def hugging_face_student(tiny_model: Any, tokenizer: Any) -> Callable[..., Path]
 
     def save(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
         made = tokenizer()
-        with quiet():
+        with quiet_transformers():
             model = tiny_model(family, vocab_size=vocab_size(made) + 3, **sizes).to(dtype)
         return save_language_model(HuggingFaceLanguageModel(model), folder, "huggingface", {}, made)
 

@@ -23,8 +23,9 @@ from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.repetition import each_kind_of_chunk_once, moments_made_first
 from distill.losses.objective import Mixture
-from distill.models.huggingface import HuggingFaceLanguageModel, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import quantize_linears
+from distill.system.quiet import quiet_transformers
 from distill.targets import schemes
 from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.module import DistillationModule
@@ -166,7 +167,7 @@ def cost_of(way: Way, device: DeviceKind) -> Cost:
 
 def _peak(way: Way, shape: Shape, device: DeviceKind) -> int:
     tokens, chunk = shape.width // 4, shape.width // 16
-    with quiet():
+    with quiet_transformers():
         if way.role == "teacher":
             return simulate_teacher(
                 partial(_teacher, shape, way),

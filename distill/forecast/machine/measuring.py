@@ -27,7 +27,8 @@ from distill.forecast.phases.step import StepShape, make_batch, run_steps, simul
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.work import Work
 from distill.losses.objective import Mixture
-from distill.models.huggingface import HuggingFaceLanguageModel, quiet
+from distill.models.huggingface import HuggingFaceLanguageModel
+from distill.system.quiet import quiet_transformers
 from distill.training.module import DistillationModule
 from distill.training.optimizers.adamw import make_optimizer
 from distill.training.optimizers.schedule import Schedule
@@ -56,7 +57,7 @@ def calibrate(
     card, pace = this_machine(device), _Pace(device, clock)
     peaks = {name: card.fp32_flops if name == "float32" else card.half_flops for name in DTYPES}
     matmul = {name: pace.products(dtype) / peaks[name] for name, dtype in DTYPES.items()}
-    with quiet():
+    with quiet_transformers():
         tiny = pace.step(_TINY, "32-true")
         others = [pace.step(_LARGER[device], precision) for precision in _precisions(card)]
     found = fit(card, replace(DEFAULTS[device], matmul=matmul), tiny, others)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +26,7 @@ from distill.forecast.simulation.result import Simulation
 from distill.forecast.simulation.work import Work
 from distill.models.checkpoints import first_line
 from distill.report.numbers import size
+from distill.system.quiet import quiet
 from distill.targets.schemes import Hidden
 
 Phase = str
@@ -76,7 +74,7 @@ class Simulator:
         if key not in self._known:
             own: list[str] = []
             try:
-                with _quietly(), configurations_alone(own):
+                with quiet(), configurations_alone(own):
                     self._known[key] = _SIMULATE[phase](self, Models(experiment, self.card, own)), own
             except UserError:
                 raise
@@ -88,7 +86,7 @@ class Simulator:
 
     def hidden_size(self, experiment: Experiment) -> int:
         """The teacher's."""
-        with _quietly(), configurations_alone([]):
+        with quiet(), configurations_alone([]):
             return Models(experiment, self.card, []).hidden_size
 
     def _teacher(self, models: Models) -> list[Part]:
@@ -210,16 +208,3 @@ def _without(work: Counter[Work], part: Counter[Work]) -> Counter[Work]:
     rest = Counter(work)
     rest.subtract(part)
     return rest
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Libraries say things about a training that none is; what fails comes as an exception."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

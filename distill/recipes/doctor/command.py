@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +15,7 @@ from distill.recipes.doctor import probes as machine
 from distill.recipes.doctor.findings import Finding, judge
 from distill.recipes.doctor.probes import Probes
 from distill.system.progress import say
+from distill.system.quiet import quiet
 
 T = TypeVar("T")
 
@@ -29,8 +27,7 @@ def main(calibrate: bool = False, as_json: bool = False, probes: Probes = machin
     looked at is a finding.
     """
     tell: Callable[[str], None] = (lambda line: None) if as_json else say
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         facts, found = _look(probes)
         for line in _machine_lines(facts):
             tell(line)
@@ -48,7 +45,7 @@ def main(calibrate: bool = False, as_json: bool = False, probes: Probes = machin
 def _tried(what: str, look: Callable[[], T], findings: list[Finding], remedy: str) -> T | None:
     """What a probe sees; a finding where it fails. What libraries print meanwhile is theirs alone."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with quiet(prints=True):
             return look()
     except (Exception, SystemExit) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

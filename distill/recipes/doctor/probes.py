@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import math
 import os
 import platform
@@ -128,7 +127,6 @@ def four_bit(kind: DeviceKind) -> dict[str, float]:
     `weight_error`: of the dequantised weight; `product_error`: of the product against that with the dequantised weight.
     Both root mean square, relative.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes as bnb
 
     generator = torch.Generator().manual_seed(0)

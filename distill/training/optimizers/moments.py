@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.system.quiet import quiet
 from distill.training.optimizers.rounding import Rounding, store
 
 Stored = Any
@@ -124,20 +122,9 @@ def _blocks(rows: slice, block: int) -> slice:
     return slice(rows.start // block, -(-rows.stop // block))
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """The libraries log a line for each kernel that was not made for this machine."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 @functools.cache
 def _bitsandbytes() -> Any:
-    with _quietly():
+    with quiet():
         from bitsandbytes import functional
     return functional
 
@@ -145,7 +132,7 @@ def _bitsandbytes() -> Any:
 @functools.cache
 def _torchao_state() -> Any:
     try:
-        with _quietly():
+        with quiet():
             from torchao.optim.subclass_4bit import OptimState4bit
     except ImportError:
         raise UserError(
