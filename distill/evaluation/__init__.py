@@ -1,1 +1,1 @@
-"""The student beside its teacher: metrics and the walk over held-out text."""
+"""The evaluation of a student beside its teacher: metrics, held-out text, benchmarks, speed and written texts."""

@@ -1,4 +1,4 @@
-"""Benchmarks through EleutherAI's lm-eval: its tasks, its prompts and its scores, of any model of our contract."""
+"""Benchmarks through EleutherAI's lm-eval: its tasks, prompts and scores, for any model that meets our contract."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from distill.evaluation.task_files import demand_lm_eval, lm_eval_alone, load_ta
 from distill.models.language_model import LanguageModel
 
 LENGTH_NORMALIZED = {"hellaswag", "arc_easy", "arc_challenge", "openbookqa", "piqa"}
-"""Tasks of which the field reports `acc_norm`: the choice is the likeliest per character, not as a whole."""
+"""Tasks for which the field reports `acc_norm`: the choice with the highest likelihood per character is taken."""
 CHOSEN = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info"}
-"""Metrics of multiple choice: guessing is right once in as many times as there are choices."""
+"""Metrics of multiple choice. Guessing scores one divided by the number of choices."""
 BOOTSTRAP_ROUNDS = 1000
-"""Resamplings for the standard error of a perplexity. lm-eval's 100,000 take minutes; this is within 3 % of them."""
+"""Resamplings for the standard error of a perplexity. lm-eval's 100,000 take minutes; the result is within 3 % of
+theirs.
+"""
 SEED = 1234
-"""lm-eval's own, of the examples in few-shot prompts."""
+"""Seed of the examples in few-shot prompts, the same as lm-eval's."""
 
 
 def run_tasks(
@@ -37,20 +39,20 @@ def run_tasks(
     seed: int = SEED,
     title: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Each task's scores: `{task: {"documents", "metric", "metrics": {name: {"value", "stderr"}}, "chance"}}`.
+    """Return each task's scores: `{task: {"documents", "metric", "metrics": {name: {"value", "stderr"}}, "chance"}}`.
 
-    `metric` is the one to show and `chance` its value for guessing, absent where there is none. `stderr` is lm-eval's,
-    absent where lm-eval has none. What is not finite, as a perplexity may be, is left out of `metrics`. `truncated` is
-    the number of requests whose text was too long for the model and was cut from the left, absent when none was. A
-    group (such as `mmlu`) has the aggregate that lm-eval defines for it.
+    `metric` is the one to show. `chance` is its value for guessing, absent if there is none. `stderr` is lm-eval's,
+    absent if lm-eval has none. Values that are not finite, as a perplexity may be, are left out of `metrics`.
+    `truncated` is the number of requests whose text was too long for the model and was cut from the left, absent if
+    none was. A group (such as `mmlu`) has the aggregate that lm-eval defines for it.
 
-    `limit`: the first documents of each task alone (of a group: of each of its tasks). `max_length` (tokens): the
-    longest text for a model that does not say what it can read. Prompts are plain text, without chat template. `seed`
-    is of few-shot examples and sampled texts; lm-eval's own makes its own prompts. With a `title` the progress is
-    shown. Nothing else is printed.
+    `limit` takes only the first documents of each task (of each task in a group). `max_length` (tokens) is the longest
+    text for a model that does not say its own. Prompts are plain text, without chat template. `seed` draws few-shot
+    examples and sampled texts; with lm-eval's own seed the prompts are lm-eval's. With a `title` the progress is shown.
+    Nothing else is printed.
 
-    Raises UserError when lm-eval is missing, for unknown tasks, for wrong task files, and for data sets that are
-    neither on this machine nor can be fetched.
+    Raises UserError if lm-eval is missing, for unknown tasks, for wrong task files, and for data sets that are neither
+    on this machine nor can be fetched.
     """
     if limit is not None and limit < 1:
         raise UserError(f"evaluate.tasks_limit: {limit}; at least 1 document, or null for all")
@@ -76,7 +78,7 @@ def run_tasks(
 
 
 def check_tasks(tasks: list[str], tasks_path: str | None = None) -> None:
-    """Raise the UserErrors of `run_tasks` that need no model: before hours of training rather than behind them."""
+    """Raise the UserErrors of `run_tasks` that need no model: before hours of training, not after them."""
     demand_lm_eval()
     with lm_eval_alone(SEED):
         for name in tasks:
@@ -84,7 +86,7 @@ def check_tasks(tasks: list[str], tasks_path: str | None = None) -> None:
 
 
 def _run(harness: Any, name: str, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:
-    """Evaluate one task or group as `lm_eval.simple_evaluate` does: few-shot as the task says, else none."""
+    """Evaluate one task or group as `lm_eval.simple_evaluate` does: few-shot if the task says so, else zero-shot."""
     from lm_eval.evaluator import evaluate
 
     for task in loaded["tasks"].values():
@@ -110,7 +112,7 @@ def _run(harness: Any, name: str, loaded: dict[str, Any], limit: int | None, see
 
 
 def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """lm-eval's `{"acc,none": …, "acc_stderr,none": …}` as `{"acc": {"value", "stderr"}}`."""
+    """Return lm-eval's `{"acc,none": …, "acc_stderr,none": …}` as `{"acc": {"value", "stderr"}}`."""
     metrics: dict[str, dict[str, float]] = {}
     for key, value in scores.items():
         metric, comma, filter_ = key.partition(",")
@@ -123,7 +125,7 @@ def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _finite(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Without what JSON has no word for: values and errors that are not finite."""
+    """Return the metrics without values and errors that are not finite, because JSON cannot hold them."""
     found = {
         name: {key: number for key, number in score.items() if math.isfinite(number)} for name, score in metrics.items()
     }
@@ -131,14 +133,14 @@ def _finite(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]
 
 
 def main_metric(task: str, metrics: list[str]) -> str:
-    """The metric to show: `acc_norm` where the field reports it, else `acc`, else the task's first."""
+    """Return the metric to show: `acc_norm` if the field reports it, else `acc`, else the task's first."""
     if "acc_norm" in metrics and task in LENGTH_NORMALIZED:
         return "acc_norm"
     return "acc" if "acc" in metrics else metrics[0]
 
 
 def _chance(name: str, loaded: dict[str, Any], metric: str, samples: dict[str, list[Any]]) -> float | None:
-    """The value of `metric` for guessing; a group's is the mean that its score is."""
+    """Return the value of `metric` for guessing. A group's value is the mean that its score is."""
     group = loaded["groups"].get(name)
     if group is None:
         return _task_chance(loaded["tasks"][name], metric, samples[name])
@@ -151,10 +153,13 @@ def _chance(name: str, loaded: dict[str, Any], metric: str, samples: dict[str, l
 
 
 def _task_chance(task: Any, metric: str, samples: list[dict[str, Any]]) -> float | None:
-    """Mean over the documents of (right choices) / (choices); 0 where every token must be met; None: not known."""
+    """Return the mean over the documents of (right choices) / (choices).
+
+    The result is 0 if every token must match, and None if guessing has no known value.
+    """
     metric = metric.partition(",")[0]
     if callable(task.get_config("process_results")):
-        return None  # the task scores in a way of its own
+        return None  # the task has its own way of scoring
     if metric == "exact_match":
         return 0.0
     if metric not in CHOSEN or task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
@@ -171,7 +176,7 @@ def _task_chance(task: Any, metric: str, samples: list[dict[str, Any]]) -> float
 
 @contextlib.contextmanager
 def _evaluating(model: LanguageModel) -> Iterator[None]:
-    """The model in evaluation mode inside, and as it was behind."""
+    """Put the model in evaluation mode inside the context, and restore its mode at the end."""
     if not isinstance(model, torch.nn.Module):
         yield
         return

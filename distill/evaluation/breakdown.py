@@ -1,4 +1,4 @@
-"""Sums of the metrics, by sample and by what the position was like: the Metrics that add up, and what they come to.
+"""Sums of the metrics by sample, by the teacher's entropy and by position, and the means made from them.
 
 Shapes: N positions that carry loss, V vocabulary, S samples, K metrics, M bins of confidence. Every position counts
 the same, however the positions are cut into chunks, batches and devices.
@@ -22,15 +22,15 @@ from distill.evaluation import metrics
 from distill.evaluation.statistics import SampleSums, intervals
 
 ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
-"""Where bins of the teacher's entropy begin, nats; the last has no end."""
+"""Lower edges of the bins of the teacher's entropy, nats. The last bin has no upper edge."""
 POSITION_EDGES = (0, 4, 16, 64, 256, 1024, 4096)
-"""Where bins of the position begin, tokens since the document's (or the sample's) beginning; the last has no end."""
+"""Lower edges of the bins of the position, tokens since the document's or sample's beginning. The last has no end."""
 IN_BINS = ("nll", "kl", "top1_agreement", "acceptance")
-"""What is told of each bin, where it was measured."""
+"""Metrics that are reported for each bin, if they were measured."""
 
 
 def bin_numbers(values_N: Tensor, edges: Sequence[float]) -> Tensor:
-    """Number `[N]`, int64, of the bin of each value: b for `edges[b] <= value < edges[b + 1]`."""
+    """Return the bin's number (`[N]`, int64) for each value: b for `edges[b] <= value < edges[b + 1]`."""
     inner = torch.tensor(edges[1:], dtype=values_N.dtype, device=values_N.device)
     return torch.bucketize(values_N, inner, right=True)
 
@@ -40,39 +40,39 @@ class Measured:
     """A model on the held-out text: float64 sums of K metrics, and int64 numbers of positions."""
 
     names: tuple[str, ...]
-    """The K metrics."""
+    """Names of the K metrics."""
     sample_sums: np.ndarray
-    """`[S, K]`"""
+    """Sums by sample, `[S, K]`."""
     sample_positions: np.ndarray
-    """`[S]`"""
+    """Positions with loss of each sample, `[S]`."""
     entropy_sums: np.ndarray
-    """`[7, K]`, by `ENTROPY_EDGES`."""
+    """Sums by the teacher's entropy, `[7, K]`; the bins are `ENTROPY_EDGES`."""
     entropy_positions: np.ndarray
     position_sums: np.ndarray
-    """`[7, K]`, by `POSITION_EDGES`."""
+    """Sums by position, `[7, K]`; the bins are `POSITION_EDGES`."""
     position_positions: np.ndarray
     gap_sums: np.ndarray
-    """`[M]`, for the expected calibration error."""
+    """Sums of the confidence gap by confidence, `[M]`, for the expected calibration error."""
     text_bytes: int | None = None
-    """UTF-8 bytes of the text that the positions predict; without, there are no bits per byte."""
+    """UTF-8 bytes of the text that the positions predict. None means that there are no bits per byte."""
 
     @property
     def tokens(self) -> int:
-        """Positions with loss."""
+        """Number of positions with loss."""
         return int(self.sample_positions.sum())
 
     @cached_property
     def sums(self) -> SampleSums:
-        """By sample, as `statistics.compare` wants them."""
+        """Sums by sample, in the form that `statistics.compare` takes."""
         return SampleSums(self.sample_positions, dict(zip(self.names, self.sample_sums.T, strict=True)))
 
     def summary(self) -> dict[str, Any]:
-        """Means over positions, as the model's entry of `evaluation.json`.
+        """Return the means over positions, as the model's entry in `evaluation.json`.
 
-        The metrics by name, `perplexity`, `ece`, and, if the text's bytes are known, `bits_per_byte`; `intervals` at
-        95 % (those of perplexity and bits per byte are the nll's, converted; `ece` has none, since resampling adds to
-        its bias); `by_entropy` and `by_position`: lists of bins, empty ones left out. A perplexity or interval of one
-        that no float can hold is left out: JSON has no infinity.
+        It has the metrics by name, `perplexity`, `ece`, and `bits_per_byte` if the text's bytes are known. `intervals`
+        holds 95 % intervals: those of perplexity and bits per byte are the nll's, converted; `ece` has none, since
+        resampling adds to its bias. `by_entropy` and `by_position` are lists of bins without the empty ones. A
+        perplexity, or an interval of one, that no float can hold is left out, because JSON has no infinity.
         """
         result: dict[str, Any] = {name: self.sums.mean(name) for name in self.names}
         if math.isfinite(perplexity := metrics.perplexity(result["nll"])):
@@ -108,22 +108,22 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where N positions lie, and what really came next there; int64 each."""
+    """The places of N positions, and the true next tokens there; int64 each."""
 
     next_ids_N: Tensor
     samples_N: Tensor
-    """Which sample, from 0."""
+    """Number of the sample, from 0."""
     positions_N: Tensor
-    """The tokens before it in its document and sample (`position_ids`)."""
+    """Number of tokens before the position in its document and sample (`position_ids`)."""
 
 
 class _SumsOverPositions(Metric):
     """Sums of named per-position values by sample, by the teacher's entropy and by position.
 
-    The state is float64 sums and counts, which add up across devices when each sample is counted on one of them.
-    torchmetrics' MulticlassCalibrationError would keep the confidence of every position. The sums stay where the metric
-    is: on the CPU, also when the values come from a card, since not every accelerator knows float64; on the card after
-    `.to(card)`, as a sum over several cards needs it.
+    The state is float64 sums and counts, which add up across devices if each sample is counted on one of them.
+    torchmetrics' MulticlassCalibrationError would keep the confidence of every position. The sums stay on the metric's
+    device. That is the CPU, even if the values come from a card, since not every accelerator knows float64; it is the
+    card after `.to(card)`, as a sum over several cards needs it.
     """
 
     full_state_update = False
@@ -141,7 +141,7 @@ class _SumsOverPositions(Metric):
         self.add_state("gap_sums", torch.zeros(metrics.BINS, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, logp_NV: Tensor, teacher_entropy_N: Tensor, places: Places, values: dict[str, Tensor]) -> None:
-        """Add N positions: the measured model's log-probabilities, the teacher's entropy, and values `[N]` a name."""
+        """Add N positions: the measured model's log-probabilities, the teacher's entropy, and values `[N]` by name."""
         device = self.gap_sums.device
         outcomes = metrics.top1_outcomes(logp_NV, places.next_ids_N)
         confidence_N, right_N = (outcome_N.to(device).double() for outcome_N in outcomes)
@@ -160,7 +160,7 @@ class _SumsOverPositions(Metric):
             getattr(self, f"{kind}_positions").index_add_(0, rows_N, torch.ones_like(rows_N))
 
     def compute(self) -> dict[str, np.ndarray]:
-        """The sums; raises UserError when there was no position at all."""
+        """Return the sums. Raises UserError if there was no position at all."""
         state = {name: getattr(self, name).cpu().numpy() for name in self._defaults}
         if not state["sample_positions"].any():
             raise UserError(
@@ -170,7 +170,7 @@ class _SumsOverPositions(Metric):
         return state
 
     def measured(self, text_bytes: int | None = None) -> Measured:
-        """What was counted so far, on all devices; raises UserError when there was no position at all."""
+        """Return the counts so far, from all devices. Raises UserError if there was no position at all."""
         return Measured(names=self.names, **self.compute(), text_bytes=text_bytes)
 
 
@@ -178,9 +178,9 @@ class Fidelity(_SumsOverPositions):
     """A student against its teacher.
 
     `nll` is the student's on the true next token, `kl` is KL(teacher ‖ student), `reverse_kl` KL(student ‖ teacher),
-    `jsd` Jensen and Shannon's divergence (all nats/token, at least 0); `top1_agreement`, `top5_agreement` and
-    `acceptance` are shares between 0 and 1; `confidence_gap` is the probability of the student's top-1 token minus the
-    share in which that is the true next token, from -1 to 1 (above 0: too sure of itself). The vocabulary is the whole
+    `jsd` Jensen and Shannon's divergence (all nats/token, at least 0). `top1_agreement`, `top5_agreement` and
+    `acceptance` are shares between 0 and 1. `confidence_gap` is the probability of the student's top-1 token minus the
+    share in which that is the true next token, from -1 to 1 (above 0: too sure of itself). The vocabulary is the real
     one: padded rows of a head are cut off before (`Head.with_rows`).
     """
 
@@ -209,7 +209,7 @@ class Fidelity(_SumsOverPositions):
 
 
 class Likelihood(_SumsOverPositions):
-    """A model alone on real text: `nll` of the true next token and `confidence_gap`; the entropy is its own."""
+    """A model alone on real text: `nll` of the true next token and `confidence_gap`. The entropy is the model's own."""
 
     names = ("nll", "confidence_gap")
 

@@ -1,4 +1,4 @@
-"""What a model costs to use: bytes on disk and in memory, and tokens a second, reading and writing.
+"""The cost of using a model: bytes on disk and in memory, and tokens a second for reading and writing.
 
 Shapes: B batch, L sequence length.
 """
@@ -22,9 +22,9 @@ from distill.models.generation import Decoder, context_length, decoder, has_cach
 from distill.models.language_model import LanguageModel
 
 SECONDS = 1.0
-"""A rate is measured until it has taken this long, and at least once."""
+"""Seconds that a rate is measured for, at least; once is the minimum."""
 REPEATS = 5
-"""Readings of the prompt at most; its time is their median."""
+"""Largest number of readings of the prompt. Its time is their median."""
 _NO_ROOM = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -39,18 +39,18 @@ def measure_cost(
     new_tokens: int = 32,
     weight_files: Iterable[Path] = (),
 ) -> dict[str, Any]:
-    """Speed and memory of `model`, which is in evaluation mode on `device`.
+    """Measure the speed and memory of `model`, which is in evaluation mode on `device`.
 
     * `bytes_on_disk`: bytes of the `weight_files`; absent without any
     * `weight_bytes`: bytes of parameters and buffers as they lie in memory, see `weight_bytes`
-    * `peak_bytes`: `weight_bytes` and the most bytes that tensors beside them have at one time while the largest of
-      the batches that fit reads all its tokens but one, and then writes one. Counted alike on every device: all that
-      torch's operators return; scratch inside an operator is not seen, nor what an allocator keeps in reserve
-    * `prefill`, `decode`: tokens a second at each batch size (a string), reading prompts and writing behind them, the
-      median of several prompts or steps after a warm-up; None for a batch that does not fit into memory
-    * `kv_cache`: whether a token is written without reading the text before it again
-    * `prompt_tokens`, `new_tokens`: the lengths of these texts: those given, or shorter ones in the same proportion
-      when the model's context is shorter. Slow models write fewer new tokens: as many as `SECONDS` allow, 2 at least.
+    * `peak_bytes`: `weight_bytes` plus the most bytes of other tensors at one time, while the largest of the batches
+      that fit reads all its tokens but one and then writes one. The count is the same on every device: it sees
+      everything that torch's operators return, but neither scratch inside an operator nor the reserve of an allocator
+    * `prefill`, `decode`: tokens a second at each batch size (a string) for reading prompts and for writing after them,
+      the median of several prompts or steps after a warm-up; None for a batch that does not fit in memory
+    * `kv_cache`: True if a token is written without reading the text before it again
+    * `prompt_tokens`, `new_tokens`: the lengths of these texts: the given ones, or shorter ones in the same proportion
+      if the model's context is shorter. Slow models write fewer new tokens: as many as `SECONDS` allow, 2 at least.
     """
     limit = context_length(model)
     total = prompt_tokens + new_tokens if limit is None else min(limit, prompt_tokens + new_tokens)
@@ -77,18 +77,21 @@ def measure_cost(
 
 
 def weight_bytes(model: LanguageModel) -> int:
-    """Bytes of a module's parameters and buffers, tied ones once; 4- and 8-bit weights as packed, with their scales."""
+    """Return the bytes of a module's parameters and buffers, tied ones once.
+
+    4- and 8-bit weights count as packed, with their scales.
+    """
     assert isinstance(model, torch.nn.Module)
     found: dict[int, int] = {}
     for module in model.modules():
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False), getattr(module, "state", None))
-        for tensor in (part for thing in own for part in _stored(thing)):
+        for tensor in (inner for thing in own for inner in _stored(thing)):
             found[tensor.data_ptr()] = max(found.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
     return sum(found.values())
 
 
 def _stored(thing: Any) -> Iterator[Tensor]:
-    """The plain tensors behind a parameter or a bitsandbytes state."""
+    """Yield the plain tensors behind a parameter or a bitsandbytes state."""
     if hasattr(thing, "__tensor_flatten__"):  # a tensor made of others, such as torchao's
         for name in thing.__tensor_flatten__()[0]:
             yield from _stored(getattr(thing, name))
@@ -97,12 +100,15 @@ def _stored(thing: Any) -> Iterator[Tensor]:
         yield from _stored(getattr(thing, "quant_state", None))
         yield from _stored(getattr(thing, "SCB", None))
     elif type(thing).__module__.startswith("bitsandbytes."):
-        for part in vars(thing).values():
-            yield from _stored(part)
+        for inner in vars(thing).values():
+            yield from _stored(inner)
 
 
 def peak_growth(model: LanguageModel, ids_BL: Tensor, vocab_size: int) -> int:
-    """The most bytes that a batch needs at one time beside the weights, to read all but its last token, then that."""
+    """Return the most bytes beside the weights that a batch needs at one time.
+
+    The batch reads all its tokens but the last, then the last.
+    """
     with LiveTensors(ids_BL.device) as live:
         _read(model, ids_BL, vocab_size)
     return live.peak
@@ -115,18 +121,18 @@ def _read(model: LanguageModel, ids_BL: Tensor, vocab_size: int) -> None:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make on a device while it is entered, from birth to death.
+    """A count of the bytes of all tensors that operators make on a device while it is entered, from birth to death.
 
-    Unlike the peak of the CUDA allocator it needs no reset, which would take that of the whole command from others.
+    Unlike the peak of the CUDA allocator it needs no reset, which would disturb the peak of the whole command.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._kind = device.type
         self.bytes = 0
-        """Of the tensors that live."""
+        """Bytes of the living tensors."""
         self.peak = 0
-        """Most of them at one time."""
+        """Most bytes at one time."""
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -155,7 +161,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _rates(model: LanguageModel, ids_BL: Tensor, prompt_tokens: int, vocab_size: int) -> tuple[float, float]:
-    """Tokens a second of reading prompts and of writing behind them, over the whole batch."""
+    """Return tokens a second of reading prompts and of writing after them, over the whole batch."""
     batch_size, tokens = ids_BL.shape
     reading: list[float] = []
     while not reading or (len(reading) < REPEATS and sum(reading) < SECONDS):
@@ -170,7 +176,7 @@ def _rates(model: LanguageModel, ids_BL: Tensor, prompt_tokens: int, vocab_size:
 
 
 def _timed(decode: Decoder, ids_BL: Tensor) -> tuple[Tensor, float]:
-    """Its answer, and the seconds until it is there."""
+    """Return the decoder's answer, and the seconds until it is there."""
     _wait(ids_BL.device)
     started = time.perf_counter()
     logits_BV = decode(ids_BL)
@@ -179,7 +185,7 @@ def _timed(decode: Decoder, ids_BL: Tensor) -> tuple[Tensor, float]:
 
 
 def _wait(device: torch.device) -> None:
-    """Devices work on while Python goes ahead."""
+    """Wait for the device, because it works on while Python goes ahead."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -187,7 +193,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _if_it_fits(function: Callable[[Tensor], Any], ids_BL: Tensor) -> Any:
-    """What a function answers; None when its tensors find no room."""
+    """Return the function's answer, or None if its tensors find no room."""
     try:
         return function(ids_BL)
     except RuntimeError as error:

@@ -18,14 +18,15 @@ from distill.evaluation.breakdown import Fidelity, Likelihood, Measured, Places
 from distill.evaluation.metrics import log_probabilities
 from distill.models.language_model import Head, LanguageModel
 from distill.models.vocabulary import Vocabulary, trim_head
+from distill.targets.next_token import next_ids
 
 Advance = Callable[[int], None]
-"""Told the number of tokens that a batch had."""
+"""Callback that receives the number of tokens in a finished batch."""
 
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What is kept of the teacher: hidden states at positions with loss (on the host, one tensor a batch), its head."""
+    """The teacher's hidden states at positions with loss (on the host, one tensor a batch), and its head."""
 
     hidden: list[Tensor]
     head: Head
@@ -35,20 +36,20 @@ class TeacherStates:
 def teacher_states(
     teacher: LanguageModel, samples: Dataset, batch_size: int, vocab_size: int, device: torch.device, advance: Advance
 ) -> TeacherStates:
-    """Run the teacher's body over the samples; its head is copied to the host."""
+    """Run the teacher's body over the samples, and copy its head to the host."""
     hidden = []
     for batch in DataLoader(samples, batch_size=batch_size):
         hidden.append(_hidden(teacher, batch, device).cpu())
         advance(batch["input_ids"].numel())
     head = teacher.head.with_rows(vocab_size)
     bias = None if head.bias_V is None else head.bias_V.detach().clone()
-    own = replace(head, weight_VD=head.weight_VD.detach().clone(), bias_V=bias)  # not a view that keeps the teacher
+    own = replace(head, weight_VD=head.weight_VD.detach().clone(), bias_V=bias)  # a view would keep the teacher alive
     return TeacherStates(hidden, own.to(torch.device("cpu")))
 
 
 @torch.no_grad()
 def dropped_mass(states: TeacherStates, vocabulary: Vocabulary, chunk_size: int, device: torch.device) -> float:
-    """The teacher's probability of all the tokens that are not in the vocabulary: mean over positions, 0 to 1."""
+    """Return the teacher's probability of all tokens outside the vocabulary: mean over positions, 0 to 1."""
     head = states.head.to(device)
     is_dropped_V = (vocabulary.to_student < 0).to(device)
     total, positions = 0.0, 0
@@ -70,10 +71,10 @@ def teacher_likelihood(
     *,
     text_bytes: int | None = None,
 ) -> Measured:
-    """The teacher alone on the samples: likelihood and calibration, by its own entropy and by position.
+    """Measure the teacher alone on the samples: likelihood and calibration, by its own entropy and by position.
 
-    The batch size is that of `teacher_states`; for bits per byte, `text_bytes` is what the function of that name gives.
-    Raises UserError when no position carries loss.
+    The batch size is that of `teacher_states`. For bits per byte, `text_bytes` is the result of the function of that
+    name. Raises UserError if no position carries loss.
     """
     metric, head = Likelihood(len(samples)), states.head.to(device)  # type: ignore[arg-type]
     for batch, first, hidden_ND in _batches(samples, batch_size, states):
@@ -95,12 +96,12 @@ def student_fidelity(
     *,
     text_bytes: int | None = None,
 ) -> Measured:
-    """The student beside the teacher over the full vocabulary, by the teacher's entropy and by position.
+    """Measure the student beside the teacher over the full vocabulary, by the teacher's entropy and by position.
 
-    With the `vocabulary` of a student that has only some of the tokens: over these, where the teacher's distribution
-    (its entropy too) is the one given that one of them comes. The samples must be made of them (`covered`).
-    The batch size is that of `teacher_states`; for bits per byte, `text_bytes` is what the function of that name gives.
-    Raises UserError when no position carries loss.
+    A `vocabulary` is that of a student which has only some of the tokens. Then both distributions are over these
+    tokens, and the teacher's (its entropy too) is conditioned on one of them coming. The samples must consist of them
+    (`covered`). The batch size is that of `teacher_states`. For bits per byte, `text_bytes` is the result of the
+    function of that name. Raises UserError if no position carries loss.
     """
     metric = Fidelity(len(samples))  # type: ignore[arg-type]
     teacher_head = (states.head if vocabulary is None else trim_head(states.head, vocabulary)).to(device)
@@ -117,12 +118,13 @@ def student_fidelity(
 
 
 def text_bytes(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the text that the positions with loss predict, for bits per byte.
+    """Return the UTF-8 bytes of the text that the positions with loss predict, for bits per byte.
 
-    A run of neighbouring positions with loss, which ends with its document, is decoded together with the token that it
-    begins at, whose own text is taken off again: SentencePiece drops a space at the beginning of a text. Special tokens
-    have no text (their likelihood counts, so that bits per byte err to the high side by a token a document or turn).
-    Approximate where a run begins or ends inside a character: its part counts as the replacement character's 3 bytes.
+    A run of neighbouring positions with loss ends with its document. It is decoded together with the token at its
+    beginning, whose own text is subtracted again, because SentencePiece drops a space at the beginning of a text.
+    Special tokens have no text, but their likelihood counts, so bits per byte err to the high side by a token a
+    document or turn. The number is approximate if a run begins or ends inside a character: the fragment counts as the
+    replacement character's 3 bytes.
     """
 
     def length(ids: Tensor) -> int:
@@ -139,14 +141,14 @@ def text_bytes(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _runs(loss_mask_L: Tensor) -> list[tuple[int, int]]:
-    """First and last-but-one place of each run of positions with loss."""
+    """Return the first place of each run of positions with loss, and the place after its last."""
     padded = torch.nn.functional.pad(loss_mask_L.to(torch.int8), (1, 1))
     edges = padded.diff().nonzero().flatten().tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def covered(samples: Subset, vocabulary: Vocabulary) -> Subset:
-    """The samples that are made of the vocabulary's tokens alone."""
+    """Return the samples that consist of the vocabulary's tokens alone."""
     fine = [index for index in range(len(samples)) if vocabulary.covers(samples[index]["input_ids"])]
     return Subset(samples, fine)
 
@@ -159,7 +161,7 @@ def _hidden(model: LanguageModel, batch: dict[str, Tensor], device: torch.device
 def _batches(
     samples: Dataset, batch_size: int, states: TeacherStates
 ) -> Iterator[tuple[dict[str, Tensor], int, Tensor]]:
-    """Each batch, the number of its first sample, and the teacher's hidden states there."""
+    """Yield each batch, the number of its first sample, and the teacher's hidden states there."""
     first = 0
     for batch, hidden_ND in zip(DataLoader(samples, batch_size=batch_size), states.hidden, strict=True):
         yield batch, first, hidden_ND
@@ -169,9 +171,11 @@ def _batches(
 def _chunks(
     batch: dict[str, Tensor], first: int, chunk_size: int, device: torch.device
 ) -> Iterator[tuple[slice, Places]]:
-    """Slices of a batch's positions with loss, and what and where they are; `first` is the batch's first sample."""
+    """Yield slices of a batch's positions with loss, and their places. `first` is the number of the batch's first
+    sample.
+    """
     mask_BL = batch["loss_mask"]
-    next_ids_N = batch["input_ids"].roll(-1, dims=-1)[mask_BL].to(device)
+    next_ids_N = next_ids(batch["input_ids"], mask_BL).to(device)
     samples_N = mask_BL.nonzero()[:, 0] + first
     positions_N = batch["position_ids"][mask_BL]
     for start in range(0, len(next_ids_N), chunk_size):

@@ -1,4 +1,4 @@
-"""A language model as lm-eval sees one: its requests answered through body and head, as its own HF model answers them.
+"""A language model as lm-eval sees one: it answers requests through body and head, as lm-eval's own HF model does.
 
 It needs lm-eval (extra `eval`). Shapes: B batch, L sequence length, N positions to score, C rows of a chunk, M tokens
 to score (a position counts once for every continuation it scores), V vocabulary, D hidden size.
@@ -31,23 +31,23 @@ from distill.system.progress import Progress
 LOGITS_AT_A_TIME = 1 << 24
 """Logits in memory at once, 64 MiB in float32."""
 ROWS_AT_LEAST = 32
-"""Rows of a product with the head: of a few rows another kernel makes it on CPUs, and rounds otherwise than HFLM's."""
+"""Least rows of a product with the head. For fewer rows CPUs use another kernel, which rounds otherwise than HFLM's."""
 MAX_NEW_TOKENS = 256
-"""Of generating tasks that name no number, as lm-eval's HF model."""
+"""Largest number of new tokens for tasks that name none, as in lm-eval's HF model."""
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "num_return_sequences": 1}
-"""Settings of generating tasks that mean nothing at these values; others than these are not silently left out."""
+"""Settings of generating tasks that mean nothing at these values. Settings with other values are refused."""
 
 Request = tuple[Any, list[int], list[int]]
-"""lm-eval's (strings or None, tokens of the context, tokens of the continuation)."""
+"""lm-eval's triple: strings or None, tokens of the context, tokens of the continuation."""
 
 
 class HarnessModel(TemplateLM):
-    """Scores and continues texts for lm-eval tasks.
+    """A model that scores and continues texts for lm-eval tasks.
 
-    What a score is follows lm-eval's `HFLM` (lm_eval/models/huggingface.py, 0.4.13): tokenisation, BOS, texts longer
-    than the context (cut from the left), greedy matches. Differences: only the first `vocab_size` rows of the head
-    are normalised over, where HFLM takes its padding rows for tokens; the log-softmax is in float32, where HFLM takes
-    the model's own type; logits are made at the continuations' positions only.
+    Scores follow lm-eval's `HFLM` (lm_eval/models/huggingface.py, 0.4.13): tokenisation, BOS, texts longer than the
+    context (cut from the left), greedy matches. There are three differences. Only the first `vocab_size` rows of the
+    head are normalised over; HFLM takes its padding rows for tokens. The log-softmax is in float32; HFLM's is in the
+    model's own type. Logits are made at the continuations' positions only.
     """
 
     def __init__(
@@ -61,18 +61,18 @@ class HarnessModel(TemplateLM):
         device: torch.device,
         seed: int = 0,
     ) -> None:
-        """`max_length` (tokens) is for models that do not say what they can read; see `longest_text`."""
+        """Set up the model; `max_length` (tokens) is for models that do not say their own, see `longest_text`."""
         super().__init__()
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise UserError("benchmarks: the tokenizer has neither a BOS nor an EOS token to begin a text with")
         self.model, self.tokenizer, self.vocab_size, self.batch_size = model, tokenizer, vocab_size, batch_size
         self.max_length = longest_text(model, tokenizer, max_length)
         self.title: str | None = None
-        """Title of the progress shown; None: nothing is shown."""
+        """Title of the progress. None means that nothing is shown."""
         self.is_at_work = False
-        """Whether the model is answering, or failed to: what goes wrong otherwise is the task's fault."""
+        """True while the model answers, and after it failed. Any error at another time is the task's fault."""
         self.cut = 0
-        """Requests so far whose text was too long for the model, and was cut from the left."""
+        """Number of requests so far whose text was too long for the model, and was cut from the left."""
         self._device = device
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -88,18 +88,18 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.eos_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, with what the tokenizer adds by itself unless the text begins with BOS already."""
+        """Return token ids, with the tokenizer's automatic special tokens unless the text begins with BOS already."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer.encode(string, **options)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether each token is the likeliest) of each continuation in its context."""
+        """Return for each continuation its log-probability (nats), and True if all its tokens are the likeliest."""
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Log-probability of whole texts in nats; long ones window by window, every token predicted once."""
+        """Return the log-probability of whole texts in nats. Long ones go by windows, each token predicted once."""
         windows: list[Request] = []
         counts = []
         for request in requests:
@@ -119,7 +119,7 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
-        """Longest first, so that what does not fit in memory does not fit at once; equal inputs are read once."""
+        """Score the longest inputs first, so that running out of memory shows at once. Equal inputs are read once."""
         readers: dict[tuple[int, ...], list[int]] = {}
         for index, (strings, context, continuation) in enumerate(requests):
             readers.setdefault(self._input(strings, context, continuation), []).append(index)
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
         return [answers[index] for index in range(len(requests))]
 
     def _input(self, strings: Any, context: list[int], continuation: list[int]) -> tuple[int, ...]:
-        """What the model reads to predict a continuation: all but the last token, cut from the left when too long."""
+        """Return the model's input to predict a continuation: all but the last token, cut from the left if too long."""
         assert context, "lm-eval gives a text without context its prefix token"
         if not 0 < len(continuation) <= self.max_length:
             raise UserError(
@@ -147,7 +147,9 @@ class HarnessModel(TemplateLM):
     def _scores(
         self, inputs: list[tuple[int, ...]], readers: list[list[int]], continuations: dict[int, list[int]]
     ) -> dict[int, tuple[float, bool]]:
-        """Scores of the continuations that end one behind `inputs`: those with the indices `readers[i]` in input i."""
+        """Return the scores of continuations that end one token after `inputs`; `readers[i]` are the indices for input
+        i.
+        """
         hidden_BLD = self._read(inputs)
         hidden: list[Tensor] = []
         row_of_token: list[int] = []
@@ -163,12 +165,12 @@ class HarnessModel(TemplateLM):
                 tokens += continuations[index]
                 lengths.append(len(continuations[index]))
         logp_M, is_best_M = self._token_scores(torch.cat(hidden), row_of_token, tokens)
-        parts = zip(logp_M.split(lengths), is_best_M.split(lengths), strict=True)
+        scored = zip(logp_M.split(lengths), is_best_M.split(lengths), strict=True)
         order = [index for indices in readers for index in indices]
-        return {index: (float(logp.sum()), bool(best.all())) for index, (logp, best) in zip(order, parts, strict=True)}
+        return {index: (float(logp.sum()), bool(best.all())) for index, (logp, best) in zip(order, scored, strict=True)}
 
     def _read(self, inputs: list[tuple[int, ...]]) -> Tensor:
-        """Hidden states `[B, L, D]`, padded on the right, which no earlier position sees."""
+        """Return hidden states `[B, L, D]`, padded on the right, which no earlier position sees."""
         ids_BL = torch.zeros(len(inputs), max(map(len, inputs)), dtype=torch.int64)
         for row, tokens in enumerate(inputs):
             ids_BL[row, : len(tokens)] = torch.tensor(tokens)
@@ -176,7 +178,8 @@ class HarnessModel(TemplateLM):
         return self.model.body(ids_BL, torch.arange(ids_BL.shape[1], device=self._device).expand_as(ids_BL))
 
     def _token_scores(self, hidden_ND: Tensor, rows: list[int], tokens: list[int]) -> tuple[Tensor, Tensor]:
-        """Log-probability `[M]` of `tokens[m]` at `hidden_ND[rows[m]]`, and whether it is the likeliest; on the host.
+        """Return the log-probability `[M]` of `tokens[m]` at `hidden_ND[rows[m]]`, and if it is the likeliest; on the
+        host.
 
         Equals the same entries of `log_softmax(head(hidden_ND))`, a chunk of rows at a time.
         """
@@ -197,7 +200,7 @@ class HarnessModel(TemplateLM):
         return logp_M, is_best_M
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """The continuation of each context up to the first of its stop strings, without it."""
+        """Return the continuation of each context up to the first of its stop strings, without it."""
         texts = []
         with self._work(len(requests)) as advance:
             for request in requests:
@@ -211,7 +214,7 @@ class HarnessModel(TemplateLM):
         max_new_tokens = settings.pop("max_gen_toks")
         ids = self._prompt(context, max_new_tokens)
         widths = [len(self.tokenizer.encode(stop, add_special_tokens=False)) for stop in stops]
-        width = max(widths, default=0) + 2  # a stop may come in other tokens than it is encoded to
+        width = max(widths, default=0) + 2  # the model may write a stop string in other tokens than the encoder's
         tokens: list[int] = []
         for token in generate(
             self.model,
@@ -229,7 +232,7 @@ class HarnessModel(TemplateLM):
         return postprocess_generated_text(self.tokenizer.decode(tokens, skip_special_tokens=True), stops, None)
 
     def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
-        """The context's tokens, cut from the left to leave room for the new ones."""
+        """Return the context's tokens, cut from the left to leave room for the new ones."""
         room = self.max_length - max_new_tokens
         if room <= 0:
             raise UserError(f"the task generates {max_new_tokens} tokens; the model takes {self.max_length} in all")
@@ -242,7 +245,7 @@ class HarnessModel(TemplateLM):
         return None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
 
     def _end_ids(self) -> frozenset[int]:
-        """The tokens that end a generated text: the tokenizer's, and those of a Hugging Face model's settings."""
+        """Return the tokens that end a generated text: the tokenizer's, and those of a Hugging Face model's config."""
         settings = self.model.model.generation_config if isinstance(self.model, HuggingFaceLanguageModel) else None
         said = getattr(settings, "eos_token_id", None)
         ends = said if isinstance(said, list) else [said]
@@ -250,21 +253,21 @@ class HarnessModel(TemplateLM):
 
     @contextlib.contextmanager
     def _work(self, requests: int) -> Iterator[Callable[[int], None]]:
-        """Where the model answers; what is yielded is told the number of requests answered."""
+        """Mark the time in which the model answers. The yielded function takes the number of requests answered."""
         self.is_at_work = True
         if self.title is None:
             yield lambda _: None
         else:
             with Progress(self.title, requests, "requests") as progress:
                 yield progress.advance
-        self.is_at_work = False  # and not when it failed
+        self.is_at_work = False  # stays True after a failure
 
 
 def longest_text(model: LanguageModel, tokenizer: Any, otherwise: int) -> int:
-    """Tokens of the longest text for the model.
+    """Return the number of tokens in the longest text for the model.
 
-    A Hugging Face model's is what lm-eval's own HF model takes: its configuration's, else the tokenizer's, else 2,048.
-    Any other model's is its attribute `max_position_embeddings`, or `otherwise`.
+    For a Hugging Face model it is the number that lm-eval's own HF model takes: its configuration's, else the
+    tokenizer's, else 2,048. For any other model it is its attribute `max_position_embeddings`, or `otherwise`.
     """
     if isinstance(model, HuggingFaceLanguageModel):
         return resolve_max_length(model.model.config, tokenizer)
@@ -272,7 +275,7 @@ def longest_text(model: LanguageModel, tokenizer: Any, otherwise: int) -> int:
 
 
 def sampling(settings: dict[str, Any]) -> dict[str, float]:
-    """`temperature` and `top_p` of a task's normalised generation settings; greedy unless they ask for sampling.
+    """Return `temperature` and `top_p` of a task's normalised generation settings; greedy unless they ask for sampling.
 
     Raises UserError for settings that would change the text and are not known here.
     """

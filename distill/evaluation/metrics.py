@@ -1,4 +1,4 @@
-"""How close a student is to its teacher at one position, over the full vocabulary: pure functions of logits.
+"""Closeness of a student to its teacher at one position, over the full vocabulary: pure functions of logits.
 
 Shapes: N positions that carry loss, V vocabulary, M bins of confidence. Divergences and likelihoods are in nats.
 """
@@ -15,43 +15,43 @@ BINS = 15
 
 
 def log_probabilities(logits_NV: Tensor) -> Tensor:
-    """Log-softmax of each row `[N, V]`, nats, at most 0: in float64 for float64 logits, in float32 for all others."""
+    """Return the log-softmax of each row `[N, V]`, nats, at most 0: in float64 for float64 logits, else in float32."""
     dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     return torch.log_softmax(logits_NV, dim=-1, dtype=dtype)
 
 
 def negative_log_likelihood(logp_NV: Tensor, next_ids_N: Tensor) -> Tensor:
-    """`-log p(next token)` of each position: `[N]`, nats, from 0 up."""
+    """Return `-log p(next token)` of each position: `[N]`, nats, from 0 up."""
     return -logp_NV.gather(-1, next_ids_N.unsqueeze(-1)).squeeze(-1)
 
 
 def kl_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-    """Forward KL(teacher ‖ student) of each position: `[N]`, nats, from 0 (equal) up.
+    """Return the forward KL(teacher ‖ student) of each position: `[N]`, nats, from 0 (equal) up.
 
-    Equals `(p * (log p - log q)).sum(-1)` with p the teacher and q the student (Kullback and Leibler 1951). What is
-    summed is `p (log p - log q) - p + q`, the same since p and q each sum to 1, because none of its terms is negative:
-    in the plain form terms of both signs cancel, and a rounding error in a row's normaliser enters at first order,
-    enough to drown the KL of a student that is close. A token that the teacher rules out (p = 0) contributes q.
+    Equals `(p * (log p - log q)).sum(-1)` with p the teacher and q the student (Kullback and Leibler 1951). The code
+    sums `p (log p - log q) - p + q`, which has the same sum since p and q each sum to 1, because none of its terms is
+    negative. In the plain form terms of both signs cancel, and a rounding error in a row's normaliser enters at first
+    order, enough to drown the KL of a student that is close. A token that the teacher rules out (p = 0) contributes q.
     """
     p = teacher_logp_NV.exp()
-    # 0 * (-inf - x) is nan; the limit of p log p is 0. In place: nothing here is larger than a chunk of [N, V].
+    # 0 * (-inf - x) is nan, but the limit of p log p is 0. All is in place, so memory stays at one chunk of [N, V].
     terms = (teacher_logp_NV - student_logp_NV).mul_(p).masked_fill_(p == 0, 0.0)
-    # Below 0 is rounding alone: no term is.
+    # No term is below 0, so a sum below 0 is rounding alone.
     return terms.sub_(p).add_(student_logp_NV.exp()).sum(-1).clamp_min(0.0)
 
 
 def reverse_kl_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-    """Reverse KL(student ‖ teacher) of each position: `[N]`, nats, from 0 (equal) up; computed as `kl_divergence` is.
+    """Return the reverse KL(student ‖ teacher) of each position: `[N]`, nats, from 0 (equal) up; see `kl_divergence`.
 
-    Equals `(q * (log q - log p)).sum(-1)`. Where the forward KL asks whether the student covers what the teacher says,
-    this one asks whether the student says what the teacher would not. Infinite where the teacher rules out (p = 0) what
-    the student does not.
+    Equals `(q * (log q - log p)).sum(-1)`. The forward KL grows if the student misses something that the teacher says,
+    the reverse KL if the student says something that the teacher would not. It is infinite if the teacher rules out (p
+    = 0) a token that the student does not.
     """
     return kl_divergence(teacher_logp_NV, student_logp_NV)
 
 
 def js_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of each position: `[N]`, nats, 0 (equal) to log 2 (disjoint), symmetrical.
+    """Return the Jensen-Shannon divergence of each position: `[N]`, nats, 0 (equal) to log 2 (disjoint), symmetrical.
 
     Equals `(KL(p ‖ m) + KL(q ‖ m)) / 2` with `m = (p + q) / 2`: the generalised one of Agarwal et al., "On-policy
     distillation of language models", ICLR 2024, eq. 1, at beta 1/2. Source: Lin, "Divergence measures based on the
@@ -62,7 +62,7 @@ def js_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
     digits around 0, and the rounding of a row's normaliser, which shifts u, enters at second order only.
     """
     p, q = teacher_logp_NV.exp(), student_logp_NV.exp()
-    # Of a token that both rule out (-inf - -inf) any u will do, of one that one rules out any large one.
+    # If both rule a token out (-inf - -inf), any u will do; if only one does, any large u.
     gap = (student_logp_NV - teacher_logp_NV).abs_().nan_to_num_(nan=0.0, posinf=1e4)
     of_larger = gap.neg().expm1_().mul_(0.5).log1p_().neg_()
     terms = of_larger.mul_(p + q).sub_(gap.mul_(torch.minimum(p, q, out=p)))
@@ -70,17 +70,18 @@ def js_divergence(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
 
 
 def entropy(logp_NV: Tensor) -> Tensor:
-    """`-Σ_v p_v log p_v` of each position: `[N]`, nats, 0 (sure) to log V."""
+    """Return `-Σ_v p_v log p_v` of each position: `[N]`, nats, 0 (sure) to log V."""
     p = logp_NV.exp()
     return (p * logp_NV).masked_fill_(p == 0, 0.0).sum(-1).neg_().clamp_min_(0.0)
 
 
 def acceptance_rate(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
-    """`Σ_v min(p_v, q_v)` of each position: `[N]`, a probability, 0 (disjoint) to 1 (equal), symmetrical.
+    """Return `Σ_v min(p_v, q_v)` of each position: `[N]`, a probability, 0 (disjoint) to 1 (equal), symmetrical.
 
-    The chance that speculative decoding with the student as draft accepts its token; 1 - total variation distance.
-    Divided by the mean of Σp and Σq, which rounding leaves beside 1, so that equals give 1 and nothing more than 1.
-    Source: Leviathan, Kalman, Matias, "Fast inference from transformers via speculative decoding", ICML 2023, §3.2.
+    This is the chance that speculative decoding with the student as draft accepts its token; 1 - total variation
+    distance. The code divides by the mean of Σp and Σq, which rounding leaves near 1, so that equals give 1 and nothing
+    exceeds 1. Source: Leviathan, Kalman, Matias, "Fast inference from transformers via speculative decoding", ICML
+    2023, §3.2.
     """
     p, q = teacher_logp_NV.exp(), student_logp_NV.exp()
     whole = p.sum(-1) + q.sum(-1)
@@ -88,16 +89,19 @@ def acceptance_rate(student_logp_NV: Tensor, teacher_logp_NV: Tensor) -> Tensor:
 
 
 def top1_agreement(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """Whether both put the same token first: `[N]`, bool, of logits or log-probabilities; of equals the lowest id."""
+    """Return True where both put the same token first: `[N]`, bool. A tie goes to the lowest id.
+
+    The arguments are logits or log-probabilities.
+    """
     return student_NV.argmax(-1) == teacher_NV.argmax(-1)
 
 
 def top5_agreement(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """The share of the teacher's 5 most probable tokens that are among the student's 5: `[N]`, one of 0, 1/5, … 1.
+    """Return the share of the teacher's 5 most probable tokens that are among the student's 5: `[N]`, 0 to 1.
 
-    `|T ∩ S| / 5`, whatever the order within the five: the overlap at depth 5 (Webber, Moffat, Zobel, "A similarity
-    measure for indefinite rankings", TOIS 2010, §3). Of logits or log-probabilities; of equals the lower ids are in. Of
-    a vocabulary smaller than 5, all tokens.
+    `|T ∩ S| / 5`, in any order within the five: the overlap at depth 5 (Webber, Moffat, Zobel, "A similarity measure
+    for indefinite rankings", TOIS 2010, §3). The arguments are logits or log-probabilities. A tie goes to the lower
+    ids. A vocabulary smaller than 5 is taken whole.
     """
     student_ids, teacher_ids = top_ids(student_NV, 5), top_ids(teacher_NV, 5)
     shared = (student_ids[:, :, None] == teacher_ids[:, None, :]).flatten(1).sum(-1)
@@ -105,15 +109,18 @@ def top5_agreement(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
 
 
 def top_ids(values_NV: Tensor, count: int) -> Tensor:
-    """Ids `[N, count]` of each row's largest values, in no order; of equals the lower ids are in, on every device."""
+    """Return the ids `[N, count]` of each row's largest values, in no order. A tie goes to the lower ids, on every
+    device.
+    """
     vocabulary = values_NV.shape[-1]
     if vocabulary <= count:
         return torch.arange(vocabulary, device=values_NV.device).expand(len(values_NV), -1)
     values, ids = values_NV.topk(count + 1)
     ids = ids[:, :count]
-    # Which of equals topk takes is not said and differs; argmax takes the first. It matters at the border alone.
+    # topk does not say which of equal values it takes, and devices differ; argmax takes the first. Only the border
+    # between the last id taken and the first one left out needs it.
     tied = (values[:, count - 1] == values[:, count]).nonzero().squeeze(-1)
-    left = values_NV[tied].clamp_min_(torch.finfo(values_NV.dtype).min)  # above what is taken out
+    left = values_NV[tied].clamp_min_(torch.finfo(values_NV.dtype).min)  # stays above the -inf of taken ids
     for place in range(count if len(tied) else 0):
         best = left.argmax(-1, keepdim=True)
         ids[tied, place] = best.squeeze(-1)
@@ -122,18 +129,18 @@ def top_ids(values_NV: Tensor, count: int) -> Tensor:
 
 
 def confidence_bins(confidence_N: Tensor, bins: int = BINS) -> Tensor:
-    """Number `[N]`, int64, of the bin of equal width that a probability lies in: m for `(m / bins, (m + 1) / bins]`."""
+    """Return the number `[N]`, int64, of a probability's bin of equal width: m for `(m / bins, (m + 1) / bins]`."""
     return (confidence_N * bins).ceil().long().sub_(1).clamp_(0, bins - 1)
 
 
 def top1_outcomes(logp_NV: Tensor, next_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The probability of each row's top-1 token, and whether that is the true next token: `[N]`, `[N]` bool."""
+    """Return the probability of each row's top-1 token `[N]`, and True where that is the true next token `[N]`."""
     top1_N = logp_NV.argmax(-1)
     return logp_NV.gather(-1, top1_N.unsqueeze(-1)).squeeze(-1).exp(), top1_N == next_ids_N
 
 
 def expected_calibration_error(gap_sums_M: Tensor, positions: int) -> float:
-    """How far confidence and accuracy are apart, 0 (calibrated) to 1: `Σ_m n_m / N |accuracy_m - confidence_m|`.
+    """Return the distance of confidence from accuracy, 0 (calibrated) to 1: `Σ_m n_m / N |accuracy_m - confidence_m|`.
 
     accuracy and confidence are means over the n_m positions of bin m, so n_m cancels: `gap_sums_M` holds, for each bin,
     the sum of the top-1 token's probability - (1 if it was right, else 0). Source: Guo, Pleiss, Sun, Weinberger, "On
@@ -144,7 +151,7 @@ def expected_calibration_error(gap_sums_M: Tensor, positions: int) -> float:
 
 
 def perplexity(nll: float) -> float:
-    """`exp(nll)` of a mean negative log-likelihood in nats/token, from 1 up; infinite where a float cannot hold it."""
+    """Return `exp(nll)` of a mean negative log-likelihood in nats/token, from 1 up; inf if no float can hold it."""
     try:
         return math.exp(nll)
     except OverflowError:
@@ -152,7 +159,7 @@ def perplexity(nll: float) -> float:
 
 
 def bits_per_byte(nll: float, positions: int, text_bytes: int) -> float:
-    """`nll · positions / (log 2 · bytes)`: bits a byte of text, from 0 up, which tokenizers share where nll is not.
+    """Return `nll · positions / (log 2 · bytes)`: bits a byte of text, from 0 up, comparable across tokenizers.
 
     `nll` is the mean of `positions` next tokens (nats), `text_bytes` (above 0) the UTF-8 bytes of the text they stand
     for. Source: Gao et al., "The Pile", 2020, §3.1.

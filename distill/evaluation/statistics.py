@@ -1,7 +1,7 @@
-"""How sure a mean over positions is, and a difference of two: intervals and tests that resample whole samples.
+"""Uncertainty of a mean over positions, and of a difference of two: intervals and tests that resample whole samples.
 
-The positions of a sample are not independent (one text, one context), so a sample is what is drawn (a cluster): S
-samples with n_s positions each; M metrics; R resamples. Where one document fills several samples these are alike as
+The positions of a sample are not independent (one text, one context), so whole samples are drawn (as clusters): S
+samples with n_s positions each; M metrics; R resamples. If one document fills several samples, these are alike as
 well, and the intervals speak of text like these documents.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 MINIMUM_SAMPLES = 5
-"""Below it there is no interval."""
+"""Least number of samples for an interval."""
 LEVEL = 0.95
 RANGES = {
     **dict.fromkeys(("nll", "kl", "reverse_kl"), (0.0, math.inf)),
@@ -24,14 +24,14 @@ RANGES = {
     **dict.fromkeys(("top1_agreement", "top5_agreement", "acceptance"), (0.0, 1.0)),
     "confidence_gap": (-1.0, 1.0),
 }
-"""What a metric can be at one position, and so on average."""
+"""Least and largest value of a metric at one position, and so of its mean."""
 COMPARED = ("kl", "nll", "top1_agreement", "acceptance")
-_BLOCK = 4_000_000  # numbers drawn at a time
+_DRAWS_AT_A_TIME = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class SampleSums:
-    """Of each sample: how many positions carry loss, `[S]` int64, and each metric's sum over them, `[S]` float64."""
+    """Sums of each sample: positions with loss, `[S]` int64, and each metric over them, `[S]` float64."""
 
     positions: np.ndarray
     values: Mapping[str, np.ndarray]
@@ -42,14 +42,14 @@ class SampleSums:
         return int(self.positions.sum())
 
     def mean(self, name: str) -> float:
-        """Over all positions, each counting the same: a ratio of sums."""
+        """Return the mean over all positions, each counting the same: a ratio of sums."""
         return float(self.values[name].sum() / self.tokens)
 
 
 def ratio_intervals(
     sums_SM: np.ndarray, positions_S: np.ndarray, *, resamples: int = 2000, seed: int = 0
 ) -> np.ndarray | None:
-    """95 % intervals `[M, 2]` of the ratios `Σ_s sums / Σ_s positions`; None with fewer than 5 samples.
+    """Return 95 % intervals `[M, 2]` of the ratios `Σ_s sums / Σ_s positions`; None with fewer than 5 samples.
 
     Studentised bootstrap (bootstrap-t: Efron and Tibshirani, "An introduction to the bootstrap", 1993, §12.5) of the
     ratio estimator, whose variance is that of its residuals `e = sums - ratio · positions` (Cochran, "Sampling
@@ -72,16 +72,16 @@ def ratio_intervals(
     ratios_M = sums_SM.sum(0) / n_S1.sum()
     finite_M = np.isfinite(ratios_M)
     residuals_SM = np.where(finite_M, sums_SM, 0.0) - np.where(finite_M, ratios_M, 0.0) * n_S1
-    # What rounding leaves of residuals that are 0 is no spread.
+    # Residuals that are 0 but for rounding are set to 0, or they would count as spread.
     constant_M = np.abs(residuals_SM).max(0) <= 1e-12 * np.abs(np.where(finite_M, sums_SM, 0.0)).max(0)
     residuals_SM[:, constant_M] = 0.0
     error_M = np.sqrt((residuals_SM**2).mean(0) / (samples - 1)) / n_S1.mean()
     generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK // samples)
+    at_a_time = max(1, _DRAWS_AT_A_TIME // samples)
     t_RM = np.concatenate(
         [
-            _studentised(residuals_SM, n_S1, generator.beta(0.5, 1.5, size=(min(block, resamples - done), samples)))
-            for done in range(0, resamples, block)
+            _studentised(residuals_SM, n_S1, generator.beta(0.5, 1.5, size=(min(at_a_time, resamples - done), samples)))
+            for done in range(0, resamples, at_a_time)
         ]
     )
     low_M, high_M = np.quantile(t_RM, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
@@ -89,20 +89,21 @@ def ratio_intervals(
 
 
 def _studentised(residuals_SM: np.ndarray, n_S1: np.ndarray, weights_RS: np.ndarray) -> np.ndarray:
-    """`(ratio* - ratio) / standard error*` of each resample, `[R, M]`; 0 where all residuals are 0."""
+    """Return `(ratio* - ratio) / standard error*` of each resample, `[R, M]`; 0 where all residuals are 0."""
     n_R1 = weights_RS @ n_S1
     shift_RM = weights_RS @ residuals_SM / n_R1  # ratio* - ratio
-    # The resample's own residuals are `residuals - shift · n`; their weighted mean square, multiplied out.
+    # The resample's own residuals are `residuals - shift · n`. Their weighted sum of squares, multiplied out, is
+    # Σ w r² - 2 shift Σ w r n + shift² Σ w n², three matrix products instead of a tensor [R, S, M].
     squares_RM, extent_RM = weights_RS @ residuals_SM**2, shift_RM**2 * (weights_RS @ n_S1**2)
     total_RM = squares_RM - 2 * shift_RM * (weights_RS @ (residuals_SM * n_S1)) + extent_RM
-    total_RM = np.maximum(total_RM, 1e-12 * (squares_RM + extent_RM))  # less is what rounding left
+    total_RM = np.maximum(total_RM, 1e-12 * (squares_RM + extent_RM))  # anything less is rounding
     samples, weight_R1 = len(n_S1), weights_RS.sum(1, keepdims=True)
     error_RM = np.sqrt(total_RM * weight_R1 / (samples - 1)) / n_R1
     return np.divide(shift_RM, error_RM, out=np.zeros_like(shift_RM), where=error_RM > 0)
 
 
 def intervals(sums: SampleSums) -> dict[str, list[float]]:
-    """95 % interval `[low, high]` of the mean of each metric, within its range; absent where there is none."""
+    """Return the 95 % interval `[low, high]` of each metric's mean, within its range; absent if there is none."""
     found = ratio_intervals(np.stack(list(sums.values.values()), axis=1), sums.positions)
     if found is None:
         return {}
@@ -111,32 +112,32 @@ def intervals(sums: SampleSums) -> dict[str, list[float]]:
 
 
 def sign_flip_p(differences_S: np.ndarray, *, flips: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of "the two are exchangeable within each sample", from paired differences of sums: above 0, up to 1.
+    """Return the two-sided p of "the two are exchangeable within each sample", from paired differences: in (0, 1].
 
-    The share of sign changes whose `|Σ ± difference|` reaches the observed one (permutation test for pairs: Fisher
-    1935; Good, "Permutation, parametric and bootstrap tests of hypotheses", 2005, §3.2): of all `2^S` when these are
-    no more than `flips`, else of `flips` random ones and the observed, `(1 + count) / (flips + 1)`, which is never 0
-    (Phipson and Smyth, "Permutation p-values should never be zero", 2010).
+    It is the share of sign changes whose `|Σ ± difference|` reaches the observed one (permutation test for pairs:
+    Fisher 1935; Good, "Permutation, parametric and bootstrap tests of hypotheses", 2005, §3.2). If all `2^S` sign
+    changes are no more than `flips`, all are taken. Otherwise `flips` random ones and the observed one are: `(1 +
+    count) / (flips + 1)`, which is never 0 (Phipson and Smyth, "Permutation p-values should never be zero", 2010).
     """
-    differences_S = differences_S[differences_S != 0].astype(np.float64)  # a 0 is the same with either sign
+    differences_S = differences_S[differences_S != 0].astype(np.float64)  # 0 is the same with either sign
     samples = len(differences_S)
-    # Sums that are equal may differ by their rounding.
+    # Equal sums may differ by rounding.
     reached = abs(differences_S.sum()) - 1e-12 * np.abs(differences_S).sum()
     if samples <= math.log2(flips):
         every_RS = (np.arange(2**samples)[:, None] >> np.arange(samples)) & 1
         return float((np.abs((2.0 * every_RS - 1) @ differences_S) >= reached).mean())
-    generator, block, count = np.random.default_rng(seed), max(1, _BLOCK // samples), 0
-    for done in range(0, flips, block):
-        signs_RS = generator.random(size=(min(block, flips - done), samples)) < 0.5
+    generator, at_a_time, count = np.random.default_rng(seed), max(1, _DRAWS_AT_A_TIME // samples), 0
+    for done in range(0, flips, at_a_time):
+        signs_RS = generator.random(size=(min(at_a_time, flips - done), samples)) < 0.5
         count += int((np.abs((2.0 * signs_RS - 1) @ differences_S) >= reached).sum())
     return (1 + count) / (flips + 1)
 
 
 def compare(student: SampleSums, control: SampleSums) -> dict[str, dict[str, Any]]:
-    """Student minus control, paired by sample: `{metric: {"difference", "interval", "p"}}` for `COMPARED`.
+    """Compare student minus control, paired by sample: `{metric: {"difference", "interval", "p"}}` for `COMPARED`.
 
     `difference` is that of the means over positions, `interval` its 95 % interval (absent below 5 samples), `p` that of
-    `sign_flip_p`. Both absent where a sum is not finite. The two must come from the same samples.
+    `sign_flip_p`. Both are absent if a sum is not finite. The two must come from the same samples.
     """
     assert np.array_equal(student.positions, control.positions), "paired sums are of the same samples"
     result: dict[str, dict[str, Any]] = {}
@@ -154,13 +155,13 @@ def compare(student: SampleSums, control: SampleSums) -> dict[str, dict[str, Any
 
 
 def speculative(acceptance: float, draft_cost: float, max_draft: int = 10) -> dict[str, Any]:
-    """Tokens that the student best drafts for the teacher at a time, and how many times faster that is.
+    """Return the best number of tokens that the student drafts for the teacher at a time, and the speedup.
 
     The speedup is `(1 - α^(γ+1)) / ((1 - α) (γ c + 1))` with γ drafted tokens, the chance α (`acceptance`, 0 to 1) that
     one is accepted, and c (`draft_cost`) the seconds of a token of the student by those of the teacher. Source:
     Leviathan, Kalman, Matias, "Fast inference from transformers via speculative decoding", ICML 2023, theorem 3.8. It
     takes acceptances for independent, and the teacher's pass over γ + 1 tokens for as fast as over one. 0 drafted
-    tokens and a speedup of 1: drafting does not pay (never so when α > c, corollary 3.9).
+    tokens and a speedup of 1 mean that drafting does not pay (never so when α > c, corollary 3.9).
     """
     assert 0 <= acceptance <= 1 and draft_cost >= 0, (acceptance, draft_cost)
 
@@ -172,7 +173,7 @@ def speculative(acceptance: float, draft_cost: float, max_draft: int = 10) -> di
 
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:
-    """`{"mean", "deviation", "values"}` of a number for each seed; `deviation` (of a sample, n - 1) from two on."""
+    """Return `{"mean", "deviation", "values"}` of a number for each seed; `deviation` (n - 1) from two seeds on."""
     result: dict[str, Any] = {"mean": statistics.fmean(values), "values": list(values)}
     if len(values) > 1:
         result["deviation"] = statistics.stdev(values)

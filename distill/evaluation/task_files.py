@@ -1,4 +1,4 @@
-"""Tasks of lm-eval by name, from its own index or a folder of the user's, and lm-eval kept quiet and to itself."""
+"""Tasks of lm-eval by name, from its own index or a folder of the user's, and lm-eval silenced and isolated."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from distill.system.quiet import quiet, quiet_datasets, quiet_transformers
 
 
 def demand_lm_eval() -> None:
-    """Raise UserError when lm-eval is not installed."""
+    """Raise UserError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("benchmarks (evaluate.tasks) need lm-eval: pip install 'distill-small-card[eval]'")
 
 
 def load_task(name: str, tasks_path: str | None) -> dict[str, Any]:
-    """lm-eval's `{"tasks": …, "groups": …}` of one task or group, with its data."""
+    """Return lm-eval's `{"tasks": …, "groups": …}` of one task or group, with its data."""
     manager = _manager_of(name, tasks_path)
     entry = manager.task_index.get(name)
     if entry is None:
@@ -34,7 +34,7 @@ def load_task(name: str, tasks_path: str | None) -> dict[str, Any]:
         raise UserError(f"evaluate.tasks: lm-eval has no task '{name}'{where}{question}")
     try:
         loaded = manager.load([name])
-    except Exception as error:  # a task file is a program: anything can be wrong with it
+    except Exception as error:  # a task file is a program, so any error can come from it
         raise task_error(name, entry.yaml_path, error) from error
     group = loaded["groups"].get(name)
     if name not in loaded["tasks"] and (group is None or not group.has_aggregation):
@@ -47,7 +47,7 @@ def load_task(name: str, tasks_path: str | None) -> dict[str, Any]:
 
 
 def task_error(name: str, file: Path | None, error: Exception) -> UserError:
-    """What went wrong in a task, in one line."""
+    """Return a UserError that says in one line what went wrong in a task."""
     said = first_line(error) or type(error).__name__
     if type(error).__module__.startswith(("httpx", "requests")) or isinstance(error, ConnectionError):
         return UserError(
@@ -60,9 +60,9 @@ def task_error(name: str, file: Path | None, error: Exception) -> UserError:
 
 
 def _manager_of(name: str, tasks_path: str | None) -> Any:
-    """lm-eval's index to look `name` up in; of two tasks with one name the folder's is taken.
+    """Return lm-eval's index to look `name` up in. If two tasks have the name, the folder's is taken.
 
-    lm-eval's own index, which takes ten seconds and more to read, is left alone when the folder has the task.
+    lm-eval's own index takes ten seconds and more to read, and is not read if the folder has the task.
     """
     from lm_eval.tasks import TaskManager
 
@@ -87,7 +87,7 @@ def _own_manager() -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    """lm-eval passes over files that it cannot read, and takes its own task instead of the one meant."""
+    """Raise UserError if a task file cannot be read: lm-eval would pass over it and take its own task of the name."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not folder.is_dir():
@@ -100,7 +100,7 @@ def _check_folder(folder: Path) -> None:
             raise UserError(f"{file}: no task file of lm-eval: {first_line(error)}") from error
         name = config.get("group", config.get("task"))
         if not isinstance(name, str):
-            continue  # a part that others include
+            continue  # a fragment that other files include
         if name in files:
             raise UserError(f"{file}: task '{name}' is in {files[name]} already")
         files[name] = file
@@ -110,7 +110,7 @@ def _check_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def lm_eval_alone(seed: int) -> Iterator[None]:
-    """lm-eval inside: without its log lines, bars and prints, in this process alone, and with randomness of its own."""
+    """Run lm-eval inside without its log lines, bars and prints, in this process alone, with its own random state."""
     import lm_eval.api.metrics as metrics
     import lm_eval.api.task as task
     import numpy
@@ -130,7 +130,7 @@ def lm_eval_alone(seed: int) -> Iterator[None]:
 
 
 def _bootstrap_stderr(statistic: Any, values: Any, iters: int) -> float:
-    """lm-eval's function of this name, without its bar, its print and its pool of processes."""
+    """Compute lm-eval's function of this name, without its bar, its print and its pool of processes."""
     from lm_eval.api import metrics
 
     chunk = min(1000, iters)

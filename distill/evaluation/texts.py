@@ -1,4 +1,4 @@
-"""Held-out prompts, and how each model goes on with them: what no number shows.
+"""Held-out prompts and each model's continuations of them, for a reader to see.
 
 Shapes: B batch, L sequence length.
 """
@@ -19,17 +19,17 @@ from distill.models.language_model import LanguageModel
 from distill.models.tokenizers import vocab_size
 
 PROMPT_TOKENS = 32
-"""Tokens of a document that are given to go on with."""
+"""Tokens of a document that make a prompt."""
 
 
 def pick_prompts(
     samples: Dataset, tokenizer: Any, count: int, *, prompt_tokens: int = PROMPT_TOKENS, text_tokens: int = 48
 ) -> tuple[list[str], list[str]]:
-    """Prompts and their true continuations as text, from the first samples that have a document long enough.
+    """Pick prompts and their true continuations as text, from the first samples that have a document long enough.
 
-    A sample gives one at most: from the first document that begins in it, or, where none is long enough, from the one
-    that it begins in the middle of. Special tokens (a conversation's turns) do not show in the texts. There are fewer
-    than `count` when the samples have no more. `tokenizer` is the one that made the samples.
+    A sample gives one at most: from the first document that begins in it, or, if none is long enough, from the document
+    that was under way at its beginning. Special tokens (a conversation's turns) do not show in the texts. There are
+    fewer than `count` if the samples have no more. `tokenizer` is the one that made the samples.
     """
     prompts, truth = [], []
     for index in range(len(samples) if count else 0):  # type: ignore[arg-type]  # a Dataset of map style has a length
@@ -46,7 +46,7 @@ def pick_prompts(
 
 
 def _long_document(sample: dict[str, Tensor], tokens: int) -> list[int] | None:
-    """The first `tokens` ids of a document in the sample, if there is one so long."""
+    """Return the first `tokens` ids of a document in the sample, or None if no document is so long."""
     is_start_L = sample["position_ids"] == 0
     starts = [*is_start_L.nonzero().flatten().tolist(), len(is_start_L)]
     # A sample's first document may have begun in the sample before; padding looks like a document without loss.
@@ -57,9 +57,9 @@ def _long_document(sample: dict[str, Tensor], tokens: int) -> list[int] | None:
 
 
 def _split(tokenizer: Any, ids: Sequence[int], prompt_tokens: int) -> tuple[str, str]:
-    """The text of the first tokens, and that of those behind them as it reads after the first."""
+    """Return the text of the first tokens, and the text that the others add to it."""
     whole = decode_text(tokenizer, ids)
-    # A character may lie across the border; it is the continuation's then.
+    # A character that lies across the border belongs to the continuation.
     before = decode_text(tokenizer, ids[:prompt_tokens]).rstrip(HALF)
     while not whole.startswith(before):
         before = before[:-1]
@@ -67,10 +67,10 @@ def _split(tokenizer: Any, ids: Sequence[int], prompt_tokens: int) -> tuple[str,
 
 
 def continue_text(model: LanguageModel, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int = 48) -> list[str]:
-    """What `model` writes behind each prompt, greedily; without the prompt, up to the end of its text or answer.
+    """Return the greedy continuation of each prompt, without the prompt, up to the end of the model's text or answer.
 
     The prompts are encoded by `tokenizer`, which is the model's own. Prompts of the same number of tokens are continued
-    together. The model must be in evaluation mode. Raises UserError for a prompt beyond its context.
+    together. The model must be in evaluation mode. Raises UserError for a prompt longer than its context.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     stop_ids, size = ending_tokens(model, tokenizer), vocab_size(tokenizer)
@@ -89,7 +89,7 @@ def continue_text(model: LanguageModel, tokenizer: Any, prompts: Sequence[str], 
 def _greedy(
     model: LanguageModel, prompts: list[list[int]], new_tokens: int, size: int, stop_ids: frozenset[int]
 ) -> list[list[int]]:
-    """New tokens behind each of several prompts of one length; the stopping ones are left out."""
+    """Return the new tokens after each of several prompts of one length, without the stopping ones."""
     decode, device = decoder(model, size), model.head.weight_VD.device
     written: list[list[int]] = [[] for _ in prompts]
     is_done = [False] * len(prompts)

@@ -101,10 +101,10 @@ def test_intervals_are_the_same_every_time_and_shrink_with_the_samples() -> None
     assert (widths[0] > 1.4 * widths[1]).all() and (widths[1] > 1.4 * widths[2]).all()
 
 
-def test_blocks_of_resamples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resamples_drawn_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = draw(30, np.random.default_rng(0))
     whole, p = ratio_intervals(*drawn), sign_flip_p(drawn[0][:, 0] - 100)
-    monkeypatch.setattr("distill.evaluation.statistics._BLOCK", 1000)
+    monkeypatch.setattr("distill.evaluation.statistics._DRAWS_AT_A_TIME", 1000)
     np.testing.assert_allclose(ratio_intervals(*drawn), whole, rtol=1e-12)
     assert sign_flip_p(drawn[0][:, 0] - 100) == p
 
