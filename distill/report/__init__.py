@@ -1,1 +1,1 @@
-"""The page of a run: its figures as report.html and report.md, and several runs side by side."""
+"""The page of a run as report.html and report.md, and the page of several runs side by side."""

@@ -1,4 +1,4 @@
-"""What charts measure with: scales, round ticks, labels that keep clear of one another, and SVG elements."""
+"""Geometry of charts: scales, round ticks, labels that keep clear of one another, and SVG elements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FONT = 12.0
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high` onto coordinates from `start` to `end`; what lies outside goes to the nearer end."""
+    """A map of values from `low` to `high` onto coordinates from `start` to `end`. Others go to the nearer end."""
 
     low: float
     high: float
@@ -25,8 +25,8 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, max(value, self._least)))
-        part = (value - low) / (high - low) if high > low else 0.5
-        return self.start + min(1.0, max(0.0, part)) * (self.end - self.start)
+        share = (value - low) / (high - low) if high > low else 0.5
+        return self.start + min(1.0, max(0.0, share)) * (self.end - self.start)
 
     @property
     def _least(self) -> float:
@@ -34,7 +34,7 @@ class Scale:
 
 
 def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers, about so many, of which the first is not above `low` and the last not below `high`."""
+    """Return about so many round numbers. The first is not above `low` and the last not below `high`."""
     if not high - low > max(1e-300, 1e-9 * abs(low), 1e-9 * abs(high)):
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -46,7 +46,7 @@ def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, 20, … from not above `low` to not below `high`, both above 0; powers of 10 where those are many."""
+    """Return 1, 2, 5, 10, 20, … from not above `low` to not below `high`, both above 0; or powers of 10."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     if math.log10(high / low) < 2.5:
         ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
@@ -58,7 +58,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_text(value: float, ticks: Sequence[float], percent: bool = False) -> str:
-    """A tick's number, with as many digits as the distance of its neighbours asks for."""
+    """Return a tick's number, with as many digits as the distance to its neighbours needs."""
     if percent:
         return f"{100 * value:.6g}\u00a0%".replace("-", "\u2212")
     most = max(map(abs, ticks))
@@ -76,7 +76,7 @@ def tick_text(value: float, ticks: Sequence[float], percent: bool = False) -> st
 
 
 def log_tick_text(value: float) -> str:
-    """A tick of a logarithmic scale: 0.05, 1,000, 1e12."""
+    """Return the text of a tick on a logarithmic scale: 0.05, 1,000, 1e12."""
     return f"{value:,.6g}" if 1e-4 <= value < 1e7 else _with_exponent(value, 0)
 
 
@@ -87,7 +87,7 @@ def _with_exponent(value: float, digits: int) -> str:
 
 
 def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places moved as little as it takes for neighbours to be `gap` apart, between `low` and `high`."""
+    """Move the places as little as possible, so that neighbours are `gap` apart, between `low` and `high`."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     gap = min(gap, (high - low) / max(1, len(places) - 1))
     result = list(places)
@@ -103,17 +103,17 @@ def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[
 
 
 def shortened(name: str, most: int) -> str:
-    """A name of at most so many letters: its beginning and its end, which tell names from one another."""
+    """Return a name of at most so many letters: its beginning and its end, which tell names from one another."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[-((most - 1) // 2) :]}"
 
 
 def width_of(text: str) -> float:
-    """About how wide a text is drawn, in bold letters of a wide font: rather more than less."""
+    """Return the approximate width of a drawn text, for bold letters of a wide font: rather too much."""
     return 0.67 * FONT * len(text)
 
 
 def element(name: str, content: str = "", **attributes: str | float) -> Markup:
-    """An SVG element; `class_` is the attribute class, `_` in a name stands for `-`; numbers are rounded."""
+    """Return an SVG element. `class_` is the attribute class, `_` in a name stands for `-`, and numbers are rounded."""
     parts = [Markup("<"), name]
     for key, value in attributes.items():
         text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
@@ -123,6 +123,6 @@ def element(name: str, content: str = "", **attributes: str | float) -> Markup:
 
 
 def drawing(width: float, height: float, label: str, content: list[Markup]) -> Markup:
-    """The whole chart: as wide as its place, described by `label` to those who do not see it."""
+    """Return the whole chart, as wide as its place. `label` describes it to readers who do not see it."""
     box = f"0 0 {width:g} {height:g}"
     return element("svg", Markup("").join(content), viewBox=box, role="img", aria_label=label, class_="chart")

@@ -1,4 +1,4 @@
-"""Benchmarks on the page: bars against chance, and how much of the teacher's margin is left."""
+"""Benchmarks on the page: bars against chance, and the share of the teacher's margin that is left."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.report.blocks import Block, Cell, Figure, Figures, Note, Section, Table
 from distill.report.charts import Bar, Group, bar_chart
+from distill.report.contents import Cell, Chart, Charts, Content, Note, Section, Table
 from distill.report.facts import RunFacts
 from distill.report.metrics import MODELS, model_name
 from distill.report.numbers import Format, number, share
 
 CLEAR = 2.0
-"""Standard errors above chance from which on a teacher has a margin that can be recovered."""
+"""Standard errors above chance that a teacher needs for a margin that can be recovered."""
 INTERVAL = 1.96
-"""Standard errors to both sides of a score that make its 95 % interval."""
+"""Standard errors on both sides of a score that make its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class Recovered:
     """Recovery over several benchmarks: the sum of the model's margins over the sum of the teacher's."""
 
     tasks: int
-    """Benchmarks with a chance level, done by both."""
+    """Benchmarks with a chance level that both models did."""
     clear: int
-    """Those among them in which the teacher is clearly above chance; only they count."""
+    """Benchmarks among these in which the teacher is clearly above chance. Only they count."""
     recovery: float
 
 
 def score(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The figure to show of a benchmark, `{"value": …, "stderr": …}`; empty when it is missing."""
+    """Return the number to show of a benchmark, `{"value": …, "stderr": …}`; empty if it is missing."""
     return result["metrics"].get(result["metric"], {})
 
 
 def recovery(result: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> float | None:
-    """`(model - chance) / (teacher - chance)`; None where the teacher is not clearly above chance."""
+    """Return `(model - chance) / (teacher - chance)`, or None if the teacher is not clearly above chance."""
     if not result or not teacher or "chance" not in teacher:
         return None
     mine, its = score(result).get("value"), score(teacher).get("value")
@@ -48,7 +48,7 @@ def recovery(result: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None
 
 
 def mean_recovery(benchmarks: Mapping[str, Mapping[str, Any]], model: str) -> Recovered | None:
-    """A model's recovery over all benchmarks; None when it did none that has a chance level."""
+    """Return a model's recovery over all benchmarks, or None if it did none that has a chance level."""
     teacher, mine = benchmarks.get("teacher", {}), benchmarks.get(model, {})
     both = [task for task in teacher if task in mine and "chance" in teacher[task]]
     clear = [task for task in both if recovery(mine[task], teacher[task]) is not None]
@@ -59,30 +59,30 @@ def mean_recovery(benchmarks: Mapping[str, Mapping[str, Any]], model: str) -> Re
 
 
 def section(facts: RunFacts) -> Iterator[Section]:
-    """The section of benchmarks, if there are any."""
+    """Yield the section of benchmarks, if there are any."""
     results = facts.section("benchmarks")
     models = [model for model in MODELS if results.get(model)]
     tasks = list(dict.fromkeys(task for model in models for task in results[model]))
     if not tasks:
         return
     by_task = {task: {model: results[model][task] for model in models if task in results[model]} for task in tasks}
-    blocks: list[Block] = []
+    contents: list[Content] = []
     groups = [_group(task, found) for task, found in by_task.items() if _is_share(found)]
-    blocks += score_charts(groups, f"Benchmark scores of {', '.join(models)}")
-    blocks.append(_table(by_task, models))
-    blocks.append(Note(_explanation(results, by_task)))
-    blocks.append(_all_metrics(by_task))
-    yield Section("benchmarks", "Benchmarks", blocks)
+    contents += score_charts(groups, f"Benchmark scores of {', '.join(models)}")
+    contents.append(_table(by_task, models))
+    contents.append(Note(_explanation(results, by_task)))
+    contents.append(_all_metrics(by_task))
+    yield Section("benchmarks", "Benchmarks", contents)
 
 
-def score_charts(groups: Sequence[Group], label: str) -> Iterator[Figures]:
-    """Bars of scores in two columns of one scale."""
+def score_charts(groups: Sequence[Group], label: str) -> Iterator[Charts]:
+    """Yield bars of scores in two columns of one scale."""
     half = math.ceil(len(groups) / 2)
     said = f"{label}, with chance levels; the numbers are in the table."
     axis = "score; whiskers: 95 % interval; dashed: chance"
     charts = [bar_chart(part, said, axis, share, groups) for part in (groups[:half], groups[half:])]
     if any(charts):
-        yield Figures([Figure(chart) for chart in charts if chart])
+        yield Charts([Chart(chart) for chart in charts if chart])
 
 
 def _is_share(found: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -91,12 +91,12 @@ def _is_share(found: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def form_of(value: float) -> Format:
-    """Scores are shares; a perplexity is not."""
+    """Choose the format of a score: scores are shares, but a perplexity is not."""
     return share if 0 <= value <= 1 else number
 
 
 def bar(name: str, role: str, result: Mapping[str, Any]) -> Bar:
-    """A score's bar with its 95 % interval."""
+    """Return a score's bar with its 95 % interval."""
     found = score(result)
     error = found.get("stderr")
     return Bar(name, role, found["value"], share(found["value"]), None if error is None else INTERVAL * error)
@@ -138,7 +138,7 @@ def _task_cell(task: str, found: Mapping[str, Mapping[str, Any]]) -> Cell:
 
 
 def score_cell(result: Mapping[str, Any] | None, metric: str = "") -> Cell:
-    """A score with its standard error."""
+    """Return a score with its standard error."""
     found = {} if result is None else result["metrics"].get(metric or result["metric"], {})
     if "value" not in found:
         return Cell("–")

@@ -26,9 +26,9 @@ from distill.report.numbers import Format, share
 WIDTH, HEIGHT = 410.0, 255.0
 TOP, BOTTOM = 30.0, 42.0
 MANY = 60
-"""Points beyond which a line is drawn without a dot at each."""
+"""Largest number of points of a line that has a dot at each."""
 LETTERS = 20
-"""Of a name in a chart; the tables have it whole."""
+"""Letters of a name in a chart. The tables show the whole name."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, with `error` to both sides (None: none) and `text` at its end."""
+    """One bar, with `error` on both sides (None means no error) and `text` at its end."""
 
     name: str
     role: str
@@ -53,7 +53,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Group:
-    """Bars that are compared with one another, and a `reference` value they are held against."""
+    """Bars that are compared with one another, and a `reference` value for them."""
 
     title: str
     bars: Sequence[Bar]
@@ -63,7 +63,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The area of a chart in which its values are drawn, and how they are written."""
+    """The area of a chart for its values, and the format in which they are written."""
 
     x: Scale
     y: Scale
@@ -71,7 +71,7 @@ class _Frame:
     form: Format
 
     def tick_text(self, tick: float) -> str:
-        """What stands at a tick of y."""
+        """Return the text at a tick of y."""
         return log_tick_text(tick) if self.y.log else tick_text(tick, self.ticks, self.form is share)
 
     def spot(self, point: tuple[float, float]) -> tuple[float, float]:
@@ -79,7 +79,7 @@ class _Frame:
 
 
 def line_chart(lines: Sequence[Line], label: str, x_name: str, y_name: str, form: Format) -> Markup:
-    """Lines over x from 0 on, with their names at their ends; empty when no point is finite.
+    """Draw lines over x from 0 on, with their names at their ends. Returns an empty chart if no point is finite.
 
     A line is broken where a value is not finite. Values that span more than a factor of 20 get a logarithmic scale.
     """
@@ -104,9 +104,9 @@ def binned_chart(
     y_name: str,
     form: Format,
 ) -> Markup:
-    """Values of bins, drawn equally wide. A point's x is its bin's index; `edges` are one more than the bins.
+    """Draw values of bins, all of one width. A point's x is its bin's index; `edges` are one more than the bins.
 
-    `shares` of the positions in each bin stand as pale bars behind. Empty when no value is finite.
+    `shares` of the positions in each bin stand as pale bars behind. Returns an empty chart if no value is finite.
     """
     lines = [line for line in lines if _finite(line.points)]
     if not lines:
@@ -124,9 +124,9 @@ def binned_chart(
 def bar_chart(
     groups: Sequence[Group], label: str, x_name: str, form: Format, alike: Sequence[Group] | None = None
 ) -> Markup:
-    """Horizontal bars from 0, in groups with a title each; what is no finite number from 0 up is left out.
+    """Draw horizontal bars from 0, in groups with a title each. Values that are negative or not finite are left out.
 
-    `alike`: the groups of all charts that are to have one scale, these among them.
+    `alike` are the groups of all charts that share one scale, including these.
     """
     groups = _drawable(groups)
     if not groups:
@@ -167,14 +167,14 @@ def _bars(group: Group, scale: Scale, top: float) -> list[Markup]:
         y = top + 24 + 20 * index
         end = scale(bar.value)
         shape = element("rect", x=scale.start, y=y + 2, width=end - scale.start, height=14.0, rx=1.5, class_="bar")
-        parts = [element("title", f"{group.title}, {bar.name}: {bar.text}"), shape]
-        parts.append(_text(scale.start - 6, y + 13, shortened(bar.name, LETTERS), "end", "named"))
+        elements = [element("title", f"{group.title}, {bar.name}: {bar.text}"), shape]
+        elements.append(_text(scale.start - 6, y + 13, shortened(bar.name, LETTERS), "end", "named"))
         if bar.error is not None and math.isfinite(bar.error):
             low, end = scale(bar.value - bar.error), scale(bar.value + bar.error)
             whisker = f"M{low:.2f} {y + 9:.2f}H{end:.2f}M{low:.2f} {y + 5:.2f}v8M{end:.2f} {y + 5:.2f}v8"
-            parts += [element("path", d=whisker, class_=each) for each in ("halo", "whisker")]
-        parts.append(_text(end + 6, y + 13, bar.text, "start", "value"))
-        content.append(element("g", Markup("").join(parts), class_=f"m-{bar.role}"))
+            elements += [element("path", d=whisker, class_=each) for each in ("halo", "whisker")]
+        elements.append(_text(end + 6, y + 13, bar.text, "start", "value"))
+        content.append(element("g", Markup("").join(elements), class_=f"m-{bar.role}"))
     if group.reference is not None and math.isfinite(group.reference):
         x, bottom = scale(group.reference), top + 24 + 20 * len(group.bars)
         content.append(element("path", d=f"M{x:.2f} {top + 21:.2f}V{bottom:.2f}", class_="reference"))
@@ -190,7 +190,7 @@ def _end_text(line: Line, form: Format) -> str:
 
 
 def _frame(lines: Sequence[Line], values: Sequence[float], x_range: tuple[float, float], form: Format) -> _Frame:
-    """Scales that hold the values, with room at the right for what stands at the lines' ends."""
+    """Return scales that hold the values, with room at the right for the labels at the lines' ends."""
     low, high = min(values), max(values)
     log = low > 0 and high / low > 20
     ticks = log_ticks(low, high) if log else round_ticks(low, high)
@@ -231,7 +231,7 @@ def _share_bars(frame: _Frame, shares: Sequence[float]) -> list[Markup]:
 
 
 def _line(line: Line, frame: _Frame) -> list[Markup]:
-    """The line's pieces between values that are not finite, and a dot with its numbers at each point."""
+    """Draw the line's pieces between values that are not finite, and a dot with its numbers at each point."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for point in line.points:
         if math.isfinite(point[0]) and math.isfinite(point[1]):

@@ -1,4 +1,4 @@
-"""Several runs on one page: their figures, their curves over one another, and what their experiments differ in."""
+"""Several runs on one page: their key figures, their curves over one another, and how their experiments differ."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 from distill import __version__
 from distill.errors import UserError
 from distill.report.benchmarks import bar, mean_recovery, score, score_cell, score_charts
-from distill.report.blocks import Block, Cell, Figures, Note, Page, Section, Table
 from distill.report.charts import Group
+from distill.report.contents import Cell, Charts, Content, Note, Page, Section, Table
 from distill.report.facts import RunFacts
-from distill.report.fidelity import curve_figures
+from distill.report.fidelity import curve_charts
 from distill.report.metrics import ARROWS_MEAN, BY_KEY, with_arrow
 from distill.report.numbers import Format, count, duration, interval, nats, number, rate, share, size
 from distill.report.page import render
 from distill.report.provenance import flat, plain
 
 MADE_BY = "distill compare"
-"""What these pages say they are made by; a run's own page says another, so that none is taken for the other."""
+"""Generator that these pages name. A run's own page names another, so that the two are not confused."""
 COLOURS = 8
 SUBTITLE = 100
-"""Letters of the runs' names under which they stand above the title; the table has them all."""
+"""Largest number of letters in the runs' names above the title. The table has them all."""
 OF_THE_TEXT = ("corpus", "tokenizer", "chat_template")
-"""Fingerprints that two runs share when they were measured on the same held-out text."""
+"""Fingerprints that two runs share if they were measured on the same held-out text."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A key figure of a run; `about` what it depends on, so that runs differ in it for another reason."""
+    """A key figure of a run. `about` names the things it depends on; runs that differ in them are not ranked by it."""
 
     name: str
     small: str
     better: str
-    """lower, higher, or neither: then none is marked as best."""
+    """"lower", "higher", or empty, which means that none is marked as best."""
     form: Format
     value: Callable[[RunFacts], float | None]
     about: str = ""
@@ -44,7 +44,7 @@ class Column:
 
 
 def compare(runs: list[Path]) -> str:
-    """The page of several runs, as HTML. Raises UserError for fewer than two, for one given twice, and for damage."""
+    """Return the page of several runs, as HTML. Raises UserError for fewer than two, a repeated one, and damage."""
     if len(runs) < 2:
         raise UserError("compare: give two or more runs, for example: distill compare runs/a runs/b")
     folders = [run.resolve() for run in runs]
@@ -56,7 +56,7 @@ def compare(runs: list[Path]) -> str:
 
 
 def compare_page(runs: Sequence[RunFacts]) -> Page:
-    """What is to be said of several runs."""
+    """Return the page of several runs."""
     names = distinct_names([facts.run for facts in runs])
     unlike = _unlike(runs)
     sections = [
@@ -72,7 +72,7 @@ def compare_page(runs: Sequence[RunFacts]) -> Page:
 
 
 def distinct_names(runs: Sequence[Path]) -> list[str]:
-    """As much of the end of each path as tells it from the others."""
+    """Return as much of the end of each path as tells it from the others."""
     parts = [run.resolve().parts for run in runs]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts) and depth < max(map(len, parts)):
@@ -81,7 +81,7 @@ def distinct_names(runs: Sequence[Path]) -> list[str]:
 
 
 def _unlike(runs: Sequence[RunFacts]) -> dict[str, str]:
-    """What about the runs makes some figures incomparable: key of `Column.about` → warning."""
+    """Return the reasons why some figures cannot be compared: key of `Column.about` → warning."""
     measured = [facts for facts in runs if facts.evaluation]
     texts = [{**facts.section("text"), **_prints(facts, OF_THE_TEXT)} for facts in measured]
     teachers = [
@@ -110,7 +110,7 @@ def _prints(facts: RunFacts, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _differ(values: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether two of them say different things of the same key."""
+    """Tell whether two of them have different values under the same key."""
     return any(one[key] != other[key] for one in values for other in values for key in one.keys() & other.keys())
 
 
@@ -203,7 +203,7 @@ def _role(index: int) -> str:
 
 
 def _verdict(runs: Sequence[RunFacts], names: Sequence[str], unlike: Mapping[str, str]) -> str:
-    """Whose student is closest to the teacher, where that can be said."""
+    """Return a sentence that names the student closest to the teacher, if the runs can be ranked."""
     measured = [(facts.of("fidelity", "student"), name) for facts, name in zip(runs, names, strict=True)]
     found = sorted(((each["kl"], name, each) for each, name in measured if "kl" in each), key=lambda each: each[0])
     if len(found) < 2 or "text" in unlike or "teacher" in unlike:
@@ -233,12 +233,12 @@ def _curve_section(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[S
         (name, _role(i), facts.curves.get("student", {}))
         for i, (facts, name) in enumerate(zip(runs, names, strict=True))
     ]
-    if figures := curve_figures(named):
-        yield Section("training", "Training", [Figures(figures)])
+    if charts := curve_charts(named):
+        yield Section("training", "Training", [Charts(charts)])
 
 
 def _benchmark_section(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Section]:
-    """Bars of a task together only when it is the same one: metric, documents and chance."""
+    """Yield bars of a task together only if it is the same one: same metric, documents and chance."""
     kinds: dict[tuple[Any, ...], dict[int, Mapping[str, Any]]] = {}
     for index, facts in enumerate(runs):
         for task, result in facts.of("benchmarks", "student").items():
@@ -254,10 +254,10 @@ def _benchmark_section(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterat
         if all(0 <= score(result)["value"] <= 1 for result in results.values()):
             bars = [bar(names[index], _role(index), result) for index, result in results.items()]
             groups.append(Group(f"{task}, {metric}", bars, chance, "" if chance is None else f"chance {share(chance)}"))
-    blocks: list[Block] = []
-    blocks += score_charts(groups, "Benchmark scores of the runs")
-    blocks.append(Table([Cell("benchmark"), *(Cell(name, role=_role(i)) for i, name in enumerate(names))], rows))
-    yield Section("benchmarks", "Benchmarks", blocks)
+    contents: list[Content] = []
+    contents += score_charts(groups, "Benchmark scores of the runs")
+    contents.append(Table([Cell("benchmark"), *(Cell(name, role=_role(i)) for i, name in enumerate(names))], rows))
+    yield Section("benchmarks", "Benchmarks", contents)
 
 
 def _difference_section(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[Section]:
@@ -274,7 +274,7 @@ def _difference_section(runs: Sequence[RunFacts], names: Sequence[str]) -> Itera
     ]
     if rows:
         head = [Cell("key"), *(Cell(names[index], role=_role(index)) for index, _ in known)]
-        block: Block = Table(head, rows, wraps=True)
+        content: Content = Table(head, rows, wraps=True)
     else:
-        block = Note("Nothing: their experiment files are the same.")
-    yield Section("differences", "What their experiments differ in", [block])
+        content = Note("Nothing: their experiment files are the same.")
+    yield Section("differences", "What their experiments differ in", [content])

@@ -1,4 +1,4 @@
-"""The curves of a training, read from its CSV logs: one line out of the logs of all its starts."""
+"""The curves of a training, read from its CSV logs: one line made from the logs of all its starts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from distill.errors import UserError
 
 Points = list[tuple[float, float]]
 Curves = Mapping[str, Points]
-"""Column of the log → (optimiser step, value); a value that is not finite is among them."""
+"""Column of the log → (optimiser step, value). Values that are not finite are included."""
 
 COLUMNS = ("loss", "held_out_kl")
 
 
 def read_curves(folder: Path) -> dict[str, Points]:
-    """The curves in a folder of logs; empty when there are none.
+    """Return the curves in a folder of logs; empty if there are none.
 
-    metrics.1.csv is the log of the first start, metrics.2.csv of the second, metrics.csv of the last. A start takes
-    up where its checkpoint was, or at 0: what earlier starts logged from its first step on, it did again.
-    Raises UserError for a line that is no line of a log; the last one of a file may be torn.
+    metrics.1.csv is the log of the first start, metrics.2.csv of the second, metrics.csv of the last. A start resumes
+    at its checkpoint's step, or at 0, and repeats everything that earlier starts logged from there on. Raises UserError
+    for a damaged line. The last line of a file may be torn.
     """
     curves: dict[str, Points] = {column: [] for column in COLUMNS}
     for path in _in_order(folder):
@@ -58,7 +58,7 @@ def _read_log(path: Path) -> dict[str, Points]:
 
 
 def thin(points: Sequence[tuple[float, float]], most: int) -> tuple[Points, int]:
-    """At most about `most` points, each the mean of so many neighbours, and how many that is (1: all as they were)."""
+    """Return at most about `most` points, each the mean of several neighbours, and their number (1: unchanged)."""
     width = max(1, math.ceil(len(points) / most))
     if width == 1:
         return list(points), 1

@@ -1,4 +1,4 @@
-"""Everything that a run left behind and a page can show, read from its folder and checked."""
+"""The facts that a page shows, read from the run's folder and checked."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from distill.system import ledger
 from distill.system.files import read_bounded
 
 LIMIT = 256 << 20
-"""Bytes of a file beyond which it is none of ours."""
+"""Largest size in bytes of a file that could be ours."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run. What was not measured is absent or empty."""
+    """The facts known of a run. Anything that was not measured is absent or empty."""
 
     run: Path
     evaluation: Mapping[str, Any]
-    """evaluation.json: shares 0 to 1, nats, bytes, tokens a second."""
+    """Content of evaluation.json: shares 0 to 1, nats, bytes, tokens a second."""
     curves: Mapping[str, Curves]
-    """Of `student` and `control`."""
+    """Curves of `student` and `control`."""
     costs: tuple[Mapping[str, Any], ...]
-    """costs.jsonl: one object an invocation of a phase."""
+    """Content of costs.jsonl: one object for each invocation of a phase."""
     forecast: tuple[Mapping[str, Any], ...]
-    """The rows of forecast.json: what, unit, forecast, measured."""
+    """Rows of forecast.json: what, unit, forecast, measured."""
 
     @classmethod
     def read(cls, run: Path) -> RunFacts:
-        """Read a run folder. Raises UserError when it is none or when a file in it is damaged."""
+        """Read a run folder. Raises UserError if it is none or if a file in it is damaged."""
         if not run.is_dir():
             raise UserError(f"{run}: no such folder: give the run_dir of an experiment")
         evaluation = _read_object(run / "evaluation.json", EVALUATION)
@@ -55,15 +55,15 @@ class RunFacts:
         return self.run.resolve().name
 
     def section(self, name: str) -> Mapping[str, Any]:
-        """A section of evaluation.json; empty when it is absent."""
+        """Return a section of evaluation.json; empty if it is absent."""
         return self.evaluation.get(name, {})
 
     def of(self, section: str, model: str) -> Mapping[str, Any]:
-        """What a section of evaluation.json says of a model; empty when it says nothing."""
+        """Return a model's entry in a section of evaluation.json; empty if it is absent."""
         return self.section(section).get(model, {})
 
     def ratio(self, section: str, *keys: str) -> float | None:
-        """The student's figure over the teacher's, such as `ratio("cost", "decode", "1")`; None: not measured."""
+        """Return the student's number over the teacher's, as in `ratio("cost", "decode", "1")`; None if unknown."""
         values: list[Any] = [self.section(section).get("student"), self.section(section).get("teacher")]
         for key in keys:
             values = [value.get(key) if isinstance(value, Mapping) else None for value in values]

@@ -1,4 +1,4 @@
-"""How close the models are to their teacher on the page: the main table, the curves, and where they differ."""
+"""Closeness of the models to their teacher on the page: the main table, the curves, and the places of difference."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from distill.report.blocks import Block, Cell, Figure, Figures, Note, Section, Table
 from distill.report.charts import Line, binned_chart, line_chart
+from distill.report.contents import Cell, Chart, Charts, Content, Note, Section, Table
 from distill.report.curves import Points, thin
 from distill.report.facts import RunFacts
 from distill.report.metrics import ARROWS_MEAN, BY_KEY, METRICS, MODELS, Metric, model_name, reading_of
 from distill.report.numbers import SPACE, count, edge, interval, nats, number, probability, share, size, with_sign
 
 MOST_POINTS = 240
-"""Points of a curve beyond which neighbours are drawn as their mean."""
+"""Largest number of points of a curve. In a longer one, neighbours are drawn as their mean."""
 
 
 def main_section(facts: RunFacts) -> Iterator[Section]:
-    """Every figure of every model, and the student against the control."""
+    """Yield every figure of every model, and the student against the control."""
     models = [model for model in MODELS if facts.of("fidelity", model) or model in facts.section("parameters")]
     if not models:
         return
@@ -31,9 +31,9 @@ def main_section(facts: RunFacts) -> Iterator[Section]:
         if any(cell.value is not None for cell in cells):
             rows.append([Cell(metric.heading, small=metric.unit), *cells])
     head = [Cell("on held-out text"), *(Cell(model_name(model), role=model) for model in models)]
-    blocks: list[Block] = [Table(head, rows)]
-    blocks.append(Note(_about_the_text(facts), tuple(facts.section("text").values())))
-    blocks += [*_against_control(facts)]
+    contents: list[Content] = [Table(head, rows)]
+    contents.append(Note(_about_the_text(facts), tuple(facts.section("text").values())))
+    contents += [*_against_control(facts)]
     shown = [metric for metric in METRICS if any(metric.key in facts.of("fidelity", model) for model in models)]
     meanings = [[Cell(metric.name), Cell(metric.meaning)] for metric in shown]
     if "before" in models:
@@ -43,8 +43,8 @@ def main_section(facts: RunFacts) -> Iterator[Section]:
             [Cell("control"), Cell("the same student, trained as long on the text alone, without a teacher")]
         )
     if meanings:
-        blocks.append(Table([Cell("figure"), Cell("meaning")], meanings, summary="What the figures mean", wraps=True))
-    yield Section("figures", "Student and teacher", blocks)
+        contents.append(Table([Cell("figure"), Cell("meaning")], meanings, summary="What the figures mean", wraps=True))
+    yield Section("figures", "Student and teacher", contents)
 
 
 def _parameters(facts: RunFacts, model: str) -> Cell:
@@ -105,12 +105,12 @@ def _against_control(facts: RunFacts) -> Iterator[Table]:
 
 
 def curve_section(facts: RunFacts) -> Iterator[Section]:
-    """The held-out KL and the loss of student and control over the steps."""
+    """Yield the held-out KL and the loss of student and control over the steps."""
     named = [(role, role, curves) for role, curves in facts.curves.items()]
-    figures = curve_figures(named)
-    if not figures:
+    charts = curve_charts(named)
+    if not charts:
         return
-    blocks: list[Block] = [Figures(figures)]
+    contents: list[Content] = [Charts(charts)]
     rows = []
     for column, title in (("held_out_kl", "held-out KL"), ("loss", "training loss")):
         for role, curves in facts.curves.items():
@@ -123,17 +123,17 @@ def curve_section(facts: RunFacts) -> Iterator[Section]:
                         *(_at_step(*point) for point in (finite[0], least, finite[-1])),
                     ]
                 )
-    blocks.append(Table([Cell("nats/token"), Cell("first"), Cell("lowest"), Cell("last")], rows))
-    yield Section("training", "Training", blocks)
+    contents.append(Table([Cell("nats/token"), Cell("first"), Cell("lowest"), Cell("last")], rows))
+    yield Section("training", "Training", contents)
 
 
 def _at_step(step: float, value: float) -> Cell:
     return Cell(nats(value), value, f"step{SPACE}{number(step)}")
 
 
-def curve_figures(named: Sequence[tuple[str, str, Mapping[str, Points]]]) -> list[Figure]:
-    """Charts of held-out KL and loss of several trainings: name, role and curves of each."""
-    figures = []
+def curve_charts(named: Sequence[tuple[str, str, Mapping[str, Points]]]) -> list[Chart]:
+    """Draw charts of held-out KL and loss of several trainings: name, role and curves of each."""
+    charts = []
     for column, title, y_name, note in (
         ("held_out_kl", "Held-out KL", "nats/token", "Distance from the teacher on text that is never trained on."),
         ("loss", "Training loss", "loss, nats/token", "Each training minimises its own loss; only the shapes compare."),
@@ -151,13 +151,13 @@ def curve_figures(named: Sequence[tuple[str, str, Mapping[str, Points]]]) -> lis
         if chart:
             averaged = f" Points are means of up to {width} logged values." if width > 1 else ""
             broken = f" {lost} logged values are not finite." if lost else ""
-            figures.append(Figure(chart, title, note + averaged + broken))
-    return figures
+            charts.append(Chart(chart, title, note + averaged + broken))
+    return charts
 
 
 def bin_section(facts: RunFacts) -> Iterator[Section]:
-    """Fidelity by the teacher's entropy and by position in the document."""
-    blocks: list[Block] = []
+    """Yield fidelity by the teacher's entropy and by position in the document."""
+    contents: list[Content] = []
     for key, by, x_name, said in (
         (
             "by_entropy",
@@ -169,17 +169,17 @@ def bin_section(facts: RunFacts) -> Iterator[Section]:
     ):
         found = {model: facts.of("fidelity", model).get(key, []) for model in MODELS}
         found = {model: bins for model, bins in found.items() if bins}
-        figures = [
-            Figure(chart, f"{BY_KEY[metric].name} by {by}", said + " Pale bars: share of the tokens.")
+        charts = [
+            Chart(chart, f"{BY_KEY[metric].name} by {by}", said + " Pale bars: share of the tokens.")
             for metric in ("kl", "top1_agreement")
             if (chart := _binned(found, metric, by, x_name))
         ]
-        if figures:
-            blocks.append(Figures(figures))
+        if charts:
+            contents.append(Charts(charts))
         if found:
-            blocks.append(_bin_table(found, by))
-    if blocks:
-        yield Section("where", "Where they differ", blocks)
+            contents.append(_bin_table(found, by))
+    if contents:
+        yield Section("where", "Where they differ", contents)
 
 
 def _binned(found: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, by: str, x_name: str) -> Any:
@@ -187,7 +187,7 @@ def _binned(found: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, by: s
     every = {each["from"]: each for bins in shown.values() for each in bins}
     if not every:
         return ""
-    # Bins without positions are left out of the file, and not of the axis.
+    # The file leaves bins without positions out, but the axis must have them.
     starts = sorted({*every, *(each["to"] for each in every.values() if "to" in each)})
     if "to" not in every[max(every)]:
         starts.append(math.inf)

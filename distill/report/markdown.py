@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from markupsafe import escape
 
-from distill.report.blocks import Block, Cell, Listing, Note, Page, Sample, Table
+from distill.report.contents import Cell, Content, Listing, Note, Page, Prompt, Table
 from distill.report.facts import RunFacts
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -18,18 +18,18 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]|~#$])")
 
 
 def model_card(page: Page, facts: RunFacts, generator: str) -> str:
-    """The page under the front matter that model hubs read."""
+    """Return the page under the front matter that model hubs read."""
     parts = [front_matter(facts), f"# {text(page.title)}", text(page.subtitle), f"**{text(page.verdict)}**"]
     parts += [f"> {text(warning)}" for warning in page.warnings]
     for section in page.sections:
-        blocks = [block(each) for each in section.blocks]
-        parts += [f"## {text(section.title)}", *(each for each in blocks if each)]
+        contents = [in_markdown(each) for each in section.contents]
+        parts += [f"## {text(section.title)}", *(each for each in contents if each)]
     parts.append(f"Made by {text(generator)}; the charts are in report.html.")
     return "\n\n".join(parts) + "\n"
 
 
 def front_matter(facts: RunFacts) -> str:
-    """The hub's metadata. The licence is for the user to choose: it depends on the teacher's and the text's."""
+    """Return the hub's metadata. The user chooses the licence, which depends on the teacher's and the text's."""
     content: dict[str, Any] = {}
     student = facts.run / "student"
     if (student / "config.json").is_file() or not student.is_dir():  # else it is a class of the user's own
@@ -42,7 +42,7 @@ def front_matter(facts: RunFacts) -> str:
 
 
 def hub_name(experiment: Mapping[str, Any]) -> str:
-    """The teacher's name on the hub; empty when it is a folder, a file or the demo's."""
+    """Return the teacher's name on the hub; empty if it is a folder, a file or the demo's."""
     teacher = experiment.get("teacher")
     name = teacher.get("model") if isinstance(teacher, dict) else None
     if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
@@ -50,14 +50,14 @@ def hub_name(experiment: Mapping[str, Any]) -> str:
     return "" if name.endswith(".gguf") or Path(name).exists() else name
 
 
-def block(content: Block) -> str:
-    """One block; a chart is left out, since a table has its numbers."""
+def in_markdown(content: Content) -> str:
+    """Return one content of a section. Charts are left out, since a table has their numbers."""
     if isinstance(content, Table):
         return _folded(content.summary, table(content)) if content.summary else table(content)
     if isinstance(content, Note):
         return text(content.text)
-    if isinstance(content, Sample):
-        parts = [f"### Prompt {content.number}", fenced(content.prompt)]
+    if isinstance(content, Prompt):
+        parts = [f"### Prompt {content.number}", fenced(content.text)]
         for each in content.continuations:
             parts += [f"{text(each.name)}:", fenced(each.text)]
         return "\n\n".join(parts)
@@ -67,7 +67,7 @@ def block(content: Block) -> str:
 
 
 def table(content: Table) -> str:
-    """A table with its caption above it."""
+    """Return a table with its caption above it."""
     align = "|".join([":--", *([":--" if content.wraps else "--:"] * (len(content.head) - 1))])
     lines = [_line(content.head), f"|{align}|", *(_line(row) for row in content.rows)]
     caption = f"**{text(content.caption)}**\n\n" if content.caption else ""
@@ -84,13 +84,13 @@ def _cell(cell: Cell) -> str:
 
 
 def text(words: str) -> str:
-    """Words as they are, on one line: neither Markdown nor HTML in them counts."""
+    """Return the words unchanged on one line: neither Markdown nor HTML in them counts."""
     escaped = str(escape(_SPECIAL.sub(r"\\\1", " ".join(words.split()))))
     return escaped.replace("&#39;", "'").replace("&#34;", '"')
 
 
 def fenced(words: str, language: str = "text") -> str:
-    """Words as they are, in lines, between fences that they do not contain."""
+    """Return the words unchanged, in lines, between fences that they do not contain."""
     longest = max(map(len, re.findall("`+", words)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{words.rstrip()}\n{fence}"

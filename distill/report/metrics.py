@@ -1,4 +1,4 @@
-"""The figures of a comparison with a teacher: what they are called, which way is better, how they are written."""
+"""The figures of a comparison with a teacher: their names, the better direction, and their format."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Literal
 from distill.report.numbers import SPACE, Format, nats, number, share
 
 MODELS = ("teacher", "before", "student", "control")
-"""In the order of columns. `before`: the student before training; `control`: trained on the text alone."""
+"""Models in the order of columns: `before` is the student before training, `control` is trained on the text alone."""
 
 NAMES = {"before": "before training"}
-"""What the page calls a model, where that is not its own name."""
+"""Names on the page, for models that are not shown by their own."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The name, and which way is better."""
+        """The name with an arrow in the better direction."""
         return with_arrow(self.name, self.better)
 
 
@@ -80,19 +80,19 @@ BY_KEY = {metric.key: metric for metric in METRICS}
 
 
 def with_arrow(name: str, better: str) -> str:
-    """The name, and an arrow the way that is better."""
+    """Return the name with an arrow in the better direction."""
     return name + {"lower": f"{SPACE}↓", "higher": f"{SPACE}↑", "": ""}[better]
 
 
 def model_name(model: str) -> str:
-    """What the page calls a model."""
+    """Return a model's name on the page."""
     return NAMES.get(model, model)
 
 
 def reading_of(test: Mapping[str, Any], better: str) -> str:
-    """What a test of student minus control says: `better`, `worse`, `not told apart` or `not tested`.
+    """Return the result of a test of student minus control: `better`, `worse`, `not told apart` or `not tested`.
 
-    Better or worse takes an interval without 0 and p below 0.05, as far as there are any.
+    Better or worse needs an interval without 0 and p below 0.05, as far as there are any.
     """
     if "interval" not in test and "p" not in test:
         return "not tested"

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 
 SPACE = "\u00a0"
-"""Between a number and its unit, where no line may break."""
+"""Space between a number and its unit, where no line may break."""
 MINUS = "\u2212"
 
 Format = Callable[[float], str]
 
 
 def number(value: float) -> str:
-    """About four significant digits: 3.174, 44.00, 1,234, 1.22e7."""
+    """Write about four significant digits: 3.174, 44.00, 1,234, 1.22e7."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else ("∞" if value > 0 else f"{MINUS}∞")
     size = abs(value)
@@ -27,12 +27,12 @@ def number(value: float) -> str:
 
 
 def nats(value: float) -> str:
-    """Three decimals: 3.174; from 1,000 on, where they say nothing, as `number`."""
+    """Write three decimals: 3.174. From 1,000 on, where they say nothing, write as `number` does."""
     return number(value) if not abs(value) < 999.95 else _signed(f"{value:.3f}")
 
 
 def share(value: float) -> str:
-    """A share of 1 in percent: 14.0 %, 0.12 %."""
+    """Write a share of 1 in percent: 14.0 %, 0.12 %."""
     if not math.isfinite(value):
         return number(value)
     percent = 100 * value
@@ -41,14 +41,14 @@ def share(value: float) -> str:
 
 
 def whole_share(value: float) -> str:
-    """A share of 1 in whole percent, for running text; in digits where it is below 10 %."""
+    """Write a share of 1 in whole percent, for running text; with digits if it is below 10 %."""
     return (
         share(value) if abs(value) < 0.0995 or not math.isfinite(value) else f"{_signed(f'{100 * value:.0f}')}{SPACE}%"
     )
 
 
 def count(value: float) -> str:
-    """Parameters: 134.5 M, 7.62 B."""
+    """Write a number of parameters: 134.5 M, 7.62 B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{_three_or_four(value / size)}{SPACE}{unit}"
@@ -56,7 +56,7 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes: 269.1 MB."""
+    """Write a number of bytes: 269.1 MB."""
     for step, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(value) >= step:
             return f"{_three_or_four(value / step)}{SPACE}{unit}"
@@ -64,17 +64,17 @@ def size(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Tokens a second, without the unit, which stands in the row's head."""
+    """Write tokens a second, without the unit, which stands in the row's head."""
     return f"{value:,.0f}" if abs(value) >= 99.5 else number(value)
 
 
 def times(value: float) -> str:
-    """A factor: 2.1×."""
+    """Write a factor: 2.1×."""
     return f"{value:.0f}×" if abs(value) >= 19.5 else f"{value:.2g}×" if abs(value) < 0.95 else f"{value:.1f}×"
 
 
 def duration(seconds: float) -> str:
-    """Wall time: 8.1 s, 1 min 21 s, 2 h 05 min, 3 d 04 h."""
+    """Write a wall time: 8.1 s, 1 min 21 s, 2 h 05 min, 3 d 04 h."""
     if not math.isfinite(seconds) or seconds < 59.5:
         return f"{seconds:.1f}{SPACE}s" if seconds < 9.95 else f"{seconds:.0f}{SPACE}s"
     for big, small, names in ((86_400, 3_600, "d h"), (3_600, 60, "h min"), (60, 1, "min s")):
@@ -86,28 +86,28 @@ def duration(seconds: float) -> str:
 
 
 def energy(joules: float) -> str:
-    """Energy in watt hours, as bills have it: 3.42 Wh."""
+    """Write energy in watt hours, as on bills: 3.42 Wh."""
     hours = joules / 3600
     return f"{_three_or_four(hours / 1000)}{SPACE}kWh" if hours >= 1000 else f"{_three_or_four(hours)}{SPACE}Wh"
 
 
 def probability(value: float) -> str:
-    """A p-value with its sign of relation: `= 0.012`, `< 0.0001`."""
+    """Write a p-value with its sign of relation: `= 0.012`, `< 0.0001`."""
     return "< 0.0001" if value < 0.0001 else f"= {value:.4f}" if value < 0.001 else f"= {value:.2g}"
 
 
 def edge(value: float) -> str:
-    """An edge of a bin, as short as it goes: 0, 0.5, 16."""
+    """Write an edge of a bin as short as possible: 0, 0.5, 16."""
     return f"{value:g}" if math.isfinite(value) else number(value)
 
 
 def with_sign(text: str) -> str:
-    """The formatted number with a plus sign where it has no minus sign."""
+    """Return the formatted number with a plus sign if it has no minus sign."""
     return text if text.startswith((MINUS, "not")) else f"+{text}"
 
 
 def interval(ends: Sequence[float], form: Format) -> str:
-    """`3.12–3.23`, `−0.31 to −0.27`; a unit that both ends have stands once."""
+    """Write an interval: `3.12–3.23`, `−0.31 to −0.27`. A unit that both ends share stands once."""
     first, last = map(form, ends)
     unit = last.partition(SPACE)[2]
     if unit and first.endswith(f"{SPACE}{unit}"):

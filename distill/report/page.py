@@ -13,7 +13,7 @@ import jinja2
 from distill import __version__
 from distill.errors import UserError
 from distill.report import benchmarks, fidelity, provenance, speed
-from distill.report.blocks import Continuation, Page, Sample, Section
+from distill.report.contents import Continuation, Page, Prompt, Section
 from distill.report.facts import LIMIT, RunFacts
 from distill.report.markdown import model_card
 from distill.report.metrics import model_name
@@ -22,14 +22,14 @@ from distill.system.files import read_bounded, without_folders, write_durably
 from distill.system.progress import say
 
 GENERATOR = f"distill {__version__}"
-"""What a run's page says it is made by."""
+"""Generator that a run's page names."""
 _SEAL = "<!-- sha256 of what distill wrote above this line: {} -->\n"
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md into a run folder; their paths. A report.md that someone changed is kept.
+    """Write report.html and report.md into a run folder, and return their paths. An edited report.md is kept.
 
-    Raises UserError when the folder is no run, and when a file in it is damaged.
+    Raises UserError if the folder is no run, or if a file in it is damaged.
     """
     facts = RunFacts.read(run)
     page = run_page(facts)
@@ -44,12 +44,12 @@ def write_report(run: Path) -> tuple[Path, Path]:
 
 
 def _seal(content: bytes) -> bytes:
-    """The last line of report.md, by which it is known to be as it was written: it asks to be edited."""
+    """Return the last line of report.md, a checksum that tells if the file was edited, which it invites."""
     return _SEAL.format(hashlib.sha256(content).hexdigest()).encode()
 
 
 def _is_changed(markdown: Path) -> bool:
-    """Whether there is a file whose last line is not the seal of what stands above it."""
+    """Tell whether the file exists and its last line is not the seal of the text above it."""
     try:
         content = read_bounded(markdown, LIMIT)
     except FileNotFoundError:
@@ -61,7 +61,7 @@ def _is_changed(markdown: Path) -> bool:
 
 
 def _of_no_machine(facts: RunFacts) -> RunFacts:
-    """The same facts for others to read: of paths of this machine in the experiment only the names at their ends."""
+    """Return the facts for others to read: paths in the experiment are cut to the names at their ends."""
     experiment = _names_only(facts.section("experiment"))
     return dataclasses.replace(
         facts, evaluation={**facts.evaluation, **({"experiment": experiment} if experiment else {})}
@@ -77,7 +77,7 @@ def _names_only(value: Any) -> Any:
 
 
 def run_page(facts: RunFacts) -> Page:
-    """What is to be said of a run, in the order in which readers ask for it."""
+    """Return the page of a run. Its sections stand in the order in which readers ask for them."""
     sections = [
         *fidelity.main_section(facts),
         *fidelity.curve_section(facts),
@@ -121,13 +121,13 @@ def _text_section(facts: RunFacts) -> Iterator[Section]:
             for key in ("truth", "teacher", "student", "control")
             if index < len(texts.get(key, []))
         ]
-        samples.append(Sample(index + 1, prompt, written))
+        samples.append(Prompt(index + 1, prompt, written))
     if samples:
         yield Section("texts", "What they write", samples)
 
 
 def render(page: Page, generator: str = GENERATOR) -> str:
-    """The page as one HTML file that needs nothing else, runs no script and loads nothing."""
+    """Return the page as one HTML file that needs nothing else, runs no script and loads nothing."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("page.html.jinja").render(page=page, generator=generator)

@@ -1,4 +1,4 @@
-"""What a run cost, what was forecast, how seeds spread, and what it was made from: the page's last sections."""
+"""Costs of a run, forecasts, spread over seeds, and origins: the page's last sections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from distill.report.blocks import Block, Cell, Listing, Section, Table
+from distill.report.contents import Cell, Content, Listing, Section, Table
 from distill.report.facts import RunFacts
 from distill.report.metrics import BY_KEY, MODELS
 from distill.report.numbers import SPACE, duration, energy, number, share, size, with_sign
@@ -16,7 +16,7 @@ NOT_MEASURED = Cell("not measured")
 
 
 def cost_section(facts: RunFacts) -> Iterator[Section]:
-    """Time, memory and energy of each phase, over all its starts."""
+    """Yield time, memory and energy of each phase, over all its starts."""
     if not facts.costs:
         return
     phases = list(dict.fromkeys(line["phase"] for line in facts.costs))
@@ -63,7 +63,7 @@ def _energy(lines: list[Mapping[str, Any]]) -> Cell:
 
 
 def forecast_section(facts: RunFacts) -> Iterator[Section]:
-    """What was forecast beside what was measured."""
+    """Yield the forecast beside the measurement."""
     rows = []
     for row in facts.forecast:
         form = {"bytes": size, "s": duration}.get(row["unit"], lambda v, unit=row["unit"]: f"{number(v)}{SPACE}{unit}")
@@ -83,7 +83,7 @@ def forecast_section(facts: RunFacts) -> Iterator[Section]:
 
 
 def seed_section(facts: RunFacts) -> Iterator[Section]:
-    """Mean and deviation over trainings with different seeds."""
+    """Yield mean and deviation over trainings with different seeds."""
     found = facts.section("seeds")
     models = [model for model in MODELS if found.get(model)]
     keys = list(dict.fromkeys(key for model in models for key in found[model]))
@@ -114,19 +114,19 @@ def seed_section(facts: RunFacts) -> Iterator[Section]:
 
 
 def setup_section(facts: RunFacts) -> Iterator[Section]:
-    """The experiment file, versions, machine and fingerprints: what it takes to do it again."""
-    blocks: list[Block] = []
+    """Yield everything needed to repeat the run: the experiment file, versions, machine and fingerprints."""
+    contents: list[Content] = []
     if experiment := facts.section("experiment"):
         text = yaml.safe_dump(dict(experiment), sort_keys=False, allow_unicode=True, width=100)
-        blocks.append(Listing("The experiment file, with every default", text, "yaml"))
+        contents.append(Listing("The experiment file, with every default", text, "yaml"))
     if machine := facts.section("machine"):
-        blocks.append(_facts_table("Machine", machine))
+        contents.append(_facts_table("Machine", machine))
     if versions := facts.section("versions"):
-        blocks.append(_facts_table("Versions", versions))
+        contents.append(_facts_table("Versions", versions))
     if fingerprints := facts.section("fingerprints"):
-        blocks.append(_facts_table("Fingerprints", fingerprints))
-    if blocks:
-        yield Section("setup", "To do it again", blocks)
+        contents.append(_facts_table("Fingerprints", fingerprints))
+    if contents:
+        yield Section("setup", "To do it again", contents)
 
 
 def _facts_table(name: str, content: Mapping[str, Any]) -> Table:
@@ -139,7 +139,7 @@ def _facts_table(name: str, content: Mapping[str, Any]) -> Table:
 
 
 def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones; an empty object is a value."""
+    """Return nested keys as dotted ones. An empty object is a value."""
     result: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{above}{key}"
@@ -148,7 +148,7 @@ def flat(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """A value of the experiment file as it is written there, on one line."""
+    """Return a value of the experiment file as it is written there, on one line."""
     if isinstance(value, str):
         return value
     return (

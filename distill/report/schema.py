@@ -1,4 +1,4 @@
-"""The form of what a run leaves behind: checked once when it is read, so that the page need not doubt it."""
+"""The schema of a run's files, checked once on reading, so that the page can rely on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distill.errors import UserError
 
 NUMBER, TEXT, OBJECT, FLAG = "a number", "a text", "an object", "true or false"
 SPEED = "a number or null"
-"""Null: the device ran out of memory."""
+"""A speed; null means that the device ran out of memory."""
 _TYPES: dict[str, tuple[type, ...]] = {
     NUMBER: (int, float),
     SPEED: (int, float, type(None)),
@@ -78,7 +78,7 @@ REQUIRED |= {id(FORECAST["rows"][0]): ("what", "unit"), id(_SEEDS["*"]): ("mean"
 
 
 def checked(value: Any, spec: Any, where: str) -> Any:
-    """`value` without what the `spec` does not name and without nulls, which stand for what was not measured.
+    """Return `value` without the keys that `spec` does not name, and without nulls, which mean "not measured".
 
     Raises UserError that begins with `where` and names the place in `value` that has another form.
     """

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.report.blocks import Block, Cell, Figure, Figures, Note, Section, Table
 from distill.report.charts import Bar, Group, bar_chart
+from distill.report.contents import Cell, Chart, Charts, Content, Note, Section, Table
 from distill.report.facts import RunFacts
 from distill.report.metrics import MODELS, model_name
 from distill.report.numbers import Format, number, rate, size, times
@@ -16,15 +16,15 @@ PHASES = (("prefill", "reading (prefill)"), ("decode", "writing (decode)"))
 
 
 def section(facts: RunFacts) -> Iterator[Section]:
-    """The section of speed and size, if any of it was measured."""
+    """Yield the section of speed and size, if any of it was measured."""
     cost = facts.section("cost")
     models = [model for model in MODELS if cost.get(model)]
     if not models:
         return
-    blocks: list[Block] = []
-    figures = [figure for phase, title in PHASES for figure in _figure(cost, models, phase, title)]
-    if figures:
-        blocks.append(Figures(figures))
+    contents: list[Content] = []
+    charts = [chart for phase, title in PHASES for chart in _chart(cost, models, phase, title)]
+    if charts:
+        contents.append(Charts(charts))
     rows = []
     for phase, title in PHASES:
         for batch in _batches(cost, models, phase):
@@ -39,14 +39,14 @@ def section(facts: RunFacts) -> Iterator[Section]:
     head = [Cell("measured on", small=_machine(facts)), *(Cell(model_name(model), role=model) for model in models)]
     if rows and "student" in models and "teacher" in models:
         head.append(Cell("student ÷ teacher"))
-    blocks.append(Table(head, [row[: len(head)] for row in rows]))
+    contents.append(Table(head, [row[: len(head)] for row in rows]))
     if (note := _note(facts, cost, models)).text:
-        blocks.append(note)
-    yield Section("speed", "Speed and size", blocks)
+        contents.append(note)
+    yield Section("speed", "Speed and size", contents)
 
 
 def _machine(facts: RunFacts) -> str:
-    """What the models ran on; a processor by its name."""
+    """Return the device that the models ran on; a processor by its name."""
     machine = facts.section("machine")
     device = str(machine.get("device", "a machine not known"))
     return str(machine.get("processor") or device) if device == "cpu" else device
@@ -71,7 +71,7 @@ def _row(name: Cell, values: Mapping[str, Any], form: Format, failed: set[str] |
     return [name, *cells, Cell("–") if ratio is None else Cell(times(ratio), ratio)]
 
 
-def _figure(cost: Mapping[str, Any], models: list[str], phase: str, title: str) -> Iterator[Figure]:
+def _chart(cost: Mapping[str, Any], models: list[str], phase: str, title: str) -> Iterator[Chart]:
     groups = []
     for batch in _batches(cost, models, phase):
         values = {model: cost[model].get(phase, {}).get(batch) for model in models}
@@ -79,7 +79,7 @@ def _figure(cost: Mapping[str, Any], models: list[str], phase: str, title: str) 
         groups.append(Group(_batch_name(batch), bars))
     chart = bar_chart(groups, f"Tokens a second, {title}; the numbers are in the table below.", "tokens/s", rate)
     if chart:
-        yield Figure(chart, title[0].upper() + title[1:], "Longer is faster.")
+        yield Chart(chart, title[0].upper() + title[1:], "Longer is faster.")
 
 
 def _note(facts: RunFacts, cost: Mapping[str, Any], models: list[str]) -> Note:

@@ -1,4 +1,4 @@
-"""The one sentence a reader takes away: computed, and plain when the student is no better than its control."""
+"""The one sentence that a reader remembers: computed, and plain if the student is no better than its control."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MEANT_BY_CONTROL = "the control, which learned from the text alone"
 
 
 def verdict(facts: RunFacts) -> str:
-    """What was measured, in a sentence; bad news first. What was not measured is not in it."""
+    """Return the measurements in a sentence, bad news first. It leaves out anything that was not measured."""
     size, against = _size(facts), _no_better(facts)
     fidelity = _fidelity(facts, "it" if size else "the teacher")
     speed = _speed(facts, "" if size or against or fidelity else " than the teacher")
@@ -57,7 +57,7 @@ def _fidelity(facts: RunFacts, teacher: str) -> str:
 
 
 def _no_better(facts: RunFacts) -> str:
-    """How the student's KL is no better than the control's; empty where it is better, or there is no control."""
+    """Return a clause that says the student's KL is no better than the control's; empty if it is better."""
     student, control = facts.of("fidelity", "student").get("kl"), facts.of("fidelity", "control").get("kl")
     test = facts.of("student_against_control", "kl")
     reading = reading_of(test, "lower") if test else ""
@@ -109,7 +109,7 @@ def _benchmark_count(tasks: int) -> str:
 
 
 def short(value: float) -> str:
-    """Nats for running text: two decimals where that says enough."""
+    """Write nats for running text: two decimals if that says enough."""
     return (
         nats(value)
         if abs(value) < 0.1

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from distill.errors import UserError
-from distill.report.blocks import Page, Table
 from distill.report.compare import compare, compare_page, distinct_names
+from distill.report.contents import Page, Table
 from distill.report.facts import RunFacts
 
 
@@ -25,7 +25,7 @@ def page_of(fake_run: Callable[..., Path]) -> Callable[..., Page]:
 
 
 def table(page: Page, section: str) -> Table:
-    return next(b for s in page.sections if s.id == section for b in s.blocks if isinstance(b, Table))
+    return next(b for s in page.sections if s.id == section for b in s.contents if isinstance(b, Table))
 
 
 def best(page: Page) -> set[tuple[str, str]]:
@@ -89,7 +89,7 @@ def test_only_differing_keys_are_listed(page_of: Callable[..., Page]) -> None:
 
 def test_the_same_experiments_are_said_to_be(page_of: Callable[..., Page]) -> None:
     page = page_of()
-    assert [section.blocks[0].text for section in page.sections if section.id == "differences"] == [
+    assert [section.contents[0].text for section in page.sections if section.id == "differences"] == [
         "Nothing: their experiment files are the same."
     ]
 

@@ -68,7 +68,7 @@ def test_tables_of_card_and_page_are_the_same(fake_run: Callable[..., Path]) -> 
     facts = RunFacts.read(fake_run())
     _, card = write_report(facts.run)
     lines = card.read_text(encoding="utf-8").splitlines()
-    tables = [block for part in run_page(facts).sections for block in part.blocks if block.kind == "table"]
+    tables = [each for section in run_page(facts).sections for each in section.contents if each.kind == "table"]
     rows = [row for table in tables for row in table.rows]  # type: ignore[union-attr]
     assert len(rows) > 60
     found = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("| ")]

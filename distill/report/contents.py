@@ -1,4 +1,4 @@
-"""What a page is made of before it is HTML or Markdown: sections of tables, charts, texts and notes."""
+"""Contents of a page before it is HTML or Markdown: sections of tables, charts, texts and notes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Cell:
     """Exact values of the numbers in `small`."""
     best: bool = False
     role: str = ""
-    """Model or run that the cell names; it takes that one's colour."""
+    """Model or run that the cell names, and whose colour it takes."""
 
     @property
     def exact(self) -> str:
-        """The exact value, or those of an interval that is the text itself."""
+        """The exact value, or the exact values of an interval if the text is one."""
         if self.value is not None:
             return repr(self.value)
         return "" if self.small else self.exact_small
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head; the first cell of a row says what the row is. With a `summary` it is folded away."""
+    """Rows under a head. The first cell of a row names the row. A table with a `summary` is folded."""
 
     kind: ClassVar[str] = "table"
     head: Sequence[Cell]
@@ -46,24 +46,24 @@ class Table:
     caption: str = ""
     summary: str = ""
     wraps: bool = False
-    """Cells are words that may break into lines, not figures."""
+    """True if the cells are words that may break into lines, and not numbers."""
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A chart with its title and what a reader should know of it."""
+class Chart:
+    """A chart with its title and a note for the reader."""
 
-    chart: Markup
+    svg: Markup
     title: str = ""
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Charts beside one another. Markdown leaves them out: every figure in them stands in a table too."""
+class Charts:
+    """Charts beside one another. Markdown leaves them out: every number in them stands in a table too."""
 
-    kind: ClassVar[str] = "figures"
-    figures: Sequence[Figure]
+    kind: ClassVar[str] = "charts"
+    charts: Sequence[Chart]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one model wrote (or, without a role, what really came next)."""
+    """A continuation by one model. Without a role it is the true text."""
 
     name: str
     role: str
@@ -90,12 +90,12 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A prompt and what follows it, by each model."""
+class Prompt:
+    """A prompt and its continuations by each model."""
 
-    kind: ClassVar[str] = "sample"
+    kind: ClassVar[str] = "prompt"
     number: int
-    prompt: str
+    text: str
     continuations: Sequence[Continuation]
 
 
@@ -109,21 +109,21 @@ class Listing:
     language: str
 
 
-Block = Table | Figures | Note | Sample | Listing
+Content = Table | Charts | Note | Prompt | Listing
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page, of at least one block."""
+    """A section of the page. It has at least one content."""
 
     id: str
     title: str
-    blocks: Sequence[Block]
+    contents: Sequence[Content]
 
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page. `verdict` is what a reader takes away who reads one sentence."""
+    """A whole page. `verdict` is for readers who read only one sentence."""
 
     title: str
     subtitle: str
