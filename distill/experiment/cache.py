@@ -16,6 +16,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.teacher import Teacher
 from distill.system.progress import say
+from distill.system.units import size
 from distill.targets import schemes
 
 
@@ -87,7 +88,7 @@ def open_cache(experiment: Experiment) -> Storage:
     storage = open_storage(location, local_copy_bytes=int(cache.local_copy_gb * 1e9))
     if isinstance(storage, UrlStorage) and storage.bytes > storage.limit:
         say(
-            f"cache {storage.name}: {storage.bytes / 1e9:,.1f} GB, more than the local copies may take "
+            f"cache {storage.name}: {size(storage.bytes)}, more than the local copies may take "
             "(cache.local_copy_gb): its shards will be fetched many times, as samples are read in random order"
         )
     return storage

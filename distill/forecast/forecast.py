@@ -13,7 +13,7 @@ from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine
 from distill.forecast.phases.simulator import PHASES, NoForecast, Part, Phase, Simulator
 from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, disk_notes, free_bytes, moment_bytes
-from distill.report.numbers import size
+from distill.system.units import size
 
 CONTEXT_BYTES = int(0.6 * GIB)
 """What a process takes of a card beside torch's allocator: the CUDA context and the loaded kernels of torch, cuBLAS and

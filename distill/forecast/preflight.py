@@ -19,10 +19,10 @@ from distill.forecast.machine.cards import Card, this_machine
 from distill.forecast.phases.simulator import Phase, Simulator
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import pick_device
-from distill.report.numbers import duration, size
 from distill.system import ledger
 from distill.system.processes import is_first_process
 from distill.system.progress import say
+from distill.system.units import duration, size
 
 FILE = "forecast.json"
 

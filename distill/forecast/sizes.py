@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
-from distill.cache.making.budget import parse_size
 from distill.corpus.reading import local_files
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.report.numbers import size
+from distill.system.units import parse_size, size
 
 # Bytes a token by threshold or entries: the largest of three corpora in the tables of distill/cache/README.md
 # (OpenStax textbooks, every token with loss). A corpus of plainer text, or with masked questions, takes less.

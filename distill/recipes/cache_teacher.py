@@ -14,7 +14,7 @@ from distill.cache.format.head import HEAD, save_head
 from distill.cache.format.part import Part
 from distill.cache.format.token_order import TokenOrder, save_order
 from distill.cache.format.tokenizer_files import save_tokenizer
-from distill.cache.making.budget import Calibration, parse_size
+from distill.cache.making.budget import Calibration
 from distill.cache.making.parts import claim_part
 from distill.cache.making.predict import TeacherModule
 from distill.cache.making.processes import ShardShares, make_trainer, predict
@@ -31,6 +31,7 @@ from distill.models import devices
 from distill.system import interrupt, ledger
 from distill.system.locks import cannot_write, sole_writer
 from distill.system.progress import Progress, be_quiet, say
+from distill.system.units import parse_size
 from distill.targets.schemes import VarOpt
 
 
@@ -88,7 +89,7 @@ def _is_begun(experiment: Experiment, folders: Folders) -> bool:
 def _check_budget_options(experiment: Experiment) -> None:
     cache = experiment.cache
     if cache.max_size is not None:
-        parse_size(cache.max_size)
+        parse_size(cache.max_size, "cache.max_size")
     if cache.bytes_per_token is None:
         return
     if cache.scheme != "varopt":

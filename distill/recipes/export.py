@@ -13,6 +13,7 @@ from distill.export.card import write_card
 from distill.export.format import find_format
 from distill.system.progress import say
 from distill.system.staging import new_folder
+from distill.system.units import size
 
 
 def main(run: str, to: str, format: str, type: str | None, with_code: bool) -> int:
@@ -32,6 +33,6 @@ def main(run: str, to: str, format: str, type: str | None, with_code: bool) -> i
             write_card(source, new, folder.name, format, checked)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{to}: cannot be written: {error}") from None
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    say(f"export: {folder} is complete, {size / 1e6:,.1f} MB, in {time.monotonic() - began:,.1f} s")
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    say(f"export: {folder} is complete, {size(written)}, in {time.monotonic() - began:,.1f} s")
     return 0

@@ -10,6 +10,7 @@ from distill.errors import UserError
 from distill.system import interrupt
 from distill.system.locks import cannot_write, sole_writer
 from distill.system.progress import Progress, say
+from distill.system.units import size
 
 
 def main(parts: list[str], to: str) -> int:
@@ -21,9 +22,9 @@ def main(parts: list[str], to: str) -> int:
             raise UserError(f"{part}: no such folder")
     storages, folder = [open_storage(part) for part in parts], Path(to)
     owners = whose_shards(storages)
-    size = sum(entry.bytes for _, entry in owners.values())
+    total = sum(entry.bytes for _, entry in owners.values())
     try:
-        with sole_writer(folder), Progress("merge", size, "bytes") as progress:
+        with sole_writer(folder), Progress("merge", total, "bytes") as progress:
 
             def advance(amount: int) -> None:
                 interrupt.stop_if_asked()
@@ -32,6 +33,6 @@ def main(parts: list[str], to: str) -> int:
             with interrupt.deferred():
                 merge(storages, folder, advance)
     except OSError as error:
-        raise cannot_write(folder, error, size) from None
-    say(f"cache: {folder} is complete, {size / 1e6:,.1f} MB in {len(owners)} shards")
+        raise cannot_write(folder, error, total) from None
+    say(f"cache: {folder} is complete, {size(total)} in {len(owners)} shards")
     return 0

@@ -16,7 +16,7 @@ from distill.forecast.machine.calibration import find, kind_of
 from distill.forecast.machine.cards import Card, find_card, this_machine
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import pick_device
-from distill.report.numbers import duration, size
+from distill.system.units import duration, size
 
 DOES_NOT_FIT = 3
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+
+from distill.system import units
+from distill.system.units import three_or_four_digits
 
 SPACE = "\u00a0"
 """Space between a number and its unit, where no line may break."""
@@ -51,16 +55,13 @@ def count(value: float) -> str:
     """Write a number of parameters: 134.5 M, 7.62 B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{_three_or_four(value / size)}{SPACE}{unit}"
+            return f"{three_or_four_digits(value / size)}{SPACE}{unit}"
     return number(value)
 
 
 def size(value: float) -> str:
-    """Write a number of bytes: 269.1 MB."""
-    for step, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(value) >= step:
-            return f"{_three_or_four(value / step)}{SPACE}{unit}"
-    return f"{number(value)}{SPACE}bytes"
+    """Write bytes: 269.1 MB."""
+    return units.size(value).replace(" ", SPACE)
 
 
 def rate(value: float) -> str:
@@ -74,21 +75,15 @@ def times(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a wall time: 8.1 s, 1 min 21 s, 2 h 05 min, 3 d 04 h."""
-    if not math.isfinite(seconds) or seconds < 59.5:
-        return f"{seconds:.1f}{SPACE}s" if seconds < 9.95 else f"{seconds:.0f}{SPACE}s"
-    for big, small, names in ((86_400, 3_600, "d h"), (3_600, 60, "h min"), (60, 1, "min s")):
-        if round(seconds / small) * small >= big:
-            units, rest = divmod(round(seconds / small), big // small)
-            first, second = names.split()
-            return f"{units}{SPACE}{first} {rest:02d}{SPACE}{second}"
-    raise AssertionError(seconds)
+    """Write wall time: 8.1 s, 1 min 21 s, 2 h 05 min, 3 d 04 h; a line may break between its two units."""
+    return re.sub(r"(?<=\d) ", SPACE, units.duration(seconds))
 
 
 def energy(joules: float) -> str:
     """Write energy in watt hours, as on bills: 3.42 Wh."""
     hours = joules / 3600
-    return f"{_three_or_four(hours / 1000)}{SPACE}kWh" if hours >= 1000 else f"{_three_or_four(hours)}{SPACE}Wh"
+    value, unit = (hours / 1000, "kWh") if hours >= 1000 else (hours, "Wh")
+    return f"{three_or_four_digits(value)}{SPACE}{unit}"
 
 
 def probability(value: float) -> str:
@@ -114,13 +109,6 @@ def interval(ends: Sequence[float], form: Format) -> str:
         first = first.removesuffix(f"{SPACE}{unit}")
     signed = any(text.startswith((MINUS, "+")) for text in (first, last))
     return f"{first}{SPACE}to {last}" if signed or not last[:1].isdigit() else f"{first}–{last}"
-
-
-def _three_or_four(value: float) -> str:
-    size = abs(value)
-    if size >= 999.5 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 99.95 else f"{value:.3g}"
 
 
 def _signed(text: str) -> str:

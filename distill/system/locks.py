@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distill.errors import UserError
 from distill.system import files
+from distill.system.units import size
 
 
 @contextlib.contextmanager
@@ -30,7 +31,7 @@ def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> Use
     reason = error.strerror or str(error)
     again = "then run the same command again"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        room = f"about {needed / 1e6:,.1f} MB" if needed else "room"
+        room = f"about {size(needed)}" if needed else "room"
         return UserError(
             f"{folder}: disk full ({reason}); everything finished so far is kept: free {room}, "
             f"or move the folder and point --cache.dir to it, {again}"

@@ -18,6 +18,7 @@ from distill.errors import UserError
 from distill.system import interrupt
 from distill.system.files import TEMPORARY, make_folder, sync_folder
 from distill.system.progress import say
+from distill.system.units import size
 
 PATTERN = "step-*.ckpt"
 BEST = "best.ckpt"
@@ -40,7 +41,7 @@ class DurableCheckpoints(CheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's writer makes the one the other
             temporary.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or "the writer failed"
-            free = f"{shutil.disk_usage(path.parent).free / 1e9:,.1f} GB are free"
+            free = f"{size(shutil.disk_usage(path.parent).free)} are free"
             raise UserError(
                 f"{path}: cannot be written ({reason}; {free}); the checkpoints before it are kept: make room and go "
                 "on with --resume"

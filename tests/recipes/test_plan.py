@@ -53,7 +53,7 @@ def small_card(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_what_fits_is_status_0_and_a_table(experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(experiment, "rtx-3060") == 0
     out = capsys.readouterr().out
-    assert out.startswith("RTX 3060, 12.9\u00a0GB")
+    assert out.startswith("RTX 3060, 12.9 GB")
     assert all(word in out for word in ("cache-teacher", "train-student", "evaluate", "to spare", "disk: cache"))
     assert out.endswith("it fits\n")
 

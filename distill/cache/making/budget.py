@@ -6,7 +6,6 @@ Shapes: B batch, L sequence length, D hidden size.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from distill.cache.format.token_order import TokenOrder
 from distill.cache.making.extract import extract
 from distill.cache.making.predict import TeacherModule
 from distill.errors import UserError
+from distill.system.units import parse_size
 from distill.targets.schemes import AnyScheme, VarOpt
 
 TOKENS = 4096
@@ -28,11 +28,6 @@ TOKENS = 4096
 LOWEST, HIGHEST = 0.002, 0.5
 """Thresholds among which one is looked for."""
 
-_UNITS = {"B": 1} | {
-    f"{prefix}{ending}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for ending, base in (("B", 1000), ("IB", 1024))
-}
 _MARGIN = 0.95
 """Share of the samples that would fit which is advised: with fewer samples the order of the tokens is another."""
 
@@ -107,7 +102,7 @@ class Calibration:
 
     def check_size(self, scheme: AnyScheme, manifest: Manifest, max_size: str) -> float:
         """Bytes a token. Raises UserError when the forecast is over `max_size`, with what would fit."""
-        size, limit = self.bytes_per_token(scheme), parse_size(max_size)
+        size, limit = self.bytes_per_token(scheme), parse_size(max_size, "cache.max_size")
         tokens = manifest.samples * manifest.sequence_length
         if size * tokens <= limit:
             return size
@@ -125,11 +120,3 @@ class Calibration:
             f"cache.max_size: the forecast is {size * tokens / 1e9:,.3f} GB ({size:.1f} bytes for each of "
             f"{tokens:,} tokens), over {max_size}: {', or '.join(advice)}"
         )
-
-
-def parse_size(text: str, key: str = "cache.max_size") -> int:
-    """`20GB`, `500 MB`, `12GiB` to bytes. Raises UserError for anything else, which names the `key`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?[iI]?[bB])\s*", text)
-    if not match or match[2].upper() not in _UNITS:
-        raise UserError(f"{key}: '{text}' is not a size; for example: 20GB, 500MB, 12GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -25,8 +25,8 @@ from distill.forecast.simulation.repetition import each_kind_of_chunk_once, mome
 from distill.forecast.simulation.result import Simulation
 from distill.forecast.simulation.work import Work
 from distill.models.checkpoints import first_line
-from distill.report.numbers import size
 from distill.system.quiet import quiet
+from distill.system.units import size
 from distill.targets.schemes import Hidden
 
 Phase = str

@@ -13,7 +13,7 @@ import pytest
 from distill.cache.format.manifest import read_manifest
 from distill.cache.format.records import pack
 from distill.cache.format.token_order import TokenOrder
-from distill.cache.making.budget import HIGHEST, LOWEST, Calibration, parse_size
+from distill.cache.making.budget import HIGHEST, LOWEST, Calibration
 from distill.cache.making.predict import TeacherModule
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
@@ -23,30 +23,6 @@ from distill.experiment.teacher import Teacher, open_samples
 from distill.targets.schemes import RandomDraws, VarOpt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("20GB", 20 * 10**9),
-        ("500 MB", 500 * 10**6),
-        (" 1.5kB ", 1500),
-        ("12GiB", 12 * 2**30),
-        ("2TiB", 2 * 2**40),
-        ("1tb", 10**12),
-        ("3kib", 3072),
-        ("7B", 7),
-        ("0.25MiB", 2**18),
-    ],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "20", "GB", "20G", "-1GB", "1e3MB", "1,5GB", "20GBs", "20iB", "nanGB", "5 PB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UserError, match=rf"cache.max_size: '{re.escape(text)}' is not a size; for example: 20GB"):
-        parse_size(text)
 
 
 # The calibration itself.
