@@ -1,1 +1,1 @@
-"""A finished student in the formats that others open: Hugging Face, GGUF, ONNX; written, checked, then named."""
+"""Exports of a finished student in the formats that others open: Hugging Face, GGUF, ONNX. Each is checked."""

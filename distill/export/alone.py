@@ -1,7 +1,7 @@
-"""A program of its own that opens an exported folder as its users do: transformers and torch, nothing of ours.
+"""A separate program that opens an exported folder as its users do: with transformers and torch, and nothing of ours.
 
-Run as `python -I alone.py`; the request comes as JSON on standard input, token ids and logits go back as safetensors on
-standard output. Heavy imports come late: where transformers keeps copies of code is settled before.
+Run as `python -I alone.py`. The request comes as JSON on standard input; token ids and logits go back as safetensors on
+standard output. Heavy imports come late, because the place where transformers keeps copies of code is set before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
         sys.modules[name] = None  # type: ignore[assignment]  # importing any of them fails from here on
     request = json.load(sys.stdin)
     answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no part of the answer
+    os.dup2(2, 1)  # a library's prints go to standard error and stay out of the answer
     with tempfile.TemporaryDirectory() as modules:
         os.environ["HF_MODULES_CACHE"] = modules
         content = look(request)
@@ -28,12 +28,12 @@ def main() -> None:
 
 
 def look(request: dict[str, Any]) -> bytes:
-    """`{folder, texts, limit, dtypes, trust}` → `ids.<text>` and `<dtype>.<text>` for each text and each dtype."""
+    """Return `ids.<text>` and `<dtype>.<text>` for each text and dtype of `{folder, texts, limit, dtypes, trust}`."""
     import torch
     from safetensors.torch import save
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=False)  # None would ask somebody
+    tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=False)  # None would ask the user
     rows = [list(tokenizer(text).input_ids)[: request["limit"]] for text in request["texts"]]
     rows = [row for row in rows if row]
     found = {f"ids.{index}": torch.tensor(row) for index, row in enumerate(rows)}

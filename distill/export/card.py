@@ -1,4 +1,4 @@
-"""The model card of an exported folder: the report of the run, or what the student's own folder tells."""
+"""The model card of an exported folder: the report of the run, or else the facts in the student's own folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Open the `.gguf` file with llama.cpp, or whatever is made from it.
 
 
 def write_card(source: Path, folder: Path, name: str, format: str, checked: str) -> None:
-    """Write `README.md`, where the format itself wrote none; `checked` says what was compared."""
+    """Write `README.md`, unless the format itself wrote one. `checked` says what was compared."""
     card = folder / FILE
     if card.exists():
         return
@@ -60,7 +60,7 @@ def write_card(source: Path, folder: Path, name: str, format: str, checked: str)
 
 
 def short_card(source: Path, folder: Path, name: str, format: str, checked: str) -> str:
-    """A card of what the folders know; no path of this machine is in it."""
+    """Return a card of the facts in the folders. It contains no path of this machine."""
     settings = _read(source / "settings.json")
     student, cache = settings.get("student", {}), settings.get("cache", {})
     rows = {
@@ -88,13 +88,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _last(name: str) -> str:
-    """A hub name as it is; of a path, which says more about a machine than about a model, the last part."""
+    """Return a hub name unchanged, and the last part of a path, which says more about a machine than about a model."""
     is_path = ".py:" in name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
     return last_part(name) if is_path else name
 
 
 def _parameters(source: Path) -> int:
-    """Numbers in the weight files; a tied weight is there once."""
+    """Count the numbers in the weight files, which hold a tied weight once."""
     total = 0
     for path in weight_files(Checkpoint(source, None, str(source))):
         with safe_open(path, framework="pt") as file:

@@ -29,7 +29,7 @@ THEIRS = "# The student's own code: its licence is its author's to give.\n"
 
 
 def is_custom(folder: Path) -> bool:
-    """Whether an exported folder is opened with code of its own."""
+    """Tell whether an exported folder is opened with code of its own."""
     return (folder / f"{WRAPPER}.py").is_file()
 
 
@@ -56,7 +56,7 @@ def write(
 
 
 def token_ids(tokenizer: Any) -> dict[str, Any]:
-    """The special tokens that `generate` needs to know, by their names there; None: the tokenizer has none."""
+    """Return the special tokens that `generate` needs, by its names. None means that the tokenizer has none."""
     return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
@@ -84,7 +84,7 @@ def _configuration(
 
 
 def _tied(model: Any, source: Path) -> dict[str, str]:
-    """Names of weights that are another one, with the name of that one in the weight file."""
+    """Return the tied weights: each name with the name under which the weight file holds it."""
     with safe_open(source / WEIGHTS, framework="pt") as file:
         saved = set(file.keys())
     names: dict[int, list[str]] = {}
@@ -108,7 +108,7 @@ def _write_generation_settings(folder: Path, tokenizer: Any) -> None:
 
 
 def _write_weights(source: Path, folder: Path, dtype: torch.dtype, shard_size: str) -> None:
-    """The student's weights under the names that they have behind the wrapper; a tied one stays written once."""
+    """Write the student's weights under their names inside the wrapper. A tied weight is written once."""
     from huggingface_hub import save_torch_state_dict
 
     weights = {
@@ -119,7 +119,7 @@ def _write_weights(source: Path, folder: Path, dtype: torch.dtype, shard_size: s
 
 
 def _write_code(class_path: str, folder: Path) -> None:
-    """The wrapper, the contract, and the student's file; each says at its top where it comes from."""
+    """Write the wrapper, the contract, and the student's file. Each says at its top where it comes from."""
     full = plugins.BUILT_IN["student"].get(class_path, class_path)
     file, name = _where(full)
     wrapper = Path(__file__).with_name(f"{WRAPPER}.py").read_text(encoding="utf-8")
@@ -137,7 +137,7 @@ def _write_code(class_path: str, folder: Path) -> None:
 
 
 def _where(class_path: str) -> tuple[Path, str]:
-    """The file that defines a student, and its name there; a class may be named by a module that only imports it."""
+    """Return the file that defines a student, and its name there. The named module may only import the class."""
     factory = plugins.load(class_path, "student")
     module = sys.modules.get(getattr(factory, "__module__", ""))
     file, name = getattr(module, "__file__", None), class_path.rpartition(":")[2]
@@ -149,9 +149,9 @@ def _where(class_path: str) -> tuple[Path, str]:
 
 
 def self_contained(source: str, file: Path) -> str:
-    """A student's source with its import of the contract made relative.
+    """Return a student's source with its import of the contract made relative.
 
-    Raises UserError for any other import of distill's packages, and for files that lie beside this one.
+    Raises UserError for any other import of distill's packages, and for imports of files beside this one.
     """
     lines = source.splitlines(keepends=True)
     for node in ast.walk(ast.parse(source)):
@@ -171,7 +171,7 @@ def self_contained(source: str, file: Path) -> str:
 
 
 def _imported(tree: ast.AST) -> list[str]:
-    """Modules that a source imports, wherever in it; relative ones begin with a dot."""
+    """Return all modules that a source imports. Relative ones begin with a dot."""
     found: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What a format of export is, and the formats by their name on the command line."""
+"""The contract of an export format, and the formats by their names on the command line."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ FORMATS = ("gguf", "hf", "onnx")
 
 
 class Format(Protocol):
-    """How a finished student is written for others to open, and how that is checked."""
+    """A format that others can open: it writes a finished student and checks the result."""
 
     def write(self, source: Path, folder: Path) -> None:
         """Write the student of the folder `source` into the empty folder `folder`. Raises UserError."""
         ...
 
     def check(self, source: Path, folder: Path) -> str:
-        """Open `folder` as its users will, and say in one line what was compared. Raises UserError when it differs."""
+        """Open `folder` as its users will, and say in one line what was compared. Raises UserError if it differs."""
         ...
 
 
 def find_format(name: str, type: str | None = None, with_code: bool = False) -> Format:
-    """The format `name`, its numbers stored as `type` (None: the format's usual one).
+    """Return the format `name`, its numbers stored as `type` (None means the format's usual type).
 
-    Raises UserError for a name or type that it does not know, and for a missing library.
+    Raises UserError for an unknown name or type, and for a missing library.
     """
     if name not in FORMATS:
         raise UserError(f"--format {name}: unknown{did_you_mean(name, FORMATS)}")

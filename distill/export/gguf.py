@@ -1,4 +1,4 @@
-"""A student as one GGUF file, the format of llama.cpp: matrices rounded to the type asked for, tokenizer included."""
+"""A student as one GGUF file, the format of llama.cpp: matrices rounded to a chosen type, tokenizer included."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 TYPES = ("f16", "q8_0", "q4_0")
-"""How matrices are stored: 16, 8.5 and 4.5 bits a weight. Norms and biases are float32 in each; in q4_0 the embedding
-and the head have 8.5 bits, because every token passes through them. There is no q4_1: its blocks have no zero, so
-that beside one large weight all the small ones get the same error, and the demo's student loses its language."""
+"""Types of the stored matrices: 16, 8.5 and 4.5 bits a weight. Norms and biases are float32 in each. In q4_0 the
+embedding and the head have 8.5 bits, because every token passes through them. There is no q4_1: its groups of weights
+have no zero, so beside one large weight all the small ones get the same error, and the demo's student loses its
+language.
+"""
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 LARGEST_HALF = 65504.0
 
 
 def write(source: Path, folder: Path, type: str) -> None:
-    """Write the student of the Hugging Face folder `source` as `<folder>/model-<type>.gguf`, replacing that.
+    """Write the student of the Hugging Face folder `source` as `<folder>/model-<type>.gguf`, replacing that file.
 
-    Matrices whose rows are no multiple of 32 long, in which the smaller types count, stay at f16; a line says so.
-    Raises UserError for a family, a tokenizer or a model of a plug-in that llama.cpp cannot run, for weights beyond
-    float16's range, and without the package gguf.
+    The smaller types store 32 weights at a time. Matrices whose rows are no multiple of 32 long stay at f16, and a line
+    says so. Raises UserError for a family, a tokenizer or a model of a plug-in that llama.cpp cannot run, for weights
+    beyond float16's range, and without the package gguf.
     """
     if type not in TYPES:
         raise UserError(f"--type {type}: unknown to --format gguf{did_you_mean(type, TYPES)}")
@@ -70,19 +72,19 @@ def write(source: Path, folder: Path, type: str) -> None:
 
 
 def check(source: Path, folder: Path, type: str, text: str | None = None) -> str:
-    """Compare `<folder>/model-<type>.gguf` with the student of `source`, and say in one line what came of it.
+    """Compare `<folder>/model-<type>.gguf` with the student of `source`, and say in one line what was found.
 
-    By llama.cpp (llama-cpp-python), where it is installed: tokens of difficult texts, greedy continuations of five
-    prompts, and the perplexity of `text` (default: a passage kept here); without it by transformers' reader of GGUF
-    files. Raises UserError where the perplexity is off by more than 1 % (f16), 2 % (q8_0) or 10 % (q4_0), where
-    a token of a text is another, and at f16 where a continuation is (`gguf_check.Figures` says of ties).
+    With llama.cpp (llama-cpp-python), this compares tokens of difficult texts, greedy continuations of five prompts,
+    and the perplexity of `text` (default: a passage kept here). Without it, transformers' reader of GGUF files is used.
+    Raises UserError if the perplexity is off by more than 1 % (f16), 2 % (q8_0) or 10 % (q4_0), if a token of a text
+    differs, and at f16 if a continuation differs (`gguf_check.Comparison` explains ties).
     """
     _require_gguf()
     return gguf_check.check(_checkpoint(source), file(folder, type), type, text)
 
 
 def file(folder: Path, type: str) -> Path:
-    """Where the file of a type lies."""
+    """Return the path of the file of a type."""
     return folder / f"model-{type}.gguf"
 
 
@@ -119,7 +121,7 @@ def _add_quantization_version(writer: Any) -> None:
 def _write_tensors(
     writer: Any, plan: gguf_architecture.Plan, checkpoint: Checkpoint, vocab_size: int, type: str
 ) -> list[str]:
-    """First what comes, then tensor by tensor its content: one is in memory. Returns the names of those left at f16."""
+    """Write the list of tensors, then each content, one in memory at a time. Returns the names of those left at f16."""
     from gguf.quants import quant_shape_to_byte_shape
 
     tensors = list(gguf_architecture.converted(plan, checkpoint, vocab_size))
@@ -140,14 +142,14 @@ def _write_tensors(
 
 
 def stored_type(name: str, shape: tuple[int, ...], type: str) -> GGMLQuantizationType:
-    """The type in which a tensor of the file is stored when the file is of `type`."""
+    """Return the type in which a file of `type` stores a tensor."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if len(shape) == 1:
         return GGMLQuantizationType.F32
     wanted = GGMLQuantizationType[("q8_0" if type.startswith("q4") and name in EMBEDDINGS else type).upper()]
-    block, _ = GGML_QUANT_SIZES[wanted]
-    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
+    together, _ = GGML_QUANT_SIZES[wanted]  # weights that share a scale
+    return wanted if shape[-1] % together == 0 else GGMLQuantizationType.F16
 
 
 def _stored(name: str, values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What GGUF says of a language model: its hyperparameters as llama.cpp's architectures name them, and its tensors.
+"""A language model in GGUF: its hyperparameters under llama.cpp's names, and its tensors in llama.cpp's layout.
 
 Shapes: V vocabulary, D hidden size, E size of a head.
 """
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 NO_CAP = 1e6
-"""A soft cap that does nothing in float32: llama.cpp's Gemma 2 has no way to leave it out."""
+"""A soft cap that does nothing in float32, because llama.cpp's Gemma 2 always has one."""
 BIASES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP_BIASES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp computes a family where it is not as transformers does."""
+    """The differences between llama.cpp and transformers in the computation of a family."""
 
     architecture: str
     activation: str = "silu"
     interleaved: bool = False
-    """Rotates neighbouring channels, where transformers rotates the two halves of a head against each other."""
+    """True if llama.cpp rotates neighbouring channels. transformers rotates the two halves of a head instead."""
     norm_offset: float = 0.0
-    """What transformers adds to the weights of every norm, and llama.cpp expects to find added."""
+    """Offset that transformers adds to the weights of every norm, and that llama.cpp expects in the file."""
     biases: tuple[str, ...] = ()
     window_period: int | None = None
-    """One layer of so many sees the whole text, the others a window (None: the architecture knows no windows)."""
+    """Number of layers of which one sees the whole text and the others a window. None means no windows."""
     layers_of_27b: int | None = None
-    """The number of layers at which llama.cpp divides the queries by another root (Gemma's 27B models)."""
+    """Number of layers at which llama.cpp divides the queries by another root (Gemma's 27B models)."""
 
 
 FAMILIES = {
@@ -53,18 +53,18 @@ FAMILIES = {
     "gemma2": Family("gemma2", "gelu_pytorch_tanh", norm_offset=1.0, window_period=2, layers_of_27b=46),
     "gemma3_text": Family("gemma3", "gelu_pytorch_tanh", norm_offset=1.0, window_period=6, layers_of_27b=62),
 }
-"""By `model_type`."""
+"""Families by `model_type`."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One model as it goes into the file."""
+    """The plan of one model's file."""
 
     config: Any
     family: Family
     context: int
     notes: list[str] = field(default_factory=list)
-    """What the user is to know, each a clause."""
+    """Notes for the user, each a clause."""
 
     @property
     def head(self) -> int:
@@ -72,17 +72,17 @@ class Plan:
 
     @property
     def windows(self) -> list[bool]:
-        """Which layers see a window only."""
+        """Flags of the layers that see a window only."""
         return [kind == "sliding_attention" for kind in getattr(self.config, "layer_types", None) or []]
 
 
 def plan(config: Any) -> Plan:
-    """How a model of this `transformers` configuration is written; UserError when llama.cpp could not compute it."""
+    """Plan the file of a model with this `transformers` configuration. Raises UserError if llama.cpp lacks it."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(f"gguf: a model of family {config.model_type} cannot be written (known: {', '.join(FAMILIES)})")
     if family.architecture == "qwen2" and config.num_attention_heads * _head(config) != config.hidden_size:
-        # llama.cpp's Qwen 2 has no size of its own for the heads. Its Llama has, and knows the same biases.
+        # llama.cpp's Qwen 2 computes the head size from the hidden size. Its Llama stores it, and has the same biases.
         family = FAMILIES["llama"]
     _refuse(config, family)
     context, notes = config.max_position_embeddings, []
@@ -120,7 +120,7 @@ def _refuse(config: Any, family: Family) -> None:
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
-    """The rotary positions: those of the layers that see the whole text first, then those of the windowed ones."""
+    """Return the rotary positions: first of the layers that see the whole text, then of the windowed ones."""
     rope = config.rope_parameters
     if "full_attention" in rope:
         return [rope["full_attention"], rope["sliding_attention"]]
@@ -128,7 +128,7 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
 
 
 def add_hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
-    """All that llama.cpp asks of an architecture but the vocabulary."""
+    """Write everything that llama.cpp needs of an architecture, except the vocabulary."""
     config, family = plan.config, plan.family
     writer.add_context_length(plan.context)
     writer.add_embedding_length(config.hidden_size)
@@ -177,7 +177,7 @@ def _add_scaling(writer: GGUFWriter, rope: dict[str, Any], config: Any) -> None:
 
 
 def _add_windows(writer: GGUFWriter, plan: Plan, ropes: list[dict[str, Any]]) -> None:
-    """The windowed layers: by llama.cpp's own rule where they follow it, which any version reads, one by one else."""
+    """Write the windowed layers: by llama.cpp's own rule if they follow it, which any version reads, else singly."""
     period, windows = plan.family.window_period, plan.windows
     assert period is not None
     writer.add_sliding_window(plan.config.sliding_window)
@@ -191,14 +191,14 @@ def _add_windows(writer: GGUFWriter, plan: Plan, ropes: list[dict[str, Any]]) ->
 
 
 Read = Callable[[], Tensor]
-"""Reads and converts one tensor, in float32."""
+"""Function that reads and converts one tensor, in float32."""
 
 
 def converted(plan: Plan, checkpoint: Checkpoint, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...], Read]]:
-    """Name, shape and content of every tensor of the file. Rows of the vocabulary beyond `vocab_size` are left out:
-    they stand for no token.
+    """Yield name, shape and content of every tensor of the file.
 
-    Raises UserError for a tensor that llama.cpp's architecture does not know.
+    Rows of the vocabulary beyond `vocab_size` are left out, because they stand for no token. Raises UserError for a
+    tensor that llama.cpp's architecture does not know.
     """
     import gguf
 
@@ -241,14 +241,14 @@ def _reader(plan: Plan, tensors: Tensors, name: str, rows: int | None) -> Read:
 
 
 def convert(plan: Plan, name: str, tensor: Tensor) -> Tensor:
-    """The tensor that makes llama.cpp compute with it what transformers computes with the one of this name."""
+    """Return the tensor that makes llama.cpp compute the same as transformers does with the tensor of this name."""
     family, config = plan.family, plan.config
     layer_name = name.rpartition(".")[0].split(".", 3)[-1]
     if layer_name.endswith("norm"):
         tensor = tensor + family.norm_offset
     if family.interleaved and layer_name in ("self_attn.q_proj", "self_attn.k_proj"):
         tensor = tensor[interleaved_rows(len(tensor), plan.head)]
-    # Where queries have a norm it would undo a scale of the projection; the scale then goes into the norm.
+    # A norm of the queries would undo a scale of the projection, so there the scale goes into the norm.
     scaled = "self_attn.q_norm" if family.architecture == "gemma3" else "self_attn.q_proj"
     divisor = query_divisor(config)
     if divisor is not None and layer_name == scaled:
@@ -257,7 +257,7 @@ def convert(plan: Plan, name: str, tensor: Tensor) -> Tensor:
 
 
 def query_divisor(config: Any) -> int | None:
-    """By whose square root llama.cpp divides queries where a model may name another number (Gemma); None elsewhere."""
+    """Return the number whose root divides queries in llama.cpp's Gemma, where a model may name another; else None."""
     family = FAMILIES[config.model_type]
     if family.layers_of_27b is None:
         return None
@@ -266,7 +266,7 @@ def query_divisor(config: Any) -> int | None:
 
 
 def interleaved_rows(rows: int, head: int) -> Tensor:
-    """Which rows of a projection, in order, put each channel of a head beside the one that it is rotated with.
+    """Return the order of a projection's rows that puts each channel of a head beside its partner in the rotation.
 
     Channel `i` of a head's first half is rotated with channel `i` of its second half: 0, E/2, 1, E/2 + 1, and so on.
     """
@@ -274,7 +274,7 @@ def interleaved_rows(rows: int, head: int) -> Tensor:
 
 
 def _frequency_factors(plan: Plan) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by (Llama 3), `[E/2]`; None where nothing is."""
+    """Return the divisors of the rotary frequencies in llama.cpp (Llama 3), `[E/2]`, or None if there are none."""
     if _ropes(plan.config)[0].get("rope_type") != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

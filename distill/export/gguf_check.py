@@ -1,4 +1,4 @@
-"""A GGUF file against the student that it was made of: by llama.cpp where it is installed, else by transformers.
+"""A check of a GGUF file against its student: by llama.cpp if it is installed, else by transformers.
 
 Shapes: L tokens of a text, V vocabulary.
 """
@@ -31,10 +31,11 @@ from distill.plugins import load_language_model
 from distill.system.quiet import quiet_transformers
 
 TOLERANCES = {"f16": 0.01, "q8_0": 0.02, "q4_0": 0.10}
-"""By how much the perplexity may be off, as a share of the student's own."""
+"""Allowed difference of the perplexity, as a share of the student's own."""
 TIE = 2.0**-9
-"""Two logits this close, as a share of the position's largest, are one to float16's arithmetic (unit 2⁻¹¹, and an
-error of some units): which of them is larger is chance."""
+"""Gap of two logits that float16's arithmetic cannot tell apart, as a share of the position's largest: float16's unit
+is 2⁻¹¹, and errors are some units.
+"""
 NEW_TOKENS = 32
 PROGRAM = ("-m", "distill.export.gguf_llama_cpp")
 WINDOW = 512
@@ -59,7 +60,7 @@ TEXTS = (
     "camelCase HTTPServer snake_case http://a.b/c?d=e&f=1 #tag @name 100% a+b=c <b>bold</b> \\n",
     "a",
 )
-"""What tokenizers differ in: contractions, digits, blanks, scripts, marks, code. All in Unicode's form NFC."""
+"""Texts that tokenizers differ in: contractions, digits, blanks, scripts, marks, code. All are in Unicode's NFC."""
 PASSAGE = (
     "A river begins as a small stream in the hills, where rain and melting snow run down over the stones. On its way "
     "to the sea it grows, because other streams join it, and the valley through which it flows becomes wider. People "
@@ -74,8 +75,8 @@ PASSAGE = (
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What llama.cpp (or transformers) makes of the file, against what we make of the student."""
+class Comparison:
+    """Results of llama.cpp (or transformers) with the file, against ours with the student."""
 
     ours: float
     """Negative log-likelihood a token, nats."""
@@ -83,23 +84,23 @@ class Figures:
     positions: int
     texts: int
     other_texts: list[str]
-    """Texts of which llama.cpp makes other tokens than the tokenizer."""
+    """Texts that llama.cpp and the tokenizer cut into different tokens."""
     continued: int
     """Tokens of greedy continuations."""
     best: int
-    """Those of them that are our best token too, behind what llama.cpp wrote before. All: the continuations are equal,
-    for then each of our own continuation's tokens is the same."""
+    """Tokens among these that are our best token too, given llama.cpp's tokens before. All: equal continuations.
+    """
     ties: int
-    """Those that are not, and whose logit lies within `TIE` of our best token's."""
+    """Tokens among the others whose logit lies within `TIE` of our best token's."""
 
     @property
     def drift(self) -> float:
-        """Their perplexity over ours, minus one."""
+        """Ratio of their perplexity to ours, minus one."""
         return math.expm1(self.theirs - self.ours)
 
 
 def check(checkpoint: Checkpoint, file: Path, type: str, text: str | None = None) -> str:
-    """One line of what was compared; UserError where it does not hold."""
+    """Return one line that says what was compared. Raises UserError if the file is not good enough."""
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(PASSAGE if text is None else text)
     why = "llama-cpp-python is not installed"
@@ -108,52 +109,52 @@ def check(checkpoint: Checkpoint, file: Path, type: str, text: str | None = None
             return _verdict(compare(checkpoint, file, ids), file, type)
         except ProcessDied as death:
             why = f"llama.cpp crashed here ({death})"
-    figures = compare_by_transformers(checkpoint, file, ids)
-    _hold(figures, file, type)
+    found = compare_by_transformers(checkpoint, file, ids)
+    _hold(found, file, type)
     return (
-        f"{file.name}: read back by transformers, perplexity {_perplexities(figures)}; llama.cpp itself was not tried: "
+        f"{file.name}: read back by transformers, perplexity {_perplexities(found)}; llama.cpp itself was not tried: "
         f"{why}; {INSTALL}"
     )
 
 
-def _verdict(figures: Figures, file: Path, type: str) -> str:
-    _hold(figures, file, type)
-    if figures.other_texts:
+def _verdict(found: Comparison, file: Path, type: str) -> str:
+    _hold(found, file, type)
+    if found.other_texts:
         raise UserError(
-            f"{file.name}: llama.cpp cuts {len(figures.other_texts)} of {figures.texts} texts into other tokens than "
-            f"the tokenizer does, the first is {figures.other_texts[0]!r}"
+            f"{file.name}: llama.cpp cuts {len(found.other_texts)} of {found.texts} texts into other tokens than "
+            f"the tokenizer does, the first is {found.other_texts[0]!r}"
         )
-    if type == "f16" and figures.best + figures.ties < figures.continued:
+    if type == "f16" and found.best + found.ties < found.continued:
         raise UserError(
-            f"{file.name}: llama.cpp continues prompts otherwise: {figures.continued - figures.best - figures.ties} of "
-            f"{figures.continued} tokens are not the student's best"
+            f"{file.name}: llama.cpp continues prompts otherwise: {found.continued - found.best - found.ties} of "
+            f"{found.continued} tokens are not the student's best"
         )
-    ties = f", {figures.ties} tied" if figures.ties else ""
+    ties = f", {found.ties} tied" if found.ties else ""
     return (
-        f"{file.name}: llama.cpp makes the same tokens of {figures.texts} texts, perplexity {_perplexities(figures)}, "
-        f"greedy {figures.best} of {figures.continued} tokens the same{ties}"
+        f"{file.name}: llama.cpp makes the same tokens of {found.texts} texts, perplexity {_perplexities(found)}, "
+        f"greedy {found.best} of {found.continued} tokens the same{ties}"
     )
 
 
-def _perplexities(figures: Figures) -> str:
-    ours, theirs = math.exp(figures.ours), math.exp(figures.theirs)
-    return f"{theirs:.4g} (ours {ours:.4g}, {figures.drift:+.2%}, {figures.positions} tokens)"
+def _perplexities(found: Comparison) -> str:
+    ours, theirs = math.exp(found.ours), math.exp(found.theirs)
+    return f"{theirs:.4g} (ours {ours:.4g}, {found.drift:+.2%}, {found.positions} tokens)"
 
 
-def _hold(figures: Figures, file: Path, type: str) -> None:
-    if not abs(figures.drift) <= TOLERANCES[type]:
+def _hold(found: Comparison, file: Path, type: str) -> None:
+    if not abs(found.drift) <= TOLERANCES[type]:
         advice = {"q8_0": ": use --type f16", "q4_0": ": use --type q8_0"}.get(type, "")
         raise UserError(
-            f"{file.name}: perplexity {_perplexities(figures)}, off by more than {TOLERANCES[type]:.0%}{advice}"
+            f"{file.name}: perplexity {_perplexities(found)}, off by more than {TOLERANCES[type]:.0%}{advice}"
         )
 
 
 def compare(
     checkpoint: Checkpoint, file: Path, ids: list[int], texts: tuple[str, ...] = TEXTS, logits: Path | None = None
-) -> Figures:
-    """The file as llama.cpp computes it, against the student; both read `ids` in windows of the same tokens.
+) -> Comparison:
+    """Compare the file in llama.cpp with the student. Both read `ids` in windows of the same tokens.
 
-    Raises `ProcessDied` when llama.cpp crashes, UserError when it does not load the file. `logits`: see
+    Raises `ProcessDied` if llama.cpp crashes, UserError if it does not load the file. For `logits` see
     `gguf_llama_cpp`.
     """
     tokenizer, model = load_tokenizer(checkpoint), load_language_model(checkpoint.folder)
@@ -178,11 +179,12 @@ def compare(
         best += int((gap_L == 0).sum())
         ties += int(((gap_L > 0) & (gap_L <= TIE * logits_LV.abs().amax(-1))).sum())
     ours, positions = _nll(model, windows, vocabulary)
-    return Figures(ours, theirs["nll"] / positions, positions, len(texts), other, new_tokens * len(prompts), best, ties)
+    continued = new_tokens * len(prompts)
+    return Comparison(ours, theirs["nll"] / positions, positions, len(texts), other, continued, best, ties)
 
 
-def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) -> Figures:
-    """The file's weights as transformers reads them, in the student's own configuration, against the student."""
+def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) -> Comparison:
+    """Compare the file's weights, as transformers reads them into the student's own configuration, with the student."""
     vocabulary = vocab_size(load_tokenizer(checkpoint))
     model = load_language_model(checkpoint.folder)
     windows = _windows(ids, min(WINDOW, context_length(model) or WINDOW))
@@ -190,16 +192,16 @@ def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) 
     del model
     config = load_config(checkpoint)
     config.vocab_size = vocabulary
-    if (divisor := query_divisor(config)) is not None:  # the file's queries are scaled for this one
+    if (divisor := query_divisor(config)) is not None:  # the file's queries are scaled for this divisor
         config.query_pre_attn_scalar = divisor
     theirs, _ = _nll(HuggingFaceLanguageModel(_read_by_transformers(file, config)).eval(), windows, vocabulary)
-    return Figures(ours, theirs, positions, 0, [], 0, 0, 0)
+    return Comparison(ours, theirs, positions, 0, [], 0, 0, 0)
 
 
 def _read_by_transformers(file: Path, config: Any) -> Any:
     import transformers
 
-    if config.model_type == "mistral":  # Llama by another name, which the reader does not know
+    if config.model_type == "mistral":  # the reader does not know Mistral, which is Llama under another name
         config = transformers.LlamaConfig(**{**config.to_dict(), "model_type": "llama"})
     with quiet_transformers():
         try:
@@ -228,7 +230,7 @@ def _windows(ids: list[int], length: int) -> list[list[int]]:
 
 
 def _nll(model: Any, windows: list[list[int]], vocabulary: int) -> tuple[float, int]:
-    """Mean over all positions that have a next token, in nats, and their number."""
+    """Return the mean over all positions that have a next token, in nats, and their number."""
     total, positions = 0.0, 0
     for window in windows:
         logp_LV = torch.log_softmax(_logits(model, window, vocabulary)[:-1], -1)
@@ -239,18 +241,18 @@ def _nll(model: Any, windows: list[list[int]], vocabulary: int) -> tuple[float, 
 
 @torch.no_grad()
 def _logits(model: Any, ids: list[int], vocabulary: int) -> Tensor:
-    """Float32 `[L, V]`."""
+    """Return float32 logits `[L, V]`."""
     ids_BL = torch.tensor([ids])
     hidden_LD = model.body(ids_BL, torch.arange(len(ids))[None])[0]
     return model.head.with_rows(vocabulary)(hidden_LD).float()
 
 
 class ProcessDied(Exception):
-    """llama.cpp ended its process by a signal, which the message names."""
+    """Raised when a signal ended llama.cpp's process. The message names the signal."""
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp's answer, from a process of its own."""
+    """Return llama.cpp's answer, from a separate process."""
     with tempfile.TemporaryDirectory() as name:
         asked, answered = Path(name) / "request.json", Path(name) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")

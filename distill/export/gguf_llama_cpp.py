@@ -1,6 +1,6 @@
-"""llama.cpp in a process of its own, which may crash: token ids, likelihoods and continuations of a GGUF file.
+"""llama.cpp in a separate process, because it may crash: token ids, likelihoods and continuations of a GGUF file.
 
-Run as `python -m distill.export.gguf_llama_cpp REQUEST ANSWER`, both JSON files; nothing of ours is imported.
+Run as `python -m distill.export.gguf_llama_cpp REQUEST ANSWER`, both JSON files. Nothing of ours is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """`{file, threads, texts, windows, prompts, new_tokens, logits}` → `{tokens, framed, nll, continuations}`.
+    """Answer `{file, threads, texts, windows, prompts, new_tokens, logits}` by `{tokens, framed, nll, continuations}`.
 
     `windows` and `prompts` are lists of token ids. `tokens` are the ids of the texts, `framed` with the tokens that
     begin and end a text; `nll` is the sum over all windows' positions but the first, nats. With `logits` (a path) the

@@ -1,6 +1,6 @@
-"""A tokenizer as llama.cpp knows it: byte-level BPE with one of its rules for words, or SentencePiece's BPE.
+"""A tokenizer in llama.cpp's terms: byte-level BPE with one of its word rules, or SentencePiece's BPE.
 
-What llama.cpp cannot do exactly is refused rather than guessed: a wrong word rule costs quality in silence.
+Anything that llama.cpp cannot do exactly is refused, not guessed: a wrong word rule costs quality without a message.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ WORD_RULES: dict[tuple[str, bool], str] = {
     (_plain(r"\p{N}{1,3}"), False): "dbrx",
     (_plain(r"\p{N}"), False): "qwen2",
 }
-"""llama.cpp's name of a rule for words, by the rule itself and whether a word that is a token is taken whole.
+"""llama.cpp's names of the word rules. The key is the rule itself, and True if a word that is a token is taken whole.
 
-Its rules that look at capitals (tekken, gpt-4o) are not here: it knows those of A to Z only, and cuts others otherwise.
+Its rules for capitals (tekken, gpt-4o) are not here: they know only A to Z, and cut other capitals otherwise.
 """
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What goes into the file."""
+    """The vocabulary in the form of the file."""
 
     model: str
     """`gpt2` (byte-level BPE) or `llama` (SentencePiece)."""
@@ -55,11 +55,11 @@ class Vocabulary:
     scores: list[float] | None = None
     space_prefix: bool = False
     notes: list[str] = field(default_factory=list)
-    """What the user is to know, each a clause."""
+    """Notes for the user, each a clause."""
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
-    """A fast tokenizer's vocabulary for llama.cpp; UserError for a kind that it does not have."""
+    """Return a fast tokenizer's vocabulary for llama.cpp. Raises UserError for a kind that llama.cpp does not have."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"gguf: {type(tokenizer).__name__} is no fast tokenizer: save it with a tokenizer.json")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -86,14 +86,14 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 
 
 def _tokens(tokenizer: Any, content: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Every token's text and type, by its number; numbers without a token get a text that occurs nowhere."""
+    """Return every token's text and type, by its number. Numbers without a token get a text that occurs nowhere."""
     size = vocab_size(tokenizer)
     tokens, types = [f"<unused id {number}>" for number in range(size)], [UNUSED] * size
     is_pieces = content["model"]["byte_fallback"]
     for text, number in tokenizer.get_vocab().items():
         tokens[number], types[number] = text, BYTE_PIECE if is_pieces and BYTE.fullmatch(text) else NORMAL
     for token in content["added_tokens"]:
-        # A piece with a mark for a blank stays an ordinary one: llama.cpp would print the mark.
+        # A piece with a mark for a blank stays an ordinary piece, or llama.cpp would print the mark.
         if token["special"] or not (is_pieces and SPACE in token["content"]):
             types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     unknown = content["model"].get("unk_token")
@@ -103,7 +103,7 @@ def _tokens(tokenizer: Any, content: dict[str, Any]) -> tuple[list[str], list[in
 
 
 def _word_rule(content: dict[str, Any]) -> str:
-    """llama.cpp's name of the rule by which a byte-level tokenizer cuts a text into words."""
+    """Return llama.cpp's name of the rule by which a byte-level tokenizer cuts a text into words."""
     steps = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
     words = []
     for step in steps:
@@ -128,7 +128,7 @@ _REPLACED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def _space_prefix(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer of pieces puts a blank before a text; UserError when it does more to a text than that."""
+    """Tell whether a tokenizer of pieces puts a blank before a text. Raises UserError if it changes more than that."""
     normalizer, splitter = content["normalizer"], content["pre_tokenizer"]
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     prefix = [{"type": "Prepend", "prepend": blank} for blank in (SPACE, " ")]
@@ -147,10 +147,10 @@ def _space_prefix(content: dict[str, Any]) -> bool:
 
 
 def _scores(content: dict[str, Any]) -> list[float]:
-    """Scores by which llama.cpp makes the tokenizer's merges: it joins the pair whose whole has the highest.
+    """Return scores that make llama.cpp do the tokenizer's merges: it joins the pair whose whole has the highest score.
 
-    Raises UserError where no scores could: two halves of a piece that the tokenizer does not join, merges of one piece
-    at different places of the order, or characters that would get lost.
+    Raises UserError if no scores can: two halves of a piece that the tokenizer does not join, merges of one piece at
+    different places of the order, or characters that would get lost.
     """
     model, vocab = content["model"], content["model"]["vocab"]
     if not all(f"<0x{byte:02X}>" in vocab for byte in range(256)) or not model["byte_fallback"]:
@@ -183,7 +183,7 @@ def _refuse_merges(piece: str) -> None:
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, config: Any) -> None:
-    """All that llama.cpp asks of a tokenizer, special tokens and chat template included."""
+    """Write everything that llama.cpp needs of a tokenizer, including special tokens and chat template."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -203,12 +203,12 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, c
 
 
 def _add_special_tokens(writer: GGUFWriter, tokenizer: Any, config: Any, size: int) -> None:
-    """The special tokens' numbers, and which of them a text begins and ends with."""
+    """Write the special tokens' numbers, and the flags for the tokens at a text's beginning and end."""
     bos, eos = (
         _first(size, getattr(tokenizer, f"{kind}_token_id"), getattr(config, f"{kind}_token_id", None))
         for kind in ("bos", "eos")
     )
-    if eos is None:  # llama.cpp would take some other token for it
+    if eos is None:  # llama.cpp would take another token instead
         raise UserError("gguf: the tokenizer names no token for the end of a text (eos_token)")
     writer.add_eos_token_id(eos)
     if bos is not None:
@@ -228,7 +228,7 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: Any, config: Any, size: i
 
 
 def _first(size: int, *values: Any) -> int | None:
-    """The first token of a vocabulary of this size among values that may be None or lists."""
+    """Return the first value that is a token of a vocabulary of this size. Values may be None or lists."""
     for value in values:
         number = value[0] if isinstance(value, list) and value else value
         if isinstance(number, int) and 0 <= number < size:

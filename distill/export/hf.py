@@ -26,10 +26,11 @@ from distill.system.quiet import quiet_transformers
 TYPES = ("float32", "bfloat16", "float16")
 SHARD = "5GB"
 EXACT = 1e-4
-"""Allowed difference of a logit when both sides compute with the same weights in float32."""
+"""Allowed difference of a logit if both sides compute with the same weights in float32."""
 ROUNDED = {torch.float32: EXACT, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Allowed ‖ours − theirs‖ / ‖ours‖ when theirs computes in 16 bits throughout: 10 and 13 bits short of float32, and
-each layer adds to the error. What is wrong, and not rounded, lies near 1."""
+"""Allowed ‖ours − theirs‖ / ‖ours‖ if theirs computes in 16 bits throughout, which is 10 and 13 bits short of float32,
+and each layer adds to the error. A real fault, unlike rounding, gives a value near 1.
+"""
 _HEADER_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -57,7 +58,7 @@ class HuggingFaceFormat:
         save_tokenizer(tokenizer, folder)
 
     def check(self, source: Path, folder: Path) -> str:
-        """Compare the logits that transformers alone computes with ours, on `probe.TEXTS`."""
+        """Compare the logits that transformers computes by itself with ours, on `probe.TEXTS`."""
         stored = stored_dtype(folder)
         limit = min(probe.LONGEST, probe.longest_input(source))
         rows = probe.encode(load_tokenizer(Checkpoint(source, None, str(source))), limit)
@@ -76,7 +77,7 @@ class HuggingFaceFormat:
         return said if stored == torch.float32 else f"{said}; {self._rounded(source, stored, rows, theirs)}"
 
     def _rounded(self, source: Path, stored: torch.dtype, rows: list[list[int]], theirs: dict[str, Tensor]) -> str:
-        """The same folder as it is opened by default, computing in 16 bits, against our student in float32."""
+        """Compare the folder in its default type, which computes in 16 bits, with our student in float32."""
         ours = probe.our_logits(probe.load_rounded(source, torch.float32), rows)
         relative = probe.compare(ours, _of(theirs, "auto")).relative
         name = str(stored).removeprefix("torch.")
@@ -87,7 +88,7 @@ class HuggingFaceFormat:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The widest type of the weights that lie in a folder, of those that a model computes in."""
+    """Return the widest type of the weights in a folder, among the types that a model computes in."""
     found = set()
     for path in weight_files(Checkpoint(folder, None, str(folder))):
         with safe_open(path, framework="pt") as file:
@@ -97,17 +98,17 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer without what transformers notes about how this one was opened."""
+    """Write the tokenizer without transformers' notes about how this one was opened."""
     for note in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(note, None)
     tokenizer.save_pretrained(folder)
 
 
 def _generation_config(config: Any, tokenizer: Any) -> Any:
-    """The settings of `generate`, its special tokens taken from the tokenizer, whose ids are the true ones.
+    """Return the settings of `generate`, with the special tokens of the tokenizer, whose ids are the true ones.
 
-    A published list of several ends is kept where all of them are special tokens: some chat templates end a turn with
-    another token than a text.
+    A published list of several end tokens is kept if all of them are special tokens, because some chat templates end a
+    turn with another token than a text.
     """
     import transformers
 
@@ -125,7 +126,7 @@ def _generation_config(config: Any, tokenizer: Any) -> Any:
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Tensor]:
-    """What `alone` answers in a process of its own. Raises UserError with its last line when it fails."""
+    """Return the answer of `alone`, run in a separate process. Raises UserError with its last line if it fails."""
     environment = {
         **os.environ,
         **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""},

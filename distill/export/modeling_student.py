@@ -1,6 +1,6 @@
 """A student made by distill as a model of transformers: body and head behind the interface of a causal language model.
 
-Exports copy this file beside the student's own `student.py`; distill itself never imports it.
+Exports copy this file beside the student's own `student.py`. distill itself never imports it.
 
 Shapes: B batch, L sequence length, V vocabulary.
 """
@@ -19,7 +19,7 @@ from .student import Student  # type: ignore[import-not-found]  # the export wri
 
 
 class StudentConfig(PretrainedConfig):
-    """What the student was made with."""
+    """Arguments that the student was made with."""
 
     model_type = "distill_student"
 
@@ -37,7 +37,7 @@ class StudentConfig(PretrainedConfig):
 
 
 class StudentForCausalLM(PreTrainedModel, GenerationMixin):
-    """Logits of the student. It keeps no keys and values: each token that is generated reads the text again."""
+    """Logits of the student. It keeps no keys and values: each generated token reads the whole text again."""
 
     config_class = StudentConfig
     main_input_name = "input_ids"
@@ -45,7 +45,7 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: StudentConfig) -> None:
         super().__init__(config)
         self.student: Any = _made(config.student_options)
-        # Loading forgets buffers that are not saved; whatever the constructor computed for them is put back.
+        # Loading forgets buffers that are not saved, so the values that the constructor computed are put back.
         self._computed = {
             name: buffer.clone()
             for name, buffer in self.named_buffers()
@@ -70,10 +70,10 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Logits `[B, L, V]`, and with `labels` (the ids themselves; -100: left out) the mean loss of the next token.
+        """Return logits `[B, L, V]`, and with `labels` (the ids; -100 is left out) the mean loss of the next token.
 
-        Padding on the right needs no mask. Padding on the left is told by the mask, and kept apart as a document of
-        its own by students that can.
+        Padding on the right needs no mask. The mask tells padding on the left, which students that can isolate
+        documents treat as a document of its own.
         """
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask)
@@ -90,7 +90,7 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Positions that begin at 0 with the row, and once more behind padding on the left."""
+        """Return positions that begin at 0 with the row, and again at 0 after padding on the left."""
         plain_BL = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
         if attention_mask is None or bool(attention_mask[:, 0].all()):
             return plain_BL
@@ -101,10 +101,10 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _made(options: dict[str, Any]) -> nn.Module:
-    """The student as its constructor makes it, then in the type that is asked for.
+    """Make the student as its constructor does, then convert it to the wanted type.
 
-    transformers constructs models without memory and in the type of the weights. A student's constructor may compute,
-    and what it computes is rounded once, at the end.
+    transformers constructs models without memory and in the type of the weights. A student's constructor may compute
+    values, and these are rounded once, at the end.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -116,5 +116,5 @@ def _made(options: dict[str, Any]) -> nn.Module:
 
 
 def _exactly(name: str) -> str:
-    """The pattern of one name; transformers reads patterns."""
+    """Return the pattern that matches one name, because transformers reads patterns."""
     return re.escape(name) + "$"

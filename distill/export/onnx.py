@@ -31,15 +31,15 @@ INPUT, OUTPUT = "input_ids", "logits"
 ALLOWED = 1e-3
 """Allowed difference of a logit between torch and onnxruntime, both in float32."""
 TRACED = (2, 8)
-"""Rows and tokens that the model is traced with; the check takes others."""
+"""Rows and tokens of the traced input. The check takes others."""
 ONE_FILE = 1_900_000_000
-"""Bytes of weights up to which they lie in the graph's own file, which may have 2 GiB."""
+"""Largest weights in bytes that lie in the graph's own file, which can have 2 GiB."""
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class OnnxFormat:
-    """`model.onnx` in float32, with tokenizer and configuration beside it."""
+    """Format of `model.onnx` in float32, with tokenizer and configuration beside it."""
 
     def __post_init__(self) -> None:
         for library in _LIBRARIES:
@@ -92,7 +92,7 @@ class OnnxFormat:
 
 
 class _HuggingFaceForward(torch.nn.Module):
-    """A transformers model's own way to its logits: it builds its masks itself when it is traced."""
+    """A transformers model's own way to its logits. It builds its masks itself when it is traced."""
 
     def __init__(self, model: HuggingFaceLanguageModel) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _HuggingFaceForward(torch.nn.Module):
 
 
 class _Forward(torch.nn.Module):
-    """Any other model's way to its logits, each row one text."""
+    """Any other model's way to its logits. Each row is one text."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def _forward(model: Any) -> _HuggingFaceForward | _Forward:
 
 
 def _sizes(source: Path) -> list[tuple[int, int]]:
-    """Rows and tokens to try: a single token, odd ones, a long text, and one beyond the window of sliding attention."""
+    """Return rows and tokens to try: a single token, odd ones, a long text, and one beyond a sliding window."""
     limit = probe.longest_input(source)
     configuration = source / "config.json"
     window = (
@@ -136,11 +136,11 @@ def _sizes(source: Path) -> list[tuple[int, int]]:
 
 
 def _traced(forward: torch.nn.Module, vocabulary: int, sizes: list[tuple[int, int]], name: str) -> Any:
-    """The model as torch.export's program. Raises UserError with the exporter's reason, cut short."""
+    """Return the model as torch.export's program. Raises UserError with the exporter's reason, shortened."""
     rows, length = TRACED[0], min(TRACED[1], max(length for _, length in sizes))
     ids_BL = (torch.arange(rows * length) * 5 % vocabulary).view(rows, length)
-    # From 3: a single difference of neighbours would be stretched over whatever it meets, a case of its own. In the
-    # graph it is none, which the check shows at 1 and 2.
+    # min=3: at length 2 a difference of neighbours has one element, which broadcasts, and the tracer would make that a
+    # special case. The graph itself needs none; the check runs it at lengths 1 and 2.
     shapes = {INPUT: {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", min=3)}}
     try:
         if isinstance(forward, _Forward):
@@ -148,7 +148,7 @@ def _traced(forward: torch.nn.Module, vocabulary: int, sizes: list[tuple[int, in
         return torch.export.export(forward, (ids_BL,), dynamic_shapes=shapes, strict=False)
     except onnx_tracing.Undecided as error:
         raise UserError(f"{name}: an ONNX graph is the same for all texts, and this model is not: {error}") from error
-    except Exception as error:  # the tracer runs the model's code, and may meet anything
+    except Exception as error:  # the tracer runs the model's code, which may raise anything
         reason = first_line(error).partition(" For more information")[0]
         raise UserError(f"{name}: torch.export cannot trace this model for ONNX: {reason}") from error
 
@@ -163,7 +163,7 @@ def _translated(program: Any) -> Any:
             dynamic_shapes={INPUT: {0: "batch", 1: "sequence"}},
             verbose=False,
         )
-    except Exception as error:  # as above, of the translation
+    except Exception as error:  # the translation runs the exporter's code on any graph
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__

@@ -1,9 +1,9 @@
-"""Answers of a model to itself that depend on no token: found by running it, and given again while it is traced.
+"""Answers of a model to itself that depend on no token: found by running it, and repeated while it is traced.
 
-A model may ask a tensor for its value to choose its path: whether the positions of a row restart, for example. A tracer
-has no values. Here the model runs first, at several sizes, with its token ids marked; the mark passes on to whatever is
-computed from them. A question to an unmarked tensor that has the same answer at every size has this answer always, and
-the tracer is given it.
+A model may ask a tensor for its value to choose its path, for example if the positions of a row restart. A tracer has
+no values. So the model runs first, at several sizes, with its token ids marked, and the mark passes on to everything
+computed from them. If a question to an unmarked tensor has the same answer at every size, it always has this answer,
+and the tracer gets it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ QUESTIONS: dict[Any, str] = {
 
 
 class FromTokens(torch.Tensor):
-    """A tensor that was computed from token ids: torch makes whatever is computed from one of these another one."""
+    """A tensor that was computed from token ids. torch gives this class to all results computed from one."""
 
 
 class Undecided(Exception):
-    """The model's path depends on the tokens, or on how many there are."""
+    """Raised when the model's path depends on the tokens, or on their number."""
 
 
 class _Ask(TorchFunctionMode):
-    """Keeps the answers to the model's questions, in their order."""
+    """A log of the answers to the model's questions, in their order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.answers: list[tuple[str, Any]] = []
-        """Where each question was asked, and its answer."""
+        """Place of each question in the code, and its answer."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in QUESTIONS:
@@ -52,7 +52,7 @@ class _Ask(TorchFunctionMode):
 
 
 class Repeat(TorchFunctionMode):
-    """Gives known answers to the model's questions, in their order."""
+    """Known answers to the model's questions, given in their order."""
 
     def __init__(self, answers: Iterable[Any]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Repeat(TorchFunctionMode):
 
 @torch.no_grad()
 def answers(forward: Callable[[Tensor], Any], sizes: Iterable[tuple[int, int]], vocabulary: int) -> tuple[Any, ...]:
-    """The answers that `forward(ids_BL)` gives itself, the same at all `sizes` (rows, tokens). Raises Undecided."""
+    """Return the answers of `forward(ids_BL)` to itself, equal at all `sizes` (rows, tokens). Raises Undecided."""
     found: list[list[tuple[str, Any]]] = []
     for rows, tokens in sizes:
         ids_BL = (torch.arange(rows * tokens) * 7 % vocabulary).view(rows, tokens).as_subclass(FromTokens)

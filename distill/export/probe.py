@@ -1,4 +1,4 @@
-"""Fixed text, our own logits on it, and how far another program's may be from them.
+"""Fixed texts, our own logits on them, and the distance of another program's logits from ours.
 
 Shapes: N positions, V vocabulary.
 """
@@ -24,31 +24,31 @@ TEXTS = (
     "Élan vital, naïveté, 日本語, 😀: 1234567890 tokens, x² + y² = z².",
 )
 LONGEST = 64
-"""Tokens of a text that are looked at."""
+"""Largest number of tokens of a text that are compared."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two programs' logits of the same tokens lie apart."""
+    """The distance of two programs' logits of the same tokens."""
 
     largest: float
-    """max |ours − theirs|, in logits; NaN when either is not finite."""
+    """Largest |ours − theirs|, in logits; NaN if either is not finite."""
     relative: float
-    """‖ours − theirs‖₂ / ‖ours‖₂ over everything."""
+    """Ratio ‖ours − theirs‖₂ / ‖ours‖₂ over everything."""
     positions: int
 
 
 def encode(tokenizer: Any, limit: int = LONGEST) -> list[list[int]]:
-    """Token ids of `TEXTS`, of each the first `limit`."""
+    """Return the first `limit` token ids of each of `TEXTS`."""
     rows = [list(tokenizer(text).input_ids)[:limit] for text in TEXTS]
     return [row for row in rows if row]
 
 
 @torch.no_grad()
 def our_logits(model: Any, rows: Iterable[Sequence[int]]) -> list[Tensor]:
-    """Float32 logits `[N, V]` of `head(body(ids))` for each row of token ids.
+    """Return float32 logits `[N, V]` of `head(body(ids))` for each row of token ids.
 
-    Raises UserError when the vocabulary of the tokenizer is larger than the model's.
+    Raises UserError if the vocabulary of the tokenizer is larger than the model's.
     """
     vocabulary, found = model.head.weight_VD.shape[0], []
     for row in rows:
@@ -61,7 +61,7 @@ def our_logits(model: Any, rows: Iterable[Sequence[int]]) -> list[Tensor]:
 
 
 def load_rounded(source: Path, dtype: torch.dtype) -> Any:
-    """Our model of `source` in float32, with what is saved of it rounded to `dtype`."""
+    """Load our model of `source` in float32, with its saved values rounded to `dtype`."""
     model = load_language_model(source)
     with torch.no_grad():
         for weight in model.state_dict().values():
@@ -71,7 +71,7 @@ def load_rounded(source: Path, dtype: torch.dtype) -> Any:
 
 
 def longest_input(source: Path) -> int:
-    """Tokens that the model of `source` is sure to take: what its configuration says, or it was trained on."""
+    """Return a number of tokens that the model of `source` surely takes: its configuration's, or its training's."""
     limits = [
         *(_read(source / "config.json").get(name) for name in ("max_position_embeddings", "n_positions")),
         None if (source / "config.json").is_file() else _cached(source).get("sequence_length", LONGEST),
@@ -80,7 +80,7 @@ def longest_input(source: Path) -> int:
 
 
 def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Difference:
-    """The difference of logits `[N, V]`, row by row. Raises UserError when they have another shape."""
+    """Return the difference of logits `[N, V]`, row by row. Raises UserError if their shapes differ."""
     largest, squares, norm = [], 0.0, 0.0
     for our_NV, their_NV in zip(ours, theirs, strict=True):
         if our_NV.shape != their_NV.shape:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
-FIGURES = gguf_check.Figures(3.0, 3.0, 200, 8, [], 160, 160, 0)
+COMPARISON = gguf_check.Comparison(3.0, 3.0, 200, 8, [], 160, 160, 0)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_crash_of_llama_cpp_is_survived(student: Path, tmp_path: Path, monkeyp
 )
 def test_what_does_not_hold_is_told(type: str, change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        gguf_check._verdict(replace(FIGURES, **change), Path("model.gguf"), type)
+        gguf_check._verdict(replace(COMPARISON, **change), Path("model.gguf"), type)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_what_does_not_hold_is_told(type: str, change: dict[str, Any], words: st
     ],
 )
 def test_what_holds_is_said(type: str, change: dict[str, Any]) -> None:
-    assert "perplexity 20.09" not in gguf_check._verdict(replace(FIGURES, **change), Path("model.gguf"), type)
-    assert "of 160 tokens" in gguf_check._verdict(replace(FIGURES, **change), Path("model.gguf"), type)
+    assert "perplexity 20.09" not in gguf_check._verdict(replace(COMPARISON, **change), Path("model.gguf"), type)
+    assert "of 160 tokens" in gguf_check._verdict(replace(COMPARISON, **change), Path("model.gguf"), type)
 
 
 def test_the_likelihood_is_that_of_every_next_token(student: Path) -> None:
