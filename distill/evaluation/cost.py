@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from distill.models.generation import Decoder, context_length, decoder, has_cache
 from distill.models.language_model import LanguageModel
+from distill.system.memory import is_out_of_memory
 
 SECONDS = 1.0
 """Seconds that a rate is measured for, at least; once is the minimum."""
 REPEATS = 5
 """Largest number of readings of the prompt. Its time is their median."""
-_NO_ROOM = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @torch.no_grad()
@@ -197,7 +197,7 @@ def _if_it_fits(function: Callable[[Tensor], Any], ids_BL: Tensor) -> Any:
     try:
         return function(ids_BL)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _NO_ROOM):
+        if not is_out_of_memory(error):
             raise
     gc.collect()  # the error's frames held the tensors
     if ids_BL.device.type == "cuda":

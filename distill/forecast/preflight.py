@@ -20,6 +20,7 @@ from distill.forecast.phases.simulator import Phase, Simulator
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import pick_device
 from distill.system import ledger
+from distill.system.memory import held_memory
 from distill.system.processes import is_first_process
 from distill.system.progress import say
 from distill.system.units import duration, size
@@ -53,7 +54,7 @@ class Preflight:
             return
         self._is_checked = True
         card = this_machine(self.device.type)
-        forecaster = Forecaster(card, self.limit, ledger.held_memory() or 0, _simulator(card))
+        forecaster = Forecaster(card, self.limit, held_memory(), _simulator(card))
         self.expected = forecaster.forecast(self.experiment, self.phases)
         for failure in self.expected.failures:
             say(f"{failure}; going on without one")

@@ -84,6 +84,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises UserError while another process holds it, and OSError when the folder cannot be made.
     """
     make_folder(folder)
+    # The folder itself is locked. A lock file (filelock) would be one file more in a cache, would travel with a folder
+    # that is renamed when it is complete, and could not be made beside a folder that is a mount point.
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if descriptor is not None and not _lock(descriptor, wait=False):

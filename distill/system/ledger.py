@@ -13,11 +13,11 @@ from typing import Any
 from distill.system import json_lines
 from distill.system.energy import measure_energy
 from distill.system.interrupt import Interrupted
+from distill.system.memory import peak_memory, reset_peak_memory
 from distill.system.progress import say
 
 FILE = "costs.jsonl"
 _LIMIT = 64 << 20
-_STATUS = Path("/proc/self/status")
 
 Meter = Callable[[], Callable[[], dict[str, Any]]]
 """Begins to measure; what it returns ends that, and gives the fields of the line."""
@@ -79,8 +79,7 @@ def measure_memory() -> Callable[[], dict[str, Any]]:
         _raise(peaks)
     mine: dict[str, int] = {}
     _open.append(mine)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets VmHWM to what is held now
+    reset_peak_memory()
     if cuda := _cuda():
         for card in range(cuda.device_count()):
             cuda.reset_peak_memory_stats(card)
@@ -101,31 +100,6 @@ def _raise(peaks: dict[str, int]) -> None:
     for key, value in now.items():
         if value is not None:
             peaks[key] = max(peaks.get(key, 0), value)
-
-
-def held_memory() -> int | None:
-    """Bytes that this process holds now; None where the system does not tell."""
-    return _of_linux("VmRSS:", _STATUS)
-
-
-def peak_memory(status: Path = _STATUS) -> int | None:
-    """Bytes that this process held at most: on Linux since that was last set back; None on Windows."""
-    if (found := _of_linux("VmHWM:", status)) is not None:
-        return found
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
-def _of_linux(field: str, status: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) << 10
-    return None
 
 
 def _cuda() -> Any:

@@ -7,6 +7,7 @@ import os
 import platform
 from typing import Any
 
+import psutil
 import torch
 
 from distill import __version__
@@ -37,16 +38,14 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """System, processor, cores, memory in bytes, and the device that the models run on."""
-    found: dict[str, Any] = {
+    return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "memory_bytes": psutil.virtual_memory().total,
     }
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return found
 
 
 def processor_name() -> str:

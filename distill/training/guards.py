@@ -68,16 +68,6 @@ class NonFinite:
         say(f"step {step}: {what}: left out ({self.skipped} so far)")
 
 
-_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a tensor found no room, on a card or on the host."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
 def too_large(micro_batch: int) -> UserError:
     """What it means when there is no smaller pass to try."""
     samples = f"{micro_batch} sample{'s' * (micro_batch > 1)}"

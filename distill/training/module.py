@@ -21,9 +21,10 @@ from distill.losses.features import feature_distance
 from distill.losses.fused import fused_loss
 from distill.losses.objective import Mixture
 from distill.models.language_model import Head
+from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
 from distill.targets.next_token import next_ids
-from distill.training.guards import NonFinite, out_of_memory, too_large
+from distill.training.guards import NonFinite, too_large
 from distill.training.optimizers.schedule import Schedule
 from distill.training.optimizers.step_in_backward import StepInBackward
 from distill.training.parallel import is_sharded, shard, sum_gradients
@@ -134,7 +135,7 @@ class DistillationModule(pl.LightningModule):
                     total += self._pass(part, positions)
                 break
             except Exception as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.micro_batch == 1 or not self._can_begin_anew():
                     raise too_large(self.micro_batch) from None

@@ -50,7 +50,7 @@ def test_the_advice_of_a_refusal_is_followed_and_it_runs(
 ) -> None:
     """`run` refuses before the teacher is loaded what its student would need."""
     # The process holds more and more; a fixed amount makes the limit mean the same each time.
-    monkeypatch.setattr("distill.system.ledger.held_memory", lambda: 1_000_000_000)
+    monkeypatch.setattr("distill.forecast.preflight.held_memory", lambda: 1_000_000_000)
     limit = "1250MB"
     refused = distill("run", large_steps, "--memory_limit", limit)
     refused.refused("train-student: needs", "1.2 GB", "--train.batch_size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from distill.errors import UserError
 from distill.system.machine import processor_name
+from distill.system.memory import memory_of_host
 
 GIB = 2**30
 
@@ -247,16 +247,3 @@ def _processor() -> Card:
         f"assumed: {threads} threads at {_CPU_CLOCK / 1e9} GHz with {lanes} numbers a register, one memory channel",
         is_cuda=False,
     )
-
-
-def memory_of_host() -> int:
-    """Physical memory in bytes, or what a container's limit leaves of it; 8 GiB where the system does not tell."""
-    try:
-        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 8 * GIB
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            return min(physical, int(file.read()))
-    except (OSError, ValueError):
-        return physical

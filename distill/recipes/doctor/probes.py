@@ -20,6 +20,7 @@ from distill.forecast.machine.calibration import Efficiency
 from distill.forecast.machine.cards import this_machine
 from distill.forecast.machine.disk import time_disk
 from distill.forecast.simulation.kernels import DeviceKind
+from distill.system.memory import available_memory
 
 REQUIRED = ("torch", "lightning", "transformers", "datasets", "bitsandbytes", "peft", "torchmetrics", "safetensors")
 OPTIONAL = {
@@ -67,17 +68,7 @@ def host() -> dict[str, Any]:
     """Processor and memory."""
     card = this_machine("cpu")
     found = {"processor": card.name, "cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
-    return {**found, "memory_bytes": card.memory_bytes, "free_bytes": min(_available(), card.memory_bytes)}
-
-
-def _available() -> int:
-    """Bytes of memory that programs can have without swapping; where the system does not tell, all."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 1 << 62
+    return {**found, "memory_bytes": card.memory_bytes, "free_bytes": available_memory()}
 
 
 def device() -> dict[str, Any]:
