@@ -11,6 +11,7 @@ import torch
 
 from distill.models.checkpoints import resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet_transformers
+from distill.models.language_model import check_rows
 
 
 def load_student(
@@ -35,9 +36,8 @@ def load_student(
         assert config is not None
         loaded = _from_config(config, vocab_size, trust_remote_code)
     student = HuggingFaceLanguageModel(loaded)
-    rows = student.head.weight_VD.shape[0]
-    if vocab_size is not None and rows < vocab_size:
-        raise ValueError(f"the student has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
+    if vocab_size is not None:
+        check_rows(student.head.weight_VD.shape[0], vocab_size)
     student.check()
     return student
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distill.models.checkpoints import resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
+from distill.models.language_model import check_rows
 from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
 
 NAME = "default"  # of the one adapter that a layer has
@@ -51,9 +52,8 @@ def load_lora_student(
     loaded = load_quantized(checkpoint, quantization, DTYPES[base_dtype], trust_remote_code=trust_remote_code)
     add_adapters(loaded, target_modules, rank, 2.0 * rank if lora_alpha is None else lora_alpha, dropout)
     student = LoraLanguageModel(loaded, DTYPES[export_dtype])
-    rows = student.head.weight_VD.shape[0]
-    if vocab_size is not None and rows < vocab_size:
-        raise ValueError(f"the student has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
+    if vocab_size is not None:
+        check_rows(student.head.weight_VD.shape[0], vocab_size)
     student.check()
     return student
 

@@ -12,6 +12,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training
 from distill.models.devices import pick_device
 from distill.models.isolation import isolates_documents
+from distill.models.language_model import check_rows
 from distill.training.loggers import check_installed
 
 PROBE = 8
@@ -24,9 +25,8 @@ def check_model(model: Any, name: str, vocab_size: int, pack: bool) -> None:
     What is not finite is no measure of isolation, so it comes first. The model is tried where its weights are: a
     student that is yet to be trained is on the host.
     """
-    rows, device = model.head.weight_VD.shape[0], model.head.weight_VD.device
-    if rows < vocab_size:
-        raise UserError(f"{name}: its head has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
+    check_vocabulary(model, name, vocab_size)
+    device = model.head.weight_VD.device
     if (dtype := _not_finite(model, vocab_size, device)) is not None:
         raise UserError(
             f"{name}: its outputs are not finite: weights that are not, or sums too large for "
@@ -37,6 +37,14 @@ def check_model(model: Any, name: str, vocab_size: int, pack: bool) -> None:
             f"{name}: packed documents see one another in this model (its state runs across position_ids that restart "
             "at 0): cache and train with --corpus.pack false"
         )
+
+
+def check_vocabulary(model: Any, name: str, vocab_size: int) -> None:
+    """Raise UserError when the head lacks tokens."""
+    try:
+        check_rows(model.head.weight_VD.shape[0], vocab_size)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 @torch.no_grad()
@@ -54,12 +62,10 @@ def _not_finite(model: Any, vocab_size: int, device: torch.device) -> torch.dtyp
     return None if logits_1LV.isfinite().all() else logits_1LV.dtype
 
 
-def check_length(model: Any, name: str, sequence_length: int) -> None:
-    """Raises UserError when samples are longer than a Hugging Face model says it can read."""
-    config = getattr(getattr(model, "model", None), "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and sequence_length > limit:
-        raise UserError(f"{name}: it reads {limit} tokens, the cache has samples of {sequence_length} tokens")
+def check_length(limit: int | None, name: str, sequence_length: int) -> None:
+    """Raise UserError when samples are longer than the `limit` tokens that a model says it can read."""
+    if limit is not None and sequence_length > limit:
+        raise UserError(f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {name}")
 
 
 def check_last_steps(experiment: Experiment) -> None:

@@ -7,17 +7,10 @@ from typing import Any
 
 from distill import plugins
 from distill.corpus import SampleSets, open_corpus
-from distill.errors import UserError
-from distill.experiment.checks import check_model
+from distill.experiment.checks import check_length, check_model
 from distill.experiment.configuration import Experiment
 from distill.models import checkpoints, devices, tokenizers
-
-
-def check_teacher_length(config: Any, name: str, sequence_length: int) -> None:
-    """Raises UserError when samples are longer than a teacher of this (text) configuration says it can read."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and sequence_length > limit:
-        raise UserError(f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {name}")
+from distill.models.generation import context_of
 
 
 class Teacher:
@@ -33,9 +26,8 @@ class Teacher:
         self.device = devices.pick_device(experiment.train.accelerator)
         self.compute_dtype = devices.compute_dtype(self.config.compute_dtype, self.device)
         config = checkpoints.load_config(self.checkpoint, self.config.trust_remote_code)
-        config = getattr(config, "text_config", config)
-        self.hidden_size: int = config.hidden_size
-        check_teacher_length(config, self.checkpoint.name, experiment.corpus.sequence_length)
+        self.hidden_size: int = config.get_text_config().hidden_size
+        check_length(context_of(config), self.checkpoint.name, experiment.corpus.sequence_length)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

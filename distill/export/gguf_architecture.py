@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.language_model import check_rows
 from distill.models.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -218,8 +219,11 @@ def converted(plan: Plan, checkpoint: Checkpoint, vocab_size: int) -> Iterator[t
             raise UserError(f"gguf: llama.cpp's {family.architecture} has no place for the tensor {name}")
         rows = vocab_size if new in ("token_embd.weight", "output.weight") else None
         shape = shapes[name]
-        if rows is not None and shape[0] < rows:
-            raise UserError(f"gguf: {name} has {shape[0]:,} rows, the tokenizer {rows:,} tokens: not one model")
+        if rows is not None:
+            try:
+                check_rows(shape[0], rows)
+            except ValueError as error:
+                raise UserError(f"gguf: {name}: {error}") from None
         read = _reader(plan, tensors, name, rows)
         yield new, shape if rows is None else (rows, *shape[1:]), read
 

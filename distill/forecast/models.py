@@ -18,16 +18,16 @@ from distill import plugins
 from distill.cache.format.folder import MANIFEST, Manifest, read_manifest
 from distill.errors import UserError, did_you_mean
 from distill.experiment.cache import make_scheme
-from distill.experiment.checks import check_length
+from distill.experiment.checks import check_length, check_vocabulary
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.student import offered_options
-from distill.experiment.teacher import check_teacher_length
 from distill.experiment.training import Role, make_module
 from distill.forecast.machine.cards import Card
 from distill.forecast.published import published_models
 from distill.models import checkpoints, tokenizers
 from distill.models.checkpoints import Checkpoint
+from distill.models.generation import context_length, context_of
 from distill.models.language_model import Head
 from distill.system.quiet import quiet_transformers
 from distill.targets.schemes import parameters
@@ -45,7 +45,7 @@ class Models:
         with quiet_transformers():
             self.checkpoint = checkpoints.resolve(teacher.model, teacher.revision, teacher.trust_remote_code)
             config = checkpoints.load_config(self.checkpoint, teacher.trust_remote_code).get_text_config()
-        check_teacher_length(config, self.checkpoint.name, experiment.corpus.sequence_length)
+        check_length(context_of(config), self.checkpoint.name, experiment.corpus.sequence_length)
         self.hidden_size: int = config.hidden_size
         self.vocab_size = self._vocab_size(config)
         if experiment.student.vocabulary == "corpus":
@@ -71,13 +71,9 @@ class Models:
         offered = offered_options(self.experiment, self.vocab_size, None, "cpu")
         with without_initial_weights():
             model = plugins.build(student.class_path, "student", student.options, offered)
-        check_length(model, f"student {student.class_path}", self.experiment.corpus.sequence_length)
-        rows = model.head.weight_VD.shape[0]
-        if rows < self.vocab_size:
-            raise UserError(
-                f"student {student.class_path}: its head has {rows} rows, the teacher's tokenizer {self.vocab_size} "
-                "tokens: not the same vocabulary"
-            )
+        name = f"student {student.class_path}"
+        check_length(context_length(model), name, self.experiment.corpus.sequence_length)
+        check_vocabulary(model, name, self.vocab_size)
         return model
 
     def module(self, role: Role) -> DistillationModule:

@@ -175,8 +175,17 @@ def context_length(model: LanguageModel) -> int | None:
 
     A Hugging Face model says it in its configuration, any other in an attribute `max_position_embeddings`.
     """
-    said: Any = model.model.config.get_text_config() if isinstance(model, HuggingFaceLanguageModel) else model
-    limit = getattr(said, "max_position_embeddings", None)
+    if isinstance(model, HuggingFaceLanguageModel):
+        return context_of(model.model.config)
+    return _positive(getattr(model, "max_position_embeddings", None))
+
+
+def context_of(config: Any) -> int | None:
+    """Return the tokens that a Hugging Face model of this configuration can read; None means that it does not say."""
+    return _positive(getattr(config.get_text_config(), "max_position_embeddings", None))
+
+
+def _positive(limit: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 

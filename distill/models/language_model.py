@@ -48,11 +48,15 @@ class Head:
 
         Raises ValueError when the head has fewer rows than the vocabulary.
         """
-        rows = self.weight_VD.shape[0]
-        if vocab_size > rows:
-            raise ValueError(f"the head has {rows} rows, the vocabulary {vocab_size} tokens: not the same vocabulary")
+        check_rows(self.weight_VD.shape[0], vocab_size)
         bias = None if self.bias_V is None else self.bias_V[:vocab_size]
         return replace(self, weight_VD=self.weight_VD[:vocab_size], bias_V=bias)
+
+
+def check_rows(rows: int, vocab_size: int) -> None:
+    """Raise ValueError when a matrix with a row a token has fewer rows than the vocabulary has tokens."""
+    if rows < vocab_size:
+        raise ValueError(f"the head has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
 
 
 @runtime_checkable

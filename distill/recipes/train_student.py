@@ -26,6 +26,7 @@ from distill.experiment.student import build_student, calibration_samples
 from distill.experiment.training import Role, check_training, make_module, roles, training_settings
 from distill.forecast.preflight import Preflight
 from distill.models.devices import pick_device
+from distill.models.generation import context_length
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
@@ -187,7 +188,7 @@ class _Training:
             self.experiment, manifest.vocab_size, calibration_samples(self.data.train), self.data.vocabulary
         )
         name = f"student {self.experiment.student.class_path}"
-        check_length(student, name, manifest.sequence_length)
+        check_length(context_length(student), name, manifest.sequence_length)
         check_model(student, name, self._vocab_size(), manifest.pack)
         parameters = sum(parameter.numel() for parameter in student.parameters())
         tell(

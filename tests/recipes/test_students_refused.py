@@ -70,7 +70,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (student("mime.py:Plain"), ["no file 'mime.py'", "did you mean 'mine.py'?"]),
         (student("no_such_package.student:Plain"), ["no module 'no_such_package.student'"]),
         (student("comapct"), ["did you mean 'compact'?", "path/file.py:Class"]),
-        (student("mine.py:Plain", vocab_size=399), ["its head has 399 rows, the tokenizer 400 tokens"]),
+        (student("mine.py:Plain", vocab_size=399), ["the head has 399 rows, the tokenizer 400 tokens"]),
         (student("compact", hidden_size=10, heads=4), ["hidden_size 10 does not split into 4 heads"]),
         (student("pruned"), ["give at least one of layers, hidden_size"]),
         (student("pruned", layers=5), ["layers: 5 is out of range; the teacher has 4 layers"]),
@@ -81,7 +81,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             student(
                 "huggingface", config={"model_type": "gpt2", "n_embd": 8, "n_head": 1, "n_layer": 1, "n_positions": 8}
             ),
-            ["8 tokens", "48 tokens"],
+            ["corpus.sequence_length: 48 is beyond the 8 tokens of student huggingface"],
         ),
         (
             [*student("mine.py:Plain"), "--train.activation_checkpointing"],
