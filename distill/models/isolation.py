@@ -1,4 +1,4 @@
-"""Measure whether a language model keeps documents packed in one row apart.
+"""A probe that measures if a language model keeps documents packed in one row apart.
 
 Shapes: B batch, L sequence length, D hidden size.
 """
@@ -15,9 +15,9 @@ FIRST, SECOND = 9, 6  # tokens of the two documents in the probe
 
 @torch.no_grad()
 def isolates_documents(model: LanguageModel, vocab_size: int, device: torch.device | str) -> bool:
-    """True when a document's hidden states depend neither on the document packed before it nor on being packed.
+    """Tell whether a document's hidden states are the same after any document before it, and without one.
 
-    Measured on a row of two documents whose `position_ids` restart: the second document's hidden states are compared
+    The probe is a row of two documents whose `position_ids` restart. The second document's hidden states are compared
     between two first documents, and with the second document alone. State-space families fail: their state runs on.
     """
     training = getattr(model, "training", False)
@@ -41,7 +41,10 @@ def _second(model: LanguageModel, first_L: Tensor, second_L: Tensor, positions_L
 
 
 def _same(one_LD: Tensor, other_LD: Tensor) -> bool:
-    """Equal to rounding, which other kernels for other lengths may change; a leak moves some token by far more."""
+    """Tell whether the two are equal up to rounding.
+
+    Other kernels for other lengths may round otherwise. A leak moves some token by far more.
+    """
     tolerance = 1e-3 if one_LD.dtype in (torch.float32, torch.float64) else 3e-2
     error_L = (one_LD.float() - other_LD.float()).norm(dim=-1) / other_LD.float().norm(dim=-1)
     return bool(error_L.max() < tolerance)

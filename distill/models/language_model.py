@@ -26,7 +26,7 @@ class Head:
     soft_cap: float | None = None
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., D]`, in the dtype of the product.
+        """Return logits `[..., V]` of hidden states `[..., D]`, in the dtype of the product.
 
         Hidden states of another dtype than the weight's are cast (Mamba's residual stream is float32 in any model).
         """
@@ -34,19 +34,19 @@ class Head:
         return self.transform(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
 
     def transform(self, product_NV: Tensor) -> Tensor:
-        """The part of the head behind the matrix product (and bias): scale, then soft cap."""
+        """Transform the matrix product (with bias) into logits: scale, then soft cap."""
         logits = product_NV if self.scale == 1.0 else product_NV * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def to(self, device: torch.device) -> Head:
-        """The same head on another device."""
+        """Return the same head on another device."""
         bias = None if self.bias_V is None else self.bias_V.to(device)
         return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias)
 
     def with_rows(self, vocab_size: int) -> Head:
-        """The same head over the first `vocab_size` rows: padded rows take no part in any distribution.
+        """Return the same head over the first `vocab_size` rows: padded rows take no part in any distribution.
 
-        Raises ValueError when the head has fewer rows than the vocabulary.
+        Raises ValueError if the head has fewer rows than the vocabulary.
         """
         check_rows(self.weight_VD.shape[0], vocab_size)
         bias = None if self.bias_V is None else self.bias_V[:vocab_size]
@@ -61,7 +61,7 @@ def check_rows(rows: int, vocab_size: int) -> None:
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What teachers and students have in common; any `torch.nn.Module` with these two members is one.
+    """The members that teachers and students share. Any `torch.nn.Module` with these two is a language model.
 
     `head` is read anew at every use, so a property that wraps the current parameters is right.
     """
@@ -70,12 +70,12 @@ class LanguageModel(Protocol):
     def head(self) -> Head: ...
 
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
-        """Hidden states `[B, L, D]` of token ids `[B, L]`; `position_ids` restart at 0 where a document begins."""
+        """Return the hidden states `[B, L, D]` of token ids `[B, L]`; `position_ids` restart at 0 at each document."""
         ...
 
 
 def check_contract(model: Any) -> None:
-    """Raise TypeError when `model` is not a `torch.nn.Module` with the two members of the contract."""
+    """Raise TypeError if `model` is not a `torch.nn.Module` with the two members of the contract."""
     kind = type(model).__name__
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"made a {kind}, not a torch.nn.Module")

@@ -1,4 +1,4 @@
-"""Load a checkpoint with its linear layers in 4 or 8 bits (bitsandbytes), and read such a layer's weight back."""
+"""Checkpoints loaded with their linear layers in 4 or 8 bits (bitsandbytes), and the full weight of such a layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.system.quiet import quiet_for_good
 
 Quantization = Literal["nf4", "int8", "none"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types of what is not quantised, by name."""
+"""Types of the weights that are not quantised, by name."""
 
 
 def load_quantized(
@@ -23,12 +23,12 @@ def load_quantized(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Any:
-    """The `transformers` model on `device`: linear layers quantised, embeddings, norms and head in `dtype`.
+    """Load the `transformers` model on `device`: linear layers quantised, embeddings, norms and head in `dtype`.
 
-    A Hugging Face folder is quantised while it is read, so that the full weights never lie in memory together; a GGUF
+    A Hugging Face folder is quantised while it is read, so that the full weights never lie in memory together. A GGUF
     file is dequantised in host memory and then quantised layer by layer on the device.
     """
-    # It warns at every product of every layer that int8 casts, and at import of a kernel that we do not use.
+    # bitsandbytes warns at every product of every layer that int8 casts, and at import of a kernel that we do not use.
     quiet_for_good("bitsandbytes")
     if checkpoint.gguf_file is not None:
         loaded = load_pretrained(checkpoint, dtype, trust_remote_code=trust_remote_code)
@@ -46,26 +46,26 @@ def load_quantized(
 
 
 def is_quantized(checkpoint: Checkpoint, trust_remote_code: bool = False) -> bool:
-    """Whether a folder's configuration says that its weights are quantised; GGUF files are dequantised when read."""
+    """Tell whether a folder's configuration says that its weights are quantised. GGUF files are dequantised."""
     if checkpoint.gguf_file is not None:
         return False
     return getattr(load_config(checkpoint, trust_remote_code), "quantization_config", None) is not None
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is a matrix product: nn.Linear, a quantised one, or GPT-2's Conv1D."""
+    """Tell whether a layer is a matrix product: nn.Linear, a quantised one, or GPT-2's Conv1D."""
     return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer is GPT-2's Conv1D: a linear layer that keeps its weight transposed."""
+    """Tell whether a layer is GPT-2's Conv1D: a linear layer that keeps its weight transposed."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(layer, Conv1D)
 
 
 def full_weight(layer: nn.Module) -> Tensor:
-    """The weight `[out, in]` that a linear layer computes with; of a 4-bit one in the dtype it was quantised from."""
+    """Return the weight `[out, in]` that a linear layer computes with; a 4-bit one in its dtype before quantisation."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -102,7 +102,7 @@ def quantize_linears(model: Any, quantization: Quantization, dtype: torch.dtype,
 
 
 def _quantized(weight: Tensor, bias: nn.Parameter | None, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
-    """A bitsandbytes layer that quantises its weight when it is moved to a device."""
+    """Return a bitsandbytes layer that quantises its weight when it is moved to a device."""
     import bitsandbytes as bnb
 
     rows, columns = weight.shape
@@ -120,10 +120,11 @@ def _quantized(weight: Tensor, bias: nn.Parameter | None, quantization: Quantiza
 
 
 def _use_portable_kernel(model: nn.Module) -> None:
-    """Dequantise and multiply, on every CPU.
+    """Make 4-bit layers dequantise and multiply, on every CPU.
 
-    On CPUs with AVX512-BF16 bitsandbytes would repack the weights for a kernel that is made for single tokens: at our
-    batch sizes it takes twice as long, and it moves logits by up to 0.9, so that the machine decided the cache.
+    On CPUs with AVX512-BF16 bitsandbytes would repack the weights for a kernel that is made for single tokens. At our
+    batch sizes it takes twice as long, and it moves logits by up to 0.9, so the machine would decide what is in the
+    cache.
     """
     import bitsandbytes as bnb
 

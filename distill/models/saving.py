@@ -1,4 +1,4 @@
-"""Write a language model to a folder that is complete or absent, and read it back from there."""
+"""A language model's folder, written complete or not at all, and read back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.system.staging import replaced_folder
 
 DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options}
 WEIGHTS = "model.safetensors"
-NOT_KEPT = ("calibration", "device")  # what the pipeline supplies to make a student, and not to make it again
+NOT_KEPT = ("calibration", "device")  # arguments from the pipeline that are needed the first time only
 
 
 def save_language_model(
@@ -27,12 +27,12 @@ def save_language_model(
     tokenizer: Any,
     write_more: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `model` and `tokenizer` to `folder`, replacing what is there only when the new folder is complete.
+    """Write `model` and `tokenizer` to `folder`, replacing its content only when the new folder is complete.
 
     A Hugging Face model becomes an ordinary Hugging Face folder. Any other becomes weights and `student.json`, from
-    which `class_path` is called again with `options`: give the complete ones, as `plugins.arguments` returns them.
-    A model with a method `merged` is written as what that returns. `write_more` writes further files into the folder
-    it is given, which are part of what is complete or absent.
+    which `class_path` is called again with `options`: give the complete ones, as `plugins.arguments` returns them. If a
+    model has a method `merged`, its result is written instead. `write_more` writes further files into the new folder
+    before that is renamed.
     """
     folder = Path(folder)
     merged: Any = getattr(model, "merged", None)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by name, each read from disk when it is asked for."""
+"""A checkpoint's tensors by name, each read from disk on request."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from distill.models.huggingface import load_pretrained
 
 
 class Tensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by their Hugging Face names; each is read from disk when it is asked for.
+    """A checkpoint's tensors by their Hugging Face names. Each is read from disk on request.
 
-    A GGUF file is dequantised by transformers into memory once, at the first look: its blocks are not stored under
-    these names.
+    transformers dequantises a GGUF file into memory once, at the first request, because its tensors have other names.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -31,11 +30,11 @@ class Tensors(Mapping[str, Tensor]):
                 self._places.update(dict.fromkeys(opened.keys(), file))
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted(self._places if self._checkpoint.gguf_file is None else self._dequantised())
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype it is stored in (GGUF: float32)."""
+        """Return one tensor, in the dtype in which it is stored (GGUF: float32)."""
         if self._checkpoint.gguf_file is not None:
             return self._dequantised()[name]
         with safe_open(self._places[name], framework="pt") as opened:
@@ -57,5 +56,5 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def tensors(checkpoint: Checkpoint) -> Tensors:
-    """Open a checkpoint's tensors for lazy reading; refuses pickle."""
+    """Open a checkpoint's tensors for lazy reading. Raises UserError for pickle."""
     return Tensors(checkpoint)

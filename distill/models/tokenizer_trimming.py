@@ -1,6 +1,6 @@
-"""A tokenizer cut down to the tokens that a text needs: which those are, and the smaller tokenizer itself.
+"""A tokenizer cut down to the tokens that a text needs: their choice, and the smaller tokenizer itself.
 
-Known are the two kinds of nearly all language models, BPE and Unigram, as the `tokenizers` library holds them.
+Two kinds are known, BPE and Unigram, which nearly all language models use, as the `tokenizers` library holds them.
 Shapes: V the tokenizer's vocabulary.
 """
 
@@ -27,16 +27,16 @@ from distill.models.vocabulary import Vocabulary
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """A piece that stands for one byte (byte fallback)."""
 UNTOUCHED = ("tokenizer_config.json", "*.jinja", "additional_chat_templates", "*.py")
-"""What of a saved tokenizer names no token by its number."""
+"""Files of a saved tokenizer that name no token by its number."""
 
 
 def needed_tokens(tokenizer: Any, counts_V: NDArray[np.int64]) -> Vocabulary:
-    """The tokens that occur (`counts_V` > 0), and those without which the smaller tokenizer would not be whole:
+    """Choose the tokens that occur (`counts_V` > 0), and those that the smaller tokenizer needs to be whole:
 
-    * all added and special tokens, and what the chat template's own words are made of;
-    * the bytes (a tokenizer without them: all single characters), so that any text can still be written;
-    * BPE: the pieces through which a token is merged. Then the text is encoded as before, since all the merges that
-      the tokenizer made in it are left, and none that is not;
+    * all added and special tokens, and the tokens of the chat template's own words;
+    * the bytes (without bytes: all single characters), so that any text can still be written;
+    * BPE: the pieces through which a token is merged. Then the text is encoded as before, since exactly the merges
+      remain that the tokenizer made in it;
     * Unigram: the least probable piece, from whose score the library derives that of an unknown character.
 
     Raises UserError for a tokenizer of another kind.
@@ -61,9 +61,10 @@ def needed_tokens(tokenizer: Any, counts_V: NDArray[np.int64]) -> Vocabulary:
 
 
 def trim_tokenizer(tokenizer: Any, vocabulary: Vocabulary) -> Any:
-    """The tokenizer with the kept tokens alone, under the student's ids; of the same class, as if loaded from a folder.
+    """Return a tokenizer of the same class with the kept tokens alone, under the student's ids.
 
-    Raises UserError when its class does not come back from a folder with exactly these tokens.
+    It is as if loaded from a folder. Raises UserError if its class does not come back from a folder with exactly these
+    tokens.
     """
     content = trimmed_content(_content(tokenizer), vocabulary)
     to_student = vocabulary.to_student.tolist()
@@ -72,7 +73,7 @@ def trim_tokenizer(tokenizer: Any, vocabulary: Vocabulary) -> Any:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
         untouched = {path for pattern in UNTOUCHED for path in folder.glob(pattern)}
-        for path in set(folder.iterdir()) - untouched:  # the old numbers, in tokenizer.json and perhaps older formats
+        for path in set(folder.iterdir()) - untouched:  # tokenizer.json and older formats hold the old numbers
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         trimmed = type(tokenizer).from_pretrained(folder)
@@ -86,7 +87,7 @@ def trim_tokenizer(tokenizer: Any, vocabulary: Vocabulary) -> Any:
 
 
 def trimmed_content(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The content of a `tokenizer.json` with the kept tokens alone, renumbered; all else as it is."""
+    """Return the content of a `tokenizer.json` with the kept tokens alone, renumbered, and all else unchanged."""
     to_student = vocabulary.to_student.tolist()
     model = content["model"]
     if model["type"] == "BPE":
@@ -108,7 +109,7 @@ def trimmed_content(content: dict[str, Any], vocabulary: Vocabulary) -> dict[str
 
 
 def _content(tokenizer: Any) -> dict[str, Any]:
-    """What a `tokenizer.json` says. Raises UserError for a tokenizer that cannot be trimmed."""
+    """Return the content of a `tokenizer.json`. Raises UserError for a tokenizer that cannot be trimmed."""
     kind = type(tokenizer).__name__ + " (no fast tokenizer)"
     if getattr(tokenizer, "is_fast", False):
         content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -127,7 +128,7 @@ def _content(tokenizer: Any) -> dict[str, Any]:
 
 
 def _template_words(tokenizer: Any) -> Iterator[str]:
-    """The literal text in the chat templates, by the template's grammar: rendering one may depend on the date."""
+    """Yield the literal text in the chat templates, by grammar, since a rendered template may depend on the date."""
     templates = tokenizer.chat_template or {}
     for source in templates.values() if isinstance(templates, dict) else [templates]:
         for part in jinja2.Environment(trim_blocks=True, lstrip_blocks=True).lexer.tokenize(source):
@@ -136,12 +137,12 @@ def _template_words(tokenizer: Any) -> Iterator[str]:
 
 
 def _padding(tokenizer: Any) -> set[int]:
-    """What fills short samples, if the tokenizer says (otherwise it is token 0)."""
+    """Return the tokens that fill short samples, if the tokenizer names any (otherwise it is token 0)."""
     return {token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None}
 
 
 def _alphabet(content: dict[str, Any]) -> Iterable[str]:
-    """The tokens of which any text can be made."""
+    """Return the tokens of which any text can be made."""
     from tokenizers import pre_tokenizers
 
     pieces = [piece for piece, _ in content["model"]["vocab"]] if _is_unigram(content) else content["model"]["vocab"]
@@ -158,9 +159,9 @@ def _is_unigram(content: dict[str, Any]) -> bool:
 
 
 def _pieces(ids: set[int], model: dict[str, Any]) -> set[int]:
-    """All that a BPE makes on its way to each of the tokens.
+    """Return all pieces that a BPE makes on its way to each of the tokens.
 
-    The merges inside a token's place in a word are those that its own text undergoes: none crosses its borders.
+    The merges inside a token's place in a word are those of its own text, since none crosses its borders.
     """
     ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
     return {
@@ -181,11 +182,11 @@ def _made_on_the_way(token: str, ranks: dict[tuple[str, str], int]) -> set[str]:
         _, place = min(ranked)
         symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
         seen.add(symbols[place])
-    return seen if symbols == [token] else set()  # a token that no merging makes has no pieces
+    return seen if symbols == [token] else set()  # no merging makes this token, so it has no pieces
 
 
 def _processor_ids(processor: Any) -> Iterator[list[int]]:
-    """The ids in a post-processor: lists of them (a template), or one beside its token (BERT's and RoBERTa's)."""
+    """Yield the ids in a post-processor: lists of them (a template), or one beside its token (BERT's and RoBERTa's)."""
     if isinstance(processor, dict):
         for key, value in processor.items():
             if key == "ids":

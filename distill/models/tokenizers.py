@@ -1,4 +1,4 @@
-"""Open a checkpoint's tokenizer, or the user's own (a folder or a SentencePiece model), and fingerprint it."""
+"""Tokenizers of checkpoints, or the user's own (a folder or a SentencePiece model), and their fingerprints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 CONTROL, USER_DEFINED = 3, 4  # SentencePiece's types of pieces
-PROBES = (  # what SentencePiece models differ in: prefix, runs of blanks, normalisation, unknown characters, digits
+PROBES = (  # SentencePiece models differ in these: prefix, runs of blanks, normalisation, unknown characters, digits
     "The cat sat on the mat.",
     "  two blanks  before, between and after  ",
     "naïve café ﬁne ½",
@@ -29,7 +29,7 @@ PROBES = (  # what SentencePiece models differ in: prefix, runs of blanks, norma
 
 
 def load_tokenizer(checkpoint: Checkpoint, override: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint, or of `override`: a tokenizer folder or a SentencePiece `.model` file."""
+    """Load the tokenizer of a checkpoint, or of `override`: a tokenizer folder or a SentencePiece `.model` file."""
     if override is None:
         return _from_pretrained(checkpoint.folder, checkpoint.gguf_file, checkpoint.name, trust_remote_code)
     path = Path(override).expanduser()
@@ -51,7 +51,7 @@ def _from_pretrained(folder: Path, gguf_file: str | None, name: str, trust_remot
 
 @functools.lru_cache(maxsize=2)
 def _read_gguf(folder: Path, gguf_file: str, name: str, changed: int) -> Any:
-    """Kept, because it means reading the vocabulary, string by string: seconds each time."""
+    """Return the tokenizer, and keep it: reading the vocabulary string by string takes seconds."""
     return _read(folder, gguf_file, name, trust_remote_code=False)
 
 
@@ -70,9 +70,9 @@ def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: boo
 
 
 def from_sentencepiece(path: Path) -> Any:
-    """A fast tokenizer that encodes as the SentencePiece model does; UserError when a probe text says otherwise.
+    """Make a fast tokenizer that encodes as the SentencePiece model does. Raises UserError if a probe text differs.
 
-    Built here because transformers' generic conversion leaves out the dummy prefix and the collapsing of blanks.
+    transformers' generic conversion leaves out the dummy prefix and the collapsing of blanks, so this is our own.
     """
     import sentencepiece
     import transformers
@@ -98,7 +98,7 @@ def from_sentencepiece(path: Path) -> Any:
 
 
 def _backend(proto: Any) -> Any:
-    """The `tokenizers` pipeline of a SentencePiece model: the model, its normalisation, its control pieces."""
+    """Return the `tokenizers` pipeline of a SentencePiece model: the model, its normalisation, its control pieces."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from transformers.tokenization_utils_base import generate_merges
 
@@ -129,15 +129,15 @@ def _backend(proto: Any) -> Any:
 
 
 def vocab_size(tokenizer: Any) -> int:
-    """The real size of the vocabulary: the highest id of any token, added ones included, plus one."""
+    """Return the real size of the vocabulary: the highest id of any token, added ones included, plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of what the tokenizer does and of its chat template: content, the same on every machine."""
+    """Return the SHA-256 of the tokenizer's content and of its chat template, the same on every machine."""
     if getattr(tokenizer, "is_fast", False):
         content = json.loads(tokenizer.backend_tokenizer.to_str())
-        for state in ("truncation", "padding"):  # left behind by the last call, not part of the tokenizer
+        for state in ("truncation", "padding"):  # leftovers of the last call, not part of the tokenizer
             content.pop(state, None)
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}

@@ -1,4 +1,4 @@
-"""A trimmed vocabulary: which of the teacher's tokens a student keeps, and the way from the teacher's ids to its own.
+"""A trimmed vocabulary: the teacher's tokens that a student keeps, and the map from the teacher's ids to its own.
 
 Shapes: V the teacher's vocabulary, D hidden size.
 """
@@ -19,12 +19,12 @@ from distill.errors import UserError
 from distill.models.language_model import Head
 
 FILE = "vocabulary.safetensors"
-"""Its name in a student's folder."""
+"""Name of the file in a student's folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The teacher's tokens that stay; the student's id of one is its place among them."""
+    """The teacher's tokens that stay. A token's place among them is the student's id."""
 
     kept_ids: Tensor
     """The teacher's ids, int64, rising."""
@@ -39,22 +39,22 @@ class Vocabulary:
 
     @cached_property
     def to_student(self) -> Tensor:
-        """The student's id of each of the teacher's tokens `[V]`; -1: it has none."""
+        """The student's id of each of the teacher's tokens `[V]`; -1 means that it has none."""
         to_student_V = torch.full((self.full_size,), -1, dtype=torch.int64)
         to_student_V[self.kept_ids] = torch.arange(len(self.kept_ids))
         return to_student_V
 
     def mapped(self, ids: Tensor) -> Tensor:
-        """The teacher's ids as the student's, in any shape; -1 where a token was dropped."""
+        """Return the teacher's ids as the student's, in any shape; -1 where a token was dropped."""
         return self.to_student.to(ids.device)[ids]
 
     def covers(self, ids: Tensor) -> bool:
-        """Whether all of these tokens were kept."""
+        """Tell whether all of these tokens were kept."""
         return bool((self.mapped(ids) >= 0).all())
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of its content."""
+        """The sha256 of its content."""
         return hashlib.sha256(f"{self.full_size} ".encode() + self.kept_ids.numpy().tobytes()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -64,7 +64,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: str | Path) -> Vocabulary:
-        """The vocabulary that `save` wrote. Raises UserError when it is missing or damaged."""
+        """Load the vocabulary that `save` wrote. Raises UserError if it is missing or damaged."""
         path = Path(folder) / FILE
         try:
             with safe_open(path, framework="pt") as file:
@@ -86,9 +86,9 @@ def _is_sound(kept_ids: Tensor, full_size: int) -> bool:
 
 
 def trim_head(head: Head, vocabulary: Vocabulary) -> Head:
-    """The teacher's head over the kept tokens: its softmax is the teacher's distribution, given that one of them comes.
+    """Return the teacher's head over the kept tokens. Its softmax is the teacher's distribution conditioned on these.
 
-    Raises ValueError when the head has fewer rows than the vocabulary.
+    Raises ValueError if the head has fewer rows than the vocabulary.
     """
     head = head.with_rows(vocabulary.full_size)
     kept_ids = vocabulary.kept_ids.to(head.weight_VD.device)
