@@ -101,7 +101,7 @@ def test_it_is_refused(train: Any, mine: None, tmp_path: Path, given: list[str],
         ({"vocab_size": 399}, ["399 rows", "400 tokens"]),
         ({"hidden_sise": 3}, ["'hidden_sise'", "did you mean 'hidden_size'?"]),
         ({"model_type": "lama"}, ["'lama'", "did you mean 'llama'?"]),
-        ({"max_position_embeddings": 47}, ["47 tokens", "48 tokens"]),
+        ({"max_position_embeddings": 47}, ["sequence_length: 48", "47 tokens"]),
     ],
 )
 def test_a_config_is_refused(
