@@ -1,8 +1,8 @@
 """A small decoder in plain PyTorch: the worked example of a student plug-in. Copy it, change it, name your copy.
 
-What makes a module a student: `body`, which turns token ids into hidden states, and `head`, which says how hidden
-states become logits. The loss walks the head in chunks, so the module itself never makes logits. Its options are the
-arguments of its `__init__`; the pipeline fills in `vocab_size`, which it knows from the tokenizer.
+A student is a module with two members: `body` turns token ids into hidden states, and `head` says how hidden states
+become logits. The loss walks the head in chunks, so the module itself never makes logits. Its options are the arguments
+of its `__init__`; the pipeline fills in `vocab_size`, which it knows from the tokenizer.
 
 Shapes: B batch, L sequence length, D hidden size, H heads, G key-value heads, E size of a head.
 """
@@ -33,7 +33,10 @@ class CompactDecoder(nn.Module):
         tie_embeddings: bool = True,
         norm_eps: float = 1e-5,
     ) -> None:
-        """By default half as many key-value heads as heads (all, if odd), and an MLP of 8/3 of the hidden size."""
+        """Build the model; by default with half as many key-value heads as heads (all, if odd).
+
+        The default MLP has 8/3 of the hidden size.
+        """
         super().__init__()
         if key_value_heads is None:
             key_value_heads = heads // 2 if heads % 2 == 0 else heads
@@ -54,7 +57,7 @@ class CompactDecoder(nn.Module):
             self.output.weight = self.embedding.weight
 
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
-        """Hidden states `[B, L, D]`; documents packed in one row, whose positions restart, do not see one another."""
+        """Return the hidden states `[B, L, D]`. Packed documents, whose positions restart, do not see one another."""
         hidden_BLD = self.embedding(input_ids_BL)
         rotation = rotary_angles(position_ids_BL, self.head_size, self.rope_theta)  # once for all blocks
         mask = document_mask(position_ids_BL)
@@ -64,12 +67,14 @@ class CompactDecoder(nn.Module):
 
     @property
     def head(self) -> Head:
-        """A property, so that it always holds the current parameter (sharding and casting replace it)."""
+        """The head, a property so that it always holds the current parameter (sharding and casting replace it)."""
         return Head(self.output.weight)
 
     def _initialise(self) -> None:
-        """Normal weights; those that write to the residual stream are smaller, so that its variance does not grow
-        with the number of blocks (GPT-2, §2.3)."""
+        """Draw normal weights, smaller ones for the matrices that write to the residual stream.
+
+        So its variance does not grow with the number of blocks (GPT-2, §2.3).
+        """
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 residual = name.endswith(("attention_output.weight", "mlp_output.weight"))
@@ -77,7 +82,7 @@ class CompactDecoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
+    """Attention, then MLP. Each reads a normalised copy of the residual stream and adds to it."""
 
     def __init__(self, hidden_size: int, heads: int, key_value_heads: int, intermediate_size: int, eps: float) -> None:
         super().__init__()
@@ -102,7 +107,8 @@ class Block(nn.Module):
         query_BHLE = rotate(self._split(self.query(normed_BLD)), rotation)
         key_BGLE = rotate(self._split(self.key(normed_BLD)), rotation)
         value_BGLE = self._split(self.value(normed_BLD))
-        # Repeated by hand: with `enable_gqa` and a mask, CUDA falls back to the kernel that makes all L x L scores.
+        # Keys and values are repeated by hand: with `enable_gqa` and a mask, CUDA falls back to the kernel that makes
+        # all L x L scores.
         mixed_BHLE = scaled_dot_product_attention(
             query_BHLE,
             key_BGLE.repeat_interleave(self.sharing, dim=1),
@@ -113,12 +119,12 @@ class Block(nn.Module):
         return self.attention_output(mixed_BHLE.transpose(1, 2).flatten(2))
 
     def _split(self, projected: Tensor) -> Tensor:
-        """`[B, L, heads * E]` to `[B, heads, L, E]`."""
+        """Split `[B, L, heads * E]` into `[B, heads, L, E]`."""
         return projected.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
 def document_mask(position_ids_BL: Tensor) -> Tensor | None:
-    """Which key each query may see, `[B, 1, L, L]`: earlier ones of its document. None: plainly causal.
+    """Return the keys that each query may see, `[B, 1, L, L]`: earlier ones of its document. None means plainly causal.
 
     A document begins wherever the position is not the one before plus one. One document a row needs no mask, and
     without one the attention kernel skips half of the work.
@@ -132,7 +138,10 @@ def document_mask(position_ids_BL: Tensor) -> Tensor | None:
 
 
 def rotary_angles(position_ids_BL: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, 1, L, E]` of rotary positions (Su et al. 2021), in float32: 16 bits blur far positions."""
+    """Return cosines and sines `[B, 1, L, E]` of rotary positions (Su et al. 2021), in float32.
+
+    16 bits would blur far positions.
+    """
     exponents = torch.arange(0, head_size, 2, device=position_ids_BL.device).float() / head_size
     angles_BLE = position_ids_BL[..., None].float() * theta**-exponents
     angles_BLE = torch.cat([angles_BLE, angles_BLE], dim=-1)[:, None]
@@ -140,7 +149,7 @@ def rotary_angles(position_ids_BL: Tensor, head_size: int, theta: float) -> tupl
 
 
 def rotate(heads_BHLE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (e, e + E/2) of a head by its position's angle."""
+    """Rotate each pair (e, e + E/2) of a head by its position's angle."""
     cosine, sine = rotation
     first, second = heads_BHLE.chunk(2, dim=-1)
     turned = heads_BHLE * cosine + torch.cat([-second, first], dim=-1) * sine
@@ -150,7 +159,7 @@ def rotate(heads_BHLE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def _check_sizes(
     vocab_size: int, hidden_size: int, layers: int, heads: int, key_value_heads: int, intermediate_size: int
 ) -> None:
-    """A ValueError becomes one short message to the user."""
+    """Raise ValueError for sizes that do not fit. It becomes one short message to the user."""
     if min(vocab_size, hidden_size, layers, heads, key_value_heads, intermediate_size) < 1:
         raise ValueError("vocab_size, hidden_size, layers, heads, key_value_heads, intermediate_size: at least 1 each")
     if hidden_size % heads or (hidden_size // heads) % 2:

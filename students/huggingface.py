@@ -21,7 +21,7 @@ def load_student(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> HuggingFaceLanguageModel:
-    """A student with float32 weights, from exactly one of
+    """Make a student with float32 weights, from exactly one of
 
     model: a pretrained folder, hub name, GGUF file or short name;
     config: a mapping with `model_type` and the family's sizes, or a folder or `config.json` with them: random weights
@@ -51,7 +51,7 @@ def _from_config(config: dict[str, Any] | str, vocab_size: int | None, trust_rem
     if family not in transformers.CONFIG_MAPPING:
         near = difflib.get_close_matches(str(family), list(transformers.CONFIG_MAPPING), n=1)
         raise ValueError(f"config: unknown model_type '{family}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-    if isinstance(config, dict):  # a published file may say more than its class knows; a hand-written mapping not
+    if isinstance(config, dict):  # a published file may have keys that its class lacks; a hand-written mapping may not
         _refuse_unknown(given, transformers.CONFIG_MAPPING[family])
     if vocab_size is not None:
         given.setdefault("vocab_size", vocab_size)
@@ -62,7 +62,7 @@ def _from_config(config: dict[str, Any] | str, vocab_size: int | None, trust_rem
             return transformers.AutoModelForCausalLM.from_config(
                 made, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-        except Exception as error:  # whatever sizes that do not fit one another make a family's constructor raise
+        except Exception as error:  # sizes that do not fit make a family's constructor raise errors of any kind
             raise ValueError(f"config of {family}: {error}") from error
 
 
@@ -78,7 +78,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _refuse_unknown(given: dict[str, Any], config_class: Any) -> None:
-    """transformers stores any key in silence, so that a misspelt size would leave the family's default in place."""
+    """Raise ValueError for a key that the family lacks: transformers stores any key, even a misspelt size."""
     known = set(config_class().to_dict()) | set(getattr(config_class, "attribute_map", {}))
     for key in given:
         if key not in known:

@@ -19,7 +19,7 @@ from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_
 from distill.models.language_model import check_rows
 from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
 
-NAME = "default"  # of the one adapter that a layer has
+NAME = "default"  # name of a layer's one adapter
 
 
 def load_lora_student(
@@ -35,15 +35,14 @@ def load_lora_student(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoraLanguageModel:
-    """The frozen `model` with trainable float32 adapters, which change nothing at first; seed torch before.
+    """Load the frozen `model` with trainable float32 adapters, which change nothing at first. Seed torch before.
 
     rank, lora_alpha, dropout: an adapted layer adds `lora_alpha / rank * B(A(dropout(x)))`; lora_alpha: 2 * rank.
     target_modules: names of the linear layers to adapt, such as [q_proj, v_proj]; all-linear: all but the head.
-    quantization: the frozen linear layers as they are, or in 4 bits (QLoRA).
-    base_dtype: the frozen weights' type (nf4: of the rest and of the products). A mixed train.precision computes in 16
-    bits anyway, so that a frozen float32 copy only costs memory; for train.precision 32-true give float32.
-    export_dtype: type of the merged weights; 16 bits halve the folder and round away the finest of what was learnt.
-    `vocab_size` is supplied by the pipeline.
+    quantization: the frozen linear layers unquantised, or in 4 bits (QLoRA). base_dtype: the frozen weights' type (nf4:
+    that of the rest and of the products). A mixed train.precision computes in 16 bits anyway, so a frozen float32 copy
+    only costs memory. For train.precision 32-true give float32. export_dtype: type of the merged weights. 16 bits halve
+    the folder and round the finest changes away. `vocab_size` is supplied by the pipeline.
     """
     _check_numbers(rank, lora_alpha, dropout)
     checkpoint = resolve(model, revision, trust_remote_code)
@@ -59,21 +58,21 @@ def load_lora_student(
 
 
 class LoraLanguageModel(HuggingFaceLanguageModel):
-    """A Hugging Face model with adapters in it, which leaves the pipeline as an ordinary one: merged."""
+    """A Hugging Face model with adapters in it, which leaves the pipeline as an ordinary model: merged."""
 
     def __init__(self, model: Any, export_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(model)
         self.export_dtype = export_dtype
 
     def not_cast(self) -> Iterable[Tensor]:
-        """The adapters stay float32: train.precision bf16-true is for the weights under them."""
+        """Return the adapters too, which stay float32: train.precision bf16-true is for the weights under them."""
         return [*super().not_cast(), *(parameter for parameter in self.parameters() if parameter.requires_grad)]
 
     @torch.no_grad()
     def merged(self) -> HuggingFaceLanguageModel:
-        """A model of its own in host memory, adapters added to the weights and 4-bit weights dequantised.
+        """Return a separate model in host memory, adapters added to the weights and 4-bit weights dequantised.
 
-        This one stays as it is, and so does torch's random state.
+        This model does not change, and neither does torch's random state.
         """
         config = copy.deepcopy(self.model.config)
         if hasattr(config, "quantization_config"):
@@ -94,7 +93,7 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
         self.merged().save_pretrained(folder)
 
     def _merged_tensor(self, name: str, empty: nn.Module) -> Tensor:
-        """What the plain model holds under `name`: with the adapter of its layer, if it has one."""
+        """Return the plain model's tensor `name`, with the adapter of its layer added if there is one."""
         parent, _, leaf = name.rpartition(".")
         layer, adapter = self.model.get_submodule(parent), None
         if hasattr(layer, "get_base_layer"):
@@ -106,7 +105,7 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
         if adapter is not None:
             product_OI = adapter.lora_B[NAME].weight.float() @ adapter.lora_A[NAME].weight.float()
             weight_OI = weight_OI + adapter.scaling[NAME] * product_OI
-        # The plain layer's way to keep it, which is not that of the quantised layer.
+        # The plain layer may keep its weight transposed, even if the quantised layer does not.
         weight = weight_OI.T if is_transposed(empty.get_submodule(parent)) else weight_OI
         return weight.to(self.export_dtype).contiguous()
 
@@ -120,7 +119,7 @@ def add_adapters(
     chosen = chosen_layers(model, target_modules)
     layers = [model.get_submodule(name) for name in chosen]
     if any(hasattr(layer.weight, "quant_state") for layer in layers):
-        model.is_loaded_in_4bit = True  # how peft knows; a GGUF file's layers were quantised past transformers
+        model.is_loaded_in_4bit = True  # peft asks this; transformers did not set it for a GGUF file's layers
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a fraction works as well
@@ -131,12 +130,12 @@ def add_adapters(
     model.requires_grad_(False)
     peft.inject_adapter_in_model(config, model, NAME)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # small, and updated by steps that 16 bits would round away
+        if parameter.requires_grad:  # adapters are small, and 16 bits would round their updates away
             parameter.data = parameter.data.float()
 
 
 def chosen_layers(model: Any, target_modules: Literal["all-linear"] | list[str]) -> list[str]:
-    """Full names of the layers to adapt; the head is never one. Raises ValueError for a name that no layer has."""
+    """Return the full names of the layers to adapt, without the head. Raises ValueError for an unknown name."""
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
     if target_modules == "all-linear":
@@ -157,7 +156,7 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _check_numbers(rank: int, lora_alpha: float | None, dropout: float) -> None:
-    """A ValueError becomes one short message to the user."""
+    """Raise ValueError for a number out of range. It becomes one short message to the user."""
     if rank < 1:
         raise ValueError(f"rank: {rank} is not at least 1")
     if lora_alpha is not None and not lora_alpha > 0:

@@ -33,15 +33,15 @@ def prune_teacher(
     device: str = "cpu",
     calibration: Calibration | None = None,
 ) -> HuggingFaceLanguageModel:
-    """The teacher made smaller, in float32, as an ordinary model of its family; a size not given stays the teacher's.
+    """Make the teacher smaller, in float32, as an ordinary model of its family. A size not given stays the teacher's.
 
     layers: how many, or which ones, counted from 0.
     depth: which layers a number means: `even`, evenly spaced with the first and the last among them; `importance`,
     those without which the teacher's distribution changes most, each skipped alone on calibration samples.
     hidden_size, intermediate_size (neurons of an MLP), key_value_groups (key-value heads, each with all the query
-    heads that share it): what is most active on `calibration_samples` samples stays.
+    heads that share it): the most active ones on `calibration_samples` samples stay.
 
-    Only what is kept stays in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
+    Only the kept weights stay in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
     (a GGUF file is dequantised whole). `teacher`, its revision, `device` and `calibration` come from the pipeline.
     """
     config, source = _open(teacher, teacher_revision, trust_remote_code)
@@ -58,7 +58,7 @@ def prune_teacher(
         wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)
         importance = Importance()
         if wanted != Wanted():
-            whole = pruned_config(config, list(range(total)))  # a plain one: nothing is quantized
+            whole = pruned_config(config, list(range(total)))  # plain: without a quantization config
             samples = _calibrate(calibration, calibration_samples)
             importance = measure(StreamedTeacher(whole, source, device, trust_remote_code), samples, wanted)
         if importance.depth_I is not None:
@@ -82,9 +82,9 @@ def shape_of_pruned(
     teacher_revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> HuggingFaceLanguageModel:
-    """A model of the shape that `prune_teacher` makes of these options, in float32, with random weights.
+    """Make a model of the shape that `prune_teacher` makes of these options, in float32, with random weights.
 
-    Of the teacher its configuration alone is read: a forecast makes it where tensors have no memory.
+    Only the teacher's configuration is read. A forecast makes the model where tensors have no memory.
     """
     import transformers
 
@@ -109,7 +109,7 @@ def _check_text_only(config: Any, teacher: str) -> None:
 
 
 def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Tensors]:
-    """Configuration and tensors of a teacher that can be pruned."""
+    """Return configuration and tensors of a teacher that can be pruned."""
     checkpoint = resolve(teacher, revision, trust_remote_code)
     config = load_config(checkpoint, trust_remote_code)
     _check_text_only(config, teacher)
@@ -119,7 +119,7 @@ def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[
 
 
 def chosen_layers(layers: int | list[int], total: int) -> list[int]:
-    """Indices of the layers to keep, in ascending order."""
+    """Return the indices of the layers to keep, in ascending order."""
     if isinstance(layers, int):
         if not 1 <= layers <= total:
             raise ValueError(f"layers: {layers} is out of range; the teacher has {total} layers")
@@ -134,10 +134,10 @@ def chosen_layers(layers: int | list[int], total: int) -> list[int]:
 
 
 def _check_family(config: Any, widths: Widths) -> None:
-    """Raise ValueError, before anything is measured, for sizes that the family does not load again."""
+    """Raise ValueError, before anything is measured, for sizes that the family cannot load again."""
     try:
         config.validate()
-    except Exception as error:  # transformers' own, of whatever kind
+    except Exception as error:  # transformers raises errors of several kinds here
         heads = widths.groups * widths.heads_per_group
         rest = widths.hidden % heads
         if rest == 0:
@@ -150,7 +150,7 @@ def _check_family(config: Any, widths: Widths) -> None:
 
 
 def _wanted(teacher: Widths, student: Widths, depth: bool) -> Wanted:
-    """Only what is cut needs measuring."""
+    """Return what to measure: only the dimensions that are cut."""
     return Wanted(
         depth=depth,
         hidden=student.hidden < teacher.hidden,
@@ -172,7 +172,7 @@ def _calibrate(calibration: Calibration | None, count: int) -> Samples:
 
 
 def _narrowing(config: Any, student: Widths, importance: Importance, chosen: list[int]) -> Narrowing:
-    """The most important units: neurons and groups of each layer by itself, channels by all the layers that stay."""
+    """Choose the most important units: neurons and groups in each layer, channels over all the layers that stay."""
     hidden, groups, neurons = importance.hidden_ID, importance.groups_IG, importance.neurons_IF
     return Narrowing(
         config.model_type,
@@ -184,7 +184,7 @@ def _narrowing(config: Any, student: Widths, importance: Importance, chosen: lis
 
 
 def pruned_config(config: Any, chosen: list[int], widths: Widths | None = None) -> Any:
-    """The teacher's configuration with fewer layers; lists with one entry a layer (`layer_types`) shrink alike."""
+    """Return the teacher's configuration with fewer layers. Lists with one entry a layer (`layer_types`) shrink too."""
     total = config.num_hidden_layers
     pruned = copy.deepcopy(config)
     for name, value in config.to_dict().items():
@@ -199,8 +199,7 @@ def pruned_config(config: Any, chosen: list[int], widths: Widths | None = None) 
 
 
 def pruned_weights(source: Source, chosen: list[int], narrowing: Narrowing | None = None) -> dict[str, Tensor]:
-    """The tensors to keep, or what `narrowing` leaves of them, under their new names, in float32; the
-    others are not read."""
+    """Return the kept tensors under their new names, in float32, cut by `narrowing` if given. No others are read."""
     renumbered = {old: new for new, old in enumerate(chosen)}
     kept: dict[str, Tensor] = {}
     for name in source.names():
@@ -216,7 +215,7 @@ def pruned_weights(source: Source, chosen: list[int], narrowing: Narrowing | Non
 
 
 def _float32(tensor: Tensor) -> Tensor:
-    """At once and not when the model is built, which then takes these tensors as they are: no second copy of all."""
+    """Convert a tensor at once, so that the built model takes it as it is and no second copy of all weights exists."""
     return tensor.float() if tensor.is_floating_point() else tensor
 
 

@@ -1,4 +1,4 @@
-"""What each layer, neuron, head and channel of a teacher is worth on calibration samples, in one pass over its weights.
+"""Importance of each layer, neuron, head and channel of a teacher on calibration samples, in one pass over its weights.
 
 Shapes: B samples, L sequence length, N counted positions of a sample, I layers, D hidden size, F neurons,
 G key-value groups, V vocabulary.
@@ -19,7 +19,7 @@ from distill.models.language_model import Head
 from students.pruning_stream import LayerCall, StreamedTeacher
 from students.pruning_width import Widths
 
-STATE_BYTES = 2**31  # hidden states kept at once; more samples than fit mean another pass over the weights
+STATE_BYTES = 2**31  # of hidden states at a time; more samples mean another pass over the weights
 CHUNK = 256  # positions whose logits exist at once
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
@@ -31,12 +31,12 @@ class Samples:
     input_ids_BL: Tensor
     position_ids_BL: Tensor
     counted_BL: Tensor
-    """bool: positions that count, which padding must not."""
+    """Mask (bool) of the positions that count. Padding does not."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which importances to measure."""
+    """Importances to measure."""
 
     depth: bool = False
     hidden: bool = False
@@ -46,30 +46,31 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Importance:
-    """Importances, float64 on the CPU; None what was not wanted.
+    """Importances, float64 on the CPU. None means not wanted.
 
     Width is scored by activations, as Minitron found best (Muralidharan et al. 2024, "Compact Language Models via
-    Pruning and Knowledge Distillation", §2.2): at each position the absolute value of the MLP's inner activation
-    (neurons), the norm of each head's output, summed over the heads of a group (groups), the absolute output of a
-    norm (channels); of that the mean over a sample's positions, then the L2 norm over samples.
+    Pruning and Knowledge Distillation", §2.2). The score at each position is the absolute value of the MLP's inner
+    activation (neurons), the norm of each head's output, summed over the heads of a group (groups), or the absolute
+    output of a norm (channels). It is averaged over a sample's positions, then the L2 norm is taken over samples.
     """
 
     depth_I: Tensor | None = None
     """KL(teacher ‖ teacher without this layer), nats, mean over the counted positions of all samples: how Minitron
-    (§2.2) and ShortGPT (Men et al. 2024) rank layers by loss, with the loss that the student will be trained on."""
+    (§2.2) and ShortGPT (Men et al. 2024) rank layers by loss, with the loss that the student will be trained on.
+    """
     hidden_ID: Tensor | None = None
-    """Summed over the layer's norms; the last row is the norm behind all layers, so there are I + 1."""
+    """Sum over the layer's norms. The last row is the norm after all layers, so there are I + 1 rows."""
     groups_IG: Tensor | None = None
     neurons_IF: Tensor | None = None
 
 
 @torch.no_grad()
 def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted) -> Importance:
-    """Measure what is wanted.
+    """Measure the wanted importances.
 
-    Besides one layer of the teacher (or its embedding, or its head), the samples' hidden states are in memory: one
-    each, for depth one more for each layer. Samples take turns so that these stay within `STATE_BYTES`; each turn
-    reads all layers.
+    Memory holds one layer of the teacher (or its embedding, or its head), and the samples' hidden states: one each, and
+    for depth one more for each layer. Samples take turns so that these stay within `STATE_BYTES`; each turn reads all
+    layers.
     """
     rows = [row for row in range(samples.input_ids_BL.shape[0]) if bool(samples.counted_BL[row].any())]
     if not rows:
@@ -89,15 +90,15 @@ class _Measurement:
     def __init__(self, teacher: StreamedTeacher, samples: Samples, wanted: Wanted) -> None:
         self.teacher, self.samples, self.wanted = teacher, samples, wanted
         self.widths = Widths.of(teacher.model.config)
-        self.squares: dict[tuple[str, int], Tensor] = {}  # (which activation, layer): of the means over positions
+        self.squares: dict[tuple[str, int], Tensor] = {}  # (activation's name, layer) → squared means over positions
         self.kl_I = torch.zeros(len(teacher), dtype=torch.float64)
         self.positions = 0
 
     def take(self, rows: list[int]) -> None:
         """Take samples through all layers, each layer read once.
 
-        A sample's states are those of the whole teacher and, for depth, of the teacher without layer 0, 1, ...; the
-        one without layer i comes into being as what enters layer i.
+        A sample's states are those of the whole teacher and, for depth, of the teacher without layer 0, 1, …; the state
+        without layer i begins as the input of layer i.
         """
         states: dict[int, list[Tensor]] = {}
         calls: dict[int, list[LayerCall]] = {}
@@ -121,7 +122,7 @@ class _Measurement:
                     self.kl_I += self._kl(head, [state_LD[counted_L] for state_LD in states.pop(row)])
 
     def _through(self, layer: nn.Module, index: int, row: int, call: LayerCall, states: list[Tensor]) -> list[Tensor]:
-        """A sample's states behind a layer."""
+        """Return a sample's states after a layer."""
         device = self.teacher.device
         entering_LD, *without = states
         with _watched(layer, self.wanted) as seen:
@@ -145,7 +146,7 @@ class _Measurement:
         self.squares[name, index] = self.squares[name, index] + square if (name, index) in self.squares else square
 
     def _kl(self, head: Head, states: list[Tensor]) -> Tensor:
-        """Sums over positions of KL(first ‖ each other) of the distributions of hidden states before the last norm."""
+        """Return sums over positions of KL(first ‖ each other), from hidden states before the last norm."""
         kl_I = torch.zeros(len(states) - 1, dtype=torch.float64)
         for start in range(0, states[0].shape[0], CHUNK):
             chunks = (state_ND[start : start + CHUNK].to(self.teacher.device) for state_ND in states)
@@ -156,7 +157,7 @@ class _Measurement:
         return kl_I
 
     def result(self) -> Importance:
-        """What the sums amount to."""
+        """Return the importances that the sums give."""
         layers = range(len(self.teacher))
 
         def stacked(wanted: bool, names: tuple[str, ...], rows: Iterable[int]) -> Tensor | None:
@@ -175,7 +176,7 @@ class _Measurement:
 
 @contextlib.contextmanager
 def _watched(layer: nn.Module, wanted: Wanted) -> Iterator[dict[str, Tensor]]:
-    """Where the wanted activations `[L, units]` of the layer's next call appear, by name."""
+    """Yield a mapping in which the wanted activations `[L, units]` of the layer's next call appear, by name."""
     seen: dict[str, Tensor] = {}
 
     def keep_input(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -202,11 +203,11 @@ def _watched(layer: nn.Module, wanted: Wanted) -> Iterator[dict[str, Tensor]]:
 
 
 def _shown(layers: Iterable[int]) -> Iterator[int]:
-    """The same, with a progress bar where there is a terminal."""
+    """Yield the same items, with a progress bar if there is a terminal."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     yield from track(
-        layers, "importance of the teacher's parts", console=console, transient=True, disable=not sys.stderr.isatty()
+        layers, "importance of the teacher's layers", console=console, transient=True, disable=not sys.stderr.isatty()
     )

@@ -31,26 +31,26 @@ class Source(Protocol):
 
 
 def split_name(name: str) -> tuple[int | None, str]:
-    """Layer and name within it of a tensor of a checkpoint; of one outside the layers, None and its name."""
+    """Return layer and name within it of a checkpoint's tensor; outside the layers, None and its name."""
     found = LAYER.search(name)
     return (None, name.removeprefix("model.")) if found is None else (int(found[2]), name[found.end() :])
 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What the model's own forward gives one of its layers besides the hidden states: mask, rotation, positions."""
+    """The arguments of a layer besides the hidden states, from the model's own forward: mask, rotation, positions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def __call__(self, layer: nn.Module, hidden_LD: Tensor) -> Tensor:
-        """The layer's output `[L, D]`."""
+        """Return the layer's output `[L, D]`."""
         out = layer(hidden_LD[None], *self.args, **self.kwargs)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
 
 class _Recorder(nn.Module):
-    """Stands where a layer was: writes down how it is called and passes the hidden states on."""
+    """A module in place of a layer, which notes how it is called and passes the hidden states on."""
 
     call: LayerCall
     entered: Tensor
@@ -63,13 +63,13 @@ class _Recorder(nn.Module):
 class StreamedTeacher:
     """A decoder of a llama-like family in float32: its last norm in memory, the rest on disk.
 
-    The family's own code runs: its forward is called once a sample with recorders in place of the layers, which
-    yields the embeddings it makes and the masks and rotations it gives each layer (documents packed in one row are
-    kept apart by it); then the layers themselves are called with these, in any grouping.
+    The family's own code runs. Its forward is called once a sample with recorders in place of the layers, which gives
+    the embeddings and each layer's masks and rotations (they keep documents packed in one row apart). Then the layers
+    themselves are called with these, in any grouping.
     """
 
     def __init__(self, config: Any, source: Source, device: str = "cpu", trust_remote_code: bool = False) -> None:
-        """`source` has the tensors of a checkpoint of `config`. Raises ValueError when one is missing or unknown."""
+        """Set up the teacher; `source` has a checkpoint's tensors. Raises ValueError if one is missing or unknown."""
         import accelerate
         import transformers
 
@@ -95,12 +95,12 @@ class StreamedTeacher:
         base.rotary_emb.to(self.device)
 
     def __len__(self) -> int:
-        """Number of layers."""
+        """Return the number of layers."""
         return len(self._layers)
 
     @torch.no_grad()
     def begin(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> list[tuple[Tensor, list[LayerCall]]]:
-        """For each sample: the hidden states `[L, D]` that enter the first layer, and how each layer is called."""
+        """Return, for each sample, the hidden states `[L, D]` that enter the first layer, and each layer's call."""
         model, begun = HuggingFaceLanguageModel(self.model), []
         with self._held(self.model.base_model.embed_tokens, None, "embed_tokens."):
             for ids_L, positions_L in zip(input_ids_BL, position_ids_BL, strict=True):
@@ -109,12 +109,12 @@ class StreamedTeacher:
         return begun
 
     def layer(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
-        """A layer with its weights, for as long as the context lasts."""
+        """Give a layer its weights, for as long as the context lasts."""
         return self._held(self._layers[index], index)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[Head]:
-        """The output matrix, the embedding where they are tied, for as long as the context lasts."""
+        """Give the output matrix (the embedding, if they are tied) its weights, for as long as the context lasts."""
         model = self.model
         tied = model.config.tie_word_embeddings
         module, name = (model.base_model.embed_tokens, "embed_tokens") if tied else (model.lm_head, "lm_head")
@@ -128,7 +128,7 @@ class StreamedTeacher:
             yield module
         finally:
             empty = {name: torch.empty_like(weight, device="meta") for name, weight in module.state_dict().items()}
-            module.load_state_dict(empty, assign=True)  # and not `to("meta")`, which takes the buffers' values too
+            module.load_state_dict(empty, assign=True)  # `to("meta")` would lose the buffers' values too
 
     def _fill(self, module: nn.Module, layer: int | None, prefix: str = "") -> None:
         """Give a module its weights from disk, in float32."""

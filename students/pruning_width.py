@@ -1,4 +1,4 @@
-"""Width pruning: which rows and columns of each of a teacher's tensors a narrower student keeps.
+"""Width pruning: the rows and columns of each of a teacher's tensors that a narrower student keeps.
 
 Shapes: I layers, D hidden size, G key-value groups, F neurons of an MLP, E size of a head.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2", "phi3", "gemma2", "gemma3_text")
-"""`model_type` of the families whose tensors `AXES` names."""
+"""Families (`model_type`) whose tensors `AXES` names."""
 FIXED_HIDDEN = ("gemma2", "gemma3_text")
-"""Families that derive a constant (the embedding's scale) from the hidden size: narrower, they are another function."""
+"""Families that derive a constant (the embedding's scale) from the hidden size, which must not change therefore."""
 
 # What each dimension of a tensor counts: D channels of the hidden size, Q rows of all query heads, K rows of all
 # key-value heads, F neurons of the MLP, P the rows of query, key and value in one matrix, U those of gate and up.
@@ -56,21 +56,21 @@ class Widths:
 
     hidden: int
     groups: int
-    """Key-value heads; each goes with the query heads that share it."""
+    """Number of key-value heads. Each goes with the query heads that share it."""
     intermediate: int
     heads_per_group: int
     head: int
 
     @classmethod
     def of(cls, config: Any) -> Widths:
-        """The sizes that a configuration of one of `FAMILIES` names."""
+        """Return the sizes in a configuration of one of `FAMILIES`."""
         heads, hidden = config.num_attention_heads, config.hidden_size
         groups = getattr(config, "num_key_value_heads", None) or heads
         head = getattr(config, "head_dim", None) or hidden // heads
         return cls(hidden, groups, config.intermediate_size, heads // groups, head)
 
     def as_config(self) -> dict[str, int]:
-        """As configurations name them. The size of a head is said: it is no longer hidden size by heads."""
+        """Return the sizes under their names in configurations, with the head size, which no longer follows."""
         return {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -80,7 +80,7 @@ class Widths:
         }
 
     def axes(self) -> dict[str, int]:
-        """The length of each axis of `AXES`."""
+        """Return the length of each axis of `AXES`."""
         keys = self.groups * self.head
         queries = keys * self.heads_per_group
         return {
@@ -95,21 +95,21 @@ class Widths:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What a student keeps of the teacher's width: ascending indices, None for everything."""
+    """The teacher's width that a student keeps: ascending indices, None for everything."""
 
     family: str
     teacher: Widths
     hidden: Tensor | None = None
-    """Channels, the same ones everywhere: all layers read and write one residual stream."""
+    """Channels, the same ones everywhere, because all layers read and write one residual stream."""
     groups: list[Tensor] | None = None
     """Key-value groups of each of the teacher's layers."""
     neurons: list[Tensor] | None = None
     """Neurons of the MLP of each of the teacher's layers."""
 
     def slice(self, tensor: Tensor, name: str, layer: int | None) -> Tensor:
-        """The part of a tensor to keep. `name`: within its layer, or within the model (`layer` None).
+        """Return the slice of a tensor to keep. `name` is its name within its layer, or the model (`layer` None).
 
-        Raises ValueError for a tensor that `AXES` does not know, or whose shape is not what the configuration says.
+        Raises ValueError for a tensor that `AXES` does not know, or whose shape differs from the configuration's.
         """
         axes = AXES_OF_FAMILY.get(self.family, {}).get(name) or AXES.get(name)
         if axes is None or len(axes) != tensor.dim():
@@ -126,7 +126,7 @@ class Narrowing:
         return tensor
 
     def _kept(self, axis: str, layer: int | None) -> Tensor | None:
-        """Indices to keep along an axis, None for all."""
+        """Return the indices to keep along an axis, None for all."""
         if axis == "D":
             return self.hidden
         assert layer is not None, "only a layer's tensors have heads and neurons"
@@ -137,8 +137,8 @@ class Narrowing:
             return keep if axis == "F" else torch.cat([keep, keep + self.teacher.intermediate])
         if self.groups is None:
             return None
-        keys = blocks(self.groups[layer], self.teacher.head)
-        queries = blocks(self.groups[layer], self.teacher.head * self.teacher.heads_per_group)
+        keys = rows_of(self.groups[layer], self.teacher.head)
+        queries = rows_of(self.groups[layer], self.teacher.head * self.teacher.heads_per_group)
         if axis == "P":
             all_queries, all_keys = self.teacher.axes()["Q"], self.teacher.axes()["K"]
             return torch.cat([queries, keys + all_queries, keys + all_queries + all_keys])
@@ -148,7 +148,7 @@ class Narrowing:
 def narrowed_widths(
     config: Any, hidden_size: int | None, intermediate_size: int | None, key_value_groups: int | None
 ) -> Widths:
-    """The widths of the student; None stays the teacher's. ValueError for what cannot be cut out of the teacher."""
+    """Return the student's widths; None stays the teacher's. Raises ValueError for widths the teacher cannot give."""
     family = config.model_type
     if family not in FAMILIES:
         raise ValueError(
@@ -170,11 +170,11 @@ def narrowed_widths(
     return replace(teacher, hidden=hidden, intermediate=intermediate, groups=groups)
 
 
-def blocks(indices: Tensor, size: int) -> Tensor:
-    """Indices of the rows of blocks of `size` rows each: `blocks([0, 2], 3)` is `[0, 1, 2, 6, 7, 8]`."""
+def rows_of(indices: Tensor, size: int) -> Tensor:
+    """Return the indices of the rows of groups of `size` rows each: `rows_of([0, 2], 3)` is `[0, 1, 2, 6, 7, 8]`."""
     return (indices[:, None] * size + torch.arange(size)).flatten()
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, in ascending order; of equal ones the first."""
+    """Return the indices of the `count` largest scores, in ascending order. Ties go to the first."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values

@@ -1,4 +1,4 @@
-"""A frozen teacher from any Hugging Face checkpoint or GGUF file, in 4 bits (NF4), 8 bits, or as it is."""
+"""A frozen teacher from any Hugging Face checkpoint or GGUF file, in 4 bits (NF4), 8 bits, or unquantised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_teacher(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> HuggingFaceLanguageModel:
-    """The frozen teacher on `device`; its linear layers quantised, embeddings, norms and head in the compute dtype."""
+    """Load the frozen teacher on `device`: linear layers quantised, embeddings, norms and head in the compute dtype."""
     dtype = resolve_dtype(compute_dtype, device)
     loaded = load_quantized(resolve(model, revision, trust_remote_code), quantization, dtype, device, trust_remote_code)
     teacher = HuggingFaceLanguageModel(loaded).eval().requires_grad_(False)
@@ -26,7 +26,7 @@ def load_teacher(
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The compute dtype; `auto`: bfloat16 on CUDA cards that have it, float16 on older ones, float32 on a CPU."""
+    """Return the compute dtype. `auto` is bfloat16 on CUDA cards that have it, float16 on older ones, else float32."""
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"compute_dtype '{name}' is unknown (known: auto, {', '.join(DTYPES)})")

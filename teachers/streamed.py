@@ -32,10 +32,11 @@ def load_streamed_teacher(
     micro_batch: int | None = None,
     keep_layers: int = 0,
 ) -> StreamedTeacher:
-    """The frozen teacher with embeddings, last norm, head and its first `keep_layers` layers on `device`.
+    """Load the frozen teacher with embeddings, last norm, head and its first `keep_layers` layers on `device`.
 
-    Every batch reads the other layers once; `micro_batch` samples at a time go through a layer (None: the whole batch),
-    so that batches can be large where activations must be small. Raises ValueError for what cannot be streamed.
+    Every batch reads the other layers once. `micro_batch` samples at a time go through a layer (None: the whole batch),
+    so that batches can be large while activations stay small. Raises ValueError for a checkpoint that cannot be
+    streamed.
     """
     checkpoint = resolve(model, revision, trust_remote_code)
     _check(checkpoint, quantization, micro_batch, trust_remote_code)
@@ -57,10 +58,10 @@ def shape_of_streamed(
     micro_batch: int | None = None,
     keep_layers: int = 0,
 ) -> StreamedTeacher:
-    """What `load_streamed_teacher` puts on a CUDA device, with weights of any value: a forecast runs it.
+    """Make what `load_streamed_teacher` puts on a CUDA device, with weights of any value, for a forecast to run.
 
-    Of the checkpoint its configuration alone is read. The next layer, which waits in the host's memory, is not there;
-    micro-batches run one after the other.
+    Only the checkpoint's configuration is read. The next layer, which waits in the host's memory, is absent.
+    Micro-batches run one after the other.
     """
     checkpoint = resolve(model, revision, trust_remote_code)
     _check(checkpoint, quantization, micro_batch, trust_remote_code)
@@ -85,7 +86,7 @@ def _check(checkpoint: Checkpoint, quantization: str, micro_batch: int | None, t
 
 
 def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The `transformers` model: parameters without memory, but buffers (rotary frequencies) with their values."""
+    """Make the `transformers` model: parameters without memory, but buffers (rotary frequencies) with values."""
     import accelerate
     import transformers
 
@@ -107,7 +108,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         micro_batch: int | None = None,
         keep_layers: int = 0,
     ) -> None:
-        """`model` without weights; `source` has its checkpoint's tensors (None: weights of any value, never read)."""
+        """Set up `model`, which has no weights; `source` has its checkpoint's tensors (None: nothing is read)."""
         super().__init__(model)
         layers = decoder_layers(model)
         if not 0 <= keep_layers <= len(layers):
@@ -132,7 +133,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
     @torch.no_grad()
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
-        """Hidden states `[B, L, D]` behind the last norm; raises what reading a layer raises."""
+        """Return the hidden states `[B, L, D]` after the last norm. Raises the error of reading a layer."""
         ids, positions = (x.split(self._micro_batch or max(len(x), 1)) for x in (input_ids_BL, position_ids_BL))
         try:
             if len(ids) == 1:
@@ -154,7 +155,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             self._stream.release()
 
     def check(self) -> None:
-        """As of any model, on hidden states of any value: what the family makes of them needs no layer."""
+        """Check the head as for any model, but on random hidden states: its transformation needs no layer."""
         base, weight = getattr(self.model, self._base_name), self.model.get_output_embeddings().weight
         hidden_BLD = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0))
         base.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden_BLD.to(weight))
@@ -165,17 +166,17 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
     @property
     def bytes_read(self) -> int:
-        """That every batch reads from disk, in the type that is computed with."""
+        """Bytes that every batch reads from disk, in the compute dtype."""
         return self._stream.nbytes
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
-        """Before a layer runs: the other micro-batches come as far as this first."""
+        """Wait before a layer runs until the other micro-batches have come as far, then give the layer its weights."""
         if self._turns is not None:
             self._turns.pause()
         self._stream.hold(index)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Torch's way to every cast and move: what has no memory stays without, and no type changes."""
+        """Move what has memory. torch calls this for every cast and move; a cast to another type is refused."""
         self._stream.release()
         here = self.model.get_input_embeddings().weight
         if fn(here.new_empty(0)).dtype != here.dtype:
@@ -185,11 +186,11 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         return self
 
     def _layer_of(self, name: str) -> int | None:
-        """The streamed layer that a tensor of the model belongs to."""
+        """Return the streamed layer that a tensor of the model belongs to."""
         return next((index for index, prefix in self._prefixes.items() if name.startswith(prefix)), None)
 
     def _load_rest(self, weights: Mapping[str, Tensor], device: str) -> None:
-        """Everything outside the streamed layers, for good."""
+        """Load everything outside the streamed layers, for good."""
         made = {name for group in self._readings.values() for reading in group for name in reading.makes}
         missing = set() if self._source is None else set(self.model.state_dict()) - made
         present = {
@@ -229,9 +230,9 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
 
 def decoder_layers(model: Any) -> list[str]:
-    """Prefixes (`model.layers.0.`) of the names of a model's layers: of all lists of modules, the one that holds most.
+    """Return the names' prefixes (`model.layers.0.`) of a model's layers: the list of modules that holds most weights.
 
-    Raises ValueError when there is none.
+    Raises ValueError if there is none.
     """
     sizes = {
         name: sum(parameter.nbytes for parameter in module.parameters())
@@ -245,7 +246,7 @@ def decoder_layers(model: Any) -> list[str]:
 
 
 class _Hidden(SimpleNamespace):
-    """What a base model returns; whatever else a family asks of it is not there."""
+    """Result of a base model with hidden states alone. Any other attribute that a family asks for is None."""
 
     def __getattr__(self, name: str) -> None:
         return None

@@ -11,13 +11,13 @@ import torch
 
 
 class _Stopped(Exception):
-    """Another run failed."""
+    """Raised in a run because another run failed."""
 
 
 class Turns:
-    """Several runs of a model's forward, of which one is under way at a time and the others wait at a layer.
+    """Several runs of a model's forward, of which one is under way at a time while the others wait at a layer.
 
-    The forward is the family's own and cannot be left in the middle, but for a thread that waits.
+    The forward is the family's own code, and only a waiting thread can stop it in the middle.
     """
 
     def __init__(self, parts: int, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class Turns:
         self._error: BaseException | None = None
 
     def pause(self) -> None:
-        """Let each of the others run until it comes to a pause."""
+        """Let each of the other runs go on until it comes to a pause."""
         index: int = self._mine.index
         self._pass_on(index)
         self._gates[index].acquire()
@@ -35,7 +35,7 @@ class Turns:
             raise _Stopped
 
     def run(self, work: Callable[[int], None]) -> None:
-        """`work(index)` of every part, from this thread's state of torch; raises what the first that fails raises."""
+        """Run `work(index)` for every run, in this thread's torch state. Raises the error of the first failure."""
         state = _state_of_torch(self._device)
         threads = [
             threading.Thread(target=contextvars.copy_context().run, args=(self._part, work, index, state))
@@ -73,7 +73,7 @@ class Turns:
 
 
 def _state_of_torch(device: torch.device) -> Callable[[], ExitStack]:
-    """Enters, in another thread, what torch keeps for each thread on its own."""
+    """Return a function that enters, in another thread, the state that torch keeps for each thread."""
     kind, inference, gradients = device.type, torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 

@@ -1,4 +1,4 @@
-"""The weights of a model's layers, one layer at a time in a buffer that is used again, the next one read ahead."""
+"""The weights of a model's layers, one layer at a time in a reused buffer, with the next one read ahead."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ class Source(Protocol):
 
 @dataclass
 class Reading:
-    """How transformers makes tensors of a model from tensors of its checkpoint, by its own tables.
+    """The way in which transformers makes tensors of a model from tensors of its checkpoint, by its own tables.
 
-    Mostly one of one, under another name at most; a mixture's experts, stored one by one, become one tensor.
+    Mostly one tensor comes from one, perhaps under another name. A mixture's experts, stored one by one, become one
+    tensor.
     """
 
     makes: list[str]
-    """Names in the model; transformers names a conversion by the first."""
+    """Names in the model. transformers names a conversion by the first."""
     stored: list[tuple[str, str]] = field(default_factory=list)
-    """Pattern that transformers knows it by, and name in the checkpoint."""
+    """Pairs of transformers' pattern and the name in the checkpoint."""
     converter: Any = None
 
     def tensors(self, source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:
-        """The tensors by their names in the model, in the type they are stored in."""
+        """Yield the tensors by their names in the model, in the type in which they are stored."""
         if self.converter is None:
             yield self.makes[0], source.read(self.stored[0][1])
             return
@@ -50,7 +51,7 @@ class Reading:
 
 
 def readings(model: Any, stored: Iterable[str]) -> list[Reading]:
-    """How every tensor of `model` (on the meta device) is read; what is stored and has no place in it is left out."""
+    """Return how every tensor of `model` (on the meta device) is read. Stored tensors that it lacks are left out."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -62,7 +63,7 @@ def readings(model: Any, stored: Iterable[str]) -> list[Reading]:
     found: dict[str, Reading] = {}
     for name in sorted(stored, key=dot_natural_key):
         made, pattern = rename_source_key(name, renamings, converters, prefix, expected)
-        if made not in expected and name in expected:  # renamed by a rule that was not meant for it
+        if made not in expected and name in expected:  # a rule for other tensors renamed it
             made, pattern = name, None
         if made not in expected:
             continue
@@ -76,7 +77,7 @@ def readings(model: Any, stored: Iterable[str]) -> list[Reading]:
 
 
 def types_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The type of each tensor of `model` when transformers loads it in `dtype`: some families keep a few in float32."""
+    """Return each tensor's type when transformers loads `model` in `dtype`: some families keep a few in float32."""
     from transformers.core_model_loading import build_glob_alternation
 
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -88,11 +89,11 @@ def types_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 @dataclass
 class Layer:
-    """A layer whose tensors come and go; without them they are on the meta device."""
+    """A layer whose tensors come and go. Without them they are on the meta device."""
 
     module: nn.Module
     empty: dict[str, Tensor]
-    """Its weights by their names within it, without memory, in the type they are to have."""
+    """The layer's weights by their names within it, without memory, in their final types."""
 
     def __post_init__(self) -> None:
         self._places: dict[str, int] = {}
@@ -102,20 +103,20 @@ class Layer:
             self.nbytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensors in a buffer of bytes."""
+        """Return the tensors as views of a buffer of bytes."""
         return {
             name: buffer[start : start + prod(tensor.shape) * tensor.itemsize].view(tensor.dtype).view(tensor.shape)
             for start, (name, tensor) in zip(self._places.values(), self.empty.items(), strict=True)
         }
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute with these from now on."""
+        """Replace the layer's tensors by these."""
         for name, tensor in tensors.items():
             place(self.module, name, tensor)
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a frozen tensor where a module has the parameter or buffer `name`."""
+    """Put a frozen tensor in the place of a module's parameter or buffer `name`."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -125,10 +126,10 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 class LayerStream:
-    """One layer at a time has its weights on the device, in one buffer; the next layer's are read on the host.
+    """A stream of layers: one at a time has its weights on the device, in one buffer; the next one is read on the host.
 
-    A background thread reads. On a CUDA device the host's buffer is pinned and copied over without waiting; on the
-    host itself the two buffers change places.
+    A background thread reads. On a CUDA device the host's buffer is pinned and copied over without waiting. On the host
+    itself the two buffers change places.
     """
 
     _buffer: Tensor | None  # on the device
@@ -142,9 +143,9 @@ class LayerStream:
         device: torch.device,
         fill: Callable[[int, dict[str, Tensor]], None] | None,
     ) -> None:
-        """`layers` in the order they run; `fill(index, tensors)` reads a layer's weights into its tensors.
+        """Set up `layers` in the order they run; `fill(index, tensors)` reads a layer's weights into its tensors.
 
-        Without `fill` nothing is read and one buffer stands for all that the device holds: for a forecast.
+        Without `fill` nothing is read, and one buffer stands for everything that the device holds, for a forecast.
         """
         self._layers, self._fill = dict(layers), fill
         self._settle(device)
@@ -156,10 +157,10 @@ class LayerStream:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers")
         self._holds: int | None = None  # the layer whose weights are in `_buffer`
         if fill is None and order:
-            self.hold(order[0])  # so that whoever asks what the weights are finds the buffer among them
+            self.hold(order[0])  # so that a count of the weights includes the buffer
 
     def hold(self, index: int) -> None:
-        """Give a layer its weights, which the layer before it loses. Raises what reading raises."""
+        """Give a layer its weights, which the layer before it loses. Raises the error of reading, if there is one."""
         if self._holds == index:
             return
         self.release()
@@ -182,11 +183,11 @@ class LayerStream:
             held.take(held.empty)
 
     def move(self, device: torch.device) -> None:
-        """Go on on another device; the buffers are made when they are needed."""
+        """Continue on another device. The buffers are made when they are needed."""
         self.release()
         if device != self._device:
             if self._ahead is not None:
-                self._ahead[1].exception()  # waits; the thread writes into the buffer
+                self._ahead[1].exception()  # waits for the thread, which writes into the buffer
             self._settle(device)
 
     def _settle(self, device: torch.device) -> None:
@@ -202,10 +203,10 @@ class LayerStream:
             self._host = torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned)
 
     def _read(self, index: int) -> None:
-        """The host's buffer holds this layer, read ahead or now."""
+        """Wait until the host's buffer holds this layer, read ahead or now."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != index:
-            ahead = index, self._thread.submit(self._read_now, index)  # behind a reading that nobody wants any more
+            ahead = index, self._thread.submit(self._read_now, index)  # queued after a reading that is now useless
         ahead[1].result()
 
     def _read_now(self, index: int) -> None:
@@ -215,12 +216,12 @@ class LayerStream:
         self._fill(index, self._layers[index].views(self._host))
 
     def _over(self, nbytes: int) -> None:
-        """From the host to the device."""
+        """Copy the weights from the host to the device."""
         assert self._buffer is not None and self._host is not None
         if self._changes_places:
             self._buffer, self._host = self._host, self._buffer
             return
-        # Ordered on the device's stream behind the layer that was computed from the same buffer.
+        # The device's stream runs this copy after the layer that was computed from the same buffer.
         self._buffer[:nbytes].copy_(self._host[:nbytes], non_blocking=self._device.type == "cuda")
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()

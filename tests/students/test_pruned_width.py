@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.models.huggingface import HuggingFaceLanguageModel
 from students.pruned import prune_teacher, pruned_config, pruned_weights
-from students.pruning_width import FAMILIES, FIXED_HIDDEN, Narrowing, Widths, blocks, largest, narrowed_widths
+from students.pruning_width import FAMILIES, FIXED_HIDDEN, Narrowing, Widths, largest, narrowed_widths, rows_of
 
 LAYERS, VOCABULARY, HIDDEN, NEURONS, HEADS, GROUPS = 3, 61, 24, 20, 6, 3
 HEAD = 8  # not HIDDEN / HEADS: the rows of the heads and the channels must not be mistaken for one another
@@ -262,7 +262,7 @@ def test_a_hidden_size_that_the_family_computes_with_is_refused(family: str, tmp
 
 def test_the_largest_ascend_and_of_equal_ones_the_first_win() -> None:
     assert largest(torch.tensor([1.0, 5.0, 2.0, 5.0, 2.0]), 3).tolist() == [1, 2, 3]
-    assert blocks(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+    assert rows_of(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
 
 
 def test_a_size_that_the_family_does_not_load_again_is_refused_with_the_nearest(tmp_path: Path) -> None:
