@@ -88,18 +88,27 @@ def _compare(parser: argparse.ArgumentParser) -> Recipe:
     return recipe
 
 
+def _class_path(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--class_path", metavar="CLASS", help="the student's class, where it is your own: my_file.py:MyStudent"
+    )
+
+
 def _export(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument("run", metavar="RUN", help="run_dir of a finished training, or a model's folder")
     parser.add_argument("--to", metavar="DIR", required=True, help="a new folder")
     parser.add_argument("--format", default="hf", help="hf (a Hugging Face folder, the default), gguf or onnx")
     parser.add_argument("--type", help="hf: float32, bfloat16, float16; gguf: f16, q8_0, q4_0, …")
     parser.add_argument("--with_code", action="store_true", help="hf, of a class of your own: its source goes along")
+    _class_path(parser)
 
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import export
 
         return stoppable(
-            lambda: export.main(options.run, options.to, options.format, options.type, options.with_code),
+            lambda: export.main(
+                options.run, options.to, options.format, options.type, options.with_code, options.class_path
+            ),
             f"{options.to} was not made",
         )
 
@@ -113,12 +122,19 @@ def _chat(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)")
     parser.add_argument("--seed", type=int, metavar="N", help="for the same answers again")
     parser.add_argument("--system", metavar="TEXT", help="system message, where the model has a chat template")
+    _class_path(parser)
 
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import chat
 
         return chat.main(
-            options.run, options.temperature, options.top_p, options.max_new_tokens, options.seed, options.system
+            options.run,
+            options.temperature,
+            options.top_p,
+            options.max_new_tokens,
+            options.seed,
+            options.system,
+            options.class_path,
         )
 
     return recipe

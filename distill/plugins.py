@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError, did_you_mean
+from distill.system.files import last_part, names_only
 
 if TYPE_CHECKING:
     import torch
@@ -144,17 +145,22 @@ def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str
 
 
 def load_language_model(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    class_path: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """Return the language model that `save_language_model` wrote, or any Hugging Face folder's, in evaluation mode.
 
-    `dtype` defaults to float32. A model with a `student.json` is built again by its plug-in and given its weights.
+    `dtype` defaults to float32. A model with a `student.json` is built again by its plug-in and given its weights. A
+    folder may come from anyone, so a class that is no built-in must be the `class_path` that the user named. `options`
+    say in full where a path is of which the folder has the name alone.
     """
     import torch
 
     from distill.models import saving
-    from distill.models.checkpoints import Checkpoint
-    from distill.models.tokenizers import load_tokenizer, vocab_size
+    from distill.models.tokenizers import load_folder_tokenizer, vocab_size
     from distill.system.staging import recover
 
     folder, dtype = Path(folder), dtype or torch.float32
@@ -164,10 +170,35 @@ def load_language_model(
     if description is None:
         model = saving.load_hugging_face(folder, dtype)
     else:
-        offered = {"vocab_size": vocab_size(load_tokenizer(Checkpoint(folder, None, str(folder))))}
-        model = build(description["class_path"], "student", description["options"], offered)
+        description["class_path"] = named_class(folder, description["class_path"], class_path)
+        offered = {"vocab_size": vocab_size(load_folder_tokenizer(folder))}
+        known = {**description["options"], **_in_full(description["options"], options or {})}
+        model = build(description["class_path"], "student", known, offered)
         saving.load_weights(model, folder, description)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _in_full(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in saved and saved[name] == names_only(value)}
+
+
+def named_class(folder: Path, wanted: str, named: str | None) -> str:
+    """Return the class that builds a folder's model: the built-in that it `wanted`, or the one that the user `named`.
+
+    Raises UserError when the user has not named it, and for a built-in that opens other checkpoints: its models are
+    saved as Hugging Face folders.
+    """
+    if wanted in BUILT_IN["student"] or wanted in BUILT_IN["student"].values():
+        if "trust_remote_code" in inspect.signature(load(wanted, "student")).parameters:
+            raise UserError(f"{folder}: its student.json names '{wanted}', which opens other checkpoints: not loaded")
+        return wanted
+    if named is None:
+        raise UserError(
+            f"{folder}: its student.json asks for the code of {wanted}: if you trust it, name it: --class_path {wanted}"
+        )
+    if last_part(named) != last_part(wanted):
+        raise UserError(f"{folder}: its student.json asks for the code of {wanted}, and not of {named}: not loaded")
+    return named
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:

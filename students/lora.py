@@ -82,7 +82,12 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
         weights = {name: self._merged_tensor(name, empty).to("cpu", copy=True) for name in empty.state_dict()}
         with quiet_transformers():
             plain, report = type(self.model).from_pretrained(
-                None, config=config, state_dict=weights, dtype=self.export_dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=weights,
+                dtype=self.export_dtype,
+                output_loading_info=True,
+                trust_remote_code=False,  # the class is here already, with whatever code it needs
             )
         complain_about_missing(report, "merged student")
         plain.generation_config = copy.deepcopy(self.model.generation_config)

@@ -227,7 +227,12 @@ def _build(config: Any, weights: dict[str, Tensor], teacher: str, trust_remote_c
         with torch.device("meta"):  # for its class only
             empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model, report = type(empty).from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,  # the class is here already, with whatever code it needs
         )
     complain_about_missing(report, f"pruned {teacher}")
     return model

@@ -54,6 +54,9 @@ TOP_LEVEL = {
     *("distill", "teachers", "students", "configs", "data", "tests"),
 }
 
+# Without `trust_remote_code` transformers asks "[y/N]", or its default may change. `datasets` runs no code since 4.0.
+TRUSTING = {"from_pretrained", "from_config"}
+
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -137,10 +140,17 @@ def unsafe_loading(source: str) -> list[str]:
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
             if ast.unparse(node.func) == "torch.load" and not safe:
                 found.append(f"line {node.lineno}: torch.load without weights_only=True")
+            if attribute(node) in TRUSTING and all(k.arg != "trust_remote_code" for k in node.keywords):
+                found.append(f"line {node.lineno}: {attribute(node)} without trust_remote_code")
             if any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords):
                 found.append(f"line {node.lineno}: allow_pickle")
         found += [f"{name} = True" for name, value in assigned(node) if name == "trust_remote_code" and is_true(value)]
     return found
+
+
+def attribute(call: ast.Call) -> str:
+    """The name behind the last dot of what is called."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else ""
 
 
 def is_true(value: ast.AST | None) -> bool:
@@ -281,6 +291,9 @@ def test_relative_imports_of_a_package_are_its_own() -> None:
         "torch.load(path, weights_only=False)",
         "numpy.load(path, allow_pickle=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained(folder)",
+        "type(model).from_pretrained(None, config=config, **options)",
+        "AutoModelForCausalLM.from_config(config, dtype=dtype)",
         "class C:\n    trust_remote_code: bool = True",
         "def f(x, trust_remote_code=True): ...",
         "def f(*, trust_remote_code: bool = True): ...",
@@ -293,7 +306,7 @@ def test_unsafe_loading_is_found(source: str) -> None:
 
 
 def test_safe_loading_passes() -> None:
-    safe = "torch.load(path, weights_only=True)\nf(trust_remote_code=trust)\nimport safetensors\nd: bool = True"
+    safe = "torch.load(path, weights_only=True)\nf(trust_remote_code=t)\nimport safetensors\nd: bool = True"
     assert unsafe_loading(safe) == []
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
+from distill.experiment.folders import write_json
+from distill.system.files import names_only, read_bounded
 
 FILE = "settings.json"
+_MOST_BYTES = 2**24
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The settings in a folder. Raises UserError when they are missing or damaged."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = json.loads(read_bounded(folder / FILE, _MOST_BYTES))
         if isinstance(found, dict):
             return found
     except (OSError, ValueError):
@@ -22,17 +25,22 @@ def read(folder: Path) -> dict[str, Any]:
     raise UserError(f"{folder}: its {FILE} is missing or damaged: remove the folder and train again")
 
 
+def write(folder: Path, content: dict[str, Any]) -> None:
+    """Write a folder's settings. Paths are cut to the names at their ends, for a model is handed on."""
+    write_json(folder / FILE, names_only(content))
+
+
 def differences(folder: Path, settings: dict[str, Any]) -> list[str]:
     """What differs between the settings in a folder and ours, as `train.learning_rate: 0.1 there, 0.2 here`.
 
     Raises UserError when the folder's are missing or damaged.
     """
-    there = _flat(read(folder))
+    there = _flat(names_only(read(folder)))
     here = _flat(json.loads(json.dumps(settings)))
     return [
         f"{key}: {there.get(key)} there, {here.get(key)} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
+        if there.get(key) != names_only(here.get(key))
     ]
 
 

@@ -18,11 +18,11 @@ from distill.experiment.cache import packing_fingerprint
 from distill.experiment.checks import check_model
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.experiment.student import Calibration, build_student
+from distill.experiment.student import Calibration, build_student, offered_options
 from distill.experiment.teacher import Teacher
 from distill.experiment.training import Role, own_settings, roles
-from distill.models.checkpoints import Checkpoint, weight_files
-from distill.models.tokenizers import load_tokenizer
+from distill.models.checkpoints import weight_files
+from distill.models.tokenizers import load_folder_tokenizer
 from distill.models.vocabulary import Vocabulary
 from distill.plugins import load_language_model
 from distill.system.files import sha256_of
@@ -137,8 +137,10 @@ def _trained(
     weights = sorted(folder.glob("*.safetensors"))
 
     def load() -> Loaded:
-        model = load_language_model(folder, teacher.device, _dtype(experiment))
-        return _checked(experiment, model, load_tokenizer(Checkpoint(folder, None, str(folder))), teacher, vocabulary)
+        device, student = teacher.device, experiment.student
+        options = {**offered_options(experiment, teacher.vocab_size, None, str(device)), **student.options}
+        model = load_language_model(folder, device, _dtype(experiment), student.class_path, options)
+        return _checked(experiment, model, load_folder_tokenizer(folder), teacher, vocabulary)
 
     files = sorted(path for path in folder.iterdir() if path.is_file())
     identity = {file.name: sha256_of(file) for file in files} | _code(experiment.student.class_path)

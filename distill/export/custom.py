@@ -18,7 +18,7 @@ from distill import __version__, plugins
 from distill.errors import UserError
 from distill.export import probe
 from distill.models import isolation, language_model
-from distill.models.saving import DESCRIPTION, WEIGHTS
+from distill.models.saving import WEIGHTS, read_description
 from distill.models.tokenizers import vocab_size
 from distill.plugins import load_language_model
 
@@ -34,21 +34,30 @@ def is_custom(folder: Path) -> bool:
 
 
 def write(
-    source: Path, folder: Path, dtype: torch.dtype, tokenizer: Any, with_code: bool, shard_size: str = "5GB"
+    source: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    with_code: bool,
+    named: str | None = None,
+    shard_size: str = "5GB",
 ) -> None:
     """Write weights, configuration and code, for `from_pretrained(folder, trust_remote_code=True)`.
 
-    Raises UserError without `with_code`, and for code that needs more of distill than the contract.
+    `named` is the student's class where it is no built-in. Raises UserError without `with_code`, and for code that
+    needs more of distill than the contract.
     """
-    description = json.loads((source / DESCRIPTION).read_text(encoding="utf-8"))
+    description = read_description(source)
+    assert description is not None, "a student with code has a description"
     class_path = description["class_path"]
     if not with_code:
         raise UserError(
             f"{source}: {class_path} is code of its own and no transformers model: --with_code puts this code into the "
             "folder, and people then open it with trust_remote_code=True"
         )
+    class_path = plugins.named_class(source, class_path, named)
     options = plugins.arguments(class_path, "student", description["options"], {"vocab_size": vocab_size(tokenizer)})
-    model = load_language_model(source)
+    model = load_language_model(source, class_path=class_path)
     _write_code(class_path, folder)
     _write_weights(source, folder, dtype, shard_size)
     _write_configuration(folder, _configuration(model, source, options, dtype, tokenizer))

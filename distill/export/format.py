@@ -24,10 +24,11 @@ class Format(Protocol):
         ...
 
 
-def find_format(name: str, type: str | None = None, with_code: bool = False) -> Format:
+def find_format(name: str, type: str | None = None, with_code: bool = False, class_path: str | None = None) -> Format:
     """Return the format `name`, its numbers stored as `type` (None means the format's usual type).
 
-    Raises UserError for an unknown name or type, and for a missing library.
+    `class_path` is the student's class if it is no built-in, as the user named it. Raises UserError for an unknown name
+    or type, and for a missing library.
     """
     if name not in FORMATS:
         raise UserError(f"--format {name}: unknown{did_you_mean(name, FORMATS)}")
@@ -38,9 +39,9 @@ def find_format(name: str, type: str | None = None, with_code: bool = False) -> 
     if type is not None and type not in types:
         raise UserError(f"--type {type}: unknown to --format {name}{did_you_mean(type, types)}")
     if name == "hf":
-        return module.HuggingFaceFormat(type, with_code)
+        return module.HuggingFaceFormat(type, with_code, class_path)
     if name == "onnx":
-        return module.OnnxFormat()
+        return module.OnnxFormat(class_path)
     return _Gguf(type or types[0])
 
 

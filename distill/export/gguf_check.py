@@ -212,6 +212,7 @@ def _read_by_transformers(file: Path, config: Any) -> Any:
                 dtype=torch.float32,
                 quantization_config=transformers.GgufConfig(dequantize=True),
                 output_loading_info=True,
+                trust_remote_code=False,
             )
         except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
             reason = f"transformers does not read it ({first_line(error)})"

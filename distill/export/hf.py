@@ -20,7 +20,7 @@ from distill.export import alone, custom, probe
 from distill.models.checkpoints import Checkpoint, weight_files
 from distill.models.huggingface import load_pretrained
 from distill.models.saving import DESCRIPTION
-from distill.models.tokenizers import load_tokenizer
+from distill.models.tokenizers import load_folder_tokenizer
 from distill.system.quiet import quiet_transformers
 
 TYPES = ("float32", "bfloat16", "float16")
@@ -43,13 +43,15 @@ class HuggingFaceFormat:
 
     type: str | None = None
     with_code: bool = False
+    class_path: str | None = None
+    """The class of a student that is no built-in."""
 
     def write(self, source: Path, folder: Path) -> None:
         """Write the folder. Raises UserError for a custom student without `with_code`, or whose code needs more."""
-        tokenizer = load_tokenizer(Checkpoint(source, None, str(source)))
+        tokenizer = load_folder_tokenizer(source)
         dtype = stored_dtype(source) if self.type is None else getattr(torch, self.type)
         if (source / DESCRIPTION).is_file():
-            custom.write(source, folder, dtype, tokenizer, self.with_code, SHARD)
+            custom.write(source, folder, dtype, tokenizer, self.with_code, self.class_path, SHARD)
         else:
             model = load_pretrained(Checkpoint(source, None, str(source)), dtype)
             model.generation_config = _generation_config(model.generation_config, tokenizer)
@@ -61,8 +63,8 @@ class HuggingFaceFormat:
         """Compare the logits that transformers computes by itself with ours, on `probe.TEXTS`."""
         stored = stored_dtype(folder)
         limit = min(probe.LONGEST, probe.longest_input(source))
-        rows = probe.encode(load_tokenizer(Checkpoint(source, None, str(source))), limit)
-        ours = probe.our_logits(probe.load_rounded(source, stored), rows)
+        rows = probe.encode(load_folder_tokenizer(source), limit)
+        ours = probe.our_logits(probe.load_rounded(source, stored, self.class_path), rows)
         dtypes = ["auto"] if stored == torch.float32 else ["float32", "auto"]  # auto: what the folder itself asks for
         request = {"folder": str(folder), "texts": probe.TEXTS, "limit": limit, "dtypes": dtypes}
         theirs = _ask({**request, "trust": custom.is_custom(folder)})
@@ -78,7 +80,7 @@ class HuggingFaceFormat:
 
     def _rounded(self, source: Path, stored: torch.dtype, rows: list[list[int]], theirs: dict[str, Tensor]) -> str:
         """Compare the folder in its default type, which computes in 16 bits, with our student in float32."""
-        ours = probe.our_logits(probe.load_rounded(source, torch.float32), rows)
+        ours = probe.our_logits(probe.load_rounded(source, torch.float32, self.class_path), rows)
         relative = probe.compare(ours, _of(theirs, "auto")).relative
         name = str(stored).removeprefix("torch.")
         said = f"computed in {name}, {relative:.1%} away from the student in float32 (allowed {ROUNDED[stored]:.0%})"

@@ -19,9 +19,9 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.export import onnx_tracing, probe
 from distill.export.hf import save_tokenizer
-from distill.models.checkpoints import Checkpoint, first_line
+from distill.models.checkpoints import first_line
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.tokenizers import load_tokenizer
+from distill.models.tokenizers import load_folder_tokenizer
 from distill.plugins import load_language_model
 from distill.system.quiet import quiet
 
@@ -41,6 +41,9 @@ _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 class OnnxFormat:
     """Format of `model.onnx` in float32, with tokenizer and configuration beside it."""
 
+    class_path: str | None = None
+    """The class of a student that is no built-in."""
+
     def __post_init__(self) -> None:
         for library in _LIBRARIES:
             try:
@@ -52,12 +55,12 @@ class OnnxFormat:
 
     def write(self, source: Path, folder: Path) -> None:
         """Write the folder. Raises UserError for a model that torch's exporter cannot trace or translate."""
-        model = load_language_model(source)
+        model = load_language_model(source, class_path=self.class_path)
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
         with quiet(prints=True):  # the exporter tells of every step, and of libraries that it can do without
             program = _translated(_traced(_forward(model), model.head.weight_VD.shape[0], _sizes(source), str(source)))
             program.save(str(folder / FILE), external_data=size > ONE_FILE)
-        save_tokenizer(load_tokenizer(Checkpoint(source, None, str(source))), folder)
+        save_tokenizer(load_folder_tokenizer(source), folder)
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -66,11 +69,11 @@ class OnnxFormat:
         """Compare the logits that onnxruntime computes on the CPU with ours, at sizes that were not traced."""
         import onnxruntime
 
-        tokenizer = load_tokenizer(Checkpoint(source, None, str(source)))
+        tokenizer = load_folder_tokenizer(source)
         tokens = [token for row in probe.encode(tokenizer) for token in row]
         onnxruntime.set_default_logger_severity(3)
         session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
-        model = load_language_model(source)
+        model = load_language_model(source, class_path=self.class_path)
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         for rows, length in _sizes(source):

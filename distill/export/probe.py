@@ -60,9 +60,9 @@ def our_logits(model: Any, rows: Iterable[Sequence[int]]) -> list[Tensor]:
     return found
 
 
-def load_rounded(source: Path, dtype: torch.dtype) -> Any:
+def load_rounded(source: Path, dtype: torch.dtype, class_path: str | None = None) -> Any:
     """Load our model of `source` in float32, with its saved values rounded to `dtype`."""
-    model = load_language_model(source)
+    model = load_language_model(source, class_path=class_path)
     with torch.no_grad():
         for weight in model.state_dict().values():
             if weight.is_floating_point():

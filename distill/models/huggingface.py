@@ -170,7 +170,7 @@ def load_pretrained(
     import transformers
 
     weight_files(checkpoint)  # refuses pickle, and a folder without weights
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     if checkpoint.gguf_file is not None:
         assert quantization_config is None, "a GGUF file is dequantised first"
         options["gguf_file"] = checkpoint.gguf_file
@@ -183,7 +183,7 @@ def load_pretrained(
     with quiet_transformers():
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, output_loading_info=True, **options
+                checkpoint.folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
             )
         except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
             raise UserError(

@@ -12,11 +12,14 @@ import torch
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
+from distill.system.files import names_only, read_bounded
 from distill.system.staging import replaced_folder
 
 DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options}
 WEIGHTS = "model.safetensors"
-NOT_KEPT = ("calibration", "device")  # arguments from the pipeline that are needed the first time only
+TRUST = "trust_remote_code"
+NOT_KEPT = ("calibration", "device", TRUST)  # arguments from the pipeline that are needed the first time only
+_MOST_BYTES = 2**20
 
 
 def save_language_model(
@@ -30,9 +33,9 @@ def save_language_model(
     """Write `model` and `tokenizer` to `folder`, replacing its content only when the new folder is complete.
 
     A Hugging Face model becomes an ordinary Hugging Face folder. Any other becomes weights and `student.json`, from
-    which `class_path` is called again with `options`: give the complete ones, as `plugins.arguments` returns them. If a
-    model has a method `merged`, its result is written instead. `write_more` writes further files into the new folder
-    before that is renamed.
+    which `class_path` is called again with `options`: give the complete ones, as `plugins.arguments` returns them. Of
+    absolute paths it has the last part only. If a model has a method `merged`, its result is written instead.
+    `write_more` writes further files into the new folder before that is renamed.
     """
     folder = Path(folder)
     merged: Any = getattr(model, "merged", None)
@@ -53,7 +56,7 @@ def _save_custom(model: torch.nn.Module, folder: Path, class_path: str, options:
 
     kept = {name: value for name, value in options.items() if name not in NOT_KEPT}
     try:
-        text = json.dumps({"class_path": class_path, "options": kept}, indent=2)
+        text = json.dumps(names_only({"class_path": class_path, "options": kept}), indent=2)
     except TypeError as error:
         raise UserError(f"student.options of {class_path} cannot be written as JSON: {error}") from error
     save_model(model, str(folder / WEIGHTS))  # writes a tensor that several names share (a tied head) once
@@ -70,15 +73,20 @@ def load_hugging_face(folder: Path, dtype: torch.dtype) -> HuggingFaceLanguageMo
 def read_description(folder: Path) -> dict[str, Any] | None:
     """Return the `class_path` and `options` that build the folder's model again; None for a Hugging Face folder.
 
-    Raises UserError for a class whose code lies in the folder: it may come from anyone.
+    The folder may come from anyone. Raises UserError for a damaged file, and for options that ask for trust.
     """
-    if not (folder / DESCRIPTION).is_file():
+    path = folder / DESCRIPTION
+    if not path.exists():
         return None
-    description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    module = description["class_path"].rpartition(":")[0]
-    path = Path(module).expanduser() if module.endswith(".py") else Path(*module.split("."))
-    if path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder}: code that comes inside a model's folder is not run; move {path.name} out of it")
+    try:
+        description = json.loads(read_bounded(path, _MOST_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): export or train the student again") from None
+    kinds = {"class_path": str, "options": dict}
+    if not isinstance(description, dict) or any(type(description.get(key)) is not kind for key, kind in kinds.items()):
+        raise UserError(f"{path}: needs a class_path and options: export or train the student again")
+    if TRUST in description["options"]:
+        raise UserError(f"{path}: sets {TRUST}, and a model's folder cannot ask for trust: remove the line")
     return description
 
 

@@ -76,7 +76,7 @@ def trim_tokenizer(tokenizer: Any, vocabulary: Vocabulary) -> Any:
         for path in set(folder.iterdir()) - untouched:  # tokenizer.json and older formats hold the old numbers
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        trimmed = type(tokenizer).from_pretrained(folder)
+        trimmed = type(tokenizer).from_pretrained(folder, trust_remote_code=False)
     trimmed.name_or_path = tokenizer.name_or_path
     if trimmed.get_vocab() != expected:
         raise UserError(

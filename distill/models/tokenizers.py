@@ -43,6 +43,11 @@ def load_tokenizer(checkpoint: Checkpoint, override: str | None = None, trust_re
     raise UserError(f"{override}: no such tokenizer folder or .model file" + did_you_mean(override, siblings[:20]))
 
 
+def load_folder_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model's or cache's folder. Code in the folder is never run."""
+    return _from_pretrained(folder, None, str(folder), trust_remote_code=False)
+
+
 def _from_pretrained(folder: Path, gguf_file: str | None, name: str, trust_remote_code: bool) -> Any:
     if gguf_file is None:
         return _read(folder, None, name, trust_remote_code)

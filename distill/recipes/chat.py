@@ -15,11 +15,10 @@ import torch
 
 from distill.errors import UserError, did_you_mean
 from distill.experiment.folders import finished_model
-from distill.models.checkpoints import Checkpoint
 from distill.models.devices import compute_dtype, pick_device
 from distill.models.generation import HALF, context_length, decode_text, encode_prompt, ending_tokens, generate
 from distill.models.quantization import DTYPES
-from distill.models.tokenizers import load_tokenizer, vocab_size
+from distill.models.tokenizers import load_folder_tokenizer, vocab_size
 from distill.plugins import load_language_model
 from distill.system.progress import say
 
@@ -30,7 +29,15 @@ _SEEDS = range(-(2**63), 2**64)
 """What torch takes for one."""
 
 
-def main(run: str, temperature: float, top_p: float, max_new_tokens: int, seed: int | None, system: str | None) -> int:
+def main(
+    run: str,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int | None,
+    system: str | None,
+    class_path: str | None = None,
+) -> int:
     """Answer each line of the standard input until it ends.
 
     Raises UserError for a run without a finished student, sampling options out of range, a system message that the
@@ -38,8 +45,8 @@ def main(run: str, temperature: float, top_p: float, max_new_tokens: int, seed: 
     """
     _check(temperature, top_p, max_new_tokens, seed, system)
     folder, device = finished_model(run), pick_device("auto")
-    model = load_language_model(folder, device, DTYPES[compute_dtype("auto", device)])
-    tokenizer = load_tokenizer(Checkpoint(folder, None, str(folder)))
+    model = load_language_model(folder, device, DTYPES[compute_dtype("auto", device)], class_path)
+    tokenizer = load_folder_tokenizer(folder)
     chat = Chat(model, tokenizer, system)
     generator = torch.Generator()
     if seed is None:

@@ -16,13 +16,13 @@ from distill.system.staging import new_folder
 from distill.system.units import size
 
 
-def main(run: str, to: str, format: str, type: str | None, with_code: bool) -> int:
+def main(run: str, to: str, format: str, type: str | None, with_code: bool, class_path: str | None = None) -> int:
     """Write the student of `run` (a run folder, or a model's) to the folder `to`, which is complete or absent.
 
     Raises UserError for what cannot be exported so, and for an export that a check found to differ.
     """
     began = time.monotonic()
-    form = find_format(format, type, with_code)
+    form = find_format(format, type, with_code, class_path)
     source, folder = finished_model(run).resolve(), Path(to).expanduser().resolve()
     try:
         with new_folder(folder) as new:

@@ -20,6 +20,7 @@ from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.divergences import forward_kl
 from distill.models import checkpoints
 from distill.models.language_model import Head
+from distill.models.tokenizers import load_folder_tokenizer
 from distill.system.progress import say
 from distill.targets.next_token import next_ids
 
@@ -92,12 +93,10 @@ def _describe_samples(reader: CacheReader) -> None:
 
 
 def _show_sample(folder: Path, number: int) -> int:
-    from transformers import AutoTokenizer
-
     reader = CacheReader(folder, "train")
     if not 0 <= number < len(reader):
         raise UserError(f"--sample {number}: the cache has training samples 0 to {len(reader) - 1}")
-    for line in alternatives(reader, number, AutoTokenizer.from_pretrained(checked_tokenizer(folder))):
+    for line in alternatives(reader, number, load_folder_tokenizer(checked_tokenizer(folder))):
         say(line)
     return 0
 

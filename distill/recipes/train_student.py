@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from distill.cache.format.head import load_head
 from distill.cache.format.tokenizer_files import checked_tokenizer
@@ -21,7 +20,7 @@ from distill.experiment import settings
 from distill.experiment.cache import check_cache_settings, open_cache
 from distill.experiment.checks import check_length, check_model
 from distill.experiment.configuration import Experiment
-from distill.experiment.folders import Folders, make_run_folder, write_json
+from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.student import build_student, calibration_samples
 from distill.experiment.training import Role, check_training, make_module, roles, training_settings
 from distill.forecast.preflight import Preflight
@@ -29,6 +28,7 @@ from distill.models.devices import pick_device
 from distill.models.generation import context_length
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
+from distill.models.tokenizers import load_folder_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.system import interrupt, ledger
 from distill.system.files import sole_writer
@@ -101,7 +101,7 @@ def _vocabulary(
 ) -> Vocabulary | None:
     if experiment.student.vocabulary == "full":
         return None
-    tokenizer = AutoTokenizer.from_pretrained(checked_tokenizer(storage.folder))
+    tokenizer = load_folder_tokenizer(checked_tokenizer(storage.folder))
     total = (len(train) + len(held_out)) * train.manifest.sequence_length
     with Progress("count tokens", total, "tokens") as progress:
         counts_V = count_tokens([train, held_out], train.manifest.vocab_size, progress.advance)
@@ -137,7 +137,7 @@ class _Training:
         resume_from = self._checkpoint_to_resume()
         student, options = self._student()
         if is_first_process():
-            write_json(self.checkpoints / settings.FILE, self.settings)
+            settings.write(self.checkpoints, self.settings)
         started = time.monotonic()
         with ledger.phase(self.folders.run, "train-student"):
             student = self._fit(student, resume_from, deadline)
@@ -267,13 +267,13 @@ class _Training:
         return head if self.data.vocabulary is None else trim_head(head, self.data.vocabulary)
 
     def _save(self, student: Any, folder: Path, options: dict[str, Any]) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(checked_tokenizer(self.data.train.storage.folder))
+        tokenizer = load_folder_tokenizer(checked_tokenizer(self.data.train.storage.folder))
         vocabulary = self.data.vocabulary
         if vocabulary is not None:
             tokenizer = trim_tokenizer(tokenizer, vocabulary)
 
         def write_more(new: Path) -> None:
-            write_json(new / settings.FILE, self.settings)
+            settings.write(new, self.settings)
             if vocabulary is not None:
                 vocabulary.save(new)
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -18,7 +17,7 @@ from distill.report.facts import LIMIT, RunFacts
 from distill.report.markdown import model_card
 from distill.report.metrics import model_name
 from distill.report.verdict import verdict
-from distill.system.files import read_bounded, without_folders, write_durably
+from distill.system.files import names_only, read_bounded, write_durably
 from distill.system.progress import say
 
 GENERATOR = f"distill {__version__}"
@@ -62,18 +61,10 @@ def _is_changed(markdown: Path) -> bool:
 
 def _of_no_machine(facts: RunFacts) -> RunFacts:
     """Return the facts for others to read: paths in the experiment are cut to the names at their ends."""
-    experiment = _names_only(facts.section("experiment"))
+    experiment = names_only(facts.section("experiment"))
     return dataclasses.replace(
         facts, evaluation={**facts.evaluation, **({"experiment": experiment} if experiment else {})}
     )
-
-
-def _names_only(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _names_only(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_names_only(each) for each in value]
-    return without_folders(value) if isinstance(value, str) else value
 
 
 def run_page(facts: RunFacts) -> Page:

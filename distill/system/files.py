@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from distill.errors import UserError
 
@@ -168,6 +169,15 @@ def without_folders(path: str) -> str:
     """
     is_absolute = path.startswith(("/", "~", "\\\\", "file:")) or PureWindowsPath(path).is_absolute()
     return last_part(path) if is_absolute else path
+
+
+def names_only(value: Any) -> Any:
+    """Return a value of JSON with `without_folders` applied to every text in it."""
+    if isinstance(value, dict):
+        return {key: names_only(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [names_only(each) for each in value]
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def last_part(path: str) -> str:

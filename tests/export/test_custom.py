@@ -117,7 +117,7 @@ def test_with_its_code_it_is_an_ordinary_model(compact: Path, tokens_of: Any, gr
 def test_what_a_constructor_computed_is_there_again(own: Path, read: Any, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    form = HuggingFaceFormat("bfloat16", with_code=True)
+    form = HuggingFaceFormat("bfloat16", with_code=True, class_path=f"{tmp_path}/my-student.py:Own")
     form.write(own, folder)
     assert "largest difference" in form.check(own, folder)
     configuration = read(folder / "config.json")

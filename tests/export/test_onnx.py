@@ -118,7 +118,7 @@ def test_a_path_that_depends_on_the_text_is_told(on: str, why: str, custom_stude
     (tmp_path / "branching.py").write_text(BRANCHES)
     source = custom_student(tmp_path / "student", f"{tmp_path}/branching.py:Branching", on=on)
     with pytest.raises(UserError, match=why):
-        OnnxFormat().write(source, tmp_path)
+        OnnxFormat(f"{tmp_path}/branching.py:Branching").write(source, tmp_path)
 
 
 def test_questions_that_no_token_decides_are_answered() -> None:

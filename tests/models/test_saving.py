@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,45 +69,105 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path: Path, tokenizer: Any) -> 
     assert torch.equal(hidden(load_language_model(folder)), hidden(changed))
 
 
-def test_what_does_not_fit_or_brings_code_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     model = plugins.build("compact", "student", OPTIONS, {})
     folder = save_language_model(model, tmp_path / "student", "compact", {**OPTIONS, "layers": 3}, tokenizer)
     with pytest.raises(UserError, match="do not fit compact"):
-        load_language_model(folder)
-    (folder / "student.json").write_text(json.dumps({"class_path": f"{folder}/evil.py:Model", "options": {}}))
-    (folder / "evil.py").write_text("raise SystemExit")
-    with pytest.raises(UserError, match="not run"):
         load_language_model(folder)
     with pytest.raises(UserError, match="holds no language model"):
         load_language_model(tmp_path)
 
 
+@pytest.fixture
+def asking(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`asking(class_path, **options)`: a run folder `run`, we are in it, whose `student` asks for that class.
+
+    Code that would leave a file `touched` lies in the student's folder, beside it, and behind a link.
+    """
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    model = plugins.build("compact", "student", OPTIONS, {})
+    folder = save_language_model(model, run / "student", "compact", OPTIONS, tokenizer)
+    elsewhere.mkdir()
+    for place in (run, folder, elsewhere):
+        (place / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\nclass Model: ...")
+    (run / "linked").symlink_to(elsewhere)
+    (run / "model").symlink_to(folder)
+    monkeypatch.chdir(run)
+
+    def ask(class_path: str, **options: Any) -> Path:
+        (folder / "student.json").write_text(json.dumps({"class_path": class_path, "options": options}))
+        return folder
+
+    return ask
+
+
 @pytest.mark.parametrize(
-    ("class_path", "options", "words"),
+    "class_path",
     [
-        ("subprocess:Popen", {"args": ["touch", "touched"]}, "not a torch.nn.Module class"),
-        ("os:mkdir", {"path": "touched"}, "not a torch.nn.Module class"),
-        ("student.evil:Model", {}, "not run"),
-        ("student.evil.deeper:Model", {}, "not run"),
+        *("student/evil.py:Model", "evil.py:Model", "linked/evil.py:Model", "../elsewhere/evil.py:Model"),
+        *("student.evil:Model", "evil:Model", "student.evil.deeper:Model", "run.evil:Model"),
+        *("subprocess:Popen", "torch.nn:Linear", "nonsense", "students.compact:load_state_dict"),
     ],
 )
-def test_a_models_folder_cannot_call_what_it_likes(
-    class_path: str,
-    options: dict[str, Any],
-    words: str,
-    tmp_path: Path,
-    tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Folders of models come from anyone; their student.json is data."""
-    monkeypatch.chdir(tmp_path)
-    model = plugins.build("compact", "student", OPTIONS, {})
-    folder = save_language_model(model, tmp_path / "student", "compact", OPTIONS, tokenizer)
-    (folder / "student.json").write_text(json.dumps({"class_path": class_path, "options": options}))
-    (folder / "evil.py").write_text("open('touched', 'w')")
-    with pytest.raises(UserError, match=words):
-        load_language_model(folder)
+def test_only_code_that_the_user_named_is_run(class_path: str, asking: Any, tmp_path: Path) -> None:
+    """A model's folder may come from anyone: its student.json is data, wherever the code lies that it asks for."""
+    folder = asking(class_path)
+    for named in (None, "compact", "mine.py:Model"):
+        for path in (folder, Path("student"), folder.parent / "model"):
+            with pytest.raises(UserError, match=re.escape(class_path)):
+                load_language_model(path, class_path=named)
     assert not (tmp_path / "touched").exists()
+
+
+def test_code_is_the_users_and_not_the_folders_of_that_name(asking: Any, tmp_path: Path) -> None:
+    source = "from students.compact import CompactDecoder as Mine"
+    (tmp_path / "mine.py").write_text(source)
+    folder = asking("/somewhere/mine.py:Mine", **OPTIONS)
+    (folder / "mine.py").write_text((folder / "evil.py").read_text())
+    model = load_language_model(folder, class_path=f"{tmp_path}/mine.py:Mine")
+    assert type(model).__name__ == "CompactDecoder" and not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("name", ["huggingface", "lora", "pruned"])
+def test_a_built_in_that_opens_other_checkpoints_is_not_a_folders_to_call(name: str, asking: Any) -> None:
+    for options in ({"model": "../elsewhere"}, {"teacher": "org/name", "trust_remote_code": True}):
+        with pytest.raises(UserError, match=r"opens other checkpoints|trust"):
+            load_language_model(asking(name, **options), class_path=name)
+
+
+@pytest.mark.parametrize("trust", [True, False, "yes"])
+def test_options_of_a_folder_never_say_whom_to_trust(trust: Any, asking: Any) -> None:
+    with pytest.raises(UserError, match="cannot ask for trust"):
+        load_language_model(asking("compact", **OPTIONS, trust_remote_code=trust))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"class_path": 3, "options": {}}', b"[" * 9**6, b"\xff"])
+def test_a_description_that_is_none_is_refused(content: bytes, asking: Any) -> None:
+    folder = asking("compact", **OPTIONS)
+    (folder / "student.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"student\.json"):
+        load_language_model(folder)
+    (folder / "student.json").unlink()
+    os.mkfifo(folder / "student.json")
+    with pytest.raises(UserError, match=r"student\.json"):
+        load_language_model(folder)
+
+
+def test_a_description_tells_nothing_of_the_machine(tmp_path: Path, tokenizer: Any) -> None:
+    """What it leaves out of a path can be said again on loading."""
+    (tmp_path / "mine.py").write_text(
+        "from students.compact import CompactDecoder\n"
+        "def make(seen, **options):\n    open(seen[0]['file']).close()\n    return CompactDecoder(**options)"
+    )
+    named, seen = f"{tmp_path}/mine.py:make", [{"file": str(tmp_path / "mine.py")}]
+    model = plugins.build(named, "student", {**OPTIONS, "seen": seen}, {})
+    folder = save_language_model(model, tmp_path / "student", named, {**OPTIONS, "seen": seen}, tokenizer)
+    assert str(tmp_path) not in (folder / "student.json").read_text()
+    with pytest.raises(FileNotFoundError):
+        load_language_model(folder, class_path=named)
+    assert torch.equal(
+        hidden(load_language_model(folder, class_path=named, options={"seen": seen, "other": 1})), hidden(model)
+    )
 
 
 def test_further_files_are_part_of_what_is_complete_or_absent(tmp_path: Path, tokenizer: Any) -> None:

@@ -177,7 +177,10 @@ def test_a_gated_recurrence_of_ones_own(finished: Any, distill: Any, tmp_path: P
     (tmp_path / "gated.py").write_text(GATED)
     chosen = [*finished.elsewhere(tmp_path / "run"), *student(f"{tmp_path}/gated.py:GatedRecurrence", size=16)]
     folder = learns(distill, tmp_path / "run", [*chosen, "--train.activation_checkpointing"])
-    assert type(load_language_model(folder)).__name__ == "GatedRecurrence"
+    assert (
+        type(load_language_model(folder, class_path=f"{tmp_path}/gated.py:GatedRecurrence")).__name__
+        == "GatedRecurrence"
+    )
     leaky = GATED.replace("keep_BLD.masked_fill(begins_BL[..., None], 0.0)", "keep_BLD")
     (tmp_path / "leaky.py").write_text(leaky)
     chosen = [*finished.elsewhere(tmp_path / "other"), *student(f"{tmp_path}/leaky.py:GatedRecurrence")]

@@ -200,7 +200,7 @@ def _config(shape: Shape) -> Any:
 def _model(shape: Shape, dtype: torch.dtype) -> Any:
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype, trust_remote_code=False)
 
 
 def _teacher(shape: Shape, way: Way) -> nn.Module:

@@ -188,7 +188,9 @@ def _llama(model: _Model) -> nn.Module:
         num_attention_heads=model.width // 32,
         num_key_value_heads=model.width // 64,
     )
-    made: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    made: nn.Module = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    )
     return HuggingFaceLanguageModel(made)
 
 
