@@ -1,9 +1,10 @@
-"""The one exception that means: the user can mend this; the command line prints its message and exits with status 2."""
+"""The exception for what a user can mend, printed before an exit with status 2, and the nearest names in its text."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -13,6 +14,19 @@ class UserError(Exception):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'? (known: x, y)"` for a misspelt `word`, without the question when nothing is near."""
     choices = sorted(known)
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    question = f"; did you mean '{near[0]}'?" if near else ""
-    return f"{question} (known: {', '.join(choices)})"
+    return f"{nearest(word, choices)} (known: {', '.join(choices)})"
+
+
+def nearest(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """Return `"; did you mean 'x'?"` with up to `most` of the known names, or nothing when none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=most, cutoff=cutoff)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def nearest_path(missing: Path, cutoff: float, suits: Callable[[Path], bool] = lambda path: True) -> str:
+    """Return such a question with the path that resembles the first part of `missing` that does not exist."""
+    while not missing.parent.exists():
+        missing = missing.parent
+    names = [entry.name for entry in missing.parent.iterdir() if suits(entry)] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, sorted(names), n=1, cutoff=cutoff)
+    return f"; did you mean '{missing.parent / near[0]}'?" if near else ""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.models.checkpoints import resolve
+from distill.models.checkpoints import nearest, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet_transformers
 from distill.models.language_model import check_rows
 
@@ -49,8 +48,7 @@ def _from_config(config: dict[str, Any] | str, vocab_size: int | None, trust_rem
     given.pop("quantization_config", None)
     family = given.pop("model_type", None)
     if family not in transformers.CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(family), list(transformers.CONFIG_MAPPING), n=1)
-        raise ValueError(f"config: unknown model_type '{family}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        raise ValueError(f"config: unknown model_type '{family}'{nearest(str(family), transformers.CONFIG_MAPPING)}")
     if isinstance(config, dict):  # a published file may have keys that its class lacks; a hand-written mapping may not
         _refuse_unknown(given, transformers.CONFIG_MAPPING[family])
     if vocab_size is not None:
@@ -82,5 +80,4 @@ def _refuse_unknown(given: dict[str, Any], config_class: Any) -> None:
     known = set(config_class().to_dict()) | set(getattr(config_class, "attribute_map", {}))
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            raise ValueError(f"config: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            raise ValueError(f"config: unknown key '{key}'{nearest(key, known)}")

@@ -6,7 +6,6 @@ Shapes: O outputs, I inputs of a linear layer.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.models.checkpoints import resolve
+from distill.models.checkpoints import nearest, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.language_model import check_rows
 from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
@@ -148,9 +147,8 @@ def chosen_layers(model: Any, target_modules: Literal["all-linear"] | list[str])
     for target in target_modules:
         if not any(_ends_with(name, target) for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
-            near = difflib.get_close_matches(target, known, n=1)
-            question = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"target_modules: no linear layer '{target}'{question} (known: {', '.join(known)})")
+            near = nearest(target, known)
+            raise ValueError(f"target_modules: no linear layer '{target}'{near} (known: {', '.join(known)})")
     if not target_modules:
         raise ValueError("target_modules: none given, so that nothing would learn; all-linear takes all")
     return [name for name in linear if any(_ends_with(name, target) for target in target_modules)]

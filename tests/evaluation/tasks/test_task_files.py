@@ -53,9 +53,9 @@ def test_a_local_task_wins_over_lm_evals_of_the_same_name(
 
 def test_mistakes_in_names_are_told(no_own_tasks: Any, folder: Path) -> None:
     no_own_tasks(folder)
-    with pytest.raises(UserError, match=r"no task 'arc_esy'.*did you mean arc_easy\?"):
+    with pytest.raises(UserError, match=r"no task 'arc_esy'.*did you mean 'arc_easy'"):
         check_tasks(["arc_esy"], str(folder))
-    with pytest.raises(UserError, match=r"no task 'arc_esy'; did you mean arc_easy\?"):
+    with pytest.raises(UserError, match=r"no task 'arc_esy'; did you mean 'arc_easy'"):
         check_tasks(["arc_esy"])
     with pytest.raises(UserError, match="nowhere is no folder"):
         check_tasks(["arc_easy"], str(folder / "nowhere"))
