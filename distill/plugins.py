@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError, did_you_mean
+from distill.system.blame import blame
 from distill.system.files import last_part, names_only
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def _from_package(name: str, kind: Kind) -> ModuleType:
         raise UserError(
             f"{kind}.class_path: no module '{name}' here or installed" + (did_you_mean(name, near) if near else "")
         ) from error
-    except Exception as error:  # a stranger's module may fail in any way while it is imported
-        raise UserError(f"{kind}.class_path: importing {name} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a stranger's module may fail in any way while it is imported
+        raise UserError(f"{kind}.class_path: importing {name} failed: {blame(error)}") from error
 
 
 def _from_file(name: str, kind: Kind) -> ModuleType:
@@ -98,9 +99,9 @@ def _from_file(name: str, kind: Kind) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses look their module up while it runs
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a stranger's file may fail in any way while it is imported
+    except (Exception, SystemExit) as error:  # a stranger's file may fail in any way while it is imported
         del sys.modules[module_name]
-        raise UserError(f"{kind}.class_path: importing {name} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{kind}.class_path: importing {name} failed: {blame(error)}") from error
     return module
 
 
@@ -111,12 +112,16 @@ def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict
     """
     factory = load(reference, kind)
     where = f"{kind}.options of {reference}"
+    try:
+        signature = inspect.signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{kind}.class_path: {reference} does not say which arguments it takes: {error}") from error
     parameters = {
         name: parameter
-        for name, parameter in inspect.signature(factory).parameters.items()
+        for name, parameter in signature.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())
     hints = _hints(factory)
     chosen: dict[str, Any] = {}
     for name, value in options.items():
@@ -132,15 +137,22 @@ def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict
 
 def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str, Any]) -> Any:
     """Call the plug-in with its `arguments`; the result is a `torch.nn.Module` with the two members of the contract."""
-    from distill.models.language_model import check_contract
+    from distill.models.contract import check_members
 
     chosen = arguments(reference, kind, options, offered)
-    factory = load(reference, kind)
+    factory, name = load(reference, kind), f"{kind} {reference}"
     try:
         model = factory(**chosen)
-        check_contract(model)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{kind} {reference}: {error}") from error
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if reference not in BUILT_IN[kind]:  # a stranger's constructor may fail in any way
+            called = factory.__init__ if inspect.isclass(factory) else factory
+            raise UserError(f"{name}: its constructor failed: {blame(error, called)}") from error
+        if isinstance(error, (ValueError, TypeError)):
+            raise UserError(f"{name}: {error}") from error
+        raise
+    check_members(model, name)
     return model
 
 

@@ -4,62 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from distill.errors import UserError
 from distill.evaluation.benchmarks import check_tasks
 from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training
+from distill.models.contract import checked_head, try_model
 from distill.models.devices import pick_device
-from distill.models.isolation import isolates_documents
-from distill.models.language_model import check_rows
+from distill.models.isolation import LENGTH, Rows, find_fault
 from distill.training.loggers import check_installed
 
-PROBE = 8
-"""Tokens that a model is tried on."""
 
+def check_model(
+    model: Any, name: str, vocab_size: int, pack: bool, *, length: int = LENGTH, trains: bool = False
+) -> None:
+    """Raise UserError when a model breaks the contract of body and head, on a few tokens, at most `length` a row.
 
-def check_model(model: Any, name: str, vocab_size: int, pack: bool) -> None:
-    """Raises UserError when the head lacks tokens, outputs are not finite, or packed documents see one another.
-
-    What is not finite is no measure of isolation, so it comes first. The model is tried where its weights are: a
-    student that is yet to be trained is on the host.
+    The head has too few rows, the code fails, outputs are not finite, or a position sees what it must not. What is not
+    finite is no measure of isolation, so that comes first. `pack`: documents share rows. `trains`: it is a student
+    before its training. The model is tried where its weights are: such a student is on the host.
     """
-    check_vocabulary(model, name, vocab_size)
-    device = model.head.weight_VD.device
-    if (dtype := _not_finite(model, vocab_size, device)) is not None:
+    device = checked_head(model, name, vocab_size).weight_VD.device
+    length = min(length, LENGTH)
+    rows = Rows.make(vocab_size, length, pack, device)
+    logits_BLV = try_model(model, name, rows.ids_BL, rows.positions_BL, vocab_size, trains=trains)
+    if not logits_BLV.isfinite().all():
         raise UserError(
             f"{name}: its outputs are not finite: weights that are not, or sums too large for "
-            f"{str(dtype).removeprefix('torch.')}; give other weights, or compute in a wider type"
+            f"{str(logits_BLV.dtype).removeprefix('torch.')}; give other weights, or compute in a wider type"
         )
-    if pack and not isolates_documents(model, vocab_size, device):
-        raise UserError(
-            f"{name}: packed documents see one another in this model (its state runs across position_ids that restart "
-            "at 0): cache and train with --corpus.pack false"
-        )
-
-
-def check_vocabulary(model: Any, name: str, vocab_size: int) -> None:
-    """Raise UserError when the head lacks tokens."""
-    try:
-        check_rows(model.head.weight_VD.shape[0], vocab_size)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
-
-
-@torch.no_grad()
-def _not_finite(model: Any, vocab_size: int, device: torch.device) -> torch.dtype | None:
-    """The type of the logits of a few tokens when some of these are not finite; None when all are."""
-    training = getattr(model, "training", False)
-    if isinstance(model, torch.nn.Module):
-        model.eval()
-    try:
-        positions_1L = torch.arange(PROBE, device=device)[None]
-        logits_1LV = model.head.with_rows(vocab_size)(model.body(positions_1L * 7 % vocab_size, positions_1L))
-    finally:
-        if isinstance(model, torch.nn.Module):
-            model.train(training)
-    return None if logits_1LV.isfinite().all() else logits_1LV.dtype
+    if (fault := find_fault(model, vocab_size, device, pack=pack, length=length)) is not None:
+        raise UserError(f"{name}: {fault.value}")
 
 
 def check_length(limit: int | None, name: str, sequence_length: int) -> None:

@@ -163,7 +163,7 @@ def _checked(
 ) -> Loaded:
     tokens = teacher.vocab_size if vocabulary is None else len(vocabulary)
     what = f"student {experiment.student.class_path}"
-    check_model(model, what, tokens, experiment.corpus.pack)
+    check_model(model, what, tokens, experiment.corpus.pack, length=experiment.corpus.sequence_length)
     return Loaded(model, tokenizer, tokens)
 
 

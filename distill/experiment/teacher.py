@@ -27,7 +27,8 @@ class Teacher:
         self.compute_dtype = devices.compute_dtype(self.config.compute_dtype, self.device)
         config = checkpoints.load_config(self.checkpoint, self.config.trust_remote_code)
         self.hidden_size: int = config.get_text_config().hidden_size
-        check_length(context_of(config), self.checkpoint.name, experiment.corpus.sequence_length)
+        self.sequence_length = experiment.corpus.sequence_length
+        check_length(context_of(config), self.checkpoint.name, self.sequence_length)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -51,7 +52,8 @@ class Teacher:
             "trust_remote_code": self.config.trust_remote_code,
         }
         model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
-        check_model(model, f"teacher {self.config.model}", self.vocab_size, pack)
+        name = f"teacher {self.config.model}"
+        check_model(model, name, self.vocab_size, pack, length=self.sequence_length)
         return model
 
 

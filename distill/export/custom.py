@@ -73,7 +73,7 @@ def _configuration(
     model: Any, source: Path, options: dict[str, Any], dtype: torch.dtype, tokenizer: Any
 ) -> dict[str, Any]:
     tied = _tied(model, source)
-    long_enough = probe.longest_input(source) >= isolation.FIRST + isolation.SECOND
+    long_enough = probe.longest_input(source) >= isolation.LENGTH
     vocabulary = model.head.weight_VD.shape[0]
     return {
         "architectures": ["StudentForCausalLM"],

@@ -18,7 +18,7 @@ from distill import plugins
 from distill.cache.format.folder import MANIFEST, Manifest, read_manifest
 from distill.errors import UserError, did_you_mean
 from distill.experiment.cache import make_scheme
-from distill.experiment.checks import check_length, check_vocabulary
+from distill.experiment.checks import check_length
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.student import offered_options
@@ -27,6 +27,7 @@ from distill.forecast.machine.cards import Card
 from distill.forecast.published import published_models
 from distill.models import checkpoints, tokenizers
 from distill.models.checkpoints import Checkpoint
+from distill.models.contract import checked_head
 from distill.models.generation import context_length, context_of
 from distill.models.language_model import Head
 from distill.system.quiet import quiet_transformers
@@ -73,7 +74,7 @@ class Models:
             model = plugins.build(student.class_path, "student", student.options, offered)
         name = f"student {student.class_path}"
         check_length(context_length(model), name, self.experiment.corpus.sequence_length)
-        check_vocabulary(model, name, self.vocab_size)
+        checked_head(model, name, self.vocab_size)
         return model
 
     def module(self, role: Role) -> DistillationModule:

@@ -6,7 +6,7 @@ Shapes: B batch, L sequence length, N positions, V vocabulary, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -72,19 +72,3 @@ class LanguageModel(Protocol):
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
         """Return the hidden states `[B, L, D]` of token ids `[B, L]`; `position_ids` restart at 0 at each document."""
         ...
-
-
-def check_contract(model: Any) -> None:
-    """Raise TypeError if `model` is not a `torch.nn.Module` with the two members of the contract."""
-    kind = type(model).__name__
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"made a {kind}, not a torch.nn.Module")
-    if not callable(getattr(model, "body", None)):
-        raise TypeError(f"{kind} has no method 'body(input_ids_BL, position_ids_BL)'")
-    if not hasattr(model, "head"):
-        raise TypeError(f"{kind} has no 'head' (a distill.models.language_model.Head)")
-    if not isinstance(model.head, Head):
-        raise TypeError(
-            f"'head' is a {type(model.head).__name__}, not a distill.models.language_model.Head "
-            "(make it a property: return Head(self.lm_head.weight))"
-        )

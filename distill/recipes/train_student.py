@@ -189,7 +189,7 @@ class _Training:
         )
         name = f"student {self.experiment.student.class_path}"
         check_length(context_length(student), name, manifest.sequence_length)
-        check_model(student, name, self._vocab_size(), manifest.pack)
+        check_model(student, name, self._vocab_size(), manifest.pack, length=manifest.sequence_length, trains=True)
         parameters = sum(parameter.numel() for parameter in student.parameters())
         tell(
             f"{self.role.name}: {self.experiment.student.class_path}, {parameters / 1e6:,.1f} M parameters, "

@@ -62,7 +62,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (student("mine.py:NoBody"), ["NoBody has no method 'body"]),
         (student("mine.py:NoHead"), ["NoHead has no 'head'"]),
-        (student("mine.py:BareHead"), ["'head' is a Tensor", "Head"]),
+        (student("mine.py:BareHead"), ["'head' is a tensor", "Head"]),
         (student("mine.py:Leaky"), ["packed documents see one another", "--corpus.pack false"]),
         (student("mine.py:Plain", widht=3), ["unknown option 'widht'", "did you mean 'width'?"]),
         (student("mine.py:Plain", width="wide"), ["width", "expected int", "'wide'"]),
