@@ -275,3 +275,15 @@ def random_rows() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     sharpness_N1 = torch.linspace(0.2, 6, 12)[:, None]
     return (torch.randn(12, 1009, generator=generator) * sharpness_N1).softmax(-1)
+
+
+@pytest.fixture(scope="session")
+def zipf_rows() -> Tensor:
+    """`[16, 1009]` float32: probabilities fall with a power of the rank (1.2 to 2.5), ids in random order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    exponent_N1 = torch.linspace(1.2, 2.5, 16)[:, None]
+    logits_NV = -exponent_N1 * torch.arange(1, 1010).log()
+    order_NV = torch.rand(16, 1009, generator=generator).argsort(-1)
+    return logits_NV.softmax(-1).gather(1, order_NV)

@@ -21,14 +21,12 @@ from distill.targets import schemes
 
 
 def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
-    """The scheme of the experiment's cache. Raises UserError for an option that the scheme does not have."""
+    """The scheme of the experiment's cache."""
     cache = experiment.cache
-    if cache.draws > 1 and cache.scheme != "varopt":
-        raise UserError(f"cache.draws: {cache.draws} draws go with scheme varopt, not {cache.scheme}")
     parameters: dict[str, dict[str, Any]] = {
-        "varopt": {"threshold": cache.threshold, "draws": cache.draws},
+        "varopt": {"threshold": cache.threshold},
         "top_k": {"entries": cache.entries},
-        "random": {"entries": cache.entries, "exponent": cache.exponent},
+        "random": {"entries": cache.entries},
         "hidden": {"size": hidden_size},
     }
     return schemes.make(cache.scheme, **parameters[cache.scheme])

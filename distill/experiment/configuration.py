@@ -72,10 +72,6 @@ class CacheConfig:
     """varopt: probabilities from here up are kept exactly; the rest is sampled in steps of about this size."""
     entries: int = 50
     """top_k: entries a position; random: draws a position."""
-    exponent: float = 1.0
-    """random: draws are made from p^exponent and importance weighted; 1 is unbiased."""
-    draws: int = 1
-    """varopt: independent targets a position, used in turn by the epochs of a training of several."""
     bytes_per_token: float | None = None
     """varopt: choose the threshold at which the first samples take this many bytes a token, instead of `threshold`."""
     max_size: str | None = None

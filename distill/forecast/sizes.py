@@ -21,8 +21,6 @@ from distill.system.units import parse_size, size
 _VAROPT: dict[float, float] = {1 / 200: 78.2, 1 / 100: 50.8, 1 / 50: 33.2, 1 / 25: 22.0}
 _TOP_K: dict[float, float] = {12: 30.0, 32: 74.7, 64: 144.5, 128: 281.3}
 _RANDOM: dict[float, float] = {50: 33.8}
-_FURTHER_DRAW = 0.5
-"""Of the first draw's bytes, for the ids of its tail atoms; an estimate, as those tables have one draw alone."""
 _SCALARS = 8
 """Bytes of what is stored beside hidden states: token, entropy, surprisal."""
 _SHARD = 600
@@ -97,7 +95,7 @@ def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) ->
     if cache.scheme == "hidden":
         return 2.0 * hidden_size + _SCALARS
     if cache.scheme == "varopt":
-        return _between(_VAROPT, cache.threshold) * (1 + _FURTHER_DRAW * (cache.draws - 1))
+        return _between(_VAROPT, cache.threshold)
     return _between(_TOP_K if cache.scheme == "top_k" else _RANDOM, cache.entries)
 
 

@@ -11,7 +11,7 @@ from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
 from distill.cache.format.head import load_head
 from distill.cache.format.tokenizer_files import checked_tokenizer
 from distill.cache.making.repair import repair as repair_cache
-from distill.cache.reading.batches import Batch, HiddenTargets
+from distill.cache.reading.batches import Batch
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.statistics import alternatives, gather, histogram
 from distill.cache.reading.verify import verify as verify_cache
@@ -22,6 +22,7 @@ from distill.models import checkpoints
 from distill.models.language_model import Head
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.system.progress import say
+from distill.targets.hidden import HiddenTargets
 from distill.targets.next_token import next_ids
 
 _MOST_LINES = 50
@@ -84,8 +85,8 @@ def _describe_samples(reader: CacheReader) -> None:
     say(f"\nof {statistics.samples:,} training samples, {statistics.positions:,} positions with loss:")
     say(f"entropy          {statistics.entropy:.3f} nats")
     say(f"teacher's nll    {statistics.surprisal:.3f} nats")
-    if statistics.head_mass is not None:
-        say(f"head mass        {statistics.head_mass:.1%} kept exactly, the rest sampled or in a bucket")
+    if statistics.exact_mass is not None:
+        say(f"exact mass       {statistics.exact_mass:.1%} of the probability, the rest sampled or in a bucket")
     for name, size in statistics.bytes_by_field.items():
         say(f"  {name:<22} {size / n:6.2f} bytes a position")
     for entries, share in histogram(statistics.entries):
@@ -134,7 +135,7 @@ def _chunk(batch: Batch, true_ids_N: Tensor, head: Head | None, temperature: flo
     if isinstance(targets, HiddenTargets):
         assert head is not None
         return DenseChunk(targets.hidden_ND, head, true_ids_N, temperature)
-    return SparseChunk(targets.ids_NK, targets.weights_NK, batch.entropy_N, true_ids_N, targets.rest_N)
+    return SparseChunk(*targets.padded(), batch.entropy_N, true_ids_N, targets.rest_N)
 
 
 def _repair(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""What the teacher says about a position, made small: schemes, their stored form, and the walk over hidden states."""
+"""Targets: schemes that make the teacher's distributions small, and the form that they have from then on."""

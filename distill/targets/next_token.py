@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def next_ids(input_ids_BL: Tensor, loss_mask_BL: Tensor) -> Tensor:
-    """`[N]` the true next token of every position with loss, row after row."""
+    """Return `[N]`, the true next token of every position with loss, row after row."""
     return input_ids_BL.roll(-1, dims=-1)[loss_mask_BL]

@@ -12,7 +12,7 @@ from distill.targets.sparse import SparseTargets
 
 
 def top_k(probs_NV: Tensor, k: int) -> SparseTargets:
-    """The `k` largest entries of each row as they are; `rest_N` is what the others have together.
+    """Keep the `k` largest entries of each row as they are; `rest_N` is the mass of all others together.
 
     With `k = V` the target is exact and the rest is 0.
     """
@@ -21,4 +21,4 @@ def top_k(probs_NV: Tensor, k: int) -> SparseTargets:
     rest_N = (1 - weights_NK.sum(-1, dtype=torch.float64)).clamp(min=0).to(probs_NV.dtype)
     if ids_NK.shape[1] == probs_NV.shape[1]:
         rest_N = torch.zeros_like(rest_N)
-    return SparseTargets(ids_NK, weights_NK, counts_N, counts_N, rest_N)
+    return SparseTargets.of_rows(ids_NK, weights_NK, counts_N, counts_N, rest_N)

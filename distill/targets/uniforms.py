@@ -1,4 +1,4 @@
-"""The random numbers of a sample: a function of the cache's seed and the sample's content, and of nothing else."""
+"""The random numbers of a sample: a function of the cache's seed and the sample's content alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 def sample_uniforms(
     seed: int, input_ids_L: NDArray[np.integer], position_ids_L: NDArray[np.integer], columns: int
 ) -> NDArray[np.float64]:
-    """`[L, columns]` numbers in [0, 1) for the positions of one sample.
+    """Return `[L, columns]` numbers in [0, 1) for the positions of one sample.
 
     Philox, a counter-based generator, is keyed with a hash of seed, ids and positions: the same sample gets the same
     numbers whatever the batch, the process or the restart.

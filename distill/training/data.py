@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import cast
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distill.cache.format.records import Record
-from distill.cache.format.stored import StoredTargets
 from distill.cache.reading.batches import Batch
 from distill.cache.reading.reader import CacheReader
 from distill.models.vocabulary import Vocabulary
@@ -23,8 +20,7 @@ class EpochPermutation(Sampler[int]):
 
     Of epoch `first_epoch` the first `seen` samples (of all processes together) are left out: Lightning continues an
     epoch without going over the data that it had before. The length stays that of a whole epoch, which is how
-    Lightning counts batches. Without a seed: as they lie. Of a cache with several `draws`, each epoch takes the next
-    one: number `size * draw + sample`.
+    Lightning counts batches. Without a seed: as they lie.
     """
 
     def __init__(
@@ -37,12 +33,11 @@ class EpochPermutation(Sampler[int]):
         batch_size: int = 1,
         rank: int = 0,
         world: int = 1,
-        draws: int = 1,
     ) -> None:
         assert seen % (batch_size * world) == 0, "an epoch is left between two micro-batches"
         self.size, self.seed, self.epoch = size, seed, first_epoch
         self.first_epoch, self.seen = first_epoch, seen
-        self.batch_size, self.rank, self.world, self.draws = batch_size, rank, world, draws
+        self.batch_size, self.rank, self.world = batch_size, rank, world
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -51,12 +46,11 @@ class EpochPermutation(Sampler[int]):
         # Copied, because a worker's prefetching may outlast the epoch.
         epoch = self.epoch
         seen = self.seen if epoch == self.first_epoch else 0
-        draw = self.size * (epoch % self.draws)
         for places in share(self.size, self.batch_size, self.rank, self.world, seen):
             if self.seed is None or places[0] == NOTHING:
                 yield from places.tolist()
             else:
-                yield from (draw + permuted(places, self.size, self.seed, epoch)).tolist()
+                yield from permuted(places, self.size, self.seed, epoch).tolist()
 
     def __len__(self) -> int:
         whole, left = divmod(self.size, self.batch_size * self.world)
@@ -74,11 +68,7 @@ class Samples(Dataset[Record | None]):
         self.reader, self.vocabulary = reader, vocabulary
 
     def __getitem__(self, index: int) -> Record | None:
-        if index == NOTHING:
-            return None
-        draw, sample = divmod(index, len(self.reader))
-        record = self.reader[sample]
-        return record if draw == 0 else replace(record, targets=cast(StoredTargets, record.targets).with_draw(draw))
+        return None if index == NOTHING else self.reader[index]
 
     def collate(self, records: list[Record | None]) -> Batch:
         """A batch; of NOTHING, one with a sample in it and no position that counts."""
@@ -120,9 +110,8 @@ class CacheDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         rank, world = self._process()
-        draws = self.train.manifest.scheme_parameters.get("draws", 1)
         order = EpochPermutation(
-            len(self.train), self.seed, *self._begin, batch_size=self.step_samples, rank=rank, world=world, draws=draws
+            len(self.train), self.seed, *self._begin, batch_size=self.step_samples, rank=rank, world=world
         )
         self._order = order
         return self._loader(self.train, order, self.num_workers)

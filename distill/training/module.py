@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from distill.cache.reading.batches import Batch, HiddenTargets
+from distill.cache.reading.batches import Batch
 from distill.errors import UserError
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.features import feature_distance
@@ -23,6 +23,7 @@ from distill.losses.objective import Mixture
 from distill.models.language_model import Head
 from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
+from distill.targets.hidden import HiddenTargets
 from distill.targets.next_token import next_ids
 from distill.training.guards import NonFinite, too_large
 from distill.training.optimizers.schedule import Schedule
@@ -196,7 +197,7 @@ class DistillationModule(pl.LightningModule):
             assert self.teacher_head is not None, "a cache of hidden states comes with the teacher's head"
             self.teacher_head = self.teacher_head.to(targets.hidden_ND.device)
             return DenseChunk(targets.hidden_ND, self.teacher_head, true_ids_N, self.objective.temperature)
-        return SparseChunk(targets.ids_NK, targets.weights_NK, batch.entropy_N, true_ids_N, targets.rest_N)
+        return SparseChunk(*targets.padded(), batch.entropy_N, true_ids_N, targets.rest_N)
 
     def _objective(self) -> Mixture:
         """The objective at this step."""

@@ -1,6 +1,6 @@
 """A cache of the teacher's tokens for a student that has only some of them: what they are, and batches in its ids.
 
-Shapes: B batch, L sequence length, N positions with loss, K entries of a target (padded), V the teacher's vocabulary.
+Shapes: B batch, L sequence length, N positions with loss, T entries of all positions, V the teacher's vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.cache.reading.batches import Batch
 from distill.cache.reading.reader import CacheReader
 from distill.models.vocabulary import Vocabulary
-from distill.targets.sparse import SparseTargets, entry_mask
+from distill.targets.sparse import SparseTargets
 
 
 def count_tokens(
@@ -61,53 +61,51 @@ def trim_batch(batch: Batch, vocabulary: Vocabulary) -> tuple[Batch, Tensor | No
 
 
 def _without_dropped(targets: SparseTargets, vocabulary: Vocabulary) -> tuple[SparseTargets, Tensor]:
-    """The entries of kept tokens, moved up to where others were, and the weight of those others."""
-    width = targets.ids_NK.shape[1]
-    ids_NK = vocabulary.mapped(targets.ids_NK)
-    is_entry_NK = entry_mask(targets.counts_N, width)
-    is_kept_NK = is_entry_NK & (ids_NK >= 0)
-    # What is no longer an entry goes to one more place, which is cut off again.
-    place_NK = torch.where(is_kept_NK, is_kept_NK.cumsum(1) - 1, width)
+    """Return the targets without the entries of dropped tokens, and the weight of those entries at each position."""
+    ids_T = vocabulary.mapped(targets.ids_T)
+    is_kept_T = ids_T >= 0
     left = SparseTargets(
-        _moved(ids_NK, place_NK),
-        _moved(targets.weights_NK, place_NK),
-        (is_kept_NK & entry_mask(targets.heads_N, width)).sum(1),
-        is_kept_NK.sum(1),
+        ids_T[is_kept_T],
+        targets.weights_T[is_kept_T],
+        _sums(targets, is_kept_T & targets.exact_mask()),
+        _sums(targets, is_kept_T),
         targets.rest_N,
     )
-    return left, (targets.weights_NK * (is_entry_NK & ~is_kept_NK)).sum(1)
+    return left, _sums(targets, targets.weights_T * ~is_kept_T)
 
 
-def _moved(values_NK: Tensor, place_NK: Tensor) -> Tensor:
-    rows, width = values_NK.shape
-    return values_NK.new_zeros(rows, width + 1).scatter_(1, place_NK, values_NK)[:, :width]
+def _sums(targets: SparseTargets, values_T: Tensor) -> Tensor:
+    """Add up a number for each entry, position by position."""
+    position_T = torch.arange(len(targets.counts_N)).repeat_interleave(targets.counts_N)
+    dtype = values_T.dtype if values_T.is_floating_point() else torch.int64
+    return torch.zeros(len(targets.counts_N), dtype=dtype).index_add_(0, position_T, values_T.to(dtype))
 
 
 def _scaled(targets: SparseTargets, rest_N: Tensor, kept_tokens: int) -> SparseTargets:
-    """Weights and rest that sum to 1. Where each kept token has an entry there is no rest; where none has, only one."""
+    """Scale weights and rest to sum to 1: no rest where every kept token has an entry, nothing else where none has."""
     rest_N = torch.where(targets.counts_N == kept_tokens, 0, rest_N)
-    total_N = targets.weights_NK.sum(1) + rest_N
+    total_N = _sums(targets, targets.weights_T) + rest_N
     is_nothing_N = total_N == 0
     total_N = torch.where(is_nothing_N, 1, total_N)
     rest_N = torch.where(is_nothing_N, 1, rest_N / total_N)
-    return replace(targets, weights_NK=targets.weights_NK / total_N[:, None], rest_N=rest_N)
+    return replace(targets, weights_T=targets.weights_T / total_N.repeat_interleave(targets.counts_N), rest_N=rest_N)
 
 
 def _entropy_left(batch: Batch, before: SparseTargets, after: SparseTargets) -> Tensor:
-    """`m log m - Σ_kept p log p`: what `Σ_kept p (log p - log m)` needs of p, so that the loss is 0 at best.
+    """Return `m log m - Σ_kept p log p`: what `Σ_kept p (log p - log m)` needs of p, so that the loss is 0 at best.
 
-    Of the heads p is known; the tail's share of the entropy is cut in proportion to its atoms. No gradient depends on
-    it. A row that lost nothing has its own entropy back.
+    Of the exact entries p is known; the tail's share of the entropy is cut in proportion to its atoms. No gradient
+    depends on it. A row that lost nothing has its own entropy back.
     """
-    heads_before_N, heads_after_N = _entropy_of_heads(before), _entropy_of_heads(after)
-    atoms_before_N, atoms_after_N = before.counts_N - before.heads_N, after.counts_N - after.heads_N
-    tail_N = batch.entropy_N - heads_before_N
+    exact_before_N, exact_after_N = _entropy_of_exact(before), _entropy_of_exact(after)
+    atoms_before_N, atoms_after_N = before.counts_N - before.exact_N, after.counts_N - after.exact_N
+    tail_N = batch.entropy_N - exact_before_N
     share_N = torch.where(atoms_before_N > 0, atoms_after_N / atoms_before_N.clamp(min=1), 1)
-    mass_N = after.weights_NK.sum(1)
-    left_N = heads_after_N + share_N * tail_N + torch.xlogy(mass_N, mass_N)
+    mass_N = _sums(after, after.weights_T)
+    left_N = exact_after_N + share_N * tail_N + torch.xlogy(mass_N, mass_N)
     return torch.where(after.counts_N == before.counts_N, batch.entropy_N, left_N)
 
 
-def _entropy_of_heads(targets: SparseTargets) -> Tensor:
-    weights_NK = targets.weights_NK * entry_mask(targets.heads_N, targets.weights_NK.shape[1])
-    return -torch.xlogy(weights_NK, weights_NK).sum(1)
+def _entropy_of_exact(targets: SparseTargets) -> Tensor:
+    weights_T = targets.weights_T * targets.exact_mask()
+    return -_sums(targets, torch.xlogy(weights_T, weights_T))

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.cache.format.packing import compress
-from distill.cache.format.records import Record, pack
+from distill.cache.format.arrays import compress
+from distill.cache.format.records import encode
 from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.making.extract import extract
 from distill.cache.reading.batches import collate
@@ -31,6 +31,7 @@ from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.language_model import Head
 from distill.targets.next_token import next_ids
 from distill.targets.schemes import AnyScheme, RandomDraws, VarOpt
+from distill.targets.sparse import SparseTargets
 from distill.targets.top_k import top_k
 
 CHUNK = 256
@@ -123,14 +124,13 @@ def read(path: str, sequence_length: int, tokens: int) -> Text:
 
 def own_scheme(text: Text, name: str, scheme: AnyScheme, reference: tuple[Tensor, Tensor]) -> Row:
     """A scheme of ours: through records as they are written and read."""
-    records = []
-    for hidden_LD, sample in zip(text.hidden, text.samples, strict=True):
-        ids, positions, mask = sample["input_ids"], sample["position_ids"], sample["loss_mask"]
-        stored = extract(hidden_LD, text.head, ids, positions, mask, scheme, seed=0)
-        records.append(Record(ids.numpy().astype(np.uint32), positions.numpy().astype(np.uint32), mask.numpy(), stored))
-    size = sum(len(pack(text.order.ranked(record), scheme)) for record in records) / text.tokens
-    batch = collate(records, scheme)
-    whole = SparseChunk(batch.targets.ids_NK, batch.targets.weights_NK, text.entropy_N, text.true_ids_N)
+    records = [
+        extract(hidden_LD, text.head, s["input_ids"], s["position_ids"], s["loss_mask"], scheme, seed=0)
+        for hidden_LD, s in zip(text.hidden, text.samples, strict=True)
+    ]
+    size = sum(len(encode(text.order.ranked(record), scheme)) for record in records) / text.tokens
+    batch = collate(records)
+    whole = SparseChunk(*batch.targets.padded(), text.entropy_N, text.true_ids_N)
     entries = float(batch.targets.counts_N.float().mean())
     return _row(name, size, entries, text, lambda logits, rows: forward_kl(logits, whole[rows]), reference)
 
@@ -138,8 +138,8 @@ def own_scheme(text: Text, name: str, scheme: AnyScheme, reference: tuple[Tensor
 def top_k_rows(text: Text, k: int, reference: tuple[Tensor, Tensor]) -> list[Row]:
     """Top-k with bfloat16 values as peers keep them (ids and values packed by the same codec), read in three ways."""
     parts = [top_k(logp.exp(), k) for logp in text.log_probs]
-    ids_NK = torch.cat([part.ids_NK for part in parts])
-    weights_NK = torch.cat([part.weights_NK for part in parts]).bfloat16()
+    ids_NK, weights_NK = SparseTargets.cat(parts).padded()
+    weights_NK = weights_NK.bfloat16()
     bits = weights_NK.view(torch.int16).numpy().view(np.uint16)
     size = len(compress(text.order.ranks_V[ids_NK.numpy()].astype(np.uint32).ravel())) + len(compress(bits.ravel()))
     size += sum(

@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+from torch import Tensor
 
 from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Record
@@ -151,7 +152,7 @@ def make_cache(folder: Path) -> None:
     spec.loader.exec_module(conftest)
     manifest = Manifest(
         scheme="varopt",
-        scheme_parameters={"threshold": 0.05, "draws": 1},
+        scheme_parameters={"threshold": 0.05},
         temperature=1.0,
         seed=0,
         vocab_size=conftest.VOCABULARY,
@@ -183,8 +184,9 @@ def records(folder: Path, split: str) -> list[Record]:
 
 def fingerprint(record: Record) -> str:
     digest = hashlib.sha256()
-    for array in (record.input_ids_L, record.position_ids_L, record.loss_mask_L, *vars(record.targets).values()):
-        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    for name, value in {**vars(record), **vars(record.targets)}.items():
+        if isinstance(value, (np.ndarray, Tensor)):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + np.asarray(value).tobytes())
     return digest.hexdigest()
 
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -37,7 +36,7 @@ LENGTH, VOCABULARY, DISTINCT = 1024, 49_152, 16
 def manifest(samples: int, shard_samples: int) -> Manifest:
     return Manifest(
         scheme="varopt",
-        scheme_parameters={"threshold": 0.02, "draws": 1},
+        scheme_parameters={"threshold": 0.02},
         temperature=1.0,
         seed=0,
         vocab_size=VOCABULARY,
@@ -51,7 +50,7 @@ def manifest(samples: int, shard_samples: int) -> Manifest:
 
 
 def synthetic_records(scheme: schemes.AnyScheme) -> list[Record]:
-    """Heads and atoms of random logits whose sharpness varies from position to position."""
+    """Exact entries and atoms of random logits whose sharpness varies from position to position."""
     generator = torch.Generator().manual_seed(0)
     head = Head(torch.randn(VOCABULARY, 32, generator=generator))
     records = []
@@ -60,9 +59,7 @@ def synthetic_records(scheme: schemes.AnyScheme) -> list[Record]:
         hidden_LD = torch.randn(LENGTH, 32, generator=generator) * sharpness_L1
         ids_L = torch.randint(VOCABULARY, (LENGTH,), generator=generator)
         mask_L = torch.arange(LENGTH) < LENGTH - 1
-        targets = extract(hidden_LD, head, ids_L, torch.arange(LENGTH), mask_L, scheme, seed=0)
-        positions_L = np.arange(LENGTH, dtype=np.uint32)
-        records.append(Record(ids_L.numpy().astype(np.uint32), positions_L, mask_L.numpy(), targets))
+        records.append(extract(hidden_LD, head, ids_L, torch.arange(LENGTH), mask_L, scheme, seed=0))
     return records
 
 
@@ -75,34 +72,34 @@ def make(folder: Path, gigabytes: float, shard_samples: int) -> None:
     samples = int(gigabytes * 1e9 / (probe.bytes / DISTINCT))
     writer = CacheWriter(folder / "cache", manifest(samples, shard_samples))
     started = time.perf_counter()
-    with reused_packing():
+    with reused_encoding():
         for shard in writer.missing():
             writer.write(shard, [records[sample % DISTINCT] for sample in writer.manifest.shard_range(shard)])
     print(f"made: {samples:,} samples in {writer.manifest.shards:,} shards, {time.perf_counter() - started:,.0f} s")
     print(f"  {probe.bytes / probe.positions:.1f} bytes and {probe.entries / probe.positions:.1f} entries a position")
 
 
-class reused_packing:
-    """The few distinct records are packed once and only their checksums made anew: compressing takes hours."""
+class reused_encoding:
+    """The few distinct records are encoded once and only their checksums made anew: compressing takes hours."""
 
     def __enter__(self) -> None:
         import struct
         import zlib
 
-        from distill.cache.making import writer
+        from distill.cache.format import records
 
-        self.module, self.pack = writer, writer.pack
+        self.module, self.encode = records, records.encode
         bodies: dict[int, bytes] = {}
 
-        def pack(record: Record, scheme: Any, key: int = 0) -> bytes:
-            body = bodies.setdefault(id(record), b"") or self.pack(record, scheme, key)[4:]
+        def encode(record: Record, scheme: Any, key: int = 0) -> bytes:
+            body = bodies.setdefault(id(record), b"") or self.encode(record, scheme, key)[4:]
             bodies[id(record)] = body
             return struct.pack("<I", zlib.crc32(body, key)) + body
 
-        writer.pack = pack  # type: ignore[assignment]
+        records.encode = encode  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        self.module.pack = self.pack
+        self.module.encode = self.encode
 
 
 def drop_from_memory(folder: Path) -> None:

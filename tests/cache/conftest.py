@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from distill.cache.format import coding
 from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Record
-from distill.cache.format.stored import StoredHidden, StoredTargets
 from distill.targets import schemes
+from distill.targets.hidden import HiddenTargets
+from distill.targets.sparse import SparseTargets
 
 LENGTH, VOCABULARY = 24, 1009
 FINGERPRINTS = dict.fromkeys(
@@ -31,53 +35,43 @@ def random_record(
     starts_L = np.maximum.accumulate(np.where(breaks_L, np.arange(length), 0))
     mask_L = generator.random(length) < share
     mask_L[-1] = False
+    positions = int(mask_L.sum())
+    entropy_N, surprisal_N = generator.integers(2**16, size=(2, positions), dtype=np.uint16)
     targets = random_targets(generator, scheme, ids_L, mask_L, vocabulary)
-    return Record(ids_L, (np.arange(length) - starts_L).astype(np.uint32), mask_L, targets)
+    return Record(ids_L, (np.arange(length) - starts_L).astype(np.uint32), mask_L, targets, entropy_N, surprisal_N)
 
 
 def random_targets(
     generator: np.random.Generator, scheme: Any, ids_L: np.ndarray, mask_L: np.ndarray, vocabulary: int
-) -> StoredTargets | StoredHidden:
+) -> SparseTargets | HiddenTargets:
     positions = int(mask_L.sum())
-    entropy_N, surprisal_N = generator.integers(2**16, size=(2, positions), dtype=np.uint16)
     if isinstance(scheme, schemes.Hidden):
-        bits_ND = generator.integers(2**16, size=(positions, scheme.size), dtype=np.uint16)
-        return StoredHidden(bits_ND, entropy_N, surprisal_N)
+        bits_ND = generator.integers(-(2**15), 2**15, size=(positions, scheme.size), dtype=np.int16)
+        return HiddenTargets(torch.from_numpy(bits_ND).view(torch.bfloat16))
+    atoms_N = np.zeros(positions, dtype=np.int64)
     if isinstance(scheme, schemes.VarOpt):
-        heads_N = generator.integers(1, 2 + int(0.5 / scheme.threshold), size=positions)
+        exact_N = generator.integers(1, 2 + int(0.5 / scheme.threshold), size=positions)
         atoms_N = generator.integers(0, 2 + int(0.5 / scheme.threshold), size=positions)
     elif isinstance(scheme, schemes.TopK):
-        heads_N, atoms_N = np.full(positions, min(scheme.entries, vocabulary)), np.zeros(positions, dtype=np.int64)
+        exact_N = np.full(positions, min(scheme.entries, vocabulary))
     else:
-        heads_N, atoms_N = (
-            generator.integers(1, scheme.entries + 1, size=positions),
-            np.zeros(positions, dtype=np.int64),
-        )
-    heads, draws = [], [[] for _ in range(scheme.draws)]
-    for place, head, atom in zip(np.flatnonzero(mask_L), heads_N, atoms_N, strict=True):
-        ids = generator.permutation(min(vocabulary, 4096))[: head + scheme.draws * atom]
+        exact_N = generator.integers(1, scheme.entries + 1, size=positions)
+    rows = [np.empty(0, np.int64)]
+    for place, exact, atoms in zip(np.flatnonzero(mask_L), exact_N, atoms_N, strict=True):
+        ids = generator.permutation(min(vocabulary, 4096))[: exact + atoms]
         if generator.random() < 0.5 and ids_L[place + 1] not in ids:
-            ids[generator.integers(head)] = ids_L[place + 1]  # the true next token is among the heads
-        heads.append(ids[:head])
-        for draw, ids_of_draw in enumerate(np.split(ids[head:], scheme.draws)):
-            draws[draw].append(np.sort(ids_of_draw))
-    entries = [ids for pair in zip(heads, draws[0], strict=True) for ids in pair]
-    codes = int(scheme.coded_mask(heads_N, atoms_N, int((heads_N + atoms_N).max(initial=0)) + 1).sum())
-    return StoredTargets(
-        heads_N=heads_N.astype(np.uint16),
-        atoms_N=atoms_N.astype(np.uint16),
-        ids_T=joined(entries),
-        codes_C=generator.integers(0, 2048, size=codes, dtype=np.uint16),
-        entropy_N=entropy_N,
-        surprisal_N=surprisal_N,
-        further_DA=np.array([joined(ids) for ids in draws[1:]], dtype=np.uint32).reshape(
-            scheme.draws - 1, int(atoms_N.sum())
-        ),
+            ids[generator.integers(exact)] = ids_L[place + 1]  # the true next token is among the exact entries
+        rows += [ids[:exact], np.sort(ids[exact:])]
+    codes = int(coding.coded_mask(scheme, exact_N, atoms_N, int((exact_N + atoms_N).max(initial=0)) + 1).sum())
+    codes_C = generator.integers(0, 2048, size=codes, dtype=np.uint16)
+    weights_T, rest_N = coding.decode(scheme, codes_C, exact_N, atoms_N)
+    return SparseTargets(
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(weights_T),
+        torch.from_numpy(exact_N),
+        torch.from_numpy(exact_N + atoms_N),
+        None if rest_N is None else torch.from_numpy(rest_N),
     )
-
-
-def joined(ids: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.uint32), *ids]).astype(np.uint32)
 
 
 class Tokenizer:
@@ -94,11 +88,15 @@ def assert_same() -> Callable[[Record, Record], None]:
     """`assert_same(one, other)`: equal numbers of equal types."""
 
     def compare(one: Record, other: Record) -> None:
-        for field in ("input_ids_L", "position_ids_L", "loss_mask_L"):
-            np.testing.assert_array_equal(getattr(one, field), getattr(other, field), strict=True)
         assert type(one.targets) is type(other.targets)
-        for field in vars(one.targets):
-            np.testing.assert_array_equal(getattr(one.targets, field), getattr(other.targets, field), strict=True)
+        ours, theirs = ({**vars(record), **vars(record.targets)} for record in (one, other))
+        for field, value in ours.items():
+            if isinstance(value, Tensor):
+                assert value.dtype == theirs[field].dtype
+                bits = [v.view(torch.int16) if v.dtype == torch.bfloat16 else v for v in (value, theirs[field])]
+                assert torch.equal(*bits), field
+            elif isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(value, theirs[field], strict=True)
 
     return compare
 
@@ -131,7 +129,7 @@ def make_manifest() -> Callable[..., Manifest]:
     def make(samples: int = 25, shard_samples: int = 4, **changes: Any) -> Manifest:
         content: dict[str, Any] = {
             "scheme": "varopt",
-            "scheme_parameters": {"threshold": 0.05, "draws": 1},
+            "scheme_parameters": {"threshold": 0.05},
             "temperature": 1.0,
             "seed": 0,
             "vocab_size": VOCABULARY,

@@ -13,7 +13,7 @@ from distill.losses.chunks import DenseChunk, SparseChunk
 from distill.losses.divergences import cross_entropy, forward_kl
 from distill.models.language_model import Head
 from distill.targets.top_k import top_k
-from distill.targets.varopt import varopt_draws
+from distill.targets.varopt import varopt
 
 N, V = 253, 1009
 
@@ -80,9 +80,8 @@ def test_the_mean_over_sampled_targets_is_the_dense_kl() -> None:
     uniform_ND = torch.rand(len(probs_NV), draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found_DN = torch.stack(
         [
-            forward_kl(student_NV, SparseChunk(targets.ids_NK, targets.weights_NK, entropy_N, true_ids_N))
-            for some_ND in uniform_ND.split(10, dim=1)
-            for targets in varopt_draws(probs_NV, 1 / 50, some_ND)
+            forward_kl(student_NV, SparseChunk(*varopt(probs_NV, 1 / 50, uniform_N).padded(), entropy_N, true_ids_N))
+            for uniform_N in uniform_ND.unbind(1)
         ]
     )
     error_N = found_DN.mean(0) - naive_kl(teacher_NV, student_NV)
@@ -111,7 +110,7 @@ def bucketed(teacher_NV: Tensor, k: int) -> SparseChunk:
     probs_NV = teacher_NV.softmax(-1)
     targets = top_k(probs_NV, k)
     entropy_N = torch.special.entr(probs_NV).sum(-1)
-    return SparseChunk(targets.ids_NK, targets.weights_NK, entropy_N, torch.arange(N), targets.rest_N)
+    return SparseChunk(*targets.padded(), entropy_N, torch.arange(N), targets.rest_N)
 
 
 @pytest.mark.parametrize("k", [1, 17, 1008])

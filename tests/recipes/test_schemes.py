@@ -6,16 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "varopt": {"scheme": "varopt", "threshold": 0.02},
-    "two draws": {"scheme": "varopt", "threshold": 0.05, "draws": 2},
     "top_k": {"scheme": "top_k", "entries": 12},
     "random": {"scheme": "random", "entries": 20},
-    "random, flattened": {"scheme": "random", "entries": 20, "exponent": 0.7},
     "hidden": {"scheme": "hidden"},
     "hidden, warm": {"scheme": "hidden", "temperature": 2.0},
 }
@@ -55,8 +52,9 @@ def _cached(name: str, world: Any, distill: Any, folder: Path) -> tuple[Any, Any
 
 def test_the_rest_of_top_k_is_the_mass_without_an_entry(world: Any, distill: Any, tmp_path: Path) -> None:
     _, batch, exact_NV = _cached("top_k", world, distill, tmp_path)
-    kept_N = exact_NV.gather(1, batch.targets.ids_NK).sum(-1)
-    torch.testing.assert_close(batch.targets.weights_NK.sum(-1) + batch.targets.rest_N, torch.ones_like(kept_N))
+    ids_NK, weights_NK = batch.targets.padded()
+    kept_N = exact_NV.gather(1, ids_NK).sum(-1)
+    torch.testing.assert_close(weights_NK.sum(-1) + batch.targets.rest_N, torch.ones_like(kept_N))
     # Codes are in steps of 2 %, rounded at random: exact on average, within a step each.
     assert ((batch.targets.rest_N - (1 - kept_N)).abs() <= 0.021 * (1 - kept_N) + 1e-6).all()
 
@@ -78,23 +76,8 @@ def test_hidden_states_give_the_exact_distributions_back(world: Any, distill: An
     assert forward_kl(same_logits_NV, chunk).abs().max() < 1e-5
 
 
-def test_draws_share_their_heads_and_differ_in_their_atoms(world: Any, distill: Any, tmp_path: Path) -> None:
-    reader, _, _ = _cached("two draws", world, distill, tmp_path)
-    different = 0
-    for index in range(len(reader)):
-        stored = reader[index].targets
-        heads_N, counts_N = stored.split()
-        starts_N = np.cumsum(counts_N) - counts_N
-        for start, heads, count in zip(starts_N, heads_N, counts_N, strict=True):
-            one, other = (stored.draw(draw)[start : start + count] for draw in (0, 1))
-            assert (one[:heads] == other[:heads]).all()
-            assert len(set(other.tolist())) == count
-            different += int((one[heads:] != other[heads:]).sum())
-        assert (stored.draw(2) == stored.draw(0)).all()
-    assert different > 100
-
-
-def test_draws_are_for_varopt(world: Any, distill: Any, tmp_path: Path) -> None:
-    file = world.write(tmp_path / "experiment.yaml", cache={"scheme": "top_k", "draws": 2})
-    outcome = distill("cache-teacher", file)
-    assert outcome.status == 2 and "cache.draws" in outcome.err and "varopt" in outcome.err
+@pytest.mark.parametrize("key", ["draws", "exponent"])
+def test_settings_that_are_gone_say_what_to_do(world: Any, distill: Any, tmp_path: Path, key: str) -> None:
+    file = world.write(tmp_path / "experiment.yaml", cache={key: 2})
+    distill("cache-teacher", file).refused(f"cache.{key}", "gone", "remove it")
+    distill("cache-teacher", world.write(tmp_path / "e.yaml"), f"--cache.{key}", "2").refused(f"--cache.{key}", "gone")

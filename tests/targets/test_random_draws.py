@@ -31,14 +31,14 @@ def test_mean_over_many_draws(random_rows: Tensor) -> None:
 def test_form(random_rows: Tensor) -> None:
     targets = random_draws(random_rows, uniforms(12, 50))
     for n, count in enumerate(targets.counts_N.tolist()):
-        ids, weights = targets.ids_NK[n, :count], targets.weights_NK[n, :count]
+        ids, weights = targets[n : n + 1].ids_T, targets[n : n + 1].weights_T
+        assert len(ids) == len(weights) == count
         assert ids.unique().numel() == count
         shares = weights.double() * 50
         assert (shares.round() - shares).abs().max() < 1e-5 and shares.min() > 0.99
         assert shares.round().sum() == 50
         assert (weights.diff() <= 0).all()
-        assert not targets.weights_NK[n, count:].any()
-    assert torch.equal(targets.heads_N, targets.counts_N)
+    assert torch.equal(targets.exact_N, targets.counts_N)
 
 
 def test_each_draw_is_the_inverse_of_the_cumulative_sum() -> None:
@@ -53,5 +53,5 @@ def test_extreme_uniforms_stay_inside_the_vocabulary(random_rows: Tensor) -> Non
         probs_NV = random_rows * scale
         probs_NV[:, 600:] = 0
         targets = random_draws(probs_NV, torch.full((12, 3), last, dtype=torch.float64))
-        assert targets.ids_NK.max() < 600
-        assert torch.equal(targets.weights_NK, torch.ones(12, 1))
+        assert targets.ids_T.max() < 600
+        assert torch.equal(targets.weights_T, torch.ones(12))

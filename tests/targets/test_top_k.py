@@ -19,8 +19,7 @@ def test_all_of_the_vocabulary_is_exact(random_rows: Tensor) -> None:
     torch.testing.assert_close(targets.dense(1009), probs_NV, atol=1e-15, rtol=0)
     logits_NV = (probs_NV.log() + 3).requires_grad_()
     target = SparseChunk(
-        targets.ids_NK,
-        targets.weights_NK,
+        *targets.padded(),
         torch.special.entr(probs_NV).sum(-1),
         torch.zeros(len(probs_NV), dtype=torch.long),
         targets.rest_N,
@@ -35,9 +34,10 @@ def test_all_of_the_vocabulary_is_exact(random_rows: Tensor) -> None:
 def test_form(random_rows: Tensor, k: int) -> None:
     targets = top_k(random_rows, k)
     expected_NK = random_rows.sort(descending=True).values
-    torch.testing.assert_close(targets.weights_NK, expected_NK[:, :k])
-    assert torch.equal(random_rows.gather(1, targets.ids_NK), targets.weights_NK)
-    assert set(targets.counts_N.tolist()) == set(targets.heads_N.tolist()) == {min(k, 1009)}
+    ids_NK, weights_NK = targets.padded()
+    torch.testing.assert_close(weights_NK, expected_NK[:, :k])
+    assert torch.equal(random_rows.gather(1, ids_NK), weights_NK)
+    assert set(targets.counts_N.tolist()) == set(targets.exact_N.tolist()) == {min(k, 1009)}
     assert targets.rest_N is not None
     torch.testing.assert_close(targets.rest_N, expected_NK[:, k:].sum(-1), atol=1e-6, rtol=0)
     assert (targets.rest_N >= 0).all()

@@ -1,4 +1,4 @@
-"""Threshold sampling: exact heads, no id twice, the right mean, the promised size, less error than random draws."""
+"""Threshold sampling: exact entries, no id twice, the right mean, the promised size, less error than random draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.targets.random_draws import random_draws
 from distill.targets.sparse import SparseTargets
-from distill.targets.varopt import varopt, varopt_draws
+from distill.targets.varopt import varopt
 
 DRAWS = 4096
 LAST_UNIFORM = float(np.nextafter(1, 0))
@@ -25,27 +25,27 @@ def uniforms(*shape: int, seed: int = 0) -> Tensor:
 def check_form(targets: SparseTargets, probs_NV: Tensor, threshold: float) -> None:
     """All that holds for every single draw."""
     rows, vocab_size = probs_NV.shape
+    assert len(targets.ids_T) == len(targets.weights_T) == targets.counts_N.sum()
     for n in range(rows):
-        count, heads = int(targets.counts_N[n]), int(targets.heads_N[n])
-        ids, weights = targets.ids_NK[n, :count], targets.weights_NK[n, :count]
+        count, exact = int(targets.counts_N[n]), int(targets.exact_N[n])
+        ids, weights = targets[n : n + 1].ids_T, targets[n : n + 1].weights_T
         assert int(ids.min()) >= 0 and int(ids.max()) < vocab_size
         assert ids.unique().numel() == count, "an id twice"
         assert (weights > 0).all()
         assert (probs_NV[n, ids] > 0).all(), "a token without probability"
-        assert not targets.ids_NK[n, count:].any() and not targets.weights_NK[n, count:].any(), "padding"
-        # Heads: what reaches the threshold, at least one, exact, falling.
-        assert set(probs_NV[n].ge(threshold).nonzero()[:, 0].tolist()) <= set(ids[:heads].tolist())
-        assert heads == max(1, int(probs_NV[n].ge(threshold).sum()))
-        assert torch.equal(weights[:heads], probs_NV[n, ids[:heads]])
+        # Exact entries: what reaches the threshold, at least one, with their own probability, falling.
+        assert set(probs_NV[n].ge(threshold).nonzero()[:, 0].tolist()) <= set(ids[:exact].tolist())
+        assert exact == max(1, int(probs_NV[n].ge(threshold).sum()))
+        assert torch.equal(weights[:exact], probs_NV[n, ids[:exact]])
         assert weights[0] == probs_NV[n].max()
-        assert (weights[:heads].diff() <= 0).all()
+        assert (weights[:exact].diff() <= 0).all()
         # Atoms: of one weight, rising, not below any tail token.
-        assert (ids[heads:].diff() > 0).all()
-        assert weights[heads:].unique().numel() <= 1
-        tail_V = probs_NV[n].clone().index_fill_(0, ids[:heads], 0)
+        assert (ids[exact:].diff() > 0).all()
+        assert weights[exact:].unique().numel() <= 1
+        tail_V = probs_NV[n].clone().index_fill_(0, ids[:exact], 0)
         mass = tail_V.double().sum().item()
-        if count > heads:
-            assert weights[heads:].double().sum().item() == pytest.approx(mass, rel=1e-6)
+        if count > exact:
+            assert weights[exact:].double().sum().item() == pytest.approx(mass, rel=1e-6)
             assert weights[-1] >= tail_V.max() * (1 - 1e-6)
             assert weights[-1] >= min(threshold, mass) * (1 - 1e-6)
         else:
@@ -84,14 +84,13 @@ class Tally:
 def tally(probs_V: Tensor, threshold: float, uniform_R: Tensor) -> Tally:
     hits_V, sum_V = (torch.zeros(len(probs_V), dtype=torch.float64) for _ in range(2))
     for part in uniform_R.split(256):
-        for targets in varopt_draws(probs_V[None], threshold, part[None]):
-            heads, count = int(targets.heads_N), int(targets.counts_N)
-            ids, weights = targets.ids_NK[0, :count], targets.weights_NK[0, :count]
-            hits_V[ids[heads:]] += 1
-            sum_V[ids] += weights
+        targets = varopt(probs_V.expand(len(part), -1), threshold, part)
+        sum_V.index_add_(0, targets.ids_T, targets.weights_T.double())
+        atom_ids = targets.ids_T[~targets.exact_mask()]
+        hits_V.index_add_(0, atom_ids, torch.ones(len(atom_ids), dtype=torch.float64))
     tail_V = probs_V.double().clone()
-    tail_V[targets.ids_NK[0, : targets.heads_N[0]]] = 0
-    atom_weight = tail_V.sum() / (targets.counts_N[0] - targets.heads_N[0])
+    tail_V[targets.ids_T[: targets.exact_N[0]]] = 0
+    atom_weight = tail_V.sum() / (targets.counts_N[0] - targets.exact_N[0])
     return Tally(hits_V, tail_V / atom_weight, sum_V / len(uniform_R), len(uniform_R))
 
 
@@ -112,7 +111,7 @@ def test_form(random_rows: Tensor, zipf_rows: Tensor, threshold: float) -> None:
         for probs_NV in (random_rows, zipf_rows):
             targets = varopt(probs_NV, threshold, uniforms(len(probs_NV), seed=seed))
             check_form(targets, probs_NV, threshold)
-            sums_N = targets.weights_NK.double().sum(-1)
+            sums_N = targets.padded()[1].double().sum(-1)
             torch.testing.assert_close(sums_N, torch.ones_like(sums_N), atol=1e-6, rtol=0)
 
 
@@ -120,9 +119,9 @@ def test_size_is_as_promised(random_rows: Tensor) -> None:
     for threshold in (0.3, 0.05, 0.02, 0.003):
         probs_NV = random_rows.double()
         targets = varopt(probs_NV, threshold, uniforms(len(probs_NV)))
-        for row, heads, count in zip(probs_NV, targets.heads_N.tolist(), targets.counts_N.tolist(), strict=True):
-            tail = 1 - row.topk(heads).values.sum().item()
-            assert count - heads == max(1, math.floor(tail / threshold))
+        for row, exact, count in zip(probs_NV, targets.exact_N.tolist(), targets.counts_N.tolist(), strict=True):
+            tail = 1 - row.topk(exact).values.sum().item()
+            assert count - exact == max(1, math.floor(tail / threshold))
 
 
 def test_every_frequency_is_right_to_the_resolution_of_a_grid(random_rows: Tensor) -> None:
@@ -174,22 +173,22 @@ def test_less_error_than_random_draws_on_the_demo_teacher(teacher_rows: Tensor) 
 def test_a_sure_row_takes_one_entry() -> None:
     probs_NV = torch.zeros(1, 1009).index_fill_(1, torch.tensor(77), 1)
     targets = varopt(probs_NV, 0.02, uniforms(1))
-    assert targets.ids_NK.tolist() == [[77]] and targets.weights_NK.tolist() == [[1.0]]
-    assert targets.heads_N.tolist() == targets.counts_N.tolist() == [1]
+    assert targets.ids_T.tolist() == [77] and targets.weights_T.tolist() == [1.0]
+    assert targets.exact_N.tolist() == targets.counts_N.tolist() == [1]
 
 
 @pytest.mark.parametrize("vocab_size", [2, 50, 51, 1009])
 @pytest.mark.parametrize("threshold", [1.0, 0.5, 0.02])
 def test_uniform_rows(vocab_size: int, threshold: float) -> None:
-    """The largest probability is everyone's: whichever token becomes the head must not be in the tail too."""
+    """The largest probability is everyone's: whichever token becomes the exact entry must not be in the tail too."""
     probs_NV = torch.full((16, vocab_size), 1 / vocab_size)
-    probs_NV[1, 0] += 0.3 / vocab_size  # another number of heads in the batch, another width of the topk
+    probs_NV[1, 0] += 0.3 / vocab_size  # another number of exact entries in the batch, another width of the topk
     probs_NV[1, 1:] -= 0.3 / vocab_size / (vocab_size - 1)
     check_form(varopt(probs_NV, threshold, uniforms(16)), probs_NV, threshold)
 
 
 def test_the_mean_is_right_where_many_are_equally_probable() -> None:
-    """Half precision makes ties: with 1,009 equal tokens and one head of them, each must keep its own share."""
+    """Half precision makes ties: with 1,009 equal tokens and one exact entry of them, each must keep its own share."""
     grid_R = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
     probs_V = torch.full((1009,), 1 / 1009)
     found = tally(probs_V, 1 / 50, grid_R)
@@ -198,12 +197,12 @@ def test_the_mean_is_right_where_many_are_equally_probable() -> None:
 
 
 @pytest.mark.parametrize("below", [False, True])
-def test_two_equal_heads(below: bool) -> None:
+def test_two_equal_tokens(below: bool) -> None:
     threshold = 0.45 if below else 0.3
     probs_NV = torch.tensor([[0.1, 0.4, 0.1, 0.4]]).repeat(32, 1)
     targets = varopt(probs_NV, threshold, uniforms(32))
     check_form(targets, probs_NV, threshold)
-    assert set(targets.heads_N.tolist()) == {1 if below else 2}
+    assert set(targets.exact_N.tolist()) == {1 if below else 2}
 
 
 @pytest.mark.parametrize(
@@ -214,15 +213,15 @@ def test_tail_mass_around_the_threshold(tail: float, atoms: int) -> None:
     probs_NV = torch.cat([torch.full((1, 32), tail / 32), torch.tensor([[1 - tail]])], dim=1)
     targets = varopt(probs_NV, 0.25, uniforms(1))
     check_form(targets, probs_NV, 0.25)
-    assert (targets.heads_N.tolist(), targets.counts_N.tolist()) == ([1], [1 + atoms])
+    assert (targets.exact_N.tolist(), targets.counts_N.tolist()) == ([1], [1 + atoms])
 
 
-def test_a_probability_that_equals_the_threshold_is_a_head() -> None:
+def test_a_probability_that_equals_the_threshold_is_exact() -> None:
     probs_NV = torch.tensor([[0.25, 0.5, 0.125, 0.125]])
     targets = varopt(probs_NV, 0.25, uniforms(1))
-    assert targets.ids_NK[0, :2].tolist() == [1, 0] and targets.heads_N.tolist() == [2]
+    assert targets.ids_T[:2].tolist() == [1, 0] and targets.exact_N.tolist() == [2]
     just_below = torch.tensor([[0.25 - 2**-24, 0.5, 0.125, 0.125 + 2**-24]])
-    assert varopt(just_below, 0.25, uniforms(1)).heads_N.tolist() == [1]
+    assert varopt(just_below, 0.25, uniforms(1)).exact_N.tolist() == [1]
 
 
 def test_threshold_one_leaves_the_best_token_and_one_atom(random_rows: Tensor) -> None:
@@ -241,12 +240,6 @@ def test_extreme_uniforms_stay_inside_the_vocabulary(random_rows: Tensor, unifor
         probs_NV /= probs_NV.sum(-1, keepdim=True)
         rows = len(probs_NV)
         check_form(varopt(probs_NV, threshold, torch.full((rows,), uniform).double()), probs_NV, threshold)
-
-
-def test_draws_are_targets_of_their_own(random_rows: Tensor) -> None:
-    uniform_ND = uniforms(12, 5)
-    for draw, targets in enumerate(varopt_draws(random_rows, 0.02, uniform_ND)):
-        assert torch.equal(targets.dense(1009), varopt(random_rows, 0.02, uniform_ND[:, draw]).dense(1009))
 
 
 def test_rows_do_not_depend_on_their_company(random_rows: Tensor, zipf_rows: Tensor) -> None:

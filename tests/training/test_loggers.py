@@ -42,7 +42,7 @@ class Measure(Callback):
 
 
 @pytest.fixture
-def fit(make_module: Any, make_student: Any, records: Any, scheme: Any) -> Callable[..., None]:
+def fit(make_module: Any, make_student: Any, records: Any) -> Callable[..., None]:
     """`fit(loggers)`: a training of five steps."""
 
     def train(loggers: list[Logger], error: BaseException | None = None) -> None:
@@ -58,7 +58,7 @@ def fit(make_module: Any, make_student: Any, records: Any, scheme: Any) -> Calla
             loggers=loggers,
             callbacks=[Measure(error)],
         )
-        loader = DataLoader(records, 2, collate_fn=lambda rows: collate(rows, scheme))
+        loader = DataLoader(records, 2, collate_fn=collate)
         trainer.fit(make_module(make_student()), loader)
 
     return train

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from distill.cache.format.records import Record
 from distill.cache.reading.batches import Batch, collate
 from distill.losses.objective import Mixture
-from distill.targets.schemes import AnyScheme
 
 V = 37
 Run = Callable[..., dict[str, Tensor]]
@@ -59,12 +58,11 @@ def test_a_step_is_the_mean_over_its_positions(
     run: Run,
     make_student: Callable[[], nn.Module],
     records: list[Record],
-    scheme: AnyScheme,
     batch_size: int,
     accumulate: int,
     samples: int,
 ) -> None:
-    steps = (collate(records[start : min(start + 4, samples)], scheme) for start in range(0, samples, 4))
+    steps = (collate(records[start : min(start + 4, samples)]) for start in range(0, samples, 4))
     expected = naive_training(make_student(), steps)
     check_same(run(batch_size, accumulate, samples=records[:samples]), expected)
 
@@ -131,17 +129,16 @@ def test_held_out_means_are_over_positions(
     make_module: Any,
     make_trainer: Any,
     records: list[Record],
-    scheme: AnyScheme,
     batch_size: int,
 ) -> None:
     student = make_student()
     with torch.no_grad():
-        expected = naive_losses(student, collate(records, scheme)).mean().item()
+        expected = naive_losses(student, collate(records)).mean().item()
 
     def measure(alpha: float) -> dict[str, float]:
         module = make_module(student, objective=Mixture(alpha))
         module.trainer = make_trainer()
-        return module.measure(collate(records[at : at + batch_size], scheme) for at in range(0, 10, batch_size))
+        return module.measure(collate(records[at : at + batch_size]) for at in range(0, 10, batch_size))
 
     found = measure(0.3)
     assert found["held_out_loss"] == pytest.approx(expected, rel=1e-5)

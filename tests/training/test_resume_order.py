@@ -108,15 +108,6 @@ def test_what_is_left_of_an_epoch_is_the_rest_of_it(
         assert micro_batches(size, batch_size, rank, world, done * batch_size * world, epoch=3) == whole[done:]
 
 
-def test_epochs_take_the_draws_in_turn() -> None:
-    """Number `size * draw + sample`; the samples and their order are those of a cache with one draw."""
-    for epoch in range(5):
-        one, three = (EpochPermutation(10, 7, epoch, seen=4, batch_size=2, draws=draws) for draws in (1, 3))
-        assert list(three) == [10 * (epoch % 3) + number for number in one]
-    last_of_both = [list(EpochPermutation(5, 7, 1, batch_size=2, rank=rank, world=2, draws=3)) for rank in (0, 1)]
-    assert last_of_both[1][-1] == NOTHING and sorted(last_of_both[0] + last_of_both[1][:-1]) == [5, 6, 7, 8, 9]
-
-
 def test_the_number_of_processes_does_not_change_a_step() -> None:
     """Two processes with micro-batches of 3 see in each step the samples that one with 6 sees."""
     one = micro_batches(32, 6, 0, 1)
@@ -244,23 +235,19 @@ def test_other_devices_continue_where_one_stopped() -> None:
 class Listed(list):  # type: ignore[type-arg]
     """Records as a reader."""
 
-    scheme: Any
-
     def collate(self, records: list[Record]) -> Batch:
-        return collate(records, self.scheme)
+        return collate(records)
 
 
 @pytest.fixture
-def reader(records: list[Record], scheme: Any) -> Listed:
-    listed = Listed(records)
-    listed.scheme = scheme
-    return listed
+def reader(records: list[Record]) -> Listed:
+    return Listed(records)
 
 
 def test_nothing_is_a_batch_without_a_position(reader: Listed) -> None:
     samples = Samples(reader)  # type: ignore[arg-type]
     batch = samples.collate([samples[NOTHING]])
-    assert not batch.loss_mask_BL.any() and len(batch.entropy_N) == len(batch.targets.ids_NK) == 0  # type: ignore[union-attr]
+    assert not batch.loss_mask_BL.any() and len(batch.entropy_N) == len(batch.targets.ids_T) == 0  # type: ignore[union-attr]
 
 
 SCRIPT = """

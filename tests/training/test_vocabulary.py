@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from distill.cache.format.records import Record
-from distill.cache.reading.batches import Batch, HiddenTargets, collate
+from distill.cache.reading.batches import Batch, collate
 from distill.losses.chunks import DenseChunk, SparseChunk
 from distill.losses.divergences import forward_kl, reverse_kl
 from distill.models.language_model import Head
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.targets import schemes
-from distill.targets.sparse import SparseTargets, entry_mask
+from distill.targets.hidden import HiddenTargets
+from distill.targets.sparse import SparseTargets
 from distill.targets.top_k import top_k
 from distill.targets.varopt import varopt
 from distill.training.vocabulary import count_tokens, trim_batch
@@ -73,7 +74,7 @@ def sparse(batch: Batch) -> SparseTargets:
 
 def chunk(batch: Batch) -> SparseChunk:
     targets, nothing_N = sparse(batch), torch.zeros(len(batch.entropy_N), dtype=torch.int64)
-    return SparseChunk(targets.ids_NK, targets.weights_NK, batch.entropy_N, nothing_N, targets.rest_N)
+    return SparseChunk(*targets.padded(), batch.entropy_N, nothing_N, targets.rest_N)
 
 
 def uniforms(seed: int) -> Tensor:
@@ -83,13 +84,13 @@ def uniforms(seed: int) -> Tensor:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 def test_nothing_changes_for_all_tokens(scheme: Any, probs_NV: Tensor, entropy_N: Tensor) -> None:
     everything = Vocabulary(torch.arange(V), V)
-    (targets,) = scheme.sample(probs_NV, torch.rand(N, scheme.uniforms, dtype=torch.float64))
+    targets = scheme.sample(probs_NV, torch.rand(N, scheme.uniforms, dtype=torch.float64))
     batch = make_batch(targets, entropy_N, torch.arange(N + 1) % V)
     trimmed, dropped = trim_batch(batch, everything)
     assert float(dropped) == 0
     torch.testing.assert_close(trimmed.targets.dense(V), targets.dense(V))
     assert torch.equal(trimmed.entropy_N, entropy_N) and torch.equal(trimmed.input_ids_BL, batch.input_ids_BL)
-    assert torch.equal(trimmed.targets.heads_N, targets.heads_N)
+    assert torch.equal(trimmed.targets.exact_N, targets.exact_N)
     assert torch.equal(trimmed.targets.counts_N, targets.counts_N)
 
 
@@ -97,7 +98,7 @@ def test_nothing_changes_for_all_tokens(scheme: Any, probs_NV: Tensor, entropy_N
 def test_samples_lose_the_entries_of_dropped_tokens_and_no_others(
     scheme: Any, probs_NV: Tensor, entropy_N: Tensor, vocabulary: Vocabulary, text: Tensor
 ) -> None:
-    (targets,) = scheme.sample(probs_NV, torch.rand(N, scheme.uniforms, dtype=torch.float64))
+    targets = scheme.sample(probs_NV, torch.rand(N, scheme.uniforms, dtype=torch.float64))
     trimmed, dropped = trim_batch(make_batch(targets, entropy_N, text), vocabulary)
     left, dense_NV = sparse(trimmed), targets.dense(V)
     assert torch.equal(left.dense(len(vocabulary)), dense_NV[:, vocabulary.kept_ids])
@@ -109,34 +110,28 @@ def test_samples_lose_the_entries_of_dropped_tokens_and_no_others(
 def test_the_order_of_a_target_is_kept(
     probs_NV: Tensor, entropy_N: Tensor, vocabulary: Vocabulary, text: Tensor
 ) -> None:
-    """Heads first, in order of falling weight, then atoms of one weight in order of rising id, then padding."""
+    """Exact entries first, in order of falling weight, then atoms of one weight in order of rising id."""
     targets = varopt(probs_NV, 0.1, uniforms(0))
     left = sparse(trim_batch(make_batch(targets, entropy_N, text), vocabulary)[0])
-    kept_before = torch.isin(targets.ids_NK, vocabulary.kept_ids)
     for n in range(N):
-        heads, count = int(left.heads_N[n]), int(left.counts_N[n])
-        assert heads == int(kept_before[n, : targets.heads_N[n]].sum())
-        assert count == int(kept_before[n, : targets.counts_N[n]].sum())
-        assert bool((left.weights_NK[n, :heads].diff() <= 0).all())
-        assert len(left.weights_NK[n, heads:count].unique()) <= 1
-        assert bool((left.ids_NK[n, heads:count].diff() > 0).all())
-        assert not left.ids_NK[n, count:].any() and not left.weights_NK[n, count:].any()
+        exact, count = int(left.exact_N[n]), int(left.counts_N[n])
+        before, after = targets[n : n + 1], left[n : n + 1]
+        kept_before = torch.isin(before.ids_T, vocabulary.kept_ids)
+        assert exact == int(kept_before[: int(before.exact_N)].sum())
+        assert count == int(kept_before.sum()) == len(after.ids_T)
+        assert bool((after.weights_T[:exact].diff() <= 0).all())
+        assert len(after.weights_T[exact:].unique()) <= 1
+        assert bool((after.ids_T[exact:].diff() > 0).all())
 
 
 def test_padding_does_not_count_as_token_0(entropy_N: Tensor, probs_NV: Tensor, text: Tensor) -> None:
-    """Token 0 is dropped here, and padding has its id."""
+    """Token 0 is dropped here, and the padding of rows has its id."""
     without_0 = Vocabulary(torch.arange(1, V), V)
     targets = varopt(probs_NV, 0.1, uniforms(0))
-    padding_NK = ~entry_mask(targets.counts_N, targets.ids_NK.shape[1])
-    assert padding_NK.any()
+    assert len(set(targets.counts_N.tolist())) > 1, "some rows are padded"
     trimmed, dropped = trim_batch(make_batch(targets, entropy_N, text.clamp(min=1)), without_0)
     assert torch.equal(sparse(trimmed).dense(V - 1), targets.dense(V)[:, 1:])
     assert float(dropped) == pytest.approx(float(targets.dense(V)[:, 0].sum()), rel=1e-5)
-    clean = targets.ids_NK.clone()
-    clean[padding_NK] = 5  # whatever stands there
-    other = SparseTargets(clean, targets.weights_NK, targets.heads_N, targets.counts_N)
-    again, _ = trim_batch(make_batch(other, entropy_N, text.clamp(min=1)), without_0)
-    assert torch.equal(sparse(again).dense(V - 1), sparse(trimmed).dense(V - 1))
 
 
 def conditional(probs_NV: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -153,7 +148,7 @@ def kl(p: Tensor, logits: Tensor) -> Tensor:
 def test_the_loss_of_complete_targets_is_the_kl_over_the_kept_tokens(
     probs_NV: Tensor, entropy_N: Tensor, vocabulary: Vocabulary, text: Tensor, student_NK: Tensor
 ) -> None:
-    """All heads: the loss is the kept mass times that KL, and 0 for the best student."""
+    """All entries exact: the loss is the kept mass times that KL, and 0 for the best student."""
     targets = varopt(probs_NV, 1e-9, uniforms(0))
     batch, dropped = trim_batch(make_batch(targets, entropy_N, text), vocabulary)
     p_NK, mass_N = conditional(probs_NV, vocabulary)
@@ -226,7 +221,7 @@ def test_a_rest_of_nothing_and_a_target_of_nothing_teach_nothing(vocabulary: Voc
     probs_NV /= probs_NV.sum(-1, keepdim=True)
     batch, _ = trim_batch(make_batch(top_k(probs_NV, 3), torch.ones(N), text), vocabulary)
     left = sparse(batch)
-    assert left.rest_N is not None and not left.counts_N.any() and not left.weights_NK.any()
+    assert left.rest_N is not None and not left.counts_N.any() and not len(left.weights_T)
     torch.testing.assert_close(left.rest_N, torch.ones(N))
     logits_NK = torch.randn(N, len(vocabulary), requires_grad=True)
     forward_kl(logits_NK, chunk(batch)).sum().backward()
@@ -269,7 +264,7 @@ def test_a_text_with_a_dropped_token_is_never_trained_on(
         trim_batch(make_batch(top_k(probs_NV, 3), entropy_N, wrong), vocabulary)
 
 
-def test_tokens_are_counted_in_every_sample(records: list[Record], scheme: schemes.AnyScheme) -> None:
+def test_tokens_are_counted_in_every_sample(records: list[Record]) -> None:
     seen: list[int] = []
     readers: Any = [records[:4], records[4:]]
     counts_V = count_tokens(readers, 37, seen.append)
@@ -278,4 +273,4 @@ def test_tokens_are_counted_in_every_sample(records: list[Record], scheme: schem
     assert sum(seen) == len(ids)
     vocabulary = Vocabulary(torch.from_numpy(np.flatnonzero(counts_V)), 37)
     for record in records:
-        trim_batch(collate([record], scheme), vocabulary)
+        trim_batch(collate([record]), vocabulary)

@@ -71,10 +71,8 @@ def texts(value: Any) -> bool:
 
 
 _PARAMETERS: dict[str, Check] = {
-    "threshold": lambda value: positive(value) and value <= 1,
-    "draws": whole(1, 2**10),
+    "threshold": lambda value: positive(value) and 1e-6 <= value <= 1,
     "entries": whole(1, 2**16),
-    "exponent": lambda value: positive(value) and value <= 100,
     "size": whole(1, 2**20),
 }
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from distill.cache.format import checks
-from distill.cache.format.records import most_entries
 from distill.errors import UserError
 from distill.system.files import read_bounded
 from distill.targets import schemes
@@ -129,7 +128,7 @@ def _impossible(manifest: Manifest) -> str | None:
     if manifest.shards > checks.MOST_SHARDS:
         return f"{manifest.shards:,} shards are not possible"
     try:
-        entries = most_entries(manifest.make_scheme())
+        entries = manifest.make_scheme().most_entries
     except (KeyError, TypeError):
         return f"scheme {manifest.scheme[:40]} with {checks.printable(manifest.scheme_parameters)} is not known"
     if manifest.sequence_length * entries > checks.MOST_PLACES:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.cache.format.packing import DamagedRecord
+from distill.cache.format.arrays import DamagedRecord
 from distill.system.files import open_regular
 
 _HEADER_LIMIT = 512

@@ -12,19 +12,20 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill.cache.format.arrays import DamagedRecord, compress, decompress, read_sizes, write_sizes
 from distill.cache.format.folder import TOKEN_ORDER
 from distill.cache.format.manifest import Manifest
-from distill.cache.format.packing import DamagedRecord, compress, decompress, read_sizes, write_sizes
 from distill.cache.format.records import Record
-from distill.cache.format.stored import StoredHidden, StoredTargets
 from distill.errors import UserError
 from distill.system.files import read_bounded, write_durably
 from distill.system.locks import cannot_write
 from distill.targets.next_token import next_ids
+from distill.targets.sparse import SparseTargets
 
 FINGERPRINT = "token_order"
 """Its name among the manifest's fingerprints; without it, tokens are in the order of their ids."""
@@ -71,34 +72,34 @@ class TokenOrder:
         return self._relabelled(record, self.tokens_V)
 
     def _relabelled(self, record: Record, names_V: NDArray) -> Record:
-        numbers = _numbers(record)
+        is_sparse = isinstance(record.targets, SparseTargets)
+        numbers = [record.input_ids_L, *([record.targets.ids_T.numpy()] if is_sparse else [])]  # type: ignore[union-attr]
         if any(ids.max(initial=0) >= len(names_V) for ids in numbers):
             raise DamagedRecord("a token beyond the vocabulary")
         if self.is_by_id:
             return record
-        input_ids_L, *of_targets = [names_V[ids].astype(np.uint32) for ids in numbers]
-        if isinstance(record.targets, StoredHidden):
-            return replace(record, input_ids_L=input_ids_L)
-        ids_T, further_DA = of_targets
-        targets = _in_order(replace(record.targets, ids_T=ids_T, further_DA=further_DA))
-        return replace(record, input_ids_L=input_ids_L, targets=targets)
+        record = replace(record, input_ids_L=names_V[record.input_ids_L].astype(np.uint32))
+        if not isinstance(record.targets, SparseTargets):
+            return record
+        ids_T = torch.from_numpy(names_V[record.targets.ids_T.numpy()].astype(np.int64))
+        return replace(record, targets=_in_order(replace(record.targets, ids_T=ids_T)))
 
     def to_bytes(self) -> bytes:
-        """Packed: the tokens that are out of the order of their ids, and how many those are."""
+        """Return the file: how many tokens are out of the order of their ids, and these tokens, compressed."""
         # Behind the last rank that is out of order, the tokens that are left follow by id.
         falls = np.flatnonzero(np.diff(self.tokens_V.astype(np.int64)) < 0)
-        head = int(falls[-1]) + 1 if len(falls) else 0
-        return write_sizes([head]) + compress(self.tokens_V[:head])
+        listed = int(falls[-1]) + 1 if len(falls) else 0
+        return write_sizes([listed]) + compress(self.tokens_V[:listed])
 
     @classmethod
     def from_bytes(cls, data: bytes, vocab_size: int) -> TokenOrder:
         """Raises DamagedRecord when this is no permutation of the vocabulary."""
-        (head,), start = read_sizes(data, 0, 1)
-        if head > vocab_size:
+        (listed,), start = read_sizes(data, 0, 1)
+        if listed > vocab_size:
             raise DamagedRecord("more tokens than the vocabulary has")
-        first = decompress(data[start:], head, "u32")
+        first = decompress(data[start:], listed, "u32")
         is_left_V = np.ones(vocab_size, dtype=bool)
-        if (first >= vocab_size).any() or len(np.unique(first)) != head:
+        if (first >= vocab_size).any() or len(np.unique(first)) != listed:
             raise DamagedRecord("tokens twice, or beyond the vocabulary")
         is_left_V[first] = False
         return cls(np.concatenate([first, np.flatnonzero(is_left_V).astype(np.uint32)]))
@@ -120,29 +121,14 @@ def token_counts(samples: Dataset[dict[str, Tensor]], count: int, vocab_size: in
     return counts_V
 
 
-def _numbers(record: Record) -> list[NDArray[np.uint32]]:
-    """What in a record names tokens."""
-    targets = record.targets
-    of_targets = [] if isinstance(targets, StoredHidden) else [targets.ids_T, targets.further_DA]
-    return [record.input_ids_L, *of_targets]
-
-
-def _in_order(targets: StoredTargets) -> StoredTargets:
-    """The targets with the atoms of each position in order of rising number."""
-    heads_N, counts_N = targets.split()
-    position_T = np.repeat(np.arange(len(counts_N)), counts_N)
-    place_T = np.arange(len(position_T)) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
-    is_atom_T = place_T >= heads_N[position_T]
-    position_A, ids_T = position_T[is_atom_T], targets.ids_T.copy()
-    ids_T[is_atom_T] = _sorted(ids_T[is_atom_T], position_A)
-    further = [_sorted(ids_A, position_A) for ids_A in targets.further_DA]
-    further_DA = np.array(further, dtype=np.uint32).reshape(targets.further_DA.shape)
-    return replace(targets, ids_T=ids_T, further_DA=further_DA)
-
-
-def _sorted(ids_A: NDArray, position_A: NDArray) -> NDArray:
-    """Rising inside each position."""
-    return ids_A[np.lexsort((ids_A, position_A))]
+def _in_order(targets: SparseTargets) -> SparseTargets:
+    """Put the atoms of each position in order of rising number; they all have one weight."""
+    is_atom_T = ~targets.exact_mask().numpy()
+    position_A = np.arange(len(targets.counts_N)).repeat(targets.counts_N.numpy())[is_atom_T]
+    ids_T = targets.ids_T.numpy().copy()
+    ids_A = ids_T[is_atom_T]
+    ids_T[is_atom_T] = ids_A[np.lexsort((ids_A, position_A))]
+    return replace(targets, ids_T=torch.from_numpy(ids_T))
 
 
 def save_order(folder: Path, order: TokenOrder) -> None:

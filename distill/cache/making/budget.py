@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from distill.cache.format import records
 from distill.cache.format.manifest import Manifest
-from distill.cache.format.records import Record, pack
 from distill.cache.format.token_order import TokenOrder
 from distill.cache.making.extract import extract
 from distill.cache.making.predict import TeacherModule
@@ -63,7 +62,7 @@ class Calibration:
         for row in self._rows:
             ids_L, positions_L, mask_L = row["input_ids"], row["position_ids"], row["loss_mask"]
             device = row["hidden"].device
-            targets = extract(
+            record = extract(
                 row["hidden"],
                 head,
                 ids_L.to(device),
@@ -74,10 +73,7 @@ class Calibration:
                 temperature=module.temperature,
                 chunk_size=module.chunk_size,
             )
-            record = Record(
-                ids_L.numpy().astype(np.uint32), positions_L.numpy().astype(np.uint32), mask_L.numpy(), targets
-            )
-            size += len(pack(self.order.ranked(record), scheme))
+            size += len(records.encode(self.order.ranked(record), scheme))
         return size / self.tokens
 
     def threshold_for(self, bytes_per_token: float, scheme: VarOpt) -> VarOpt:

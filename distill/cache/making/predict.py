@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
@@ -70,7 +69,7 @@ class TeacherModule(pl.LightningModule):
         return [self._record(*sample, head) for sample in _samples(hidden_BLD, ids_BL, positions_BL, mask_BL)]
 
     def _record(self, hidden_LD: Tensor, ids_L: Tensor, positions_L: Tensor, mask_L: Tensor, head: Any) -> Record:
-        targets = extract(
+        return extract(
             hidden_LD,
             head,
             ids_L,
@@ -80,12 +79,6 @@ class TeacherModule(pl.LightningModule):
             seed=self.seed,
             temperature=self.temperature,
             chunk_size=self.chunk_size,
-        )
-        return Record(
-            ids_L.cpu().numpy().astype(np.uint32),
-            positions_L.cpu().numpy().astype(np.uint32),
-            mask_L.cpu().numpy(),
-            targets,
         )
 
 

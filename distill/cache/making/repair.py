@@ -6,11 +6,10 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from distill.cache.format import journal
+from distill.cache.format import journal, records
+from distill.cache.format.arrays import DamagedRecord
 from distill.cache.format.folder import JOURNAL, JournalEntry, Manifest, read_manifest, shard_file
 from distill.cache.format.leftovers import remove_leftovers
-from distill.cache.format.packing import DamagedRecord
-from distill.cache.format.records import unpack
 from distill.cache.format.shards import ShardFile, encode
 from distill.cache.reading.verify import shard_problem, side_problems
 from distill.errors import UserError
@@ -68,15 +67,15 @@ def recover(folder: Path, shard: int, manifest: Manifest) -> JournalEntry | None
     positions = entries = 0
     try:
         with ShardFile(path, len(samples)) as file:
-            packed = [file.record(row) for row in range(len(samples))]
+            encoded = [file.record(row) for row in range(len(samples))]
         content = read_bounded(path, path.stat().st_size)
-        for data, sample in zip(packed, samples, strict=True):
-            record = unpack(data, manifest.sequence_length, scheme, manifest.record_key(sample))
+        for data, sample in zip(encoded, samples, strict=True):
+            record = records.decode(data, manifest.sequence_length, scheme, manifest.record_key(sample))
             positions += int(record.loss_mask_L.sum())
-            entries += record.targets.entries
+            entries += record.entries
     except (DamagedRecord, OSError):
         return None
-    if content != encode(packed):
+    if content != encode(encoded):
         return None
     digest = hashlib.sha256(content).hexdigest()
     return JournalEntry(shard, shard_file(shard), len(content), digest, len(samples), positions, entries)

@@ -6,7 +6,7 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
-from distill.cache.format import journal
+from distill.cache.format import journal, records
 from distill.cache.format.folder import (
     JOURNAL,
     MANIFEST,
@@ -24,7 +24,7 @@ from distill.cache.format.folder import (
 )
 from distill.cache.format.head import HEAD
 from distill.cache.format.leftovers import SHARD_NAME, is_leftover, remove, remove_leftovers
-from distill.cache.format.records import Record, pack
+from distill.cache.format.records import Record
 from distill.cache.format.shards import encode
 from distill.cache.format.token_order import TokenOrder, load_order
 from distill.errors import UserError
@@ -102,25 +102,26 @@ class CacheWriter:
         done = read_journal(self.folder, self.manifest)
         return [shard for shard in range(self.manifest.shards) if shard not in done or not self._has(done[shard])]
 
-    def write(self, shard: int, records: list[Record]) -> JournalEntry:
+    def write(self, shard: int, samples: list[Record]) -> JournalEntry:
         """Write one shard: temporary name, sync, rename, then its journal line; the last one seals the journal.
 
         Raises UserError when the disk is full or does not take it: then nothing of the shard is there.
         """
-        samples = self.manifest.shard_range(shard)
-        packed = [
-            pack(self.order.ranked(record), self.scheme, self.manifest.record_key(sample))
-            for sample, record in zip(samples, records, strict=True)
-        ]
-        content = encode(packed)
+        numbers = self.manifest.shard_range(shard)
+        content = encode(
+            [
+                records.encode(self.order.ranked(record), self.scheme, self.manifest.record_key(number))
+                for number, record in zip(numbers, samples, strict=True)
+            ]
+        )
         entry = JournalEntry(
             shard=shard,
             file=shard_file(shard),
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
-            samples=len(records),
-            positions=int(sum(record.loss_mask_L.sum() for record in records)),
-            entries=sum(record.targets.entries for record in records),
+            samples=len(samples),
+            positions=int(sum(record.loss_mask_L.sum() for record in samples)),
+            entries=sum(record.entries for record in samples),
         )
         try:
             write_durably(self.folder / entry.file, content)

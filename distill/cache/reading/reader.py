@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
+from distill.cache.format import records
+from distill.cache.format.arrays import DamagedRecord
 from distill.cache.format.folder import read_journal, read_manifest, shard_file
-from distill.cache.format.packing import DamagedRecord
 from distill.cache.format.part import read_part
-from distill.cache.format.records import Record, unpack
+from distill.cache.format.records import Record
 from distill.cache.format.shards import ShardFile
 from distill.cache.format.token_order import load_order
 from distill.cache.reading.batches import Batch, collate
@@ -47,7 +48,7 @@ class CacheReader(Dataset[Record]):
         shard, row = divmod(sample, manifest.shard_samples)
         try:
             data, key = self._bytes(shard, row), manifest.record_key(sample)
-            return self.order.named(unpack(data, manifest.sequence_length, self.scheme, key))
+            return self.order.named(records.decode(data, manifest.sequence_length, self.scheme, key))
         except (DamagedRecord, OSError) as error:
             raise UserError(
                 f"cache {self.storage.name}: {shard_file(shard)}, sample {row} cannot be read ({error}): "
@@ -66,8 +67,8 @@ class CacheReader(Dataset[Record]):
         raise AssertionError("unreachable")
 
     def collate(self, records: list[Record]) -> Batch:
-        """Records to one batch; targets are padded to the longest of them."""
-        return collate(records, self.scheme)
+        """Join records to one batch."""
+        return collate(records)
 
 
 def check_finished(storage: Storage) -> None:

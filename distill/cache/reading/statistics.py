@@ -1,7 +1,8 @@
-"""What the samples of a cache hold: bytes by field, entropy, head mass, entries, and the alternatives of one sample."""
+"""Statistics of a cache's samples: bytes by field, entropy, exact mass, entries; and the alternatives of one sample."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.cache.format.records import pack_fields
+from distill.cache.format.records import encode_fields
 from distill.cache.reading.batches import collate
 from distill.cache.reading.reader import CacheReader
 from distill.targets.schemes import TopK, VarOpt
@@ -28,7 +29,7 @@ class Statistics:
     """The teacher's, in nats."""
     surprisal: float
     """The teacher's mean negative log-probability of the true next token, in nats."""
-    head_mass: float | None
+    exact_mass: float | None
     """Mass that is kept exactly; None where all of it is (hidden states), or none (random draws)."""
     entries: dict[int, int]
     """Positions by their number of entries; empty for hidden states."""
@@ -41,20 +42,19 @@ def gather(reader: CacheReader, most_samples: int = 256) -> Statistics:
     sizes: Counter[str] = Counter()
     entries: Counter[int] = Counter()
     tokens = positions = 0
-    entropy = surprisal = head_mass = 0.0
+    entropy = surprisal = exact_mass = 0.0
     for index in chosen:
         record = reader[int(index)]
         sizes.update(
-            {name: len(field) for name, field in pack_fields(reader.order.ranked(record), reader.scheme).items()}
+            {name: len(field) for name, field in encode_fields(reader.order.ranked(record), reader.scheme).items()}
         )
-        batch = collate([record], reader.scheme)
+        batch = collate([record])
         tokens += len(record.input_ids_L)
         positions += len(batch.entropy_N)
         entropy, surprisal = entropy + float(batch.entropy_N.sum()), surprisal + float(batch.surprisal_N.sum())
         if isinstance(batch.targets, SparseTargets):
             entries.update(batch.targets.counts_N.tolist())
-            is_head_NK = np.arange(batch.targets.ids_NK.shape[1]) < batch.targets.heads_N.numpy()[:, None]
-            head_mass += float(batch.targets.weights_NK.numpy()[is_head_NK].sum())
+            exact_mass += float(batch.targets.weights_T[batch.targets.exact_mask()].sum())
     is_exact = isinstance(reader.scheme, (VarOpt, TopK))
     n = max(positions, 1)
     return Statistics(
@@ -64,7 +64,7 @@ def gather(reader: CacheReader, most_samples: int = 256) -> Statistics:
         bytes_by_field=dict(sizes),
         entropy=entropy / n,
         surprisal=surprisal / n,
-        head_mass=head_mass / n if is_exact else None,
+        exact_mass=exact_mass / n if is_exact else None,
         entries=dict(sorted(entries.items())),
     )
 
@@ -91,7 +91,7 @@ def alternatives(reader: CacheReader, index: int, tokenizer: Any, most: int = 4)
     weights. A token without numbers carries no loss. Hidden states hold no ids: there p and H are all.
     """
     record = reader[index]
-    batch = collate([record], reader.scheme)
+    batch = collate([record])
     position_of = np.cumsum(record.loss_mask_L) - 1
     lines = []
     for place, token in enumerate(record.input_ids_L):
@@ -101,11 +101,10 @@ def alternatives(reader: CacheReader, index: int, tokenizer: Any, most: int = 4)
             probability = math.exp(-float(batch.surprisal_N[position]))
             text += f"  p {probability:6.4f}  H {float(batch.entropy_N[position]):5.2f}  "
             if isinstance(batch.targets, SparseTargets):
-                heads = int(batch.targets.heads_N[position])
-                ids, weights = batch.targets.ids_NK[position], batch.targets.weights_NK[position]
-                text += "  ".join(
-                    f"{_shown(tokenizer, int(ids[k]))} {float(weights[k]):.2f}" for k in range(min(heads, most))
-                )
+                here = batch.targets[position : position + 1]
+                pairs = zip(here.ids_T.tolist(), here.weights_T.tolist(), strict=True)
+                likely = itertools.islice(pairs, min(int(here.exact_N), most))
+                text += "  ".join(f"{_shown(tokenizer, token)} {weight:.2f}" for token, weight in likely)
         lines.append(text.rstrip())
     return lines
 

@@ -19,7 +19,7 @@ from distill.forecast.machine.cards import Card
 from distill.forecast.models import Models, configurations_alone, size_of, without_initial_weights
 from distill.forecast.phases.evaluation import simulate_fidelity, simulate_likelihood
 from distill.forecast.phases.step import StepShape, simulate_step
-from distill.forecast.phases.teacher import most_entries, simulate_teacher
+from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.repetition import each_kind_of_chunk_once, moments_made_first, work_of_update
 from distill.forecast.simulation.result import Simulation
@@ -129,7 +129,7 @@ class Simulator:
         shape = StepShape(
             samples=train.batch_size * passes,
             length=self._text(models)["length"],
-            entries=most_entries(scheme),
+            entries=max(scheme.most_entries, 1),
             hidden_size=models.hidden_size if isinstance(scheme, Hidden) else None,
             has_rest=experiment.cache.scheme == "top_k",
             documents=self._text(models)["documents"],

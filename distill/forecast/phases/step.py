@@ -16,13 +16,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from distill.cache.reading.batches import Batch, HiddenTargets
+from distill.cache.reading.batches import Batch
 from distill.forecast.simulation.blocks import AlikeBlocks, NotAlike, alike_once
 from distill.forecast.simulation.fake import without_memory
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.result import Simulation, all_tensors, tag_model
 from distill.forecast.simulation.tracker import Tracker
 from distill.forecast.simulation.work import Work
+from distill.targets.hidden import HiddenTargets
 from distill.targets.sparse import SparseTargets
 from distill.training import module as training_module
 from distill.training.module import DistillationModule
@@ -141,8 +142,8 @@ def make_batch(shape: StepShape, vocab_size: int = 2) -> Batch:
     else:
         rest_N = torch.full((N,), 0.1) if shape.has_rest else None
         counts_N = torch.full((N,), K)
-        ids_NK = torch.randint(vocab_size, (N, K))
-        targets = SparseTargets(ids_NK, torch.full((N, K), 0.9 / K), counts_N, counts_N.clone(), rest_N)
+        ids_T = torch.randint(vocab_size, (N * K,))
+        targets = SparseTargets(ids_T, torch.full((N * K,), 0.9 / K), counts_N, counts_N.clone(), rest_N)
     ids_BL, mask_BL = torch.randint(vocab_size, (B, L)), torch.ones(B, L, dtype=torch.bool)
     return Batch(ids_BL, positions_BL, mask_BL, targets, torch.ones(N), torch.ones(N))
 

@@ -21,7 +21,7 @@ from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.repetition import first_two_alike
 from distill.forecast.simulation.result import Simulation, tag_model
 from distill.forecast.simulation.tracker import Tracker
-from distill.targets.schemes import AnyScheme, Hidden, VarOpt
+from distill.targets.schemes import AnyScheme
 
 
 def simulate_teacher(
@@ -43,7 +43,7 @@ def simulate_teacher(
     block is run.
     """
     batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
-    with without_memory(device, most_entries(scheme)) as values, _two_samples(tracker):
+    with without_memory(device, max(scheme.most_entries, 1)) as values, _two_samples(tracker):
         batch = {name: values.known(tensor) for name, tensor in batch.items()}
         with tracker:
             module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
@@ -75,13 +75,6 @@ def make_batch(batch_size: int, length: int, documents: int = 1, vocab_size: int
         "position_ids": (torch.arange(length) % document).repeat(batch_size, 1),
         "loss_mask": torch.ones(batch_size, length, dtype=torch.bool),
     }
-
-
-def most_entries(scheme: AnyScheme) -> int:
-    """Entries of the longest target that a scheme makes."""
-    if isinstance(scheme, VarOpt):
-        return int(1 / scheme.threshold)
-    return 1 if isinstance(scheme, Hidden) else scheme.entries
 
 
 @contextmanager

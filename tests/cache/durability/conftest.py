@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distill.cache.format.folder import Manifest
-from distill.cache.format.records import Record, pack
+from distill.cache.format.records import Record, encode
 from distill.cache.format.tokenizer_files import save_tokenizer
 from distill.cache.making.writer import CacheWriter
 
@@ -31,7 +31,7 @@ def packed(manifest: Manifest, records_of: Any) -> list[bytes]:
     """The records of all samples as bytes."""
     records = [record for shard in range(manifest.shards) for record in records_of(manifest, shard)]
     scheme = manifest.make_scheme()
-    return [pack(record, scheme, manifest.record_key(sample)) for sample, record in enumerate(records)]
+    return [encode(record, scheme, manifest.record_key(sample)) for sample, record in enumerate(records)]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from distill.cache.format.folder import Manifest, read_journal, read_manifest, seal, shard_file
-from distill.cache.format.records import pack
+from distill.cache.format.records import encode
 from distill.cache.format.shards import ShardFile
 from distill.cache.format.tokenizer_files import save_tokenizer
 from distill.cache.making.writer import CacheWriter
@@ -71,7 +71,7 @@ def check_reader(folder: Path, packed: list[bytes], whole: bool) -> None:
             reader = CacheReader(folder, split)
             for index in range(len(reader)):
                 key = reader.manifest.record_key(reader.start + index)
-                assert pack(reader[index], reader.scheme, key) == packed[reader.start + index]
+                assert encode(reader[index], reader.scheme, key) == packed[reader.start + index]
     else:
         with pytest.raises(UserError, match=r"no cache here|is not finished"):
             CacheReader(folder, "train")

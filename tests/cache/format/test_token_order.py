@@ -14,10 +14,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from distill.cache.format.arrays import DamagedRecord, compress, write_sizes
 from distill.cache.format.folder import TOKEN_ORDER, Manifest
-from distill.cache.format.packing import DamagedRecord, compress, write_sizes
-from distill.cache.format.records import Record, pack
-from distill.cache.format.stored import StoredHidden
+from distill.cache.format.records import Record, encode
 from distill.cache.format.token_order import FINGERPRINT, TokenOrder, save_order, token_counts
 from distill.cache.making.extract import extract
 from distill.cache.making.writer import CacheWriter
@@ -25,16 +24,15 @@ from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.models.language_model import Head
 from distill.targets import schemes
+from distill.targets.sparse import SparseTargets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 1009
 SCHEMES = {
     "varopt": schemes.VarOpt(0.05),
-    "three draws": schemes.VarOpt(0.1, draws=3),
     "top_k": schemes.TopK(12),
     "random": schemes.RandomDraws(20),
-    "flattened": schemes.RandomDraws(20, exponent=0.7),
     "hidden": schemes.Hidden(5),
 }
 
@@ -166,36 +164,32 @@ def test_ranking_and_naming_undo_each_other(scheme: Any, make_record: Callable[.
         assert (ranked.input_ids_L != record.input_ids_L).any()
 
 
-@pytest.mark.parametrize("name", ["varopt", "three draws", "top_k"])
+@pytest.mark.parametrize("name", ["varopt", "top_k"])
 def test_entries_keep_their_kind_and_atoms_rise(name: str, make_record: Callable[..., Record]) -> None:
-    """Heads keep their places, which their codes go by; the atoms of a position are the same ones, by rising number."""
+    """Exact entries keep their places, which their codes go by; atoms are the same ones, by rising number."""
     scheme, order = SCHEMES[name], shuffled(VOCABULARY, seed=8)
     record = make_record(5, scheme)
     for names_V, renamed in ((order.ranks_V, order.ranked(record)), (order.tokens_V, order.named(record))):
-        heads_N, counts_N = record.targets.split()  # type: ignore[union-attr]
-        for draw in range(scheme.draws):
-            before_T, after_T = (r.targets.draw(draw) for r in (record, renamed))  # type: ignore[union-attr]
-            for start, heads, count in zip(np.cumsum(counts_N) - counts_N, heads_N, counts_N, strict=True):
-                expected = names_V[before_T[start : start + count]]
-                assert after_T[start : start + heads].tolist() == expected[:heads].tolist()
-                assert after_T[start + heads : start + count].tolist() == sorted(expected[heads:].tolist())
+        before, after = cast(SparseTargets, record.targets), cast(SparseTargets, renamed.targets)
+        for position, exact in enumerate(before.exact_N.tolist()):
+            here = slice(position, position + 1)
+            expected, found = names_V[before[here].ids_T.numpy()].tolist(), after[here].ids_T.tolist()
+            assert found[:exact] == expected[:exact]
+            assert found[exact:] == sorted(expected[exact:])
 
 
 @pytest.mark.parametrize("by_id", [False, True])
-@pytest.mark.parametrize("name", ["three draws", "top_k", "hidden"])
+@pytest.mark.parametrize("name", ["varopt", "top_k", "hidden"])
 def test_a_number_beyond_the_vocabulary_is_damage(by_id: bool, name: str, make_record: Callable[..., Record]) -> None:
     order = TokenOrder.by_id(VOCABULARY) if by_id else shuffled(VOCABULARY, seed=4)
     record = make_record(3, SCHEMES[name])
     changed_L = record.input_ids_L.copy()
     changed_L[-1] = VOCABULARY
     broken = [replace(record, input_ids_L=changed_L)]
-    if not isinstance(record.targets, StoredHidden):
-        for field in ("ids_T", "further_DA"):
-            numbers = getattr(record.targets, field).copy()
-            if numbers.size:
-                numbers.flat[-1] = 2**32 - 1
-                broken.append(replace(record, targets=replace(record.targets, **{field: numbers})))
-    assert len(broken) == {"three draws": 3, "top_k": 2, "hidden": 1}[name]
+    if isinstance(record.targets, SparseTargets):
+        ids_T = record.targets.ids_T.clone()
+        ids_T[-1] = 2**32 - 1
+        broken.append(replace(record, targets=replace(record.targets, ids_T=ids_T)))
     for changed in broken:
         with pytest.raises(DamagedRecord, match="beyond the vocabulary"):
             order.named(changed)
@@ -216,10 +210,9 @@ def test_tokens_as_they_are_in_languages_take_fewer_bytes() -> None:
     records = []
     for sample in samples:
         inputs = (sample["input_ids"], torch.arange(64), sample["loss_mask"])
-        targets = extract(sample["hidden"], head, *inputs, scheme, seed=0)
-        records.append(Record(*(column.numpy().astype(np.uint32) for column in inputs[:2]), mask_L.numpy(), targets))
+        records.append(extract(sample["hidden"], head, *inputs, scheme, seed=0))
     orders = TokenOrder.by_frequency(token_counts(cast(Any, samples), 8, 4096)), TokenOrder.by_id(4096)
-    ordered, by_id = (sum(len(pack(order.ranked(r), scheme)) for r in records) for order in orders)
+    ordered, by_id = (sum(len(encode(order.ranked(r), scheme)) for r in records) for order in orders)
     assert ordered < 0.97 * by_id, (ordered, by_id)
 
 
@@ -229,7 +222,7 @@ def test_tokens_as_they_are_in_languages_take_fewer_bytes() -> None:
 @pytest.fixture
 def manifest(make_manifest: Callable[..., Manifest]) -> Manifest:
     fingerprints = {**make_manifest().fingerprints, FINGERPRINT: shuffled(VOCABULARY, seed=6).fingerprint}
-    return make_manifest(scheme_parameters={"threshold": 0.1, "draws": 2}, fingerprints=fingerprints)
+    return make_manifest(scheme_parameters={"threshold": 0.1}, fingerprints=fingerprints)
 
 
 @pytest.fixture

@@ -113,8 +113,8 @@ def equal(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
 
 
 SCHEMES = {
-    "varopt": {"threshold": 0.02, "draws": 2},
-    "random": {"entries": 20, "exponent": 0.8},
+    "varopt": {"threshold": 0.02},
+    "random": {"entries": 20},
     "top_k": {"entries": 12},
     "hidden": {"size": 16},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.cache.format.records import Record
 from distill.cache.making.extract import extract
 from distill.errors import UserError
 from distill.models.language_model import Head
@@ -17,12 +17,11 @@ from distill.targets import schemes
 from distill.targets.next_token import next_ids
 
 L, D, V = 61, 8, 409
-VAROPT = schemes.make("varopt", threshold=0.05, draws=2)
+VAROPT = schemes.make("varopt", threshold=0.05)
 ALL = [
     VAROPT,
     schemes.make("top_k", entries=7),
     schemes.make("random", entries=20),
-    schemes.make("random", entries=20, exponent=0.8),
     schemes.make("hidden", size=D),
 ]
 
@@ -42,10 +41,21 @@ def sample(seed: int = 0) -> dict[str, Any]:
     }
 
 
-def check_same(found: Any, expected: Any) -> None:
-    for field in fields(expected):
-        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
-        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), field.name
+def columns(record: Record) -> dict[str, np.ndarray]:
+    """All arrays of a record and its targets, by name; bfloat16 as its bits."""
+    named = {**vars(record), **vars(record.targets)}
+    arrays = {name: value for name, value in named.items() if isinstance(value, (np.ndarray, Tensor))}
+    return {
+        name: value.view(torch.int16).numpy() if getattr(value, "dtype", None) == torch.bfloat16 else np.asarray(value)
+        for name, value in arrays.items()
+    }
+
+
+def check_same(found: Record, expected: Record, but: str = "") -> None:
+    ours, theirs = columns(found), columns(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {but}:
+        np.testing.assert_array_equal(ours[name], theirs[name], strict=True, err_msg=name)
 
 
 def changed(name: str, places: Any, value: Any) -> dict[str, Any]:
@@ -81,12 +91,10 @@ def test_random_numbers_belong_to_places_not_to_ranks(scheme: schemes.AnyScheme)
     whole: Any = extract(**sample(), scheme=scheme)
     fewer = changed("loss_mask_L", slice(0, 30), False)
     some: Any = extract(**fewer, scheme=scheme)
-    kept = len(some.heads_N)
-    assert 10 < kept < len(whole.heads_N)
-    entries = len(some.ids_T)
-    assert np.array_equal(some.ids_T, whole.ids_T[-entries:])
-    assert np.array_equal(some.codes_C, whole.codes_C[-len(some.codes_C) :])
-    assert np.array_equal(some.further_DA, whole.further_DA[:, whole.further_DA.shape[1] - some.further_DA.shape[1] :])
+    assert 10 < len(some.entropy_N) < len(whole.entropy_N)
+    entries = len(some.targets.ids_T)
+    assert torch.equal(some.targets.ids_T, whole.targets.ids_T[-entries:])
+    assert torch.equal(some.targets.weights_T, whole.targets.weights_T[-entries:])
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
@@ -112,7 +120,7 @@ def test_next_ids_of_a_batch() -> None:
     assert next_ids(ids_BL[0], mask_BL[0]).tolist() == [11, 13]
 
 
-@pytest.mark.parametrize("scheme", ALL[:4], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", ALL[:3], ids=lambda scheme: scheme.name)
 def test_temperature_divides_the_logits(scheme: schemes.AnyScheme) -> None:
     softened = sample()
     softened["hidden_LD"] = softened["hidden_LD"] / 2
@@ -126,7 +134,7 @@ def test_temperature_leaves_hidden_states_and_softens_their_scalars() -> None:
     scheme = ALL[-1]
     cold: Any = extract(**sample(), scheme=scheme)
     warm: Any = extract(**sample(), scheme=scheme, temperature=2.0)
-    assert np.array_equal(cold.bits_ND, warm.bits_ND)
+    assert torch.equal(cold.targets.hidden_ND, warm.targets.hidden_ND)
     given = sample()
     logits_NV = given["head"](given["hidden_LD"][given["loss_mask_L"]])
     np.testing.assert_allclose(warm.entropy_N / 64, entropies(logits_NV / 2), atol=1 / 128 + 1e-4)
@@ -135,8 +143,9 @@ def test_temperature_leaves_hidden_states_and_softens_their_scalars() -> None:
 def test_hidden_states_come_back() -> None:
     given = sample()
     stored: Any = extract(**given, scheme=ALL[-1])
-    states_ND = torch.from_numpy(stored.bits_ND.view(np.int16).copy()).view(torch.bfloat16)
-    assert torch.equal(states_ND.float(), given["hidden_LD"][given["loss_mask_L"]])  # small whole numbers are exact
+    assert torch.equal(
+        stored.targets.hidden_ND.float(), given["hidden_LD"][given["loss_mask_L"]]
+    )  # small whole numbers are exact
 
 
 @pytest.mark.parametrize("scheme", [VAROPT, ALL[2]], ids=lambda scheme: scheme.name)
@@ -145,7 +154,7 @@ def test_seed_and_content_choose_the_atoms(scheme: schemes.AnyScheme, name: str,
     other = {**sample(), name: value} if name == "seed" else changed(name, -1, value)
     expected: Any = extract(**sample(), scheme=scheme)
     found: Any = extract(**other, scheme=scheme)
-    assert not np.array_equal(found.ids_T, expected.ids_T)
+    assert not torch.equal(found.targets.ids_T, expected.targets.ids_T)
     assert np.array_equal(found.entropy_N, expected.entropy_N)
 
 
@@ -153,23 +162,10 @@ def test_seed_and_content_choose_the_atoms(scheme: schemes.AnyScheme, name: str,
 def test_a_sample_without_loss(scheme: schemes.AnyScheme) -> None:
     found: Any = extract(**changed("loss_mask_L", slice(None), False), scheme=scheme)
     expected: Any = extract(**sample(), scheme=scheme)
-    for field in fields(expected):
-        nothing = getattr(found, field.name)
-        assert nothing.size == 0 and nothing.dtype == getattr(expected, field.name).dtype, field.name
-        assert nothing.ndim == getattr(expected, field.name).ndim
-
-
-def test_each_draw_has_the_same_heads_and_other_atoms() -> None:
-    found: Any = extract(**sample(), scheme=VAROPT)
-    first, second = found.draw(0), found.draw(1)
-    assert np.array_equal(first, found.ids_T) and np.array_equal(found.draw(2), first)
-    heads_N, counts_N = found.split()
-    starts_N = np.cumsum(counts_N) - counts_N
-    place_T = np.arange(len(first)) - starts_N.repeat(counts_N)
-    is_head_T = place_T < heads_N.repeat(counts_N)
-    assert np.array_equal(first[is_head_T], second[is_head_T])
-    assert np.array_equal(second[~is_head_T], found.further_DA[0])
-    assert (first != second).sum() > 50
+    some = columns(expected)
+    for name, nothing in columns(found).items():
+        assert nothing.dtype == some[name].dtype and nothing.ndim == some[name].ndim, name
+        assert nothing.size == 0 or name.endswith("_L"), name
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)

@@ -92,19 +92,18 @@ def test_a_row_holds_its_positions_numbers(cache: Path, written: list[Record]) -
     position = 0
     for row, record in enumerate(written[5:10]):
         stored: Any = record.targets
-        heads_N, counts_N = stored.split()
+        counts_N = stored.counts_N.numpy()
         ends_N = np.cumsum(counts_N)
         assert torch.equal(batch.input_ids_BL[row], torch.from_numpy(record.input_ids_L.astype(np.int64)))
         assert torch.equal(batch.position_ids_BL[row], torch.from_numpy(record.position_ids_L.astype(np.int64)))
         for place in range(int(record.loss_mask_L.sum())):
             ids = stored.ids_T[ends_N[place] - counts_N[place] : ends_N[place]]
             targets: Any = batch.targets
-            assert targets.ids_NK[position, : counts_N[place]].tolist() == ids.tolist()
-            assert not targets.ids_NK[position, counts_N[place] :].any()
-            assert not targets.weights_NK[position, counts_N[place] :].any()
-            assert targets.heads_N[position] == heads_N[place] and targets.counts_N[position] == counts_N[place]
-            assert batch.entropy_N[position] == stored.entropy_N[place] / 64
-            assert batch.surprisal_N[position] == stored.surprisal_N[place] / 64
+            assert targets[position : position + 1].ids_T.tolist() == ids.tolist()
+            assert targets.exact_N[position] == stored.exact_N[place]
+            assert targets.counts_N[position] == counts_N[place]
+            assert batch.entropy_N[position] == record.entropy_N[place] / 64
+            assert batch.surprisal_N[position] == record.surprisal_N[place] / 64
             position += 1
     assert position == len(batch.entropy_N) > 10
 
@@ -112,7 +111,7 @@ def test_a_row_holds_its_positions_numbers(cache: Path, written: list[Record]) -
 def test_a_batch_without_loss(cache: Path, written: list[Record]) -> None:
     nothing = [record for record in written if not record.loss_mask_L.any()]
     batch: Any = CacheReader(cache, "train").collate(nothing[:2])
-    assert batch.targets.ids_NK.shape[0] == batch.targets.weights_NK.shape[0] == len(batch.entropy_N) == 0
+    assert len(batch.targets.counts_N) == len(batch.targets.ids_T) == len(batch.entropy_N) == 0
     assert batch.input_ids_BL.shape == (2, 24)
 
 
@@ -130,7 +129,7 @@ def test_workers_read_the_same(cache: Path) -> None:
 def test_moving_a_batch_moves_all_of_it(cache: Path, written: list[Record]) -> None:
     batch = CacheReader(cache, "train").collate(written[:2])
     moved: Any = batch.to(torch.device("meta"))
-    assert {moved.input_ids_BL.device.type, moved.targets.weights_NK.device.type, moved.entropy_N.device.type} == {
+    assert {moved.input_ids_BL.device.type, moved.targets.weights_T.device.type, moved.entropy_N.device.type} == {
         "meta"
     }
 

@@ -41,9 +41,7 @@ def cache(
 
 
 def same(one: Record, other: Record) -> bool:
-    return np.array_equal(one.input_ids_L, other.input_ids_L) and np.array_equal(
-        one.targets.entropy_N, other.targets.entropy_N
-    )
+    return np.array_equal(one.input_ids_L, other.input_ids_L) and np.array_equal(one.entropy_N, other.entropy_N)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells")

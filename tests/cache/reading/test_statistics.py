@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from distill.cache.format.folder import Manifest
-from distill.cache.format.records import Record, pack
+from distill.cache.format.records import Record, encode
 from distill.cache.format.token_order import FINGERPRINT, TokenOrder, save_order
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
@@ -23,10 +23,9 @@ from distill.targets import schemes
 
 STEP = 1 / 64
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "varopt": ("varopt", {"threshold": 0.05, "draws": 1}),
-    "two draws": ("varopt", {"threshold": 0.1, "draws": 2}),
+    "varopt": ("varopt", {"threshold": 0.05}),
     "top_k": ("top_k", {"entries": 7}),
-    "random": ("random", {"entries": 9, "exponent": 1.0}),
+    "random": ("random", {"entries": 9}),
     "hidden": ("hidden", {"size": 5}),
 }
 
@@ -66,29 +65,30 @@ def test_they_equal_a_direct_computation(reader: CacheReader) -> None:
     positions = sum(int(record.loss_mask_L.sum()) for record in records)
     assert (found.samples, found.tokens, found.positions) == (20, 20 * 24, positions)
     entropy, surprisal = (
-        np.concatenate([getattr(record.targets, name) for record in records]).astype(float) * STEP
+        np.concatenate([getattr(record, name) for record in records]).astype(float) * STEP
         for name in ("entropy_N", "surprisal_N")
     )
     assert found.entropy == pytest.approx(entropy.mean()) and found.surprisal == pytest.approx(surprisal.mean())
     if reader.manifest.scheme == "hidden":
-        assert found.entries == {} and found.head_mass is None
+        assert found.entries == {} and found.exact_mass is None
         return
-    counts = Counter(int(count) for record in records for count in record.targets.split()[1])  # type: ignore[union-attr]
+    counts = Counter(int(count) for record in records for count in record.targets.counts_N)  # type: ignore[union-attr]
     assert found.entries == counts and list(found.entries) == sorted(found.entries)
     if isinstance(reader.scheme, schemes.RandomDraws):
-        assert found.head_mass is None  # draws keep no probability exactly
+        assert found.exact_mass is None  # draws keep no probability exactly
         return
     mass = 0.0
     for record in records:
         targets = reader.collate([record]).targets
-        for row in range(len(targets.heads_N)):  # type: ignore[union-attr]
-            mass += float(targets.weights_NK[row, : int(targets.heads_N[row])].double().sum())  # type: ignore[union-attr]
-    assert found.head_mass == pytest.approx(mass / positions, rel=1e-5)
+        for row in range(len(targets.exact_N)):  # type: ignore[union-attr]
+            here: Any = targets[row : row + 1]
+            mass += float(here.weights_T[: int(here.exact_N)].double().sum())
+    assert found.exact_mass == pytest.approx(mass / positions, rel=1e-5)
 
 
 def test_fields_and_headers_are_all_there_is(reader: CacheReader) -> None:
     found = gather(reader)
-    packed = [pack(reader.order.ranked(reader[index]), reader.scheme) for index in range(20)]
+    packed = [encode(reader.order.ranked(reader[index]), reader.scheme) for index in range(20)]
     headers = sum(sizes_header(data, len(found.bytes_by_field)) for data in packed)
     assert sum(found.bytes_by_field.values()) + headers == sum(map(len, packed))
     shards = reader.storage.folder / "shards"
@@ -166,14 +166,15 @@ def test_a_sample_is_shown_token_by_token(reader: CacheReader) -> None:
             if not numbers:
                 continue
             shown += 1
-            assert float(numbers[1]) == pytest.approx(np.exp(-STEP * record.targets.surprisal_N[position]), abs=6e-5)
-            assert float(numbers[2]) == pytest.approx(record.targets.entropy_N[position] * STEP, abs=6e-3)
+            assert float(numbers[1]) == pytest.approx(np.exp(-STEP * record.surprisal_N[position]), abs=6e-5)
+            assert float(numbers[2]) == pytest.approx(record.entropy_N[position] * STEP, abs=6e-3)
             others = re.findall(r"'(\d+)' (-?[\d.]+)", line[numbers.end() :])
             if reader.manifest.scheme == "hidden":
                 assert not others
                 continue
-            heads = min(int(targets.heads_N[position]), 4)  # type: ignore[union-attr]
-            assert [int(token) for token, _ in others] == targets.ids_NK[position, :heads].tolist()  # type: ignore[union-attr]
-            weights = targets.weights_NK[position, :heads].tolist()  # type: ignore[union-attr]
+            here: Any = targets[position : position + 1]
+            shown_N = min(int(here.exact_N), 4)
+            assert [int(token) for token, _ in others] == here.ids_T[:shown_N].tolist()
+            weights = here.weights_T[:shown_N].tolist()
             assert [float(weight) for _, weight in others] == pytest.approx(weights, abs=6e-3)
     assert shown > 50

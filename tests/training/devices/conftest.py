@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,9 +115,7 @@ def make_records(scheme: Any, packed: bool) -> list[Record]:
         mask_L = torch.rand(L, generator=generator) < (0 if is_empty else (1, 0.1, 0.7, 0, 0.9)[(number + 1) % 5])
         mask_L[[first - 1, L - 1]] = False
         hidden_LD = torch.randn(L, D, generator=generator)
-        targets = extract(hidden_LD, head, ids_L, positions_L, mask_L, scheme, seed=0)
-        numbers = (x.numpy().astype(np.uint32) for x in (ids_L, positions_L))
-        made.append(Record(*numbers, mask_L.numpy(), targets))
+        made.append(extract(hidden_LD, head, ids_L, positions_L, mask_L, scheme, seed=0))
     return made
 
 
@@ -131,9 +128,9 @@ class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[Batch]:
         for places in share(SAMPLES, STEP // self.world, self.rank, self.world):
             if places[0] == NOTHING:
-                yield collate(self.records[:1], self.scheme).without_loss()
+                yield collate(self.records[:1]).without_loss()
             else:
-                yield collate([self.records[place] for place in places], self.scheme)
+                yield collate([self.records[place] for place in places])
 
 
 class Watch(pl.Callback):
