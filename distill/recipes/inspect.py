@@ -86,7 +86,7 @@ def _describe_samples(reader: CacheReader) -> None:
     say(f"entropy          {statistics.entropy:.3f} nats")
     say(f"teacher's nll    {statistics.surprisal:.3f} nats")
     if statistics.exact_mass is not None:
-        say(f"exact mass       {statistics.exact_mass:.1%} of the probability, the rest sampled or in a bucket")
+        say(f"exact mass       {statistics.exact_mass:.1%} kept as it is, the rest sampled or in a bucket")
     for name, size in statistics.bytes_by_field.items():
         say(f"  {name:<22} {size / n:6.2f} bytes a position")
     for entries, share in histogram(statistics.entries):

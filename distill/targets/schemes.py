@@ -27,9 +27,14 @@ class VarOpt:
     name = "varopt"
 
     @property
+    def most_atoms(self) -> int:
+        """Bound of a position's tail atoms, each of which weighs at least the threshold."""
+        return int(1 / self.threshold)
+
+    @property
     def most_entries(self) -> int:
-        """Bound of a position's entries: at most 1 / threshold, an atom for what is left, and a hair for rounding."""
-        return int(1 / self.threshold) + 2
+        """Bound of a position's entries: 1 / threshold, an atom for what is left, and one more for rounding."""
+        return self.most_atoms + 2
 
     @property
     def uniforms(self) -> int:

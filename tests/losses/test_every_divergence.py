@@ -84,10 +84,10 @@ def exact(teacher_NV: Tensor) -> DenseChunk:
 
 
 def bucketed(probs_NV: Tensor, k: int) -> SparseChunk:
-    targets = top_k(probs_NV, k)
-    rest_N = coarse(probs_NV, targets.ids_NK)[:, -1]  # 1 − Σ w would be right to the precision of 1 only
+    ids_NK, weights_NK = top_k(probs_NV, k).padded()
+    rest_N = coarse(probs_NV, ids_NK)[:, -1]  # 1 − Σ w would be right to the precision of 1 only
     true_ids_N = torch.zeros(len(probs_NV), dtype=torch.long)
-    return SparseChunk(targets.ids_NK, targets.weights_NK, true_ids_N.double(), true_ids_N, rest_N)
+    return SparseChunk(ids_NK, weights_NK, true_ids_N.double(), true_ids_N, rest_N)
 
 
 def coarse(probs_NV: Tensor, ids_NK: Tensor) -> Tensor:

@@ -56,9 +56,9 @@ def test_statistics_are_printed(name: str, caches: Any, distill: Any) -> None:
     for field, size in statistics.bytes_by_field.items():
         printed = number(rf"^  {re.escape(field)} +([\d.]+) bytes a position$", out)
         assert printed == pytest.approx(size / statistics.positions, abs=6e-3)
-    assert ("head mass" in out) == (name == "varopt")
-    if statistics.head_mass is not None:
-        assert number(r"^head mass +([\d.]+)%", out) == pytest.approx(100 * statistics.head_mass, abs=0.06)
+    assert ("exact mass" in out) == (name == "varopt")
+    if statistics.exact_mass is not None:
+        assert number(r"^exact mass +([\d.]+)%", out) == pytest.approx(100 * statistics.exact_mass, abs=0.06)
     shares = [float(share) for share in re.findall(r"^ +[\d-]+ entries +([\d.]+)%", out, re.MULTILINE)]
     assert (sum(shares) == pytest.approx(100, abs=0.5)) if name != "hidden" else not shares
 
@@ -90,9 +90,9 @@ def test_a_sample_reads_as_the_text_it_is(name: str, caches: Any, distill: Any) 
             line = lines[place][len(tokens[place]) :]
             expected = np.exp(record.surprisal_N[position] / -64)
             assert number(r"^ *p ([\d.]+)  H", line) == pytest.approx(expected, abs=6e-5)
-    heads = int(record.targets.heads_N[-1]) if name == "varopt" else 0  # type: ignore[union-attr]
+    exact = int(record.targets.exact_N[-1]) if name == "varopt" else 0  # type: ignore[union-attr]
     alternatives = re.findall(r"(?:'|\") (\d\.\d\d)\b", lines[told[-1]])
-    assert len(alternatives) == min(heads, 4) and alternatives == sorted(alternatives, reverse=True)
+    assert len(alternatives) == min(exact, 4) and alternatives == sorted(alternatives, reverse=True)
 
 
 @pytest.mark.parametrize("sample", [-1, 8, 10**12])

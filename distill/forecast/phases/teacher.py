@@ -21,7 +21,7 @@ from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.repetition import first_two_alike
 from distill.forecast.simulation.result import Simulation, tag_model
 from distill.forecast.simulation.tracker import Tracker
-from distill.targets.schemes import AnyScheme
+from distill.targets.schemes import AnyScheme, VarOpt
 
 
 def simulate_teacher(
@@ -43,7 +43,8 @@ def simulate_teacher(
     block is run.
     """
     batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
-    with without_memory(device, max(scheme.most_entries, 1)) as values, _two_samples(tracker):
+    widest = scheme.most_atoms if isinstance(scheme, VarOpt) else max(scheme.most_entries, 1)
+    with without_memory(device, widest) as values, _two_samples(tracker):
         batch = {name: values.known(tensor) for name, tensor in batch.items()}
         with tracker:
             module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
