@@ -135,18 +135,27 @@ def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict
     return chosen
 
 
+def declared(reference: str, kind: Kind, name: str) -> Any:
+    """Return what a plug-in declares under a name of `distill.models.shapes.declare`; None where it does not."""
+    return getattr(load(reference, kind), name, None)
+
+
 def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str, Any]) -> Any:
     """Call the plug-in with its `arguments`; the result is a `torch.nn.Module` with the two members of the contract."""
     from distill.models.contract import check_members
+    from distill.models.shapes import finder
 
     chosen = arguments(reference, kind, options, offered)
     factory, name = load(reference, kind), f"{kind} {reference}"
+    if finder() is not None and (shape := declared(reference, kind, "without_weights")):
+        factory, taken = shape, inspect.signature(shape).parameters
+        chosen = {name: value for name, value in chosen.items() if name in taken}
     try:
         model = factory(**chosen)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        if reference not in BUILT_IN[kind]:  # a stranger's constructor may fail in any way
+        if reference not in BUILT_IN[kind] and finder() is None:  # a stranger's constructor may fail in any way
             called = factory.__init__ if inspect.isclass(factory) else factory
             raise UserError(f"{name}: its constructor failed: {blame(error, called)}") from error
         if isinstance(error, (ValueError, TypeError)):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.checkpoints import nearest, resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers, shape_of
 from distill.models.language_model import check_rows
 from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
+from distill.models.shapes import finder
 
 NAME = "default"  # name of a layer's one adapter
 
@@ -76,6 +77,8 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
         config = copy.deepcopy(self.model.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if finder() is not None:
+            return HuggingFaceLanguageModel(shape_of(config, self.export_dtype))
         with torch.device("meta"):  # for its names only
             empty = type(self.model)(copy.deepcopy(config))
         weights = {name: self._merged_tensor(name, empty).to("cpu", copy=True) for name in empty.state_dict()}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distill.models.checkpoints import load_config, resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
+from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers, shape_of
+from distill.models.shapes import declare
 from distill.models.tensors import Tensors, tensors
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_stream import COMPUTED, LAYER, Source, StreamedTeacher, split_name
@@ -20,6 +21,33 @@ Calibration = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """The first samples of the corpus, so many: input_ids int64, position_ids int64, loss_mask bool, each `[B, L]`."""
 
 
+def shape_of_pruned(
+    teacher: str,
+    layers: int | list[int] | None = None,
+    depth: Literal["even", "importance"] = "even",
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    key_value_groups: int | None = None,
+    calibration_samples: int = 16,
+    teacher_revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> HuggingFaceLanguageModel:
+    """Make a model of the shape that `prune_teacher` makes of these options, in float32, with random weights.
+
+    Only the teacher's configuration is read. A forecast makes the model where tensors have no memory.
+    """
+    config = load_config(resolve(teacher, teacher_revision, trust_remote_code), trust_remote_code)
+    _check_text_only(config, teacher)
+    total: int = config.num_hidden_layers
+    chosen = chosen_layers(total if layers is None else layers, total)
+    widths = None
+    if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
+        widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
+    made = pruned_config(config, chosen, widths)
+    return HuggingFaceLanguageModel(shape_of(made, torch.float32, trust_remote_code))
+
+
+@declare(without_weights=shape_of_pruned)
 def prune_teacher(
     teacher: str,
     layers: int | list[int] | None = None,
@@ -69,38 +97,6 @@ def prune_teacher(
     student = HuggingFaceLanguageModel(_build(made, weights, teacher, trust_remote_code))
     student.check()
     return student
-
-
-def shape_of_pruned(
-    teacher: str,
-    layers: int | list[int] | None = None,
-    depth: Literal["even", "importance"] = "even",
-    hidden_size: int | None = None,
-    intermediate_size: int | None = None,
-    key_value_groups: int | None = None,
-    calibration_samples: int = 16,
-    teacher_revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> HuggingFaceLanguageModel:
-    """Make a model of the shape that `prune_teacher` makes of these options, in float32, with random weights.
-
-    Only the teacher's configuration is read. A forecast makes the model where tensors have no memory.
-    """
-    import transformers
-
-    config = load_config(resolve(teacher, teacher_revision, trust_remote_code), trust_remote_code)
-    _check_text_only(config, teacher)
-    total: int = config.num_hidden_layers
-    chosen = chosen_layers(total if layers is None else layers, total)
-    widths = None
-    if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
-        widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
-    made = pruned_config(config, chosen, widths)
-    with quiet_transformers():
-        model = transformers.AutoModelForCausalLM.from_config(
-            made, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    return HuggingFaceLanguageModel(model)
 
 
 def _check_text_only(config: Any, teacher: str) -> None:

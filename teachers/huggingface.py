@@ -7,8 +7,10 @@ import torch
 from distill.models.checkpoints import resolve
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import DTYPES, Quantization, load_quantized
+from distill.models.shapes import declare
 
 
+@declare(layer_by_layer="streamed")
 def load_teacher(
     model: str,
     quantization: Quantization = "nf4",

@@ -16,12 +16,36 @@ from torch import Tensor, nn
 from distill.models.checkpoints import Checkpoint, load_config, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.quantization import Quantization, is_quantized
+from distill.models.shapes import declare
 from distill.models.tensors import tensors
 from teachers.huggingface import resolve_dtype
 from teachers.streamed_turns import Turns
 from teachers.streamed_weights import Layer, LayerStream, Reading, Source, place, readings, types_as_loaded
 
 
+def shape_of_streamed(
+    model: str,
+    quantization: Quantization = "none",
+    compute_dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    micro_batch: int | None = None,
+    keep_layers: int = 0,
+) -> StreamedTeacher:
+    """Make what `load_streamed_teacher` puts on a CUDA device, with weights of any value, for a forecast to run.
+
+    Only the checkpoint's configuration is read. The next layer, which waits in the host's memory, is absent.
+    Micro-batches run one after the other.
+    """
+    checkpoint = resolve(model, revision, trust_remote_code)
+    _check(checkpoint, quantization, micro_batch, trust_remote_code)
+    dtype = resolve_dtype(compute_dtype, device)
+    empty = _without_weights(checkpoint, dtype, trust_remote_code)
+    return StreamedTeacher(empty, dtype, None, device, model, micro_batch, keep_layers)
+
+
+@declare(without_weights=shape_of_streamed)
 def load_streamed_teacher(
     model: str,
     quantization: Quantization = "none",
@@ -46,28 +70,6 @@ def load_streamed_teacher(
         teacher = StreamedTeacher(empty, dtype, tensors(checkpoint), device, model, micro_batch, keep_layers)
     teacher.check()
     return teacher
-
-
-def shape_of_streamed(
-    model: str,
-    quantization: Quantization = "none",
-    compute_dtype: str = "auto",
-    device: str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    micro_batch: int | None = None,
-    keep_layers: int = 0,
-) -> StreamedTeacher:
-    """Make what `load_streamed_teacher` puts on a CUDA device, with weights of any value, for a forecast to run.
-
-    Only the checkpoint's configuration is read. The next layer, which waits in the host's memory, is absent.
-    Micro-batches run one after the other.
-    """
-    checkpoint = resolve(model, revision, trust_remote_code)
-    _check(checkpoint, quantization, micro_batch, trust_remote_code)
-    dtype = resolve_dtype(compute_dtype, device)
-    empty = _without_weights(checkpoint, dtype, trust_remote_code)
-    return StreamedTeacher(empty, dtype, None, device, model, micro_batch, keep_layers)
 
 
 def _check(checkpoint: Checkpoint, quantization: str, micro_batch: int | None, trust_remote_code: bool) -> None:

@@ -23,6 +23,10 @@ from distill.targets.next_token import next_ids
 Advance = Callable[[int], None]
 """Callback that receives the number of tokens in a finished batch."""
 
+Chunk = tuple[slice, Places]
+Each = Callable[[Iterator[Chunk]], Iterator[Chunk]]
+"""Hook around the chunks of a batch: a forecast leaves out those that are like the ones before them."""
+
 
 @dataclass(frozen=True)
 class TeacherStates:
@@ -70,6 +74,7 @@ def teacher_likelihood(
     device: torch.device,
     *,
     text_bytes: int | None = None,
+    each: Each = iter,
 ) -> Measured:
     """Measure the teacher alone on the samples: likelihood and calibration, by its own entropy and by position.
 
@@ -78,7 +83,7 @@ def teacher_likelihood(
     """
     metric, head = Likelihood(len(samples)), states.head.to(device)  # type: ignore[arg-type]
     for batch, first, hidden_ND in _batches(samples, batch_size, states):
-        for rows, places in _chunks(batch, first, chunk_size, device):
+        for rows, places in each(_chunks(batch, first, chunk_size, device)):
             metric.update(head(hidden_ND[rows].to(device)).float(), places)
     return metric.measured(text_bytes)
 
@@ -95,6 +100,7 @@ def student_fidelity(
     vocabulary: Vocabulary | None = None,
     *,
     text_bytes: int | None = None,
+    each: Each = iter,
 ) -> Measured:
     """Measure the student beside the teacher over the full vocabulary, by the teacher's entropy and by position.
 
@@ -110,7 +116,7 @@ def student_fidelity(
         if vocabulary is not None:
             batch = {**batch, "input_ids": vocabulary.mapped(batch["input_ids"])}
         hidden_ND = _hidden(student, batch, device)
-        for rows, places in _chunks(batch, first, chunk_size, device):
+        for rows, places in each(_chunks(batch, first, chunk_size, device)):
             teacher_logits_CV = teacher_head(teacher_hidden_ND[rows].to(device)).float()
             metric.update(head(hidden_ND[rows]).float(), teacher_logits_CV, places)
         advance(batch["input_ids"].numel())
@@ -168,9 +174,7 @@ def _batches(
         first += len(batch["input_ids"])
 
 
-def _chunks(
-    batch: dict[str, Tensor], first: int, chunk_size: int, device: torch.device
-) -> Iterator[tuple[slice, Places]]:
+def _chunks(batch: dict[str, Tensor], first: int, chunk_size: int, device: torch.device) -> Iterator[Chunk]:
     """Yield slices of a batch's positions with loss, and their places. `first` is the number of the batch's first
     sample.
     """

@@ -88,9 +88,15 @@ def check_training(experiment: Experiment, scheme: str, held_out: int, device: s
 
 
 def make_module(
-    experiment: Experiment, role: Role, student: Any, vocab_size: int, manifest: Manifest, teacher_head: Head | None
+    experiment: Experiment,
+    role: Role,
+    student: Any,
+    vocab_size: int,
+    manifest: Manifest,
+    teacher_head: Head | None,
+    device_type: str | None = None,
 ) -> DistillationModule:
-    """What Lightning trains."""
+    """Make what Lightning trains. `device_type`: the optimiser's, by default that of the student's weights."""
     train, loss = experiment.train, experiment.loss
     schedule = partial(
         Schedule,
@@ -106,7 +112,7 @@ def make_module(
         objective=Mixture(role.alpha, manifest.temperature, divergence),
         chunk_size=loss.chunk_size,
         micro_batch=train.batch_size,
-        make_optimizer=partial(_optimizer, experiment),
+        make_optimizer=partial(_optimizer, experiment, device_type),
         make_schedule=lambda total: schedule(total=total),
         gradient_clip=train.gradient_clip,
         non_finite=NonFinite(train.non_finite),
@@ -119,7 +125,7 @@ def make_module(
     )
 
 
-def _optimizer(experiment: Experiment, module: torch.nn.Module) -> torch.optim.Optimizer:
+def _optimizer(experiment: Experiment, device_type: str | None, module: torch.nn.Module) -> torch.optim.Optimizer:
     train = experiment.train
     optimizer = make_optimizer(
         module,
@@ -128,6 +134,7 @@ def _optimizer(experiment: Experiment, module: torch.nn.Module) -> torch.optim.O
         weight_decay=train.weight_decay,
         betas=(train.beta1, train.beta2),
         rounding=train.rounding,
+        device_type=device_type,
     )
     return StepInBackward(optimizer, module) if train.step_in_backward else optimizer
 

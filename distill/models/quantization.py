@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.huggingface import load_pretrained
+from distill.models.quantized_shapes import ScaledLinear, packed_linear
+from distill.models.shapes import finder
 from distill.system.quiet import quiet_for_good
 
 Quantization = Literal["nf4", "int8", "none"]
@@ -41,6 +43,8 @@ def load_quantized(
         if is_quantized(checkpoint, trust_remote_code):
             raise ValueError(f"{checkpoint.name} is quantized already: set quantization to 'none' to take it as it is")
         loaded = load_pretrained(checkpoint, dtype, _settings(quantization, dtype), {"": device}, trust_remote_code)
+        if finder() is not None:
+            quantize_linears(loaded, quantization, dtype, device)
     _use_portable_kernel(loaded)
     return loaded
 
@@ -102,7 +106,9 @@ def quantize_linears(model: Any, quantization: Quantization, dtype: torch.dtype,
 
 
 def _quantized(weight: Tensor, bias: nn.Parameter | None, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
-    """Return a bitsandbytes layer that quantises its weight when it is moved to a device."""
+    """Return a bitsandbytes layer that quantises its weight when it is moved to a device, or its shape."""
+    if finder() is not None:
+        return packed_linear(weight, bias, dtype) if quantization == "nf4" else ScaledLinear(weight, bias)
     import bitsandbytes as bnb
 
     rows, columns = weight.shape

@@ -88,6 +88,8 @@ class DistillationModule(pl.LightningModule):
         self.schedule_teacher, self.saved_activations = schedule_teacher, saved_activations
         self.feature, self.feature_weight = feature, feature_weight
         self.projection = _projection(student, teacher_head) if feature_weight else None
+        self.loss_context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Context in which head and loss run: a forecast marks in it what is theirs."""
         self.steps_begun = 0
         """Steps that were begun, those left out among them."""
 
@@ -182,7 +184,8 @@ class DistillationModule(pl.LightningModule):
             hidden_BLD = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
         hidden_ND = hidden_BLD[batch.loss_mask_BL]
         head = self.student.head.with_rows(self.vocab_size)
-        loss = fused_loss(hidden_ND, head, target, objective, self.chunk_size)
+        with self.loss_context():
+            loss = fused_loss(hidden_ND, head, target, objective, self.chunk_size)
         if self.projection is not None and torch.is_grad_enabled():
             assert isinstance(target, DenseChunk)
             distance_N = feature_distance(

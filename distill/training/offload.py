@@ -40,10 +40,10 @@ def saved_on_host(module: nn.Module, *, large: int, pin_memory: bool) -> Abstrac
     As `torch.autograd.graph.save_on_cpu`, which would copy the weights too: a linear layer saves its weight, and an
     optimiser or another layer keeps that on the card anyway.
     """
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}  # an address without memory too
 
     def pack(tensor: Tensor) -> _Kept | _Moved:
-        if tensor.nbytes < large or tensor.untyped_storage().data_ptr() in weights:
+        if tensor.nbytes < large or tensor.untyped_storage()._cdata in weights:
             return _Kept(tensor, tensor._version)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pin_memory)
         return _Moved(host.copy_(tensor, non_blocking=pin_memory), tensor.device)

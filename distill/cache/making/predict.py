@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +19,9 @@ from distill.models.language_model import LanguageModel
 from distill.system import interrupt
 from distill.system.progress import Progress
 from distill.targets.schemes import AnyScheme
+
+Sample = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Hidden states, token ids, position ids and loss mask of one sample."""
 
 
 class ShardBatches:
@@ -56,17 +59,20 @@ class TeacherModule(pl.LightningModule):
         seed: int,
         temperature: float = 1.0,
         chunk_size: int = 256,
+        each: Callable[[Iterator[Sample]], Iterator[Sample]] = iter,
     ) -> None:
+        """`each`: hook around the samples of a batch; a forecast leaves out those that are like earlier ones."""
         super().__init__()
         self.teacher, self.vocab_size, self.scheme = teacher, vocab_size, scheme
-        self.seed, self.temperature, self.chunk_size = seed, temperature, chunk_size
+        self.seed, self.temperature, self.chunk_size, self.each = seed, temperature, chunk_size, each
 
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[Record]:
         ids_BL, positions_BL, mask_BL = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
         hidden_BLD = self.teacher.body(ids_BL, positions_BL)
         head = self.teacher.head.with_rows(self.vocab_size)
-        return [self._record(*sample, head) for sample in _samples(hidden_BLD, ids_BL, positions_BL, mask_BL)]
+        samples = zip(hidden_BLD, ids_BL, positions_BL, mask_BL, strict=True)
+        return [self._record(*sample, head) for sample in self.each(samples)]
 
     def _record(self, hidden_LD: Tensor, ids_L: Tensor, positions_L: Tensor, mask_L: Tensor, head: Any) -> Record:
         return extract(
@@ -80,12 +86,6 @@ class TeacherModule(pl.LightningModule):
             temperature=self.temperature,
             chunk_size=self.chunk_size,
         )
-
-
-def _samples(
-    hidden_BLD: Tensor, ids_BL: Tensor, positions_BL: Tensor, mask_BL: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    return zip(hidden_BLD, ids_BL, positions_BL, mask_BL, strict=True)
 
 
 class ShardWriter(BasePredictionWriter):

@@ -21,7 +21,6 @@ from distill import plugins
 from distill.forecast.phases.step import StepShape, simulate_step
 from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.kernels import DeviceKind
-from distill.forecast.simulation.repetition import each_kind_of_chunk_once, moments_made_first
 from distill.losses.objective import Mixture
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import quantize_linears
@@ -180,8 +179,7 @@ def _peak(way: Way, shape: Shape, device: DeviceKind) -> int:
             ).peak_bytes
         step = StepShape(samples=1, length=tokens)
         make = partial(_student, shape, way, chunk)
-        with each_kind_of_chunk_once(), moments_made_first():
-            return simulate_step(make, step, precision=way.precision, device=device).peak_bytes
+        return simulate_step(make, step, precision=way.precision, device=device).peak_bytes
 
 
 def _config(shape: Shape) -> Any:

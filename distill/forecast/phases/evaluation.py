@@ -5,19 +5,14 @@ Shapes: N positions of a batch, V vocabulary, D the teacher's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from copy import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
-import torchmetrics.metric
 from torch import Tensor, nn
 
-from distill.evaluation import fidelity
-from distill.evaluation.breakdown import Fidelity, Likelihood
-from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
+from distill.evaluation.fidelity import Each, TeacherStates, student_fidelity, teacher_likelihood, teacher_states
 from distill.forecast.phases.teacher import make_batch
 from distill.forecast.simulation.blocks import alike_once
 from distill.forecast.simulation.fake import without_memory
@@ -44,15 +39,14 @@ def simulate_likelihood(
     rows, tracker = _rows(batch_size, length, documents), Tracker(device)
     with without_memory(device) as values:
         samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
-        with tracker, _without_values():
+        with tracker:
             teacher: Any = make_teacher()
             tag_model(tracker, teacher)
             tracker.forget()
             with alike_once(teacher, tracker):
                 states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
             tracker.tag([states.head.weight_VD], "weights")
-            with _equal_chunks_once(tracker):
-                teacher_likelihood(states, samples, batch_size, chunk_size, _CPU)
+            teacher_likelihood(states, samples, batch_size, chunk_size, _CPU, each=_equal_chunks_twice(tracker))
             peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
 
@@ -73,7 +67,7 @@ def simulate_fidelity(
     rows, tracker = _rows(batch_size, length, documents), Tracker(device)
     with without_memory(device) as values:
         samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
-        with tracker, _without_values():
+        with tracker:
             student: Any = make_student().eval()
             tag_model(tracker, student)
             head = Head(torch.empty(vocab_size, teacher_hidden_size, dtype=teacher_dtype))
@@ -82,8 +76,9 @@ def simulate_fidelity(
                 hidden_ND = torch.empty(batch_size * length, teacher_hidden_size, dtype=teacher_dtype)
             tracker.forget()
             states = TeacherStates([hidden_ND], head)
-            with alike_once(student, tracker), _equal_chunks_once(tracker):
-                student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None)
+            each = _equal_chunks_twice(tracker)
+            with alike_once(student, tracker):
+                student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None, each=each)
             peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
 
@@ -93,28 +88,6 @@ def _rows(batch_size: int, length: int, documents: int) -> list[dict[str, Tensor
     return [{name: tensor[row].clone() for name, tensor in batch.items()} for row in range(batch_size)]
 
 
-@contextmanager
-def _equal_chunks_once(tracker: Tracker) -> Iterator[None]:
-    """Inside, of a batch's equal chunks two are measured: what a metric keeps does not grow."""
-
-    def chunks(*args: Any) -> Iterator[tuple[slice, Any]]:
-        return first_two_alike(inner(*args), tracker, lambda chunk: len(chunk[1].next_ids_N))
-
-    inner = fidelity._chunks
-    with mock.patch.object(fidelity, "_chunks", chunks):
-        yield
-
-
-@contextmanager
-def _without_values() -> Iterator[None]:
-    """Inside, metrics copy what their states begin as, where fake tensors cannot be deep-copied, and tell no sums."""
-
-    def copied(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else copy(value)
-
-    with (
-        mock.patch.object(torchmetrics.metric, "deepcopy", copied),
-        mock.patch.object(Fidelity, "measured", lambda metric, text_bytes: None),
-        mock.patch.object(Likelihood, "measured", lambda metric, text_bytes: None),
-    ):
-        yield
+def _equal_chunks_twice(tracker: Tracker) -> Each:
+    """Return the walk over a batch's chunks that measures two of the equal ones: what a metric keeps does not grow."""
+    return lambda chunks: first_two_alike(chunks, tracker, lambda chunk: len(chunk[1].next_ids_N))

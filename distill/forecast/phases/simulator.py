@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from distill import plugins
 from distill.errors import UserError
 from distill.experiment.cache import make_scheme
 from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training, roles
 from distill.forecast.machine.calibration import find, kind_of, speed
 from distill.forecast.machine.cards import Card
-from distill.forecast.models import Models, configurations_alone, size_of, without_initial_weights
+from distill.forecast.models import Models, configurations_alone, size_of
 from distill.forecast.phases.evaluation import simulate_fidelity, simulate_likelihood
 from distill.forecast.phases.step import StepShape, simulate_step
 from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.kernels import DeviceKind
-from distill.forecast.simulation.repetition import each_kind_of_chunk_once, moments_made_first, work_of_update
 from distill.forecast.simulation.result import Simulation
-from distill.forecast.simulation.work import Work
 from distill.models.checkpoints import first_line
 from distill.system.quiet import quiet
 from distill.system.units import size
@@ -135,10 +131,9 @@ class Simulator:
             documents=self._text(models)["documents"],
         )
         make, sizes = _measured(lambda: models.module(roles(experiment)[0]))
-        with each_kind_of_chunk_once(), moments_made_first(), work_of_update() as update:
-            simulation = simulate_step(make, shape, precision=train.precision, device=self.device)
-        passing = self.speed.seconds(_without(simulation.work, update))
-        seconds = passing * train.accumulate_grad_batches / passes + self.speed.seconds(update)
+        simulation = simulate_step(make, shape, precision=train.precision, device=self.device)
+        passing = self.speed.seconds(simulation.work - simulation.update)
+        seconds = passing * train.accumulate_grad_batches / passes + self.speed.seconds(simulation.update)
         return [Part("a step of the student", simulation, seconds, sizes)]
 
     def _evaluation(self, models: Models) -> list[Part]:
@@ -180,14 +175,10 @@ def _measured(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, int
 
 
 def _trained(models: Models) -> Any:
-    """A student as it is loaded after its training: in the evaluation's type, adapters merged into their weights."""
-    student, dtype = models.experiment.student, getattr(torch, models.experiment.evaluate.student_dtype)
-    if student.class_path not in ("lora", plugins.BUILT_IN["student"]["lora"]):
-        return models.student().to(dtype)
-    names = ("model", "revision", "trust_remote_code")
-    taken = {name: student.options[name] for name in names if name in student.options}
-    with without_initial_weights():
-        return plugins.build("huggingface", "student", taken, {}).to(dtype)
+    """A student as it is loaded after its training: in the evaluation's type, what it trained merged into one model."""
+    student = models.student()
+    merged = getattr(student, "merged", None)
+    return (student if merged is None else merged()).to(getattr(torch, models.experiment.evaluate.student_dtype))
 
 
 def _relevant(experiment: Experiment, phase: Phase) -> str:
@@ -202,9 +193,3 @@ def _relevant(experiment: Experiment, phase: Phase) -> str:
         evaluate, train, cache = experiment.evaluate, None, replace(cache, scheme="varopt")  # type: ignore[assignment]
         return repr((experiment.corpus, experiment.teacher, cache, student, loss.chunk_size, evaluate))
     return repr((experiment.corpus, experiment.teacher, cache, student, loss, train))
-
-
-def _without(work: Counter[Work], part: Counter[Work]) -> Counter[Work]:
-    rest = Counter(work)
-    rest.subtract(part)
-    return rest

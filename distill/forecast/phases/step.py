@@ -9,24 +9,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.cache.reading.batches import Batch
 from distill.forecast.simulation.blocks import AlikeBlocks, NotAlike, alike_once
+from distill.forecast.simulation.cuda import optimizer_on_cuda
 from distill.forecast.simulation.fake import without_memory
 from distill.forecast.simulation.kernels import DeviceKind
+from distill.forecast.simulation.repetition import EachKindOnce
 from distill.forecast.simulation.result import Simulation, all_tensors, tag_model
 from distill.forecast.simulation.tracker import Tracker
 from distill.forecast.simulation.work import Work
 from distill.targets.hidden import HiddenTargets
 from distill.targets.sparse import SparseTargets
-from distill.training import module as training_module
 from distill.training.module import DistillationModule
+from distill.training.optimizers.chunked_adamw import ChunkedAdamW
 from distill.training.optimizers.step_in_backward import StepInBackward
 from distill.training.trainer import make_trainer
 
@@ -56,13 +58,15 @@ def simulate_step(
     *,
     precision: str = "32-true",
     device: DeviceKind = "cpu",
+    shortcuts: bool = True,
     alike_blocks_once: bool = True,
 ) -> Simulation:
-    """Memory and work of a step of what `make_module` makes, without memory for it.
+    """Simulate a step of what `make_module` makes: memory and work, without memory for it.
 
     `make_module` builds student, optimiser and levers as for a training on a CPU; whatever tensors it makes are fake,
-    and checkpoints give their shapes alone. `precision` is the trainer's. `alike_blocks_once`: see
-    `distill.forecast.simulation.blocks`; without it every block is run. Raises what the module raises.
+    and checkpoints give their shapes alone. `precision` is the trainer's. `shortcuts`: the moments are made before the
+    step, by an update that is forgotten, and alike chunks of an update run once; else two steps run, whole.
+    `alike_blocks_once`: see `distill.forecast.simulation.blocks`; else every block runs. Raises what the module raises.
     """
     batch, tracker = make_batch(shape), Tracker(device)
     # Of the same size; a CPU, which fake tensors are on, has no float16 autocast.
@@ -71,9 +75,11 @@ def simulate_step(
         with without_memory(device) as values:
             fake_batch = _mapped(batch, values.known)
             with tracker:
-                return run_tracked(make_module, fake_batch, tracker, fake_precision, alike_blocks_once)
+                return run_tracked(make_module, fake_batch, tracker, fake_precision, shortcuts, alike_blocks_once)
     except NotAlike:
-        return simulate_step(make_module, shape, precision=precision, device=device, alike_blocks_once=False)
+        return simulate_step(
+            make_module, shape, precision=precision, device=device, shortcuts=shortcuts, alike_blocks_once=False
+        )
 
 
 def run_tracked(
@@ -81,6 +87,7 @@ def run_tracked(
     batch: Batch,
     tracker: Tracker,
     precision: str,
+    shortcuts: bool = False,
     alike_blocks_once: bool = False,
 ) -> Simulation:
     """Make the steps under a tracker that has been entered, on tensors of any kind."""
@@ -90,20 +97,18 @@ def run_tracked(
     tag_model(tracker, module)
     if module.teacher_head is not None:
         tracker.tag([module.teacher_head.weight_VD], "weights")
-    _watch_gradients(tracker, module)
+    module.make_optimizer = partial(_watched_optimizer, tracker, module.make_optimizer)
+    module.loss_context = tracker.loss
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # copies tensors past torch
     tracker.forget()
-    with (
-        mock.patch.object(training_module, "fused_loss", _in_loss(tracker, training_module.fused_loss)),
-        alike_once(module.student, tracker) as blocks,
-    ):
+    with alike_once(module.student, tracker) as blocks:
         # What is offloaded leaves the device at moments that a block not run does not have.
         if not alike_blocks_once or module.saved_activations is not nullcontext:
             blocks.run_all()
-        watch = _Watch(tracker, blocks)
-        run_steps(module, batch, precision, [watch])
+        watch = _Watch(tracker, blocks, shortcuts)
+        run_steps(module, batch, precision, [watch], steps=1 if shortcuts else STEPS)
     peak = tracker.peak()
-    return Simulation(peak.bytes, peak.parts, watch.work)
+    return Simulation(peak.bytes, peak.parts, watch.work, watch.update)
 
 
 def run_steps(
@@ -162,15 +167,41 @@ class _Repeat:
 
 
 class _Watch(pl.Callback):
-    """Learns what is a gradient and what an optimiser's state, and where the last step begins."""
+    """Learns what is an optimiser's state and an update's work, and where the last step begins."""
 
-    def __init__(self, tracker: Tracker, blocks: AlikeBlocks) -> None:
-        self.tracker, self.blocks = tracker, blocks
-        self.work: Counter[Work] = Counter()
+    def __init__(self, tracker: Tracker, blocks: AlikeBlocks, shortcuts: bool) -> None:
+        self.tracker, self.blocks, self.shortcuts = tracker, blocks, shortcuts
+        self.work, self.update = Counter[Work](), Counter[Work]()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if any(isinstance(optimizer, StepInBackward) for optimizer in trainer.optimizers):
-            self.blocks.run_all()  # each weight's update is among its block's backward pass
+        for optimizer in trainer.optimizers:
+            inner = optimizer
+            if isinstance(optimizer, StepInBackward):
+                self.blocks.run_all()  # each weight's update is among its block's backward pass
+                inner = optimizer.optimizer
+            if self.shortcuts:
+                self._make_moments(inner)
+            optimizer.register_step_pre_hook(lambda *_: self._begin_update())
+            optimizer.register_step_post_hook(lambda *_: self._end_update())
+
+    def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update once with gradients out of nowhere, and forget it."""
+        if isinstance(optimizer, ChunkedAdamW):
+            optimizer.walk = walk = EachKindOnce(optimizer.walk, self.tracker)
+            optimizer.register_step_pre_hook(lambda *_: walk.seen.clear())
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizer.step()
+        for weight in weights:
+            weight.grad = None
+        self.tracker.forget()
+
+    def _begin_update(self) -> None:
+        self._before = Counter(self.tracker.work)
+
+    def _end_update(self) -> None:
+        self.update = self.tracker.work - self._before
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.tracker.work.clear()
@@ -183,8 +214,10 @@ class _Watch(pl.Callback):
             self.tracker.tag(all_tensors(dict(optimizer.state)), "optimizer states")
 
 
-def _watch_gradients(tracker: Tracker, module: DistillationModule) -> None:
-    """A gradient may live for a moment only: it is told as soon as it is complete."""
+def _watched_optimizer(
+    tracker: Tracker, make: Callable[[nn.Module], torch.optim.Optimizer], module: nn.Module
+) -> torch.optim.Optimizer:
+    """Make the optimiser; a gradient, which may live for a moment only, is tagged as soon as it is complete."""
 
     def tag(parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -193,14 +226,7 @@ def _watch_gradients(tracker: Tracker, module: DistillationModule) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(tag)
-
-
-def _in_loss(tracker: Tracker, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def tracked(*args: Any, **kwargs: Any) -> Tensor:
-        with tracker.loss():
-            return loss(*args, **kwargs)
-
-    return tracked
+    return optimizer_on_cuda(make, module) if tracker.device == "cuda" else make(module)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

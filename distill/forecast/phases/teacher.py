@@ -6,15 +6,12 @@ Shapes: B samples of a batch, L sequence length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
-from unittest import mock
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from distill.cache.making import predict
-from distill.cache.making.predict import TeacherModule
+from distill.cache.making.predict import Sample, TeacherModule
 from distill.forecast.simulation.blocks import alike_once
 from distill.forecast.simulation.fake import without_memory
 from distill.forecast.simulation.kernels import DeviceKind
@@ -44,10 +41,11 @@ def simulate_teacher(
     """
     batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
     widest = scheme.most_atoms if isinstance(scheme, VarOpt) else max(scheme.most_entries, 1)
-    with without_memory(device, widest) as values, _two_samples(tracker):
+    with without_memory(device, widest) as values:
         batch = {name: values.known(tensor) for name, tensor in batch.items()}
         with tracker:
             module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
+            module.each = lambda samples: _in_loss(first_two_alike(samples, tracker), tracker)
             return run_tracked(module, batch, tracker, alike_blocks_once)
 
 
@@ -58,8 +56,6 @@ def run_tracked(
     tag_model(tracker, module)
     tracker.tag(batch.values(), "buffers and batch")
     tracker.forget()
-    extract = _head_and_targets(tracker, module)
-    module._record = extract  # type: ignore[method-assign]
     with alike_once(cast(nn.Module, module.teacher), tracker) as blocks:
         if not alike_blocks_once:
             blocks.run_all()
@@ -78,19 +74,8 @@ def make_batch(batch_size: int, length: int, documents: int = 1, vocab_size: int
     }
 
 
-@contextmanager
-def _two_samples(tracker: Tracker) -> Iterator[None]:
-    """Inside, two samples of a batch get targets, and their records are all that there are."""
-    inner = predict._samples
-    with mock.patch.object(predict, "_samples", lambda *columns: first_two_alike(inner(*columns), tracker)):
-        yield
-
-
-def _head_and_targets(tracker: Tracker, module: TeacherModule) -> Callable[..., Any]:
-    inner = module._record
-
-    def tracked(*args: Any) -> Any:
+def _in_loss(samples: Iterator[Sample], tracker: Tracker) -> Iterator[Sample]:
+    """Yield the samples; what is made of each belongs to head and loss."""
+    for sample in samples:
         with tracker.loss():
-            return inner(*args)
-
-    return tracked
+            yield sample

@@ -1,81 +1,18 @@
-"""What runs otherwise on a CUDA device than on a CPU, put in its place while fake CPU tensors stand for a card's."""
+"""Kernels and optimisers of a CUDA device, for fake CPU tensors that stand for a card's."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from distill.cache.reading.batches import Batch
-from distill.training import offload
-from distill.training.optimizers import adamw, paged
 
-
-@contextmanager
-def as_on_cuda() -> Iterator[None]:
-    """Inside, attention, norms and optimisers allocate what they do on a CUDA device."""
-    with ExitStack() as stack:
-        # torch's optimisers take all parameters at once there, with a temporary as large as all of them.
-        adam = importlib.import_module("torch.optim.adam")  # AdamW's too; hidden behind a name of torch.optim
-        stack.enter_context(mock.patch.object(adam, "_default_to_fused_or_foreach", _foreach))
-        stack.enter_context(mock.patch.object(adamw, "check_optimizer", lambda *args, **kwargs: None))
-        stack.enter_context(mock.patch.object(paged, "PagedAdamW8bit", _Paged))
-        stack.enter_context(mock.patch.object(offload, "saved_on_host", _saved_on_host))
-        stack.enter_context(mock.patch.object(Batch, "to", _copied))
-        stack.enter_context(_Functions())
-        yield
-
-
-def _foreach(parameters: Any, differentiable: bool, use_fused: bool = False) -> tuple[bool, bool]:
-    return False, not differentiable
-
-
-class _Paged(torch.optim.Optimizer):
-    """Its moments lie outside of torch's allocator, in memory that moves to the host; the update makes nothing."""
-
-    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float]) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas})
-
-    def step(self, closure: Any = None) -> Any:
-        return None if closure is None else closure()
-
-
-def _copied(batch: Any, device: torch.device) -> Any:
-    """A batch waits on the host; what a pass needs of it is copied to the card."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if not is_dataclass(batch) or isinstance(batch, type):
-        return batch
-    return replace(batch, **{field.name: _copied(getattr(batch, field.name), device) for field in fields(batch)})
-
-
-def _saved_on_host(module: nn.Module, *, large: int, pin_memory: bool) -> saved_tensors_hooks:
-    """As the real one, which tells weights by their addresses and copies nothing where host and card are one device."""
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-
-    def pack(tensor: Tensor) -> tuple[Tensor, bool]:
-        moved = tensor.nbytes >= large and tensor.untyped_storage()._cdata not in weights
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if moved else tensor
-        return host, moved
-
-    def unpack(saved: tuple[Tensor, bool]) -> Tensor:
-        tensor, moved = saved
-        return tensor.clone() if moved else tensor
-
-    return saved_tensors_hooks(pack, unpack)
-
-
-class _Functions(TorchFunctionMode):
-    """The functions whose CUDA kernels are of another kind."""
+class Functions(TorchFunctionMode):
+    """Attention, norms and copies as on a CUDA device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -83,7 +20,36 @@ class _Functions(TorchFunctionMode):
             return _attention(func, *args, **kwargs)
         if func in (torch.rms_norm, torch.nn.functional.rms_norm):
             return _rms_norm(*args, **kwargs)
+        if kwargs.get("non_blocking") and func is Tensor.to:  # from the host: a batch waits there, and activations may
+            return args[0].clone()
+        if kwargs.get("non_blocking") and func is Tensor.copy_:  # to the host, meanwhile
+            return args[0]
         return func(*args, **kwargs)
+
+
+def optimizer_on_cuda(make: Callable[[nn.Module], torch.optim.Optimizer], module: nn.Module) -> torch.optim.Optimizer:
+    """Make an optimiser that allocates what it does on a CUDA device.
+
+    torch's optimisers take all parameters at once there, with a temporary as large as all of them.
+    """
+    optimizer = make(module)
+    if getattr(optimizer, "is_paged", False):
+        return _Paged(optimizer.param_groups)
+    for group in optimizer.param_groups:
+        if "foreach" in group:
+            group["foreach"] = True
+    return optimizer
+
+
+class _Paged(torch.optim.Optimizer):
+    """Optimiser whose moments lie outside of torch's allocator, in memory that moves to the host."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+
+    def step(self, closure: Any = None) -> Any:
+        """Make nothing."""
+        return None if closure is None else closure()
 
 
 def _attention(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class Simulation:
     """What the peak is made of."""
     work: Counter[Work]
     """`Speed.seconds(work)` is its time."""
+    update: Counter[Work] = field(default_factory=Counter)
+    """Part of `work` that is the optimiser's: a step of more passes has it once all the same."""
 
     @property
     def flops(self) -> int:

@@ -85,9 +85,13 @@ class Values(TorchDispatchMode):
         """Compute the result's values too, where all that goes in is known; forget those of what is changed else."""
         given, results = tensors_in(args, kwargs.values()), tensors_in([made])
         if not _is_determined(given, results) or any(tensor.numel() > LARGEST for tensor in results):
-            changed = given if func._schema.is_mutable else []
-            for tensor in (*results, *changed):
+            named = zip(func._schema.arguments, args, strict=False)
+            changed = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+            for tensor in (*results, *tensors_in(changed)):
                 _with_value(tensor, None)
+            if func._overloadpacket is aten.any:  # nothing is out of its place: torch's trunc_normal_ asks till then
+                with unset_fake_temporarily():
+                    _with_value(made, torch.zeros(made.shape, dtype=torch.bool))
             return
         with unset_fake_temporarily():  # what is changed in place changes its values in place
             values = func(*tree_map_only(Tensor, _value, args), **tree_map_only(Tensor, _value, kwargs))
@@ -101,10 +105,22 @@ def has_own_dispatch(kind: Any) -> bool:
     return kind is not FakeTensor and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
-class Arrays(TorchFunctionMode):
-    """`numpy()` of fake tensors: the values where they are known, else zeros."""
+class Methods(TorchFunctionMode):
+    """Methods of fake tensors: `numpy()` gives the values where they are known, else zeros; a deep copy is a clone.
+
+    `requires_grad_` is the last call before `nn.Module.to` swaps a parameter for a new one, which torch refuses where
+    the fake mode's memo has weak references to them: the memo is emptied.
+    """
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._memo = fake.fake_tensor_converter.tensor_memo
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.requires_grad_:
+            self._memo.clear()
+        if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
+            return args[0].clone()
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
             value = _value(args[0])
             with unset_fake_temporarily():

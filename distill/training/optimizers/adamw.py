@@ -24,8 +24,9 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     rounding: Rounding = "nearest",
+    device_type: str | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of `module`, on the device where they are.
+    """Make AdamW over the trainable parameters of `module`, on their device (a forecast takes it to be `device_type`).
 
     Matrices decay, vectors (norms, biases) do not. `adamw` has moments in the weights' type, `adamw_8bit` and
     `adamw_4bit` in blocks of so many bits, `paged_adamw_8bit` in memory that a CUDA driver moves to the host. With
@@ -40,7 +41,7 @@ def make_optimizer(
     parameters = [parameter for group in groups for parameter in group["params"]]
     if not parameters:
         raise UserError("the student has no parameter to train")
-    device_type = parameters[0].device.type
+    device_type = device_type or parameters[0].device.type
     precision = "bf16-true" if any(p.dtype == torch.bfloat16 for p in parameters) else "32-true"
     check_optimizer(name, rounding=rounding, precision=precision, device_type=device_type)
     settings: dict[str, Any] = {"lr": learning_rate, "betas": betas}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.training.optimizers.moments import flat, moments
+from distill.training.optimizers.moments import CodeMaps, flat, moments
 from distill.training.optimizers.rounding import Rounding, read_compensated, store, store_compensated
 
 CHUNK = 2**18
 """Values whose float32 form exists at one time; a multiple of every block of `moments`."""
+
+
+def chunks(count: int) -> Iterator[slice]:
+    """Yield the chunks of a flattened parameter of `count` values."""
+    for start in range(0, count, CHUNK):
+        yield slice(start, min(start + CHUNK, count))
 
 
 class ChunkedAdamW(torch.optim.Optimizer):
@@ -39,6 +45,9 @@ class ChunkedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
         self.rounding, self.moment_bits = rounding, moment_bits
+        self.walk: Callable[[int], Iterable[slice]] = chunks
+        """Chunks of a parameter in turn; a forecast leaves out those that are like the ones before them."""
+        self._maps: CodeMaps = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -54,7 +63,7 @@ class ChunkedAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        first, second = moments(self.moment_bits, parameter, self.rounding)
+        first, second = moments(self.moment_bits, parameter, self.rounding, self._maps)
         state = self.state[parameter]
         if not state:
             state |= {"step": 0, "exp_avg": first.zeros(parameter), "exp_avg_sq": second.zeros(parameter)}
@@ -64,8 +73,7 @@ class ChunkedAdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         weight, gradient = flat(parameter.detach()), flat(parameter.grad.contiguous())
         compensation = flat(state["compensation"]) if "compensation" in state else None
-        for start in range(0, len(weight), CHUNK):
-            rows = slice(start, min(start + CHUNK, len(weight)))
+        for rows in self.walk(len(weight)):
             exp_avg, exp_avg_sq = first.read(state["exp_avg"], rows), second.read(state["exp_avg_sq"], rows)
             if compensation is None:
                 values = weight[rows].float()

@@ -16,6 +16,9 @@ from distill.training.optimizers.rounding import Rounding, store
 Stored = Any
 """One moment of one parameter: a tensor, or the tensors of its codes by name."""
 
+CodeMaps = dict[tuple[type, bool, torch.device], Tensor]
+"""Values that the codes stand for, by class and sign, on each device; an optimiser has its own."""
+
 SMALL = 4096
 """Parameters with fewer values keep their moments in full: norms and biases are delicate, and weigh nothing."""
 
@@ -54,6 +57,7 @@ class EightBits:
     """Codes of bitsandbytes' dynamic map, and the largest value of each block (Dettmers et al. 2021)."""
 
     signed: bool
+    maps: CodeMaps
     block = 256
 
     def zeros(self, parameter: Tensor) -> Stored:
@@ -64,14 +68,20 @@ class EightBits:
 
     def read(self, stored: Stored, rows: slice) -> Tensor:
         codes, scale = stored["codes"][rows], stored["scale"][_blocks(rows, self.block)]
-        code_map = _dynamic_map(self.signed, codes.device)
+        code_map = self._code_map(codes.device)
         return _bitsandbytes().dequantize_blockwise(codes, absmax=scale, code=code_map, blocksize=self.block)
 
     def write(self, stored: Stored, rows: slice, values: Tensor) -> None:
-        code_map = _dynamic_map(self.signed, values.device)
+        code_map = self._code_map(values.device)
         codes, quantized = _bitsandbytes().quantize_blockwise(values, code=code_map, blocksize=self.block)
         stored["codes"][rows] = codes
         stored["scale"][_blocks(rows, self.block)] = quantized.absmax
+
+    def _code_map(self, device: torch.device) -> Tensor:
+        key = type(self), self.signed, device
+        if key not in self.maps:
+            self.maps[key] = _bitsandbytes().create_dynamic_map(signed=self.signed).to(device)
+        return self.maps[key]
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class FourBits:
     """torchao's 4-bit states: two codes a byte, and the largest value of each block (Li et al. 2023)."""
 
     signed: bool
+    maps: CodeMaps
     block = 128
 
     def zeros(self, parameter: Tensor) -> Stored:
@@ -94,16 +105,19 @@ class FourBits:
     def _view(self, stored: Stored, rows: slice) -> Any:
         """torchao's own object for these rows, on the same memory."""
         codes, scale = stored["codes"][rows.start // 2 : rows.stop // 2], stored["scale"][_blocks(rows, self.block)]
-        code_map = _four_bit_map(self.signed, codes.device)
+        key = type(self), self.signed, codes.device
+        if key not in self.maps:
+            self.maps[key] = _torchao_state().zeros((self.block,), self.signed, self.block, codes.device).qmap
+        code_map = self.maps[key]
         return _torchao_state()(codes, scale, code_map, self.signed, (2 * codes.numel(),))
 
 
-def moments(bits: int | None, parameter: Tensor, rounding: Rounding) -> tuple[Moment, Moment]:
+def moments(bits: int | None, parameter: Tensor, rounding: Rounding, maps: CodeMaps) -> tuple[Moment, Moment]:
     """How a parameter's first and second moment are kept: in 8 or 4 bits where its size allows, else in its type."""
     if bits == 8 and parameter.numel() >= SMALL:
-        return EightBits(signed=True), EightBits(signed=False)
+        return EightBits(True, maps), EightBits(False, maps)
     if bits == 4 and parameter.numel() >= SMALL and parameter.numel() % FourBits.block == 0:
-        return FourBits(signed=True), FourBits(signed=False)
+        return FourBits(True, maps), FourBits(False, maps)
     return AsWeights(rounding), AsWeights(rounding)
 
 
@@ -139,13 +153,3 @@ def _torchao_state() -> Any:
             "train.optimizer: adamw_4bit needs torchao: pip install 'distill-small-card[low-bit]'"
         ) from None
     return OptimState4bit
-
-
-@functools.cache
-def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
-    return _bitsandbytes().create_dynamic_map(signed=signed).to(device)
-
-
-@functools.cache
-def _four_bit_map(signed: bool, device: torch.device) -> Tensor:
-    return _torchao_state().zeros((FourBits.block,), signed, FourBits.block, device).qmap

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from distill.forecast.phases.step import StepShape, simulate_step
 from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.blocks import AlikeBlocks
-from distill.forecast.simulation.repetition import moments_made_first
 from distill.forecast.simulation.result import Simulation
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import Head
@@ -99,8 +98,7 @@ def check_equal(once: Simulation, whole: Simulation) -> None:
 
 
 def both(make: Callable[[], Any], **options: Any) -> tuple[Simulation, Simulation]:
-    with moments_made_first():
-        once, whole = (simulate_step(make, SHAPE, alike_blocks_once=alike, **options) for alike in (True, False))
+    once, whole = (simulate_step(make, SHAPE, alike_blocks_once=alike, **options) for alike in (True, False))
     return once, whole
 
 

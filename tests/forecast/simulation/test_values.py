@@ -40,14 +40,29 @@ def test_what_is_changed_by_the_unknown_is_unknown() -> None:
         assert int(total) == 7
 
 
-def test_nothing_fake_is_left_behind() -> None:
-    from distill.training.optimizers import moments
-
+def test_nothing_of_the_unknown_is_out_of_its_place() -> None:
+    """As `torch.nn.init.trunc_normal_` asks, again and again."""
     with without_memory("cpu"):
-        assert isinstance(moments._dynamic_map(True, torch.device("cpu")), torch.Tensor)
-    kept = moments._dynamic_map(True, torch.device("cpu"))
-    assert not isinstance(kept, FakeTensor) and not isinstance(torch.zeros(1), FakeTensor)
-    assert kept.abs().max() == 1
+        weight = torch.randn(3, 3)
+        assert not (weight > 2).any() and (weight < 2).all()
+        assert torch.nn.init.trunc_normal_(weight) is weight
+
+
+def test_an_index_keeps_its_values_where_unknown_ones_are_added_by_it() -> None:
+    real = torch.tensor([2, 0])
+    with without_memory("cpu") as values:
+        rows = values.known(real)
+        torch.zeros(3).index_add_(0, rows, torch.randn(2))
+        counts = torch.zeros(3, dtype=torch.int64).index_add_(0, rows, torch.ones_like(rows))
+        assert counts.tolist() == [1, 0, 1]
+
+
+def test_a_module_is_cast_and_moved() -> None:
+    with without_memory("cpu"):
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5, bias=False))
+        model[1].weight = model[0].weight
+        model.to(torch.bfloat16).to("cpu")
+        assert model[0].weight is model[1].weight and model[0].weight.dtype == torch.bfloat16
 
 
 def test_a_loop_that_waits_for_a_weight_ends() -> None:

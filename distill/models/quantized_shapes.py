@@ -5,6 +5,7 @@ bitsandbytes makes its weights classes of their own, which fake tensors cannot b
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ BLOCK, OUTER_BLOCK = 64, 256
 
 
 def packed_linear(weight_OI: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
-    """What `bitsandbytes.nn.Linear4bit` is after its weight was quantised to NF4 with compressed statistics."""
-    import bitsandbytes as bnb
+    """Make what `bitsandbytes.nn.Linear4bit` is after its weight was quantised to NF4 with compressed statistics."""
     from bitsandbytes.functional import QuantState
 
     rows, columns = weight_OI.shape
     count, device = weight_OI.numel(), weight_OI.device
-    layer: Any = bnb.nn.Linear4bit.__new__(bnb.nn.Linear4bit)
+    layer: Any = _packed_class().__new__(_packed_class())
     nn.Module.__init__(layer)
     layer.in_features, layer.out_features, layer.bias = columns, rows, bias
     scales = -(-count // BLOCK)
@@ -50,14 +50,30 @@ def packed_linear(weight_OI: Tensor, bias: nn.Parameter | None, dtype: torch.dty
     return layer
 
 
+@functools.cache
+def _packed_class() -> Any:
+    import bitsandbytes as bnb
+
+    class PackedLinear(bnb.nn.Linear4bit):
+        """4-bit layer that no cast or move reaches: fake parameters are swapped for new ones, without their scales."""
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            return self
+
+    return PackedLinear
+
+
 class ScaledLinear(nn.Module):
-    """What `bitsandbytes.nn.Linear8bitLt` is after its weight was quantised: codes, and a scale a row."""
+    """Stand-in for a quantised `bitsandbytes.nn.Linear8bitLt`: codes, and a scale a row. No cast or move reaches it."""
 
     def __init__(self, weight_OI: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(weight_OI, dtype=torch.int8), requires_grad=False)
         self.weight.SCB = torch.empty(len(weight_OI), device=weight_OI.device)  # type: ignore[attr-defined]
         self.bias = bias
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return self
 
     def forward(self, hidden: Tensor) -> Tensor:
         """A product of whole numbers without outliers, scaled: as many bytes as bitsandbytes takes for it."""
