@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.evaluation.breakdown import Fidelity, Likelihood, Measured, Places
 from distill.evaluation.metrics import log_probabilities
-from distill.models.language_model import Head, LanguageModel
+from distill.models.language_model import Head, LanguageModel, hidden_states
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.targets.next_token import next_ids
 
@@ -160,7 +160,7 @@ def covered(samples: Subset, vocabulary: Vocabulary) -> Subset:
 
 
 def _hidden(model: LanguageModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
-    hidden_BLD = model.body(batch["input_ids"].to(device), batch["position_ids"].to(device))
+    hidden_BLD = hidden_states(model, batch["input_ids"].to(device), batch["position_ids"].to(device))
     return hidden_BLD[batch["loss_mask"].to(device)]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.models.generation import context_length, generate
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.language_model import LanguageModel
+from distill.models.language_model import LanguageModel, hidden_states
 from distill.system.progress import Progress
 
 LOGITS_AT_A_TIME = 1 << 24
@@ -175,7 +175,7 @@ class HarnessModel(TemplateLM):
         for row, tokens in enumerate(inputs):
             ids_BL[row, : len(tokens)] = torch.tensor(tokens)
         ids_BL = ids_BL.to(self._device)
-        return self.model.body(ids_BL, torch.arange(ids_BL.shape[1], device=self._device).expand_as(ids_BL))
+        return hidden_states(self.model, ids_BL, torch.arange(ids_BL.shape[1], device=self._device).expand_as(ids_BL))
 
     def _token_scores(self, hidden_ND: Tensor, rows: list[int], tokens: list[int]) -> tuple[Tensor, Tensor]:
         """Return the log-probability `[M]` of `tokens[m]` at `hidden_ND[rows[m]]`, and if it is the likeliest; on the

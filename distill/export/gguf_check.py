@@ -26,6 +26,7 @@ from distill.export.gguf_architecture import query_divisor
 from distill.models.checkpoints import Checkpoint, first_line, load_config
 from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing
+from distill.models.language_model import hidden_states
 from distill.models.tokenizers import load_tokenizer, vocab_size
 from distill.plugins import load_language_model
 from distill.system.quiet import quiet_transformers
@@ -244,7 +245,7 @@ def _nll(model: Any, windows: list[list[int]], vocabulary: int) -> tuple[float, 
 def _logits(model: Any, ids: list[int], vocabulary: int) -> Tensor:
     """Return float32 logits `[L, V]`."""
     ids_BL = torch.tensor([ids])
-    hidden_LD = model.body(ids_BL, torch.arange(len(ids))[None])[0]
+    hidden_LD = hidden_states(model, ids_BL, torch.arange(len(ids))[None])[0]
     return model.head.with_rows(vocabulary)(hidden_LD).float()
 
 

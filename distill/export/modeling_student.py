@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from .language_model import hidden_states  # type: ignore[import-not-found]  # a copy of models/language_model.py
 from .student import Student  # type: ignore[import-not-found]  # the export writes the student's own name here
 
 
@@ -77,7 +78,7 @@ class StudentForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask)
-        logits = self.student.head(self.student.body(input_ids, position_ids))
+        logits = self.student.head(hidden_states(self.student, input_ids, position_ids))
         loss = None
         if labels is not None:
             next_NV = logits[:, :-1].flatten(0, 1).float()

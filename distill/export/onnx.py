@@ -21,6 +21,7 @@ from distill.export import onnx_tracing, probe
 from distill.export.hf import save_tokenizer
 from distill.models.checkpoints import first_line
 from distill.models.huggingface import HuggingFaceLanguageModel
+from distill.models.language_model import hidden_states
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.plugins import load_language_model
 from distill.system.quiet import quiet
@@ -118,7 +119,7 @@ class _Forward(torch.nn.Module):
         positions_BL = torch.arange(length, device=input_ids.device).expand(rows, -1)
         known = contextlib.nullcontext() if self.answers is None else onnx_tracing.Repeat(self.answers)
         with known:
-            return self.model.head(self.model.body(input_ids, positions_BL))
+            return self.model.head(hidden_states(self.model, input_ids, positions_BL))
 
 
 def _forward(model: Any) -> _HuggingFaceForward | _Forward:

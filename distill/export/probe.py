@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.models.language_model import hidden_states
 from distill.plugins import load_language_model
 
 TEXTS = (
@@ -56,7 +57,7 @@ def our_logits(model: Any, rows: Iterable[Sequence[int]]) -> list[Tensor]:
             raise UserError(f"the tokenizer's token {max(row)} has no row in the model's head of {vocabulary:,} rows")
         ids_BL = torch.tensor([row])
         positions_BL = torch.arange(len(row))[None]
-        found.append(model.head(model.body(ids_BL, positions_BL))[0].float())
+        found.append(model.head(hidden_states(model, ids_BL, positions_BL))[0].float())
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.language_model import LanguageModel
+from distill.models.language_model import LanguageModel, hidden_states
 
 CACHES = ("past_key_values", "cache_params")
 """transformers' names for a family's cache: keys and values, or the states of state-space models."""
@@ -80,7 +80,7 @@ class _RereadingDecoder:
     def __call__(self, ids_BL: Tensor) -> Tensor:
         self._ids_BL = ids_BL if self._ids_BL is None else torch.cat([self._ids_BL, ids_BL], dim=1)
         positions_BL = torch.arange(self._ids_BL.shape[1], device=ids_BL.device).expand_as(self._ids_BL)
-        return _last_logits(self._model, self._model.body(self._ids_BL, positions_BL), self._vocab_size)
+        return _last_logits(self._model, hidden_states(self._model, self._ids_BL, positions_BL), self._vocab_size)
 
 
 def _last_logits(model: LanguageModel, hidden_BLD: Tensor, vocab_size: int) -> Tensor:

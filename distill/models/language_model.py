@@ -59,6 +59,10 @@ def check_rows(rows: int, vocab_size: int) -> None:
         raise ValueError(f"the head has {rows} rows, the tokenizer {vocab_size} tokens: not the same vocabulary")
 
 
+BodyOutput = Tensor | tuple[Tensor, Tensor | None]
+"""Hidden states `[B, L, D]`, or these and an auxiliary loss."""
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """The members that teachers and students share. Any `torch.nn.Module` with these two is a language model.
@@ -69,6 +73,24 @@ class LanguageModel(Protocol):
     @property
     def head(self) -> Head: ...
 
-    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
-        """Return the hidden states `[B, L, D]` of token ids `[B, L]`; `position_ids` restart at 0 at each document."""
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> BodyOutput:
+        """Return hidden states `[B, L, D]` of token ids `[B, L]`; `position_ids` restart at 0 where a document begins.
+
+        A student in training may also return an auxiliary loss, as `(hidden_BLD, auxiliary_loss)`: for example the
+        balance of a mixture of experts, times its coefficient. It is a scalar, summed over the pass: over all B * L
+        tokens, whether they carry loss or not. The step's loss gets the sum over its passes, divided by the tokens of
+        all its samples. So a balance that is a mean over the tokens of one row is returned as `L * mean`, added up
+        over the rows. Whatever adds up over rows has the same gradient for every micro-batch, accumulation and number
+        of devices; a balance over the rows of a pass together depends on the micro-batch by its nature.
+        """
         ...
+
+
+def split_output(output: BodyOutput) -> tuple[Tensor, Tensor | None]:
+    """Return the hidden states and, if there is one, the auxiliary loss of what a body has returned."""
+    return output if isinstance(output, tuple) else (output, None)
+
+
+def hidden_states(model: LanguageModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+    """Return the hidden states `[B, L, D]` of a model's body, without an auxiliary loss."""
+    return split_output(model.body(input_ids_BL, position_ids_BL))[0]

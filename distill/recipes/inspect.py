@@ -19,7 +19,7 @@ from distill.errors import UserError
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.divergences import forward_kl
 from distill.models import checkpoints
-from distill.models.language_model import Head
+from distill.models.language_model import Head, hidden_states
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.system.progress import say
 from distill.targets.hidden import HiddenTargets
@@ -120,7 +120,7 @@ def _compare(folder: Path, name: str) -> None:
     for index in range(min(len(reader), _COMPARED)):
         batch = reader.collate([reader[index]])
         with torch.no_grad():
-            hidden_ND = teacher.body(batch.input_ids_BL, batch.position_ids_BL)[batch.loss_mask_BL]
+            hidden_ND = hidden_states(teacher, batch.input_ids_BL, batch.position_ids_BL)[batch.loss_mask_BL]
             logits_NV = teacher.head.with_rows(manifest.vocab_size)(hidden_ND).float() / manifest.temperature
             true_ids_N = next_ids(batch.input_ids_BL, batch.loss_mask_BL)
             errors.append(forward_kl(logits_NV, _chunk(batch, true_ids_N, head, manifest.temperature)))

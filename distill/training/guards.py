@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.system.progress import say
@@ -25,16 +23,20 @@ class NonFinite:
     skipped: int = 0
     in_a_row: int = 0
 
-    def loss_is_fine(self, loss: float, step: int) -> bool:
-        """Raises UserError unless the policy is to skip."""
-        return math.isfinite(loss) or self._found(f"the loss is {loss}", step)
+    def step_is_fine(self, loss: Tensor, norm: Tensor | None, student: nn.Module, step: int) -> bool:
+        """Return False for a step to leave out. Raise UserError for one that must not go on.
 
-    def gradients_are_fine(self, norm: Tensor, gradients: Iterable[tuple[str, Tensor | None]], step: int) -> bool:
-        """`norm` is that of all `gradients` (name, gradient). Raises UserError unless the policy is to skip."""
+        `norm` is that of all gradients; None leaves them to the scaler of float16. A norm can also overflow where no
+        gradient does.
+        """
+        if not torch.isfinite(loss):
+            return self._found(f"the loss is {float(loss)}", step)
+        if norm is None:
+            return True
         if torch.isfinite(norm):
             self.in_a_row = 0
             return True
-        # A norm can also overflow where no gradient does.
+        gradients = ((name, parameter.grad) for name, parameter in student.named_parameters())
         named = (name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all())
         return self._found(f"the gradient of {next(named, 'all weights together')} is not finite", step)
 

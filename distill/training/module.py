@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,14 +21,14 @@ from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.features import feature_distance
 from distill.losses.fused import fused_loss
 from distill.losses.objective import Mixture
-from distill.models.language_model import Head
+from distill.models.language_model import Head, split_output
 from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
 from distill.targets.hidden import HiddenTargets
 from distill.targets.next_token import next_ids
 from distill.training.guards import NonFinite, too_large
 from distill.training.optimizers.schedule import Schedule
-from distill.training.optimizers.step_in_backward import StepInBackward
+from distill.training.optimizers.step_in_backward import StepInBackward, gradient_norm
 from distill.training.parallel import is_sharded, shard, sum_gradients
 
 
@@ -98,90 +99,101 @@ class DistillationModule(pl.LightningModule):
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One optimiser step."""
-        self.steps_begun += 1
-        positions = float(self._reduced(batch.loss_mask_BL.sum().float()))
+        """Make one optimiser step: count positions, run the passes, sum over devices, guard, clip, update."""
+        optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        if positions:
-            optimizer: Any = self.optimizers()
-            loss = float(self._reduced(self._accumulated(batch, positions)))
-            if self.non_finite.loss_is_fine(loss, self.steps_begun):
-                self.log("loss", loss, prog_bar=True)
-                self.log("learning_rate", scheduler.get_last_lr()[0])
-                self._draw_anew(0)  # alike on all devices: so must their weights be rounded
-                self._step(optimizer)
-            optimizer.zero_grad()
-        scheduler.step()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of float16: scales loss and gradients up
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        self.steps_begun += 1
 
-    def _draw_anew(self, purpose: int) -> None:
-        """What is drawn at random from here on is a function of seed, step and purpose."""
-        torch.manual_seed((self.seed * 1_000_003 + self.steps_begun) * 4_099 + purpose)
+        # Count. The loss is a mean over the positions of all passes on all devices. Their number is known before the
+        # first pass, so each pass is divided by it, and nothing is corrected later.
+        positions = float(self._summed(batch.loss_mask_BL.sum().float()))
+        tokens = float(self._summed(batch.loss_mask_BL.any(1).sum().float())) * batch.input_ids_BL.shape[1]
 
-    def _step(self, optimizer: Any) -> None:
-        """The optimiser's step. Under float16 the scaler leaves it out where a gradient is not finite."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = 0.0 if scaler is None else scaler.get_scale()
-        optimizer.step()
-        inner = optimizer.optimizer
-        if isinstance(inner, StepInBackward) and inner.gradient_norm is not None:
-            self.log("gradient_norm", inner.gradient_norm)
-        if scaler is not None:
-            self.non_finite.overflowed(scaler.get_scale() < scale, self.steps_begun)
-
-    def _accumulated(self, batch: Batch, positions: float) -> Tensor:
-        """The step's loss, its gradients in place. Out of memory: all passes again, with half the samples each."""
-        while True:
+        # Passes: forward and backward of a micro-batch each. The gradients add up in place.
+        objective = self._objective()
+        fsdp_mean = self.trainer.world_size if is_sharded(self) else 1  # fsdp divides the sum that we want by this
+        while positions:
             try:
-                self._draw_anew(1 + self.global_rank)
-                total = torch.zeros((), device=self.device)
-                for part in self._parts(batch):
-                    total += self._pass(part, positions)
+                self._seed(1 + self.global_rank)  # dropout differs between devices
+                losses = torch.zeros(2, device=self.device)
+                for micro_batch in self._micro_batches(batch):
+                    loss, auxiliary = self._losses(micro_batch.to(self.device), objective)
+                    auxiliary = auxiliary / tokens
+                    loss = loss / positions + auxiliary
+                    with torch.autocast(self.device.type, enabled=False):  # Lightning turned it on for the whole step
+                        self.manual_backward(loss * fsdp_mean)
+                    losses += torch.stack([loss.detach(), auxiliary.detach()])
                 break
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.micro_batch == 1 or not self._can_begin_anew():
+                # Weights moved during backward, or other devices wait for this one in a collective: no second try.
+                if self.micro_batch == 1 or isinstance(optimizer.optimizer, StepInBackward) or is_sharded(self):
                     raise too_large(self.micro_batch) from None
-            # Outside of `except`, whose error holds the tensors of the failed pass.
-            self.optimizers().zero_grad()  # type: ignore[union-attr]
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.micro_batch = -(-self.micro_batch // 2)
-            where = f" on device {self.global_rank}" if self.trainer.world_size > 1 else ""
-            what = f"out of memory{where}; from here on {self.micro_batch} samples a forward pass"
-            say(f"step {self.steps_begun}: {what}", by_any=True)
-        sum_gradients(self)
-        return total
+            # Out of memory: all passes again, of half the size. (The error holds tensors until `except` is left.)
+            optimizer.zero_grad()
+            self._halve_micro_batch()
 
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
-        """The passes of a step: those with a position that counts."""
-        samples = len(batch.input_ids_BL)
-        parts = (batch.rows(start, start + self.micro_batch) for start in range(0, samples, self.micro_batch))
-        if not is_sharded(self):
-            yield from (part for part in parts if part.loss_mask_BL.any())
-            return
-        # Every pass gathers weights from all devices, so all make equally many, some of them of nothing.
-        yield from parts
-        mine = -(-samples // self.micro_batch)
-        most = int(self.trainer.strategy.reduce(torch.tensor(mine, device=self.device), reduce_op="max"))
-        yield from [batch.rows(0, 1).without_loss()] * (most - mine)
+        if positions:
+            # Sum over devices: once a step, after the passes of all devices have succeeded.
+            sum_gradients(self)
+            loss, auxiliary = self._summed(losses)
+            norm = gradient_norm(self, optimizer.optimizer) / scale
+            # Guard. Under float16 the scaler looks at the gradients itself.
+            if self.non_finite.step_is_fine(loss, None if scaler else norm, self.student, self.steps_begun):
+                self._log_step(loss, auxiliary, norm)
+                if self.gradient_clip:
+                    torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip * scale, norm * scale)
+                self._seed(0)  # what is rounded at random is alike on all devices
+                optimizer.step()
+                if scaler is not None:  # it has left out a step that overflows, and scales less from now on
+                    self.non_finite.overflowed(scaler.get_scale() < scale, self.steps_begun)
+            optimizer.zero_grad()
+        scheduler.step()
 
-    def _pass(self, batch: Batch, positions: float) -> Tensor:
-        """Forward and backward of some of a step's samples."""
-        loss = self._loss(batch.to(self.device), self._objective()) / positions
-        # fsdp takes the mean over the devices, and the sum is wanted.
-        scale = self.trainer.world_size if is_sharded(self) else 1
-        # Lightning runs the whole step under autocast; backward must not be.
-        with torch.autocast(self.device.type, enabled=False):
-            self.manual_backward(loss * scale)
-        return loss.detach()
+    def _seed(self, purpose: int) -> None:
+        """Make all that is drawn from here on a function of seed, step and purpose."""
+        torch.manual_seed((self.seed * 1_000_003 + self.steps_begun) * 4_099 + purpose)
 
-    def _loss(self, batch: Batch, objective: Mixture) -> Tensor:
-        """Sum over the batch's positions."""
+    def _objective(self) -> Mixture:
+        """Return the objective at this step."""
+        if not self.schedule_teacher:
+            return self.objective
+        scheduler: Any = self.lr_schedulers()
+        return self.objective.with_teacher_weight(scheduler.lr_lambdas[0](scheduler.last_epoch))
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """Yield `micro_batch` samples at a time. Samples without any position with loss take no part."""
+        counts_B = batch.loss_mask_BL.any(1)
+        tensors = ("input_ids_BL", "position_ids_BL", "loss_mask_BL")  # those without such samples' rows: no target
+        counted = batch if counts_B.all() else replace(batch, **{key: getattr(batch, key)[counts_B] for key in tensors})
+        starts = range(0, len(counted.input_ids_BL), self.micro_batch)
+        most = len(starts)
+        if is_sharded(self):
+            # Each pass gathers weights in a collective, so all devices make equally many, some of them of nothing.
+            # Their number is a collective too, so it comes before the first pass.
+            most = int(self.trainer.strategy.reduce(torch.tensor(most, device=self.device), reduce_op="max"))
+        yield from (counted.rows(start, start + self.micro_batch) for start in starts)
+        yield from [batch.rows(0, 1).without_loss()] * (most - len(starts))
+
+    def _halve_micro_batch(self) -> None:
+        """Make room, and use it for passes of half the size from here on."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.micro_batch = -(-self.micro_batch // 2)
+        where = f" on device {self.global_rank}" if self.trainer.world_size > 1 else ""
+        what = f"out of memory{where}; from here on {self.micro_batch} samples a forward pass"
+        say(f"step {self.steps_begun}: {what}", by_any=True)
+
+    def _losses(self, batch: Batch, objective: Mixture) -> tuple[Tensor, Tensor]:
+        """Return the sum of the loss over the batch's positions, and the student's auxiliary loss (0 without one)."""
         target = self._target(batch)
         with self.saved_activations(self.student):
-            hidden_BLD = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
+            output = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
+        hidden_BLD, auxiliary = split_output(output)
         hidden_ND = hidden_BLD[batch.loss_mask_BL]
         head = self.student.head.with_rows(self.vocab_size)
         with self.loss_context():
@@ -192,7 +204,10 @@ class DistillationModule(pl.LightningModule):
                 self.projection(hidden_ND.to(self.projection.weight.dtype)), target.hidden_ND, self.feature
             )
             loss = loss + self.feature_weight * distance_N.sum()
-        return loss
+        if auxiliary is None:
+            return loss, torch.zeros_like(loss)
+        # A pass without loss keeps other devices company; its sample counts nothing.
+        return loss, auxiliary.to(loss.dtype) * bool(batch.loss_mask_BL.any())
 
     def _target(self, batch: Batch) -> ChunkTarget:
         true_ids_N, targets = next_ids(batch.input_ids_BL, batch.loss_mask_BL), batch.targets
@@ -202,34 +217,17 @@ class DistillationModule(pl.LightningModule):
             return DenseChunk(targets.hidden_ND, self.teacher_head, true_ids_N, self.objective.temperature)
         return SparseChunk(*targets.padded(), batch.entropy_N, true_ids_N, targets.rest_N)
 
-    def _objective(self) -> Mixture:
-        """The objective at this step."""
-        if not self.schedule_teacher:
-            return self.objective
+    def _summed(self, sums: Tensor) -> Tensor:
+        """Return the sum over all devices."""
+        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+
+    def _log_step(self, loss: Tensor, auxiliary: Tensor, norm: Tensor) -> None:
         scheduler: Any = self.lr_schedulers()
-        return self.objective.with_teacher_weight(scheduler.lr_lambdas[0](scheduler.last_epoch))
-
-    def _can_begin_anew(self) -> bool:
-        """Not where weights have moved already, and not where others wait for this device in the middle of a step."""
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        return not isinstance(optimizer, StepInBackward) and not is_sharded(self)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at the gradient, clip it. (Under float16 it was unscaled just before this.)"""
-        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        if isinstance(optimizer, StepInBackward) or not parameters:
-            return
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.log("loss", loss, prog_bar=True)
+        if auxiliary:
+            self.log("auxiliary_loss", auxiliary)
+        self.log("learning_rate", scheduler.get_last_lr()[0])
         self.log("gradient_norm", norm)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            fine = True  # overflows are the scaler's business: it leaves the step out and scales less
-        else:
-            named = ((name, parameter.grad) for name, parameter in self.student.named_parameters())
-            fine = self.non_finite.gradients_are_fine(norm, named, self.steps_begun)
-        if not fine:
-            optimizer.zero_grad()  # what has no gradient is not moved
-        elif self.gradient_clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -239,16 +237,12 @@ class DistillationModule(pl.LightningModule):
         was_training = self.student.training
         self.student.eval()
         with self.trainer.precision_plugin.val_step_context():
-            for part in (part for batch in batches for part in self._parts(batch)):
-                losses = [self._loss(part.to(self.device), divergence).float().cpu() for divergence in divergences]
-                sums += torch.stack([*losses, part.loss_mask_BL.sum().float()])
+            for micro_batch in (micro_batch for batch in batches for micro_batch in self._micro_batches(batch)):
+                losses = [self._losses(micro_batch.to(self.device), one)[0].float().cpu() for one in divergences]
+                sums += torch.stack([*losses, micro_batch.loss_mask_BL.sum().float()])
         self.student.train(was_training)
-        kl, loss, positions = self._reduced(sums).tolist()
+        kl, loss, positions = self._summed(sums).tolist()
         return {"held_out_kl": kl / positions, "held_out_loss": loss / positions} if positions else {}
-
-    def _reduced(self, sums: Tensor) -> Tensor:
-        """Added up over all devices."""
-        return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
 
     def configure_model(self) -> None:
         """Called where devices share the weights out (fsdp), and once more before each other use."""

@@ -15,7 +15,7 @@ from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Record
 from distill.cache.making.background import BackgroundWriter
 from distill.cache.making.extract import extract
-from distill.models.language_model import LanguageModel
+from distill.models.language_model import LanguageModel, hidden_states
 from distill.system import interrupt
 from distill.system.progress import Progress
 from distill.targets.schemes import AnyScheme
@@ -69,7 +69,7 @@ class TeacherModule(pl.LightningModule):
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[Record]:
         ids_BL, positions_BL, mask_BL = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
-        hidden_BLD = self.teacher.body(ids_BL, positions_BL)
+        hidden_BLD = hidden_states(self.teacher, ids_BL, positions_BL)
         head = self.teacher.head.with_rows(self.vocab_size)
         samples = zip(hidden_BLD, ids_BL, positions_BL, mask_BL, strict=True)
         return [self._record(*sample, head) for sample in self.each(samples)]

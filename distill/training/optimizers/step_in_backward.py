@@ -27,8 +27,6 @@ class StepInBackward(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
         self._share()
-        self.gradient_norm: Tensor | None = None
-        """Norm of all gradients of the last step."""
         self._norms: dict[Tensor, Tensor] = {}
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         for group in self.param_groups:
@@ -56,11 +54,13 @@ class StepInBackward(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """End the step that the backward pass has made."""
         loss = None if closure is None else closure()
-        if self._norms:
-            norms = list(self._norms.values())
-            self.gradient_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-            self._norms.clear()
+        self._norms.clear()
         return loss
+
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients of the backward pass, until `step()` ends it."""
+        norms = list(self._norms.values()) or [torch.zeros(())]
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def state_dict(self) -> dict[str, Any]:
         """That of the optimiser inside."""
@@ -70,6 +70,13 @@ class StepInBackward(torch.optim.Optimizer):
         """Into the optimiser inside."""
         self.optimizer.load_state_dict(state_dict)
         self._share()
+
+
+def gradient_norm(module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the norm of all gradients of a step, also where backward has used and freed them."""
+    if isinstance(optimizer, StepInBackward):
+        return optimizer.gradient_norm()
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def check_step_in_backward(
