@@ -112,19 +112,12 @@ class DistillationModule(pl.LightningModule):
         tokens = float(self._summed(batch.loss_mask_BL.any(1).sum().float())) * batch.input_ids_BL.shape[1]
 
         # Passes: forward and backward of a micro-batch each. The gradients add up in place.
-        objective = self._objective()
-        fsdp_mean = self.trainer.world_size if is_sharded(self) else 1  # fsdp divides the sum that we want by this
         while positions:
             try:
                 self._seed(1 + self.global_rank)  # dropout differs between devices
                 losses = torch.zeros(2, device=self.device)
                 for micro_batch in self._micro_batches(batch):
-                    loss, auxiliary = self._losses(micro_batch.to(self.device), objective)
-                    auxiliary = auxiliary / tokens
-                    loss = loss / positions + auxiliary
-                    with torch.autocast(self.device.type, enabled=False):  # Lightning turned it on for the whole step
-                        self.manual_backward(loss * fsdp_mean)
-                    losses += torch.stack([loss.detach(), auxiliary.detach()])
+                    losses += self._pass(micro_batch.to(self.device), positions, tokens)
                 break
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -152,6 +145,16 @@ class DistillationModule(pl.LightningModule):
                     self.non_finite.overflowed(scaler.get_scale() < scale, self.steps_begun)
             optimizer.zero_grad()
         scheduler.step()
+
+    def _pass(self, micro_batch: Batch, positions: float, tokens: float) -> Tensor:
+        """Run forward and backward; return the pass's share of the step's loss, and of that the auxiliary loss."""
+        loss, auxiliary = self._losses(micro_batch, self._objective())
+        auxiliary = auxiliary / tokens
+        loss = loss / positions + auxiliary
+        fsdp_divisor = self.trainer.world_size if is_sharded(self) else 1  # fsdp takes the mean; we want the sum
+        with torch.autocast(self.device.type, enabled=False):  # Lightning has turned it on for the whole step
+            self.manual_backward(loss * fsdp_divisor)
+        return torch.stack([loss.detach(), auxiliary.detach()])
 
     def _seed(self, purpose: int) -> None:
         """Make all that is drawn from here on a function of seed, step and purpose."""
