@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. The message says where, what, the nearest valid choice, and what to do."""
+    """A mistake in the user's input. The message says where, what, the nearest valid choice, and what to do."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

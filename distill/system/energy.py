@@ -1,4 +1,4 @@
-"""Energy, in joules, as the machine itself counts it: NVIDIA cards by NVML, processors by Linux's RAPL."""
+"""Energy in joules as the machine itself counts it: NVIDIA cards by NVML, processors by Linux's RAPL."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
 EVERY = 30.0
-"""Seconds between two looks at the processors' counters, which start again after 65 kJ or more: 2 kW would do."""
+"""Seconds between two readings of the processors' counters, which wrap around after 65 kJ or more: enough for 2 kW."""
 
 
 def measure_energy(cards: Callable[[], dict[str, float] | None] | None = None, powercap: Path = POWERCAP) -> Any:
-    """Begin; what is returned ends it and gives `joules` and `energy_source`, or nothing where no counter is readable.
+    """Start a measurement. The returned function ends it and gives `joules` and `energy_source`, or nothing.
 
-    With CUDA in use, the energy is that of all its visible cards, whoever used them, and not of the processors.
-    Without, it is that of all processor packages, whoever used them; the counters are usually for root alone.
+    With CUDA in use, the energy is that of all its visible cards, including other programs' use, and not that of the
+    processors. Without CUDA, it is that of all processor packages, including other programs' use. It gives nothing if
+    no counter is readable; the processors' counters are usually readable for root alone.
     """
     cards = cards or read_cards
     before, processors = cards(), Processors(powercap)
@@ -39,7 +40,7 @@ def measure_energy(cards: Callable[[], dict[str, float] | None] | None = None, p
 
 
 def visible_cards() -> list[str] | None:
-    """UUIDs of the cards that torch sees; None where this process does not use CUDA."""
+    """Return the UUIDs of the cards that torch sees, or None if this process does not use CUDA."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
@@ -48,9 +49,9 @@ def visible_cards() -> list[str] | None:
 
 
 def read_cards() -> dict[str, float] | None:
-    """Joules of every card since its driver was loaded, by UUID; None without NVML or where a card has no counter.
+    """Return the joules of every card since its driver was loaded, by UUID; None without NVML or without a counter.
 
-    Needs the package nvidia-ml-py, and a card of 2017 (Volta) or later.
+    This needs the package nvidia-ml-py, and a card of 2017 (Volta) or later.
     """
     try:
         nvml = import_module("pynvml")
@@ -80,7 +81,7 @@ class Processors:
         self._microjoules = 0
         self._stopped = threading.Event()
         try:
-            # Beside the packages there are their parts and, on some, the whole platform, which has them in it.
+            # Other zones are inside a package, or (on some machines) the whole platform, which includes the packages.
             packages = [zone for zone in powercap.glob("intel-rapl:*") if _text(zone / "name").startswith("package")]
             self._range = {zone / "energy_uj": int(_text(zone / "max_energy_range_uj")) for zone in packages}
             self._last = {counter: int(_text(counter)) for counter in self._range}
@@ -91,7 +92,7 @@ class Processors:
             self._thread.start()
 
     def stop(self) -> float | None:
-        """Joules since it was made; None where nothing can be read."""
+        """Return the joules since the object was made, or None if nothing can be read."""
         self._stopped.set()
         if not self._range:
             return None

@@ -1,4 +1,4 @@
-"""Files that survive a power cut, written whole or not at all; folders of one writer; reading without trust."""
+"""Files that survive a power cut, written whole or not at all; folders with one writer; reading without trust."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there, nothing keeps two writers apart
+except ImportError:  # Windows has no such locks, so nothing keeps two writers apart there
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = ".tmp"
@@ -49,14 +49,15 @@ def _write_new(path: Path, content: bytes) -> None:
 
 
 def append_durably(path: Path, line: bytes) -> None:
-    """Append a line to a file, whatever a process that was killed in its own left at the end of it.
+    """Append a line to a file, even if a killed process left half a line at its end.
 
-    After a power cut the end of `line` may be missing; after an error nothing of it is there.
+    After a power cut the end of `line` may be missing. After an error nothing of it is there.
     """
     is_new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
     try:
-        # Before the end is looked at: it may be the middle of another's line, which an error would also cut off.
+        # The lock comes before the look at the file's end: without it, the end may be the middle of another process's
+        # line, which an error here would cut off too.
         _lock(descriptor, wait=True)
         size = os.fstat(descriptor).st_size
         try:
@@ -80,9 +81,9 @@ def _ends_a_line(descriptor: int, size: int) -> bool:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other writers out of a folder, which is made; a process that dies leaves no lock behind.
+    """Keep other writers out of a folder, which is made if missing. A process that dies leaves no lock behind.
 
-    Raises UserError while another process holds it, and OSError when the folder cannot be made.
+    Raises UserError while another process holds it, and OSError if the folder cannot be made.
     """
     make_folder(folder)
     # The folder itself is locked. A lock file (filelock) would be one file more in a cache, would travel with a folder
@@ -98,7 +99,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, wait: bool) -> bool:
-    """Lock an open file or folder until it is closed; False: another process has it."""
+    """Lock an open file or folder until it is closed. Returns False if another process has the lock."""
     try:
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -116,7 +117,7 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder and those above it, so that their names last too."""
+    """Make the folder and those above it, and sync their names."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -125,7 +126,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a new name in `folder` last."""
+    """Make a rename or a new name in `folder` survive a power cut."""
     if os.name == "nt":  # where folders cannot be opened, and renames are journaled
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -136,7 +137,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor for reading. Raises OSError for what is no plain file: a pipe would never answer."""
+    """Open a file for reading, and return its descriptor. Raises OSError if it is no plain file.
+
+    A pipe, for example, would never answer.
+    """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -145,7 +149,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The content of a file. Raises OSError when it is no plain file or longer than `limit` bytes."""
+    """Return the content of a file. Raises OSError if it is no plain file or longer than `limit` bytes."""
     with open(open_regular(path), "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -154,7 +158,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def sha256_of(path: Path) -> str:
-    """Content hash of a file, read in pieces."""
+    """Return the sha256 (hex) of a file's content, read in pieces."""
     digest = hashlib.sha256()
     with open(open_regular(path), "rb") as file:
         while piece := file.read(1 << 20):
@@ -163,9 +167,10 @@ def sha256_of(path: Path) -> str:
 
 
 def without_folders(path: str) -> str:
-    """A path that is absolute, or begins in a home folder, by its last part alone; any other text as it is.
+    """Return the last part alone of an absolute path or one in a home folder; any other text is returned unchanged.
 
-    For what others read: the folders tell of a machine and its user, and lead nowhere elsewhere. Windows' paths too.
+    This is for texts that others read: the folders reveal a machine and its user, and lead nowhere elsewhere. Windows'
+    paths are recognised too.
     """
     is_absolute = path.startswith(("/", "~", "\\\\", "file:")) or PureWindowsPath(path).is_absolute()
     return last_part(path) if is_absolute else path
@@ -181,5 +186,5 @@ def names_only(value: Any) -> Any:
 
 
 def last_part(path: str) -> str:
-    """The name at the end of a path, with either system's separators; a path without one as it is."""
+    """Return the name at the end of a path, with either system's separators; a path without one stays unchanged."""
     return PureWindowsPath(path).name or path

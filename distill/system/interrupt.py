@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once while nothing is at stake, at the end of the current batch while work is under way."""
+"""Ctrl-C and SIGTERM: they stop idle programs at once, and working ones at the end of the current batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """The user (or the machine) asked to stop. Not an Exception, so that nothing swallows it."""
+    """Raised when the user (or the machine) asked to stop. It is no Exception, so that nothing swallows it."""
 
 
 _installed = False
 _deferred = False
 _received: set[int] = set()
-"""Signals that wait. One of each kind is one wish to stop: a process may be sent SIGTERM because of the Ctrl-C that
-reached it too. The second of a kind is impatience."""
+"""Signals that wait. The first of each kind waits, the second stops at once. The kinds are counted apart because a
+process may be sent SIGTERM because of the same Ctrl-C that reached it already.
+"""
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -27,7 +28,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Take over Ctrl-C and SIGTERM for this process; none is waiting yet."""
+    """Take over Ctrl-C and SIGTERM for this process, and forget signals that wait."""
     global _installed
     _installed = True
     _received.clear()
@@ -36,15 +37,18 @@ def install() -> None:
 
 
 def retake() -> None:
-    """Take SIGTERM back from Lightning, which puts a handler of its own before ours: it ends the program with status 0
-    wherever it next looks, for example in a measurement, before anything is saved."""
+    """Take SIGTERM back from Lightning, which puts a handler of its own before ours.
+
+    Lightning's ends the program with status 0 at its next check, for example in a measurement, before anything is
+    saved.
+    """
     if _installed:
         signal.signal(signal.SIGTERM, _handle)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a first signal waits for `stop_if_asked`; a second one of its kind stops at once."""
+    """Let a first signal inside wait for `stop_if_asked`. A second one of its kind stops at once."""
     global _deferred
     before, _deferred = _deferred, True
     try:
@@ -55,8 +59,10 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """For work that an exception out of nowhere would spoil: a signal that came inside is raised at the end, even
-    where a second one (which stops at once) came out as another error."""
+    """Hold a signal back to the end of work that an exception in the middle would spoil, then raise it.
+
+    It is raised even if a second signal, which stops at once, came out as another error.
+    """
     try:
         with deferred():
             yield
@@ -65,11 +71,11 @@ def held_back() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether a signal is waiting."""
+    """Tell whether a signal is waiting."""
     return bool(_received)
 
 
 def stop_if_asked() -> None:
-    """Raise Interrupted when a signal is waiting."""
+    """Raise Interrupted if a signal is waiting."""
     if asked():
         raise Interrupted("interrupted")

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line that only grow: a line is there whole, or it is no line."""
+"""Files of one JSON object a line that only grow. An incomplete line does not count."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from distill.system.files import append_durably, make_folder, read_bounded
 
 
 def append(path: Path, entry: dict[str, Any]) -> None:
-    """Add a line; processes that write at once keep each other's whole."""
+    """Add a line. Several processes can write at once, and each line stays whole."""
     make_folder(path.parent)
     append_durably(path, json.dumps(entry).encode() + b"\n")
 
 
 def read(path: Path, limit: int) -> list[dict[str, Any]]:
-    """All lines, oldest first; none when there is no file. What killed processes left unfinished is no line.
+    """Return all lines, oldest first, or none if there is no file. Unfinished lines of killed processes are skipped.
 
-    Raises OSError when it is there and cannot be read, or is longer than `limit` bytes.
+    Raises OSError if the file cannot be read, or is longer than `limit` bytes.
     """
     try:
         lines = read_bounded(path, limit).split(b"\n")

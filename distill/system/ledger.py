@@ -1,4 +1,4 @@
-"""What each phase cost: time, memory and energy, one line an invocation in the run's `costs.jsonl`."""
+"""The cost of each phase: time, memory and energy, one line an invocation in the run's `costs.jsonl`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ FILE = "costs.jsonl"
 _LIMIT = 64 << 20
 
 Meter = Callable[[], Callable[[], dict[str, Any]]]
-"""Begins to measure; what it returns ends that, and gives the fields of the line."""
+"""Function that starts a measurement. Its result ends the measurement, and returns the fields of the line."""
 
 
 @contextlib.contextmanager
 def phase(run: Path, name: str, meters: Sequence[Meter] | None = None) -> Iterator[None]:
-    """Note what the work inside costs, however it ends. In processes other than the first it does nothing.
+    """Note the cost of the work inside, however it ends. In processes other than the first it does nothing.
 
-    The line has `phase`, `began` (UTC), `seconds`, `ended` (done, interrupted, failed), and where it is known
+    The line has `phase`, `began` (UTC), `seconds`, `ended` (done, interrupted, failed), and if known
     `peak_memory_bytes` (the most that this process held; on macOS since it began), `peak_device_bytes` (the most that
-    torch held on one CUDA card), `joules` and `energy_source`. Memory of further processes is not in it: those of other
-    devices and those that load data. A process that is killed leaves no line; phases may lie in one another.
+    torch held on one CUDA card), `joules` and `energy_source`. It does not include the memory of other processes: those
+    of other devices and those that load data. A killed process leaves no line. Phases may be nested.
     """
     from distill.system.processes import (
         is_first_process,  # here, where Lightning is there already; reading does not need it
@@ -51,11 +51,11 @@ def phase(run: Path, name: str, meters: Sequence[Meter] | None = None) -> Iterat
     finally:
         line = {"phase": name, "began": began, "seconds": round(time.monotonic() - start, 3), "ended": ended}
         for end in ends:
-            with contextlib.suppress(Exception):  # a card that has failed cannot be asked; why the work ended stays
+            with contextlib.suppress(Exception):  # a failed card cannot be asked, and must not hide the first error
                 line |= end()
         try:
             append(run, line)
-        except OSError as error:  # the work is what counts
+        except OSError as error:  # the work counts more than its line
             say(f"{run / FILE}: what {name} cost could not be noted ({error.strerror or error})")
 
 
@@ -65,16 +65,16 @@ def append(run: Path, line: dict[str, Any]) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run, oldest first; none when there is no file. Raises OSError when it cannot be read."""
+    """Return all lines of a run, oldest first, or none if there is no file. Raises OSError if it cannot be read."""
     return json_lines.read(run / FILE, _LIMIT)
 
 
 _open: list[dict[str, int]] = []
-"""Peaks of the phases that are under way, from before the newest of them set the system's own back."""
+"""Peaks of the phases under way, from before the newest of them reset the system's own."""
 
 
 def measure_memory() -> Callable[[], dict[str, Any]]:
-    """Peaks of this process: resident set, and torch's allocator on the CUDA card that has the highest."""
+    """Measure the peaks of this process: resident set, and torch's allocator on the CUDA card that has the highest."""
     for peaks in _open:
         _raise(peaks)
     mine: dict[str, int] = {}
@@ -93,7 +93,7 @@ def measure_memory() -> Callable[[], dict[str, Any]]:
 
 
 def _raise(peaks: dict[str, int]) -> None:
-    """To those of now, where they are higher."""
+    """Raise the peaks to those of now, where they are higher."""
     now = {"peak_memory_bytes": peak_memory()}
     if cuda := _cuda():
         now["peak_device_bytes"] = max(cuda.max_memory_allocated(card) for card in range(cuda.device_count()))
@@ -103,7 +103,7 @@ def _raise(peaks: dict[str, int]) -> None:
 
 
 def _cuda() -> Any:
-    """`torch.cuda` where it is in use: to ask for it must not load or begin it."""
+    """Return `torch.cuda` if it is in use. The question itself must not load or initialise it."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
 

@@ -1,4 +1,4 @@
-"""One writer of a cache at a time, and what a write that fails means to the person."""
+"""One writer of a cache at a time, and messages for failed writes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distill.system.units import size
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other writers out of a cache's folder, which is made; a process that dies leaves no lock behind.
+    """Keep other writers out of a cache's folder, which is made if missing. A process that dies leaves no lock behind.
 
-    Raises UserError while another process holds it, and when it cannot be made.
+    Raises UserError while another process holds it, and if it cannot be made.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -27,7 +27,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> UserError:
-    """What a failed write means to the person; `needed` is about how many bytes are still to come."""
+    """Return the error of a failed write as a message. `needed` is the approximate number of bytes still to come."""
     reason = error.strerror or str(error)
     again = "then run the same command again"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

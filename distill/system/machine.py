@@ -1,4 +1,4 @@
-"""What the figures were measured on: this machine, and the versions of what ran."""
+"""The machine and the versions of the programs that figures were measured with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Ours, Python's and those of the packages that figures depend on, as far as they are installed."""
+    """Return the versions of distill, Python and the installed packages that figures depend on."""
     found = {"distill": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """System, processor, cores, memory in bytes, and the device that the models run on."""
+    """Return system, processor, cores, memory in bytes, and the device that the models run on."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
@@ -49,7 +49,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's name where Linux tells it; elsewhere what Python knows."""
+    """Return the processor's name if Linux tells it, else Python's."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:

@@ -34,7 +34,7 @@ def held_memory() -> int:
 def peak_memory(status: Path = STATUS) -> int | None:
     """Return the most bytes that this process held: on Linux since `reset_peak_memory`, elsewhere since it began.
 
-    psutil does not tell Linux's peak, which can be set back, so that is read here.
+    psutil does not tell Linux's peak, which can be reset, so it is read here.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Several processes that Lightning starts, each running the command anew: together to the end, and none left over."""
+"""Several processes that Lightning starts, each running the command anew: together to the end, with none left over."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from distill.system import interrupt
 
 _SECONDS_TO_STOP = 60.0
 _SECONDS_TO_AGREE = 5.0
-"""In which the process of rank 0 meets what another one met, if all meet it: then it alone tells."""
+"""Seconds in which the process of rank 0 meets the same error as another, if all meet it. Then it alone reports."""
 _SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_first_process() -> bool:
-    """Whether this process has rank 0, as far as is known before there is a Trainer."""
+    """Tell whether this process has rank 0, as far as it is known before there is a Trainer."""
     return getattr(rank_zero_only, "rank", 0) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
 def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
-    """`work` in every process of the Trainer. A failure of one, or a stop that was asked for, ends all.
+    """Run `work` in every process of the Trainer. A failure of one, or a request to stop, ends all.
 
-    When it was stopped, or all failed, it returns (with the exception) in the process of rank 0 only; the others end
-    here. A failure of one of the others is told by that one, and ends the process of rank 0 with its status.
+    If it was stopped, or if all failed, it returns (with the exception) in the process of rank 0 only; the others end
+    here. If only one of the others fails, that one reports, and ends the process of rank 0 with its status.
     """
     with _processes_of_its_own(trainer):
         try:
@@ -45,7 +45,7 @@ def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
                 _wait_until(interrupt.asked, _SECONDS_TO_AGREE)
             elif not isinstance(error, UserError):
                 _end_with_the_one_that_failed(trainer)
-            # Where the others ended first, because they were asked to, the connection to them is lost.
+            # If the others ended first on request, the connection to them is lost, and that is the error here.
             if not interrupt.asked():
                 raise
             leave_if_not_first(trainer)
@@ -53,16 +53,19 @@ def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
 
 
 def leave_if_not_first(trainer: pl.Trainer) -> None:
-    """Any other status would make Lightning kill the process of rank 0, which is the one that tells the user."""
+    """End this process with status 0, unless its rank is 0.
+
+    Any other status would make Lightning kill the process of rank 0, which is the one that reports to the user.
+    """
     if trainer.global_rank > 0:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # it is ending already
+            signal.signal(number, signal.SIG_IGN)  # this process is ending already
         sys.exit(0)
 
 
 @contextlib.contextmanager
 def _processes_of_its_own(trainer: pl.Trainer) -> Iterator[None]:
-    """However it ends, no process that Lightning started outlasts it, and the next Trainer starts from scratch."""
+    """End every process that Lightning started, in any case, so that the next Trainer starts from scratch."""
     before = {name: os.environ.get(name) for name in _SET_BY_LIGHTNING}
     try:
         yield
@@ -81,7 +84,7 @@ def _processes_of_its_own(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _end_with_the_one_that_failed(trainer: pl.Trainer) -> None:
-    """Where a process that this one started failed alone, it has said why, and the connection to it is lost."""
+    """End with the status of the one process that failed alone: it has reported, and the connection to it is lost."""
 
     def statuses() -> list[int]:
         return [process.returncode for process in _started(trainer) if process.poll()]
@@ -104,7 +107,7 @@ def _started(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
 
 
 def _wait_for(started: list[subprocess.Popen[bytes]]) -> None:
-    """What does not end is killed, which costs the shard in flight."""
+    """Wait for the processes. Those that do not end are killed, which costs the shard in flight."""
     for process in started:
         try:
             process.wait(_SECONDS_TO_STOP)

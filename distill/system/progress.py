@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a log line now and then elsewhere."""
+"""Progress of long work: a bar in a terminal, else a log line now and then."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import time
 from types import TracebackType
 
 LINE_SECONDS = 15.0
-"""Seconds between two log lines where there is no terminal."""
+"""Seconds between two log lines if there is no terminal."""
 
 
 _is_quiet = False
 
 
 def be_quiet() -> None:
-    """Say nothing and show nothing from now on: of several processes that do the same, one speaks."""
+    """Say nothing and show nothing from now on. Of several processes that do the same, one speaks."""
     global _is_quiet
     _is_quiet = True
 
 
 def say(message: str, *, by_any: bool = False) -> None:
-    """A line for the person at the terminal or the reader of the log; `by_any` process, for what only it knows."""
+    """Print a line for the person at the terminal or the reader of the log, `by_any` process if only that one knows."""
     if by_any or not _is_quiet:
         print(message, flush=True)
 
 
 class Progress:
-    """Shows `done` of `total` units with rate, remaining time and the latest values; use as a context manager."""
+    """A display of `done` of `total` units with rate, remaining time and the latest values; a context manager."""
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -52,7 +52,7 @@ class Progress:
         return bar
 
     def start(self, done: int) -> None:
-        """Begin to count here: what took place before (loading, earlier runs) is not part of the rate."""
+        """Start the count here: earlier work (loading, earlier runs) is not part of the rate."""
         self.done = self._start_done = done
         self._started = self._last_line = time.monotonic()
         if self._bar:
@@ -73,7 +73,7 @@ class Progress:
             self._line()
 
     def advance(self, amount: int, **values: object) -> None:
-        """`amount` more units are done; `values` are shown beside them."""
+        """Advance by `amount` units. `values` are shown beside them."""
         self.done += amount
         self._values = "  ".join(f"{name} {value}" for name, value in values.items())
         if self._bar:
@@ -82,7 +82,7 @@ class Progress:
             self._line()
 
     def rate(self) -> float:
-        """Units a second since the start."""
+        """Return units a second since the start."""
         return (self.done - self._start_done) / max(time.monotonic() - self._started, 1e-9)
 
     def _line(self) -> None:
@@ -97,5 +97,5 @@ class Progress:
 
 
 def _shown(rate: float) -> str:
-    """Two decimals below ten: steps of a large student take seconds."""
+    """Write a rate with two decimals below ten, because steps of a large student take seconds."""
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"

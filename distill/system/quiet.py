@@ -63,7 +63,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def quiet_for_good(*loggers: str) -> None:
-    """Let these loggers tell of errors alone from now on."""
+    """Let these loggers report errors alone from now on."""
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""Sizes and lengths of time as people write them, read and written: `20GB`, `12GiB`, `11h30m`; 269.1 MB, 2 h 05 min."""
+"""Sizes and durations as people write them, parsed and printed: `20GB`, `12GiB`, `11h30m`; 269.1 MB, 2 h 05 min."""
 
 from __future__ import annotations
 
