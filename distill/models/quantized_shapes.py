@@ -16,7 +16,7 @@ BLOCK, OUTER_BLOCK = 64, 256
 
 
 def packed_linear(weight_OI: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> nn.Module:
-    """Make what `bitsandbytes.nn.Linear4bit` is after its weight was quantised to NF4 with compressed statistics."""
+    """Make a `bitsandbytes.nn.Linear4bit` as after quantisation to NF4 with compressed statistics."""
     from bitsandbytes.functional import QuantState
 
     rows, columns = weight_OI.shape
@@ -76,7 +76,7 @@ class ScaledLinear(nn.Module):
         return self
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """A product of whole numbers without outliers, scaled: as many bytes as bitsandbytes takes for it."""
+        """Multiply whole numbers without outliers, and scale: it takes as many bytes as bitsandbytes does."""
         codes_NI = hidden.reshape(-1, hidden.shape[-1]).to(torch.float16).to(torch.int8)
         product_NO = torch._int_mm(codes_NI, self.weight.T)
         result_NO = (product_NO * self.weight.SCB).to(hidden.dtype)  # type: ignore[attr-defined]
