@@ -12,9 +12,10 @@ from torch import Tensor
 from distill.models.checkpoints import load_config, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers, shape_of
 from distill.models.shapes import declare
+from distill.models.streaming import Source
 from distill.models.tensors import Tensors, tensors
 from students.pruning_importance import Importance, Samples, Wanted, measure
-from students.pruning_stream import COMPUTED, LAYER, Source, StreamedTeacher, split_name
+from students.pruning_stream import COMPUTED, LAYER, LayerwiseTeacher, split_name
 from students.pruning_width import Narrowing, Widths, largest, narrowed_widths
 
 Calibration = Callable[[int], tuple[Tensor, Tensor, Tensor]]
@@ -88,7 +89,7 @@ def prune_teacher(
         if wanted != Wanted():
             whole = pruned_config(config, list(range(total)))  # plain: without a quantization config
             samples = _calibrate(calibration, calibration_samples)
-            importance = measure(StreamedTeacher(whole, source, device, trust_remote_code), samples, wanted)
+            importance = measure(LayerwiseTeacher(whole, source, device, trust_remote_code), samples, wanted)
         if importance.depth_I is not None:
             chosen = largest(importance.depth_I, len(chosen)).tolist()  # all at once, after one measurement
         narrowing = _narrowing(config, widths, importance, chosen)

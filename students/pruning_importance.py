@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.language_model import Head
-from students.pruning_stream import LayerCall, StreamedTeacher
+from students.pruning_stream import LayerCall, LayerwiseTeacher
 from students.pruning_width import Widths
 
 STATE_BYTES = 2**31  # of hidden states at a time; more samples mean another pass over the weights
@@ -65,7 +65,7 @@ class Importance:
 
 
 @torch.no_grad()
-def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted) -> Importance:
+def measure(teacher: LayerwiseTeacher, samples: Samples, wanted: Wanted) -> Importance:
     """Measure the wanted importances.
 
     Memory holds one layer of the teacher (or its embedding, or its head), and the samples' hidden states: one each, and
@@ -87,7 +87,7 @@ def measure(teacher: StreamedTeacher, samples: Samples, wanted: Wanted) -> Impor
 class _Measurement:
     """Sums over samples, as they come through the layers."""
 
-    def __init__(self, teacher: StreamedTeacher, samples: Samples, wanted: Wanted) -> None:
+    def __init__(self, teacher: LayerwiseTeacher, samples: Samples, wanted: Wanted) -> None:
         self.teacher, self.samples, self.wanted = teacher, samples, wanted
         self.widths = Widths.of(teacher.model.config)
         self.squares: dict[tuple[str, int], Tensor] = {}  # (activation's name, layer) → squared means over positions

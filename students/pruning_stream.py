@@ -6,28 +6,20 @@ Shapes: L sequence length, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.models.huggingface import HuggingFaceLanguageModel, quiet_transformers, transformation
+from distill.models.huggingface import HuggingFaceLanguageModel, transformation
 from distill.models.language_model import Head
+from distill.models.streaming import Source, Weights, place, without_weights
 
 LAYER = re.compile(r"(?:^|(?<=\.))(layers|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h
 COMPUTED = "rotary_emb.inv_freq"  # early Llama checkpoints store what the model computes
-
-
-class Source(Protocol):
-    """Tensors by name, read when asked for: `distill.models.tensors`."""
-
-    def names(self) -> list[str]: ...
-
-    def read(self, name: str) -> Tensor: ...
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -60,7 +52,7 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class StreamedTeacher:
+class LayerwiseTeacher:
     """A decoder of a llama-like family in float32: its last norm in memory, the rest on disk.
 
     The family's own code runs. Its forward is called once a sample with recorders in place of the layers, which gives
@@ -69,29 +61,19 @@ class StreamedTeacher:
     """
 
     def __init__(self, config: Any, source: Source, device: str = "cpu", trust_remote_code: bool = False) -> None:
-        """Set up the teacher; `source` has a checkpoint's tensors. Raises ValueError if one is missing or unknown."""
-        import accelerate
-        import transformers
-
-        config = copy.deepcopy(config)
-        # Parameters without memory, but buffers (rotary frequencies, an embedding's scale) with their values.
-        with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
-            self.model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            ).eval()
+        """Set up the teacher; `source` has a checkpoint's tensors. Raises ValueError for one that has no place."""
+        self.model = without_weights(config, torch.float32, trust_remote_code).eval()
         self.device = torch.device(device)
-        self._source = source
-        self._names: dict[int | None, dict[str, str]] = {}  # of each layer, and outside them: name in module → stored
-        for name in source.names():
-            layer, local = split_name(name)
-            if not local.endswith(COMPUTED):
-                self._names.setdefault(layer, {})[local] = name
+        self._weights = Weights(self.model, source, "the teacher")
+        if unknown := [name for name in self._weights.unknown if not name.endswith(COMPUTED)]:
+            raise ValueError(f"the checkpoint's {unknown[0]} has no place in its configuration")
         base = self.model.base_model
+        self._base = f"{self.model.base_model_prefix}."
         self._layers: list[nn.Module] = list(base.layers)
         self._recorders = [_Recorder() for _ in self._layers]
         base.layers = nn.ModuleList(self._recorders)
         self.norm: nn.Module = base.norm
-        self._fill(self.norm, None, "norm.")
+        self._fill(self.norm, self._base + "norm.")
         base.rotary_emb.to(self.device)
 
     def __len__(self) -> int:
@@ -102,7 +84,7 @@ class StreamedTeacher:
     def begin(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> list[tuple[Tensor, list[LayerCall]]]:
         """Return, for each sample, the hidden states `[L, D]` that enter the first layer, and each layer's call."""
         model, begun = HuggingFaceLanguageModel(self.model), []
-        with self._held(self.model.base_model.embed_tokens, None, "embed_tokens."):
+        with self._held(self.model.base_model.embed_tokens, self._base + "embed_tokens."):
             for ids_L, positions_L in zip(input_ids_BL, position_ids_BL, strict=True):
                 model.body(ids_L[None].to(self.device), positions_L[None].to(self.device))
                 begun.append((self._recorders[0].entered, [recorder.call for recorder in self._recorders]))
@@ -110,37 +92,31 @@ class StreamedTeacher:
 
     def layer(self, index: int) -> contextlib.AbstractContextManager[nn.Module]:
         """Give a layer its weights, for as long as the context lasts."""
-        return self._held(self._layers[index], index)
+        return self._held(self._layers[index], f"{self._base}layers.{index}.")
 
     @contextlib.contextmanager
     def head(self) -> Iterator[Head]:
         """Give the output matrix (the embedding, if they are tied) its weights, for as long as the context lasts."""
         model = self.model
         tied = model.config.tie_word_embeddings
-        module, name = (model.base_model.embed_tokens, "embed_tokens") if tied else (model.lm_head, "lm_head")
-        with self._held(module, None, name + "."):
+        module, prefix = (
+            (model.base_model.embed_tokens, self._base + "embed_tokens.") if tied else (model.lm_head, "lm_head.")
+        )
+        with self._held(module, prefix):
             yield Head(module.weight, None, **transformation(model.config))
 
     @contextlib.contextmanager
-    def _held(self, module: nn.Module, layer: int | None, prefix: str = "") -> Iterator[nn.Module]:
-        self._fill(module, layer, prefix)
+    def _held(self, module: nn.Module, prefix: str) -> Iterator[nn.Module]:
+        self._fill(module, prefix)
         try:
             yield module
         finally:
-            empty = {name: torch.empty_like(weight, device="meta") for name, weight in module.state_dict().items()}
-            module.load_state_dict(empty, assign=True)  # `to("meta")` would lose the buffers' values too
+            for name, weight in module.state_dict().items():  # `to("meta")` would lose the buffers' values too
+                place(module, name, torch.empty_like(weight, device="meta"))
 
-    def _fill(self, module: nn.Module, layer: int | None, prefix: str = "") -> None:
-        """Give a module its weights from disk, in float32."""
-        stored = {
-            local.removeprefix(prefix): name
-            for local, name in self._names.get(layer, {}).items()
-            if local.startswith(prefix)
-        }
-        weights = {local: self._source.read(name).to(self.device, torch.float32) for local, name in stored.items()}
-        try:
-            module.load_state_dict(weights, strict=True, assign=True)
-        except RuntimeError as error:
-            where = prefix.rstrip(".") or f"layer {layer}"
-            raise ValueError(f"the checkpoint's {where} is not what its configuration says: {error}") from error
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module, whose weights' names begin with `prefix`, its weights from disk, in float32."""
+        for name, tensor in self._weights.read([prefix + name for name in module.state_dict()]):
+            place(module, name.removeprefix(prefix), tensor.to(self.device, torch.float32))
+            del tensor
         module.to(self.device)

@@ -17,10 +17,11 @@ from distill.models.checkpoints import Checkpoint, load_config, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.quantization import Quantization, is_quantized
 from distill.models.shapes import declare
+from distill.models.streaming import Source, Weights, place, types_as_loaded, without_weights
 from distill.models.tensors import tensors
 from teachers.huggingface import resolve_dtype
 from teachers.streamed_turns import Turns
-from teachers.streamed_weights import Layer, LayerStream, Reading, Source, place, readings, types_as_loaded
+from teachers.streamed_weights import Layer, LayerStream
 
 
 def shape_of_streamed(
@@ -41,7 +42,7 @@ def shape_of_streamed(
     checkpoint = resolve(model, revision, trust_remote_code)
     _check(checkpoint, quantization, micro_batch, trust_remote_code)
     dtype = resolve_dtype(compute_dtype, device)
-    empty = _without_weights(checkpoint, dtype, trust_remote_code)
+    empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
     return StreamedTeacher(empty, dtype, None, device, model, micro_batch, keep_layers)
 
 
@@ -65,7 +66,7 @@ def load_streamed_teacher(
     checkpoint = resolve(model, revision, trust_remote_code)
     _check(checkpoint, quantization, micro_batch, trust_remote_code)
     dtype = resolve_dtype(compute_dtype, device)
-    empty = _without_weights(checkpoint, dtype, trust_remote_code)
+    empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
     with quiet_transformers():
         teacher = StreamedTeacher(empty, dtype, tensors(checkpoint), device, model, micro_batch, keep_layers)
     teacher.check()
@@ -87,16 +88,6 @@ def _check(checkpoint: Checkpoint, quantization: str, micro_batch: int | None, t
         raise ValueError(f"{name} is quantized already: streaming reads weights as they are; use class huggingface")
 
 
-def _without_weights(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """Make the `transformers` model: parameters without memory, but buffers (rotary frequencies) with values."""
-    import accelerate
-    import transformers
-
-    config = load_config(checkpoint, trust_remote_code)
-    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
 class StreamedTeacher(HuggingFaceLanguageModel):
     """A `transformers` model whose own forward runs, and whose layers have weights only while it is their turn."""
 
@@ -115,14 +106,12 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         layers = decoder_layers(model)
         if not 0 <= keep_layers <= len(layers):
             raise ValueError(f"keep_layers is {keep_layers}: {name} has {len(layers)} layers")
-        self._name, self._source, self._micro_batch = name, source, micro_batch
+        self._name, self._micro_batch = name, micro_batch
+        self._weights = None if source is None else Weights(model, source, name)
         self._turns: Turns | None = None
         self._prefixes = {index: prefix for index, prefix in enumerate(layers) if index >= keep_layers}
         types = types_as_loaded(model, dtype)
         weights = {name: tensor.to("meta", types[name]) for name, tensor in model.state_dict().items()}
-        self._readings: dict[int | None, list[Reading]] = {}
-        for reading in readings(model, [] if source is None else source.names()):
-            self._readings.setdefault(self._layer_of(reading.makes[0]), []).append(reading)
         streamed: dict[int, Layer] = {}
         for index, prefix in self._prefixes.items():
             own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
@@ -145,7 +134,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             def run(index: int) -> None:
                 parts[index] = super(StreamedTeacher, self).body(ids[index], positions[index])
 
-            if self._source is None:
+            if self._weights is None:
                 for index in range(len(ids)):
                     run(index)
             else:
@@ -193,16 +182,15 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
     def _load_rest(self, weights: Mapping[str, Tensor], device: str) -> None:
         """Load everything outside the streamed layers, for good."""
-        made = {name for group in self._readings.values() for reading in group for name in reading.makes}
-        missing = set() if self._source is None else set(self.model.state_dict()) - made
+        missing = set() if self._weights is None else self._weights.missing
         present = {
             name: torch.empty_like(weight, device=device) for name, weight in weights.items() if name not in missing
         }
-        if self._source is not None:
-            self._read(None, present)
+        if self._weights is not None:
+            self._read(present)
         for name, tensor in present.items():
             place(self.model, name, tensor)
-        if self._source is None:
+        if self._weights is None:
             self.model.tie_weights()
         else:  # the head that the checkpoint leaves out is the embedding, or the other way round
             self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -214,21 +202,15 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
     def _fill(self, index: int, empty: dict[str, Tensor]) -> None:
         prefix = self._prefixes[index]
-        self._read(index, {prefix + name: tensor for name, tensor in empty.items()})
+        self._read({prefix + name: tensor for name, tensor in empty.items()})
 
     @torch.no_grad()
-    def _read(self, index: int | None, empty: Mapping[str, Tensor]) -> None:
+    def _read(self, empty: Mapping[str, Tensor]) -> None:
         """Read tensors by their names in the model into `empty`, all of it, cast to its types."""
-        assert self._source is not None
-        missing = set(empty)
-        for reading in self._readings.get(index, []):
-            for name, tensor in reading.tensors(self._source, self.model):
-                if tensor.shape != empty[name].shape:
-                    complain_about_missing({"missing_keys": [], "mismatched_keys": [name]}, self._name)
-                empty[name].copy_(tensor)
-                del tensor  # before the next is read
-                missing.discard(name)
-        complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self._name)
+        assert self._weights is not None
+        for name, tensor in self._weights.read(empty):
+            empty[name].copy_(tensor)
+            del tensor  # before the next is read
 
 
 def decoder_layers(model: Any) -> list[str]:

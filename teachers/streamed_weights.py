@@ -2,89 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.models.streaming import place
+
 ALIGNMENT = 512  # bytes: where CUDA's allocator would put a tensor of its own
-
-
-class Source(Protocol):
-    """Tensors by name, read when asked for: `distill.models.tensors`."""
-
-    def names(self) -> list[str]: ...
-
-    def read(self, name: str) -> Tensor: ...
-
-
-@dataclass
-class Reading:
-    """The way in which transformers makes tensors of a model from tensors of its checkpoint, by its own tables.
-
-    Mostly one tensor comes from one, perhaps under another name. A mixture's experts, stored one by one, become one
-    tensor.
-    """
-
-    makes: list[str]
-    """Names in the model. transformers names a conversion by the first."""
-    stored: list[tuple[str, str]] = field(default_factory=list)
-    """Pairs of transformers' pattern and the name in the checkpoint."""
-    converter: Any = None
-
-    def tensors(self, source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors by their names in the model, in the type in which they are stored."""
-        if self.converter is None:
-            yield self.makes[0], source.read(self.stored[0][1])
-            return
-        converter = copy.deepcopy(self.converter)
-        for pattern, name in self.stored:
-            converter.add_tensor(self.makes[0], name, pattern, partial(source.read, name))
-        for name, made in converter.convert(self.makes[0], model=model, config=model.config).items():
-            yield name, made[0] if isinstance(made, list) else made
-
-
-def readings(model: Any, stored: Iterable[str]) -> list[Reading]:
-    """Return how every tensor of `model` (on the meta device) is read. Stored tensors that it lacks are left out."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    expected, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, Reading] = {}
-    for name in sorted(stored, key=dot_natural_key):
-        made, pattern = rename_source_key(name, renamings, converters, prefix, expected)
-        if made not in expected and name in expected:  # a rule for other tensors renamed it
-            made, pattern = name, None
-        if made not in expected:
-            continue
-        converter = None if pattern is None else by_pattern[pattern]
-        makes = [made]
-        if converter is not None:
-            targets = converter.target_patterns
-            makes = [made.replace(targets[0], target) for target in targets]
-        found.setdefault(made, Reading(makes, converter=converter)).stored.append((pattern or name, name))
-    return list(found.values())
-
-
-def types_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return each tensor's type when transformers loads `model` in `dtype`: some families keep a few in float32."""
-    from transformers.core_model_loading import build_glob_alternation
-
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    for pattern, wider in model._get_dtype_plan(dtype).items():
-        search = build_glob_alternation([pattern])[0].search
-        types.update({name: wider for name in types if search(name)})
-    return types
 
 
 @dataclass
@@ -113,16 +42,6 @@ class Layer:
         """Replace the layer's tensors by these."""
         for name, tensor in tensors.items():
             place(self.module, name, tensor)
-
-
-def place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a frozen tensor in the place of a module's parameter or buffer `name`."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
 
 
 class LayerStream:

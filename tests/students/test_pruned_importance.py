@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill.errors import UserError
 from distill.models.huggingface import HuggingFaceLanguageModel
 from students import pruning_importance
 from students.pruned import prune_teacher, pruned_weights
 from students.pruning_importance import Importance, Samples, Wanted, measure
-from students.pruning_stream import StreamedTeacher
+from students.pruning_stream import LayerwiseTeacher
 from students.pruning_width import FAMILIES, Narrowing, Widths
 
 LAYERS, VOCABULARY = 3, 61
@@ -77,7 +78,7 @@ def packed_samples(count: int = 3, length: int = 13) -> Samples:
 
 
 def measured(model: Any, samples: Samples, wanted: Wanted = EVERYTHING) -> Importance:
-    return measure(StreamedTeacher(model.config, Weights(model)), samples, wanted)
+    return measure(LayerwiseTeacher(model.config, Weights(model)), samples, wanted)
 
 
 class Identity(nn.Module):
@@ -89,7 +90,7 @@ class Identity(nn.Module):
 @torch.no_grad()
 def test_streamed_layers_make_the_models_own_hidden_states(family: str) -> None:
     model, samples = teacher_model(family), packed_samples()
-    streamed = StreamedTeacher(model.config, Weights(model))
+    streamed = LayerwiseTeacher(model.config, Weights(model))
     begun = streamed.begin(samples.input_ids_BL, samples.position_ids_BL)
     for row, (hidden_LD, calls) in enumerate(begun):
         for index, call in enumerate(calls):
@@ -211,8 +212,18 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused() -> None:
     model = teacher_model("llama")
     source = Weights(model)
     del source.weights["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(ValueError, match="layer 1"):
-        measure(StreamedTeacher(model.config, source), packed_samples(), Wanted(neurons=True))
+    with pytest.raises(UserError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        measure(LayerwiseTeacher(model.config, source), packed_samples(), Wanted(neurons=True))
+
+
+def test_a_tensor_that_the_configuration_does_not_know_is_refused() -> None:
+    model = teacher_model("llama")
+    source = Weights(model)
+    source.weights["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # early Llama checkpoints have it
+    LayerwiseTeacher(model.config, source)
+    source.weights["model.layers.1.mlp.up_proj.bias"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.bias has no place"):
+        LayerwiseTeacher(model.config, source)
 
 
 class Watched(Weights):
@@ -237,7 +248,7 @@ def part_of(name: str) -> str:
 
 def test_one_layer_of_the_teacher_is_in_memory_at_a_time() -> None:
     source = Watched(teacher_model("llama"))
-    measure(StreamedTeacher(teacher_model("llama").config, source), packed_samples(), EVERYTHING)
+    measure(LayerwiseTeacher(teacher_model("llama").config, source), packed_samples(), EVERYTHING)
     assert sorted(name for name, _ in source.reads) == source.names(), "each tensor is read once"
     for name, others in source.reads:
         together = {part_of(other) for other in others} - {"model.norm.weight"}

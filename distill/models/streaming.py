@@ -1,0 +1,136 @@
+"""A model's weights read from its checkpoint a few at a time, for models that are larger than the memory at hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distill.models.huggingface import complain_about_missing, quiet_transformers
+
+
+class Source(Protocol):
+    """Tensors by name, read when asked for: `distill.models.tensors`."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def without_weights(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """Make the `transformers` model: parameters without memory, but buffers (rotary frequencies) with values."""
+    import accelerate
+    import transformers
+
+    config = copy.deepcopy(config)
+    with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a frozen tensor in the place of a module's parameter or buffer `name`."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+class Weights:
+    """The weights of a model by their names in it, each read from a checkpoint when it is asked for."""
+
+    def __init__(self, model: Any, source: Source, name: str) -> None:
+        """Look up where the weights of `model`, which has none, lie in `source`; `name` is the checkpoint's."""
+        self._model, self._source, self._name = model, source, name
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._readings, self.unknown = _readings(model, source.names())
+        self.missing = set(self._shapes) - {name for reading in self._readings for name in reading.makes}
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of these names, in the type in which they are stored.
+
+        No tensor is kept here while the next is read. Raises UserError, at the end, for names that the checkpoint
+        lacks, and for a tensor of another shape.
+        """
+        missing = set(names)
+        for reading in self._readings:
+            if reading.makes[0] not in missing:
+                continue
+            for name, tensor in reading.tensors(self._source, self._model):
+                if tensor.shape != self._shapes[name]:
+                    complain_about_missing({"missing_keys": [], "mismatched_keys": [name]}, self._name)
+                missing.discard(name)
+                yield name, tensor
+                del tensor
+        complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self._name)
+
+
+@dataclass
+class _Reading:
+    """The way in which transformers makes tensors of a model from tensors of its checkpoint, by its own tables.
+
+    Mostly one tensor comes from one, perhaps under another name. A mixture's experts, stored one by one, become one
+    tensor.
+    """
+
+    makes: list[str]
+    """Names in the model. transformers names a conversion by the first."""
+    stored: list[tuple[str, str]] = field(default_factory=list)
+    """Pairs of transformers' pattern and the name in the checkpoint."""
+    converter: Any = None
+
+    def tensors(self, source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors by their names in the model, in the type in which they are stored."""
+        if self.converter is None:
+            yield self.makes[0], source.read(self.stored[0][1])
+            return
+        converter = copy.deepcopy(self.converter)
+        for pattern, name in self.stored:
+            converter.add_tensor(self.makes[0], name, pattern, partial(source.read, name))
+        for name, made in converter.convert(self.makes[0], model=model, config=model.config).items():
+            yield name, made[0] if isinstance(made, list) else made
+
+
+def _readings(model: Any, stored: Iterable[str]) -> tuple[list[_Reading], list[str]]:
+    """Return how every tensor of `model` (on the meta device) is read, and the stored tensors that it lacks."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, _Reading] = {}
+    unknown: list[str] = []
+    for name in sorted(stored, key=dot_natural_key):
+        made, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if made not in expected and name in expected:  # a rule for other tensors renamed it
+            made, pattern = name, None
+        if made not in expected:
+            unknown.append(name)
+            continue
+        converter = None if pattern is None else by_pattern[pattern]
+        makes = [made]
+        if converter is not None:
+            targets = converter.target_patterns
+            makes = [made.replace(targets[0], target) for target in targets]
+        found.setdefault(made, _Reading(makes, converter=converter)).stored.append((pattern or name, name))
+    return list(found.values()), unknown
+
+
+def types_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return each tensor's type when transformers loads `model` in `dtype`: some families keep a few in float32."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for pattern, wider in model._get_dtype_plan(dtype).items():
+        search = build_glob_alternation([pattern])[0].search
+        types.update({name: wider for name in types if search(name)})
+    return types
