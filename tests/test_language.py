@@ -24,7 +24,6 @@ NOT_YET = {
     "distill/experiment",
     "distill/folder_commands.py",
     "distill/forecast",
-    "distill/losses",
     "distill/plugins.py",
     "distill/recipes",
     "distill/training",

@@ -1,1 +1,1 @@
-"""What the student minimises: divergences as pure functions of a chunk, and the head and loss in one pass."""
+"""The student's loss: divergences as pure functions of a chunk, and head and loss in one pass."""

@@ -1,4 +1,4 @@
-"""What a divergence takes beside the student's logits: the teacher's targets of a chunk of positions.
+"""The targets of a chunk of positions, which a divergence takes beside the student's logits.
 
 Shapes: N positions, V vocabulary, K entries of a target, D the teacher's hidden size.
 """
@@ -16,16 +16,17 @@ from distill.models.language_model import Head
 
 @dataclass(frozen=True)
 class SparseChunk:
-    """A chunk of sparse targets. An entry of weight 0 is none: rows are padded with id 0, weight 0."""
+    """A chunk of sparse targets. Rows are padded with id 0 and weight 0; an entry of weight 0 is no entry."""
 
     ids_NK: Tensor
     weights_NK: Tensor
-    """Without a rest they sum to 1, or to less where entries were taken out (those of tokens the student lacks)."""
+    """Weights of the entries. Without a rest they sum to 1, or to less if tokens that the student lacks are out.
+    """
     entropy_N: Tensor
     """Entropy of the teacher's whole distribution, in nats."""
     true_ids_N: Tensor
     rest_N: Tensor | None = None
-    """Mass of all tokens without an entry, as one bucket; None: there is none, the entries stand for all tokens."""
+    """Mass of all tokens without an entry, as one bucket. None means that the entries stand for all tokens."""
 
     def __getitem__(self, rows: slice) -> SparseChunk:
         rest_N = None if self.rest_N is None else self.rest_N[rows]
@@ -48,7 +49,7 @@ class DenseChunk:
 
     @torch.no_grad()
     def log_probs_NV(self) -> Tensor:
-        """The teacher's log-probabilities, float32."""
+        """Return the teacher's log-probabilities, float32."""
         logits_NV = self.head(self.hidden_ND.to(self.head.weight_VD.dtype)).float()
         return torch.log_softmax(logits_NV / self.temperature, dim=-1)
 
@@ -56,4 +57,4 @@ class DenseChunk:
 ChunkTarget = SparseChunk | DenseChunk
 
 Divergence = Callable[[Tensor, ChunkTarget], Tensor]
-"""(student logits of a chunk `[C, V]` float32, target of the chunk) -> divergence of each position `[C]`."""
+"""Function (student logits of a chunk `[C, V]` float32, target of the chunk) -> divergence of each position `[C]`."""

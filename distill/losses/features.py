@@ -15,11 +15,11 @@ from distill.errors import UserError
 
 
 def feature_distance(student_ND: Tensor, teacher_ND: Tensor, kind: Literal["cosine", "mse"]) -> Tensor:
-    """`[N]` distances in float32 (float64 for float64 states); the gradient flows into the student alone.
+    """Return `[N]` distances in float32 (float64 for float64 states). The gradient flows into the student alone.
 
-    cosine: `1 − cos(student, teacher)`, 0 to 2 whatever the lengths (Sanh et al. 2019, "DistilBERT"). mse: mean over D
-    of the squared difference (Jiao et al. 2020, "TinyBERT"). A student of another size is projected to the teacher's
-    by the caller, with a learned linear map as in TinyBERT.
+    cosine: `1 − cos(student, teacher)`, 0 to 2 for any lengths (Sanh et al. 2019, "DistilBERT"). mse: mean over D of
+    the squared difference (Jiao et al. 2020, "TinyBERT"). The caller projects a student of another size to the
+    teacher's, with a learned linear map as in TinyBERT.
     """
     assert student_ND.shape == teacher_ND.shape, (student_ND.shape, teacher_ND.shape)
     wide = torch.float64 if student_ND.dtype == torch.float64 else torch.float32
@@ -30,7 +30,7 @@ def feature_distance(student_ND: Tensor, teacher_ND: Tensor, kind: Literal["cosi
 
 
 def check_features(weight: float, scheme: str) -> None:
-    """Raise UserError when features are to be matched (`weight` above 0) and a scheme's targets have none."""
+    """Raise UserError if features are to be matched (`weight` above 0) and a scheme's targets have none."""
     if weight < 0:
         raise UserError(f"loss.feature_weight: {weight:g}: must not be negative; 0 turns it off")
     if weight and scheme != "hidden":

@@ -15,7 +15,7 @@ from distill.models.language_model import Head
 
 
 def fused_loss(hidden_ND: Tensor, head: Head, target: ChunkTarget, divergence: Divergence, chunk_size: int) -> Tensor:
-    """Sum of the divergence over N positions, differentiable in hidden states, head weight and head bias.
+    """Compute the sum of the divergence over N positions, differentiable in hidden states, head weight and head bias.
 
     Equals `divergence(head(hidden_ND), target).sum()`. The gradients are computed chunk by chunk in the forward pass,
     while a chunk's logits exist: three matrix products a chunk. Products run in the autocast type if there is one,
@@ -26,7 +26,7 @@ def fused_loss(hidden_ND: Tensor, head: Head, target: ChunkTarget, divergence: D
     device_type = hidden_ND.device.type
     if torch.is_autocast_enabled(device_type):
         compute_dtype = torch.get_autocast_dtype(device_type)
-    # Inside `forward` autograd is always off, and under `no_grad` parameters still ask for gradients.
+    # Autograd is asked here: inside `forward` it is always off, and parameters want gradients even under `no_grad`.
     backward_follows = torch.is_grad_enabled()
     return _FusedLoss.apply(
         hidden_ND, head.weight_VD, head.bias_V, head, target, divergence, chunk_size, compute_dtype, backward_follows
@@ -79,7 +79,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: the weight's gradient is as large as the head. The graph is used once.
+        # The scaling is in place, because the weight's gradient is as large as the head. The graph is used only once.
         scaled = [
             None if grad is None else grad.mul_(grad_outputs[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -90,7 +90,7 @@ class _FusedLoss(torch.autograd.Function):
 def _chunk(
     product_CV: Tensor, head: Head, target: ChunkTarget, divergence: Divergence, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of one chunk and its gradient in the product, by autograd over this chunk alone."""
+    """Return the loss of one chunk and its gradient in the product, by autograd over this chunk alone."""
     with torch.set_grad_enabled(needs_grad):
         product_CV.requires_grad_(needs_grad)
         loss = divergence(head.transform(product_CV), target).sum()

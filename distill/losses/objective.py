@@ -1,4 +1,4 @@
-"""What a training minimises: a divergence from the teacher, chosen by name, mixed with the true token's surprisal."""
+"""The objective of a training: a divergence from the teacher, chosen by name, mixed with the true token's surprisal."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ DIVERGENCES: dict[str, Divergence] = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """`(1 - alpha) * T^2 * divergence(p, q) + alpha * cross-entropy`: 0 the teacher alone, 1 the text alone.
+    """The loss `(1 - alpha) * T^2 * divergence(p, q) + alpha * cross-entropy`: alpha 1 is the text alone.
 
-    T is the temperature of the teacher's distribution; the student's is softened likewise, and T^2 keeps the size of
-    the gradient (Hinton et al. 2015), which for divergences of second order in p - q falls as 1 / T^2. Total variation
-    is of first order: with T^2 its gradient grows as T.
+    T is the temperature of the teacher's distribution; the student's is softened likewise. T^2 keeps the size of the
+    gradient (Hinton et al. 2015), which for divergences of second order in p - q falls as 1 / T^2. Total variation is
+    of first order: with T^2 its gradient grows as T.
     """
 
     alpha: float = 0.0
@@ -50,16 +50,16 @@ class Mixture:
         return (1 - self.alpha) * distilled_N + self.alpha * cross_entropy(logits_NV, target)
 
     def with_teacher_weight(self, share: float) -> Mixture:
-        """The mixture in which the teacher weighs `(1 - alpha) * share`, and the true token all that is left of 1.
+        """Return the mixture in which the teacher weighs `(1 - alpha) * share`, and the true token the rest of 1.
 
-        `share` is 0 to 1, for example the learning rate as a share of its peak; at 1 the mixture is this one.
+        `share` is 0 to 1, for example the learning rate as a share of its peak. At 1 the mixture is this one.
         """
         assert 0 <= share <= 1, share
         return replace(self, alpha=self.alpha + (1 - self.alpha) * (1 - share))
 
 
 def make_divergence(name: str, beta: float = 0.5, skew: float = 0.1) -> Divergence:
-    """The divergence of a name with its parameter. Raises UserError for one that is out of range."""
+    """Return the divergence of a name with its parameter. Raises UserError for one that is out of range."""
     if name not in DIVERGENCES:
         raise UserError(f"loss.divergence: {name}: no such divergence{did_you_mean(name, DIVERGENCES)}")
     if name == "jsd":
@@ -77,7 +77,7 @@ def make_divergence(name: str, beta: float = 0.5, skew: float = 0.1) -> Divergen
 
 
 def check_divergence(name: str, scheme: str) -> None:
-    """Raise UserError when targets of a scheme (`varopt`, `top_k`, `random`, `hidden`) cannot give a divergence."""
+    """Raise UserError if targets of a scheme (`varopt`, `top_k`, `random`, `hidden`) cannot give a divergence."""
     if name == "forward_kl" or scheme == "hidden":
         return
     if name == "mean_squared_logits":
