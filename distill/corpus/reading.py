@@ -19,7 +19,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
+from distill.corpus.text_files import LONGEST_LINE, lines, open_text
 from distill.errors import UserError, nearest_path
+from distill.system.files import is_inside
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 KNOWN_KINDS = f"{', '.join(KINDS)}; all but parquet also with .gz behind"
@@ -62,9 +64,9 @@ class CorpusFile:
             if kind == ".parquet":
                 yield from _parquet_rows(self.path, self.text_field, self.messages_field)
                 return
-            with _open_text(self.path) as file:
+            with open_text(self.path) as file:
                 if kind == ".txt":
-                    yield 1, {self.text_field: file.read()}
+                    yield 1, {self.text_field: file.read(LONGEST_LINE)}
                 elif kind == ".csv":
                     yield from _csv_rows(file, self.label)
                 else:
@@ -125,6 +127,7 @@ def local_files(path: str) -> list[Path] | None:
     if local.exists():
         if kind_of(local) is None:
             raise UserError(f"{path}: not a format that can be read (known: {KNOWN_KINDS})")
+        _check_plain(local)
         return [local]
     looks_like_path = not HUB_NAME.fullmatch(path) or kind_of(local) is not None or Path(local.parts[0]).exists()
     if looks_like_path:
@@ -146,15 +149,27 @@ def _files_in(folder: Path, path: str) -> list[Path]:
     visible = [
         file
         for file in folder.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and (file.is_symlink() or not file.is_dir())
     ]
     visible.sort(key=lambda file: file.relative_to(folder).parts)
+    for file in visible:
+        if file.is_symlink() and not is_inside(file, folder):
+            raise UserError(f"{file}: is a link out of {path} and is not followed: copy it here, or remove the link")
     files = [file for file in visible if kind_of(file)]
+    for file in files:
+        _check_plain(file)
     if not files:
         raise UserError(f"{path}: no corpus file in this folder (known: {KNOWN_KINDS})")
     if others := [file.name for file in visible if not kind_of(file)]:
         log.warning("%s: read %d files, left out %d of other formats: %s", path, len(files), len(others), others[:5])
     return files
+
+
+def _check_plain(file: Path) -> None:
+    """Raise UserError for a pipe, which may never answer, a device, which may never end, or a link to nothing."""
+    if not file.is_file():
+        raise UserError(f"{file}: is no plain file: remove it, or put the file itself there")
 
 
 def _load_from_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
@@ -171,23 +186,16 @@ def _load_from_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
     return data
 
 
-def _open_text(path: Path) -> TextIO:
-    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig")
-
-
 def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
     """Yield the rows of a file with one object a line, or of one list of objects (which is held in memory whole)."""
-    line = file.readline()
-    while line and not line.strip():
-        line = file.readline()
+    line = next((line for line in lines(file, label) if line.strip()), "")
     rows: Iterator[tuple[int, Any]]
     if line.lstrip().startswith("["):
         rows = enumerate(_parse(line + file.read(), label), start=1)
     else:
         file.seek(0)
-        lines = ((number, text) for number, text in enumerate(file, start=1) if text.strip())
-        rows = ((number, _parse(text, f"{label}: line {number}")) for number, text in lines)
+        numbered = ((number, text) for number, text in enumerate(lines(file, label), start=1) if text.strip())
+        rows = ((number, _parse(text, f"{label}: line {number}")) for number, text in numbered)
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{label}: row {number}: a {type(row).__name__}, not an object with named columns")
@@ -203,7 +211,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _csv_rows(file: TextIO, label: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB, which articles exceed
-    for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+    for number, row in enumerate(csv.DictReader(lines(file, label), strict=True), start=1):
         if None in row:
             raise UserError(f"{label}: row {number}: more fields than the header has: quote fields that hold a comma")
         yield number, row

@@ -93,6 +93,8 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"evaluate.tasks_path: {folder} is no folder")
     files: dict[str, Path] = {}
     for file in sorted(folder.rglob("*.yaml")):
+        if not file.is_file():
+            raise UserError(f"{file}: is no plain file: remove it")
         try:
             config = load_yaml(file, resolve_func=False)
         except Exception as error:  # yaml's errors, a missing `include`, a file that is a list

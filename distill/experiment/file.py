@@ -11,7 +11,10 @@ from typing import Any
 from distill.errors import UserError, did_you_mean
 from distill.experiment import configuration as config
 from distill.experiment.configuration import Experiment
+from distill.system.files import read_bounded
 from distill.system.quiet import quiet
+
+_MOST_BYTES = 2**20
 
 
 def load_experiment(path: str, overrides: list[str]) -> Experiment:
@@ -23,7 +26,7 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
 
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_bounded(file, _MOST_BYTES).decode("utf-8"))
     except FileNotFoundError:
         near = [str(other) for other in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
         raise UserError(f"{path}: no such experiment file" + (did_you_mean(path, near) if near else "")) from None

@@ -13,7 +13,7 @@ from typing import Any
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.models.saving import DESCRIPTION
-from distill.system.files import write_durably
+from distill.system.files import is_inside, write_durably
 from distill.system.staging import recover
 
 
@@ -54,6 +54,8 @@ def finished_model(run: str | Path) -> Path:
     for folder in (run / "student", run):
         recover(folder)
         if any((folder / name).is_file() for name in ("config.json", DESCRIPTION)):
+            if not is_inside(folder, run):
+                raise UserError(f"{folder}: is a link out of {run} and is not followed: name the model's own folder")
             return folder
     raise UserError(f"{run}: holds no finished student: give the run_dir of a finished training, or a model's folder")
 

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from distill.models.checkpoints import Checkpoint, weight_files
-from distill.system.files import last_part
+from distill.system.files import is_inside, last_part, read_bounded
 
 FILE = "README.md"
 REPORT = "report.md"
@@ -53,8 +53,8 @@ def write_card(source: Path, folder: Path, name: str, format: str, checked: str)
     if card.exists():
         return
     report = source.parent / REPORT
-    if source.name == "student" and report.is_file():
-        card.write_bytes(report.read_bytes())
+    if source.name == "student" and report.is_file() and is_inside(report, source.parent):
+        card.write_bytes(read_bounded(report))
     else:
         card.write_text(short_card(source, folder, name, format, checked), encoding="utf-8")
 
@@ -84,7 +84,7 @@ def short_card(source: Path, folder: Path, name: str, format: str, checked: str)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return dict(json.loads(read_bounded(path))) if path.is_file() else {}
 
 
 def _last(name: str) -> str:

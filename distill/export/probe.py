@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.models.language_model import hidden_states
 from distill.plugins import load_language_model
+from distill.system.files import read_bounded
 
 TEXTS = (
     "The cat sat on the mat, and the rain fell on the roof all night. In the morning the streets were full of water, "
@@ -95,7 +96,7 @@ def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Difference:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return dict(json.loads(read_bounded(path))) if path.is_file() else {}
 
 
 def _cached(source: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from distill.forecast.phases.simulator import Phase, Simulator
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import pick_device
 from distill.system import ledger
+from distill.system.files import read_bounded
 from distill.system.memory import held_memory
 from distill.system.processes import is_first_process
 from distill.system.progress import say
@@ -155,6 +156,6 @@ def _largest(lines: list[dict[str, Any]], key: str) -> int | None:
 
 def _rows(run: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads((run / FILE).read_text(encoding="utf-8"))["rows"]
+        return json.loads(read_bounded(run / FILE))["rows"]
     except (OSError, ValueError, KeyError):
         return []

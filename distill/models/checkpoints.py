@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, nearest, nearest_path
+from distill.models.safety import check_folder
 from distill.models.shapes import finder
 
 DEMO_NAME = "smollm2-135m-demo"
@@ -112,6 +113,7 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files that hold the weights, sorted by name. Raises UserError if there are none or only pickles."""
     if checkpoint.gguf_file is not None:
         return [checkpoint.path]
+    check_folder(checkpoint.folder, checkpoint.name)
     index = checkpoint.folder / "model.safetensors.index.json"
     single = checkpoint.folder / "model.safetensors"
     if single.is_file():
@@ -170,6 +172,8 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     import transformers
 
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
+    if checkpoint.gguf_file is None:
+        check_folder(checkpoint.folder, checkpoint.name)
     try:
         return transformers.AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, **options

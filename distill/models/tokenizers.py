@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError, did_you_mean
+from distill.models.safety import check_folder
 
 if TYPE_CHECKING:
     from distill.models.checkpoints import Checkpoint
@@ -66,6 +67,8 @@ def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: boo
     # Without any of these files transformers answers with an empty vocabulary instead of an error.
     if gguf_file is None and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise UserError(f"{name}: no tokenizer in {folder} (looked for {', '.join(TOKENIZER_FILES)})")
+    if gguf_file is None:
+        check_folder(folder, name)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.errors import UserError
+from distill.system.files import read_bounded
 
 Points = list[tuple[float, float]]
 Curves = Mapping[str, Points]
@@ -42,7 +43,7 @@ def _in_order(folder: Path) -> list[Path]:
 def _read_log(path: Path) -> dict[str, Points]:
     curves: dict[str, Points] = {column: [] for column in COLUMNS}
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        rows = list(csv.DictReader(read_bounded(path).decode("utf-8").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a log ({error})") from None
     for number, row in enumerate(rows, 2):

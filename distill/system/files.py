@@ -21,6 +21,9 @@ except ImportError:  # Windows has no such locks, so nothing keeps two writers a
 TEMPORARY = ".tmp"
 """Ending of the name of a file that is not finished."""
 
+MOST_BYTES = 2**28
+"""Limit of a file that is read at once: a report's figures take some MB, the largest tokenizers 35."""
+
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would write two bytes for every end of line
 
 
@@ -136,6 +139,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether no link leads from `folder` out to `path`.
+
+    A download from a hub is a folder of links to `blobs`, beside the `snapshots` that it lies in: these are inside.
+    """
+    target, root = path.resolve(), folder.resolve()
+    stores = [parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"]
+    return any(target.is_relative_to(place) for place in (root, *stores))
+
+
 def open_regular(path: Path) -> int:
     """Open a file for reading, and return its descriptor. Raises OSError if it is no plain file.
 
@@ -148,7 +161,7 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int = MOST_BYTES) -> bytes:
     """Return the content of a file. Raises OSError if it is no plain file or longer than `limit` bytes."""
     with open(open_regular(path), "rb") as file:
         content = file.read(limit + 1)

