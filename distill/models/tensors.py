@@ -11,22 +11,19 @@ from torch import Tensor
 
 from distill.models.checkpoints import Checkpoint, weight_files
 from distill.models.huggingface import load_pretrained
-from distill.models.shapes import finder
 
 
 class Tensors(Mapping[str, Tensor]):
     """A checkpoint's tensors by their Hugging Face names. Each is read from disk on request.
 
     transformers dequantises a GGUF file into memory once, at the first request, because its tensors have other names.
-    Without weights the tensors are those of the model's shape.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._places: dict[str, Path] = {}
         self._loaded: dict[str, Tensor] | None = None
-        self._is_whole = checkpoint.gguf_file is not None or finder() is not None
-        if self._is_whole:
+        if checkpoint.gguf_file is not None:
             return
         for file in weight_files(checkpoint):
             with safe_open(file, framework="pt") as opened:
@@ -34,11 +31,11 @@ class Tensors(Mapping[str, Tensor]):
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
-        return sorted(self._dequantised() if self._is_whole else self._places)
+        return sorted(self._places if self._checkpoint.gguf_file is None else self._dequantised())
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, in the dtype in which it is stored (GGUF: float32)."""
-        if self._is_whole:
+        if self._checkpoint.gguf_file is not None:
             return self._dequantised()[name]
         with safe_open(self._places[name], framework="pt") as opened:
             return opened.get_tensor(name)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from distill import plugins
 from distill.cache.making.predict import TeacherModule
 from distill.forecast.phases.step import StepShape, simulate_step
 from distill.forecast.phases.teacher import make_batch, run_tracked, simulate_teacher
@@ -20,7 +21,6 @@ from distill.models.quantization import quantize_linears
 from distill.targets import schemes
 from students.huggingface import load_student
 from students.lora import load_lora_student
-from students.pruned import prune_teacher
 from teachers.huggingface import load_teacher
 
 V = 1000
@@ -96,7 +96,7 @@ def test_students_of_a_configuration(folder: str, maker: Any, kind: str) -> None
         "pretrained": lambda: load_student(folder),
         "lora": lambda: load_lora_student(folder, rank=2),
         "lora on nf4": lambda: load_lora_student(folder, rank=2, quantization="nf4"),
-        "pruned": lambda: prune_teacher(folder, layers=2),
+        "pruned": lambda: plugins.build("pruned", "student", {"teacher": folder, "layers": 2}, {}),
     }
     found = simulate_step(maker(students[kind], vocab_size=V), StepShape(4, 16, 5), precision="bf16-mixed")
     weights = sum(found.parts[part] for part in ("weights", "quantized weights"))
