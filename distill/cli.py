@@ -1,4 +1,4 @@
-"""The command line: command, experiment file, overrides. Imports nothing heavy until a command runs."""
+"""The command line: command, experiment file, overrides. It imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ EXPERIMENT_COMMANDS = {
 COMMANDS = EXPERIMENT_COMMANDS | folder_commands.COMMANDS
 
 _PART_OF_A_RUN = "DISTILL_PART_OF_A_RUN"
-"""In the environment of a command that `run` started, and that says how to go on."""
+"""Name in the environment of a command that `run` started. Then `run` itself says how to resume."""
 
 _EPILOG = "\n".join(f"  distill {name:<14} {text}" for name, text in COMMANDS.items())
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. Exit status 0: done; 1: a check found a difference; 2: the user can mend it; 3: a plan does not
-    fit; 130: interrupted.
+    """Run a command, and exit with its status.
 
-    Without arguments it is the program: those of the process, which then ends.
+    0 means done; 1, a check found a difference; 2, the user can mend it; 3, a plan does not fit; 130, interrupted.
+    Called without arguments, it reads those of the process.
     """
     try:
         status = _dispatch(sys.argv[1:] if arguments is None else arguments)
@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"distill: {error}", file=sys.stderr)
         status = 2
     if arguments is None:
-        gc.freeze()  # Python would look through a million objects for garbage, two seconds long
+        gc.freeze()  # without it, Python would search a million objects for garbage, which takes two seconds
     sys.exit(status)
 
 
 def _imported(module: str) -> Any:
-    """A module. What imports make stays: to look for garbage among it meanwhile would take a fifth of their time."""
+    """Import a module without garbage collection, which would take a fifth of the time: the new objects all stay."""
     gc.disable()
     try:
         return importlib.import_module(module)
@@ -78,7 +78,7 @@ def _dispatch(arguments: list[str]) -> int:
         try:
             _print_options(command)
             sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough; Python's own flush at the end must not fail again
+        except BrokenPipeError:  # `| head` has ended; Python's own flush at the end must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if not rest or rest[0].startswith("--"):
@@ -87,7 +87,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def plan_parser() -> argparse.ArgumentParser:
-    """The options of `plan` that are not keys of the experiment file."""
+    """Return a parser of the options of `plan` that are not keys of the experiment file."""
     parser = argparse.ArgumentParser(prog="distill plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--card")
     parser.add_argument("--json", action="store_true")
@@ -131,11 +131,11 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
         if command == "run":
             from distill.experiment.checks import check_last_steps
 
-            # What an earlier `run` left unfinished is what this one is for.
+            # `run` always resumes a training that an earlier `run` left unfinished.
             experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
             check_last_steps(experiment)
         for number, step in enumerate(steps):
-            interrupt.stop_if_asked()  # the step before may have been in its last batch
+            interrupt.stop_if_asked()  # a signal may have come in the last batch of the command before
             if command == "run" and step == "train-student" and experiment.train.devices > 1:
                 status = _in_a_process_of_its_own([step, path, *overrides, "--train.resume", "true"])
                 if status:
@@ -166,7 +166,8 @@ def _in_a_process_of_its_own(arguments: list[str]) -> int:
             try:
                 process.wait()
             except interrupt.Interrupted as stop:
-                # It may have been sent to both, and a second signal of one kind would be impatience.
+                # The terminal may have sent the signal to both processes, and a second one of the same kind would stop
+                # at once. So the other kind is passed on.
                 process.send_signal(signal.SIGTERM if str(stop) == "SIGINT" else signal.SIGINT)
     if process.returncode == 130:
         raise interrupt.Interrupted("interrupted")
@@ -174,7 +175,7 @@ def _in_a_process_of_its_own(arguments: list[str]) -> int:
 
 
 def _spelled_out(overrides: list[str]) -> list[str]:
-    """Flags without a value get one: `--resume` is `--train.resume true`, `--cache.overwrite` is `... true`."""
+    """Give flags without a value one: `--resume` is `--train.resume true`, `--cache.overwrite` is `... true`."""
     result: list[str] = []
     for position, argument in enumerate(overrides):
         argument = "--train.resume" if argument == "--resume" else argument

@@ -1,4 +1,4 @@
-"""The commands that take no experiment file, and their options. Imports nothing heavy."""
+"""The commands that take no experiment file, and their options. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ COMMANDS = {
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run one of `COMMANDS`; its exit status."""
+    """Run one of `COMMANDS`, and return its exit status."""
     parser, recipe = make_parser(command)
     return recipe(parser.parse_args(arguments), arguments)
 
 
 def make_parser(command: str) -> tuple[argparse.ArgumentParser, Recipe]:
-    """The parser of a command's options, and what is done with them."""
+    """Return the parser of a command's options, and the function that takes them."""
     parser = argparse.ArgumentParser(prog=f"distill {command}", description=COMMANDS[command])
     return parser, _OPTIONS[command](parser)
 
 
 Recipe = Callable[[argparse.Namespace, list[str]], int]
-"""The options, and the arguments that they were read from."""
+"""Function of the options, and of the arguments that they were read from."""
 
 
 def stoppable(work: Callable[[], int], words: str) -> int:
-    """Do the work; on Ctrl-C and SIGTERM say what is left of it."""
+    """Do the work. On Ctrl-C and SIGTERM print `words`, which say what is left of it."""
     from distill.system import interrupt
 
     interrupt.install()

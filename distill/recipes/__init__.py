@@ -1,1 +1,1 @@
-"""One file a command: from the experiment to what the command promises. Recipes never import one another."""
+"""The commands, one file or folder each. Recipes never import one another."""

@@ -24,9 +24,9 @@ from distill.system.progress import say
 
 COMMANDS = ("/quit", "/reset")
 ANSWER_SHARE = 4
-"""At least a quarter of the context (or `max_new_tokens`, if that is less) is kept free for the answer."""
+"""Share of the context that stays free for the answer: a quarter (or `max_new_tokens`, if that is less)."""
 _SEEDS = range(-(2**63), 2**64)
-"""What torch takes for one."""
+"""Seeds that torch takes."""
 
 
 def main(
@@ -56,9 +56,9 @@ def main(
     sampling = {"temperature": temperature, "top_p": top_p, "generator": generator}
     _introduce(folder, model, device, chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that one line that is no text costs that line alone
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is then skipped by itself
     with _interruptible() if sys.stdin.isatty() else contextlib.nullcontext():
         while _take_turn(chat, max_new_tokens, sampling):
             pass
@@ -66,7 +66,7 @@ def main(
 
 
 def _take_turn(chat: Chat, max_new_tokens: int, sampling: dict[str, Any]) -> bool:
-    """Read a line and answer it; False: that was the end."""
+    """Read a line and answer it. Returns False at the end."""
     try:
         line = _read_line()
         if line is None or line == "/quit":
@@ -96,7 +96,7 @@ def _check(temperature: float, top_p: float, max_new_tokens: int, seed: int | No
 
 
 def _is_text(words: str) -> bool:
-    """Whether all of it could be decoded: bytes that could not stand in a string as lone surrogates."""
+    """Tell whether all of it was decoded: other bytes stand in a string as lone surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in words)
 
 
@@ -118,30 +118,30 @@ def _command(command: str, chat: Chat) -> None:
 
 
 class Chat:
-    """A conversation so far, and the model that goes on with it."""
+    """A conversation so far, and the model that continues it."""
 
     def __init__(self, model: Any, tokenizer: Any, system: str | None = None) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._stop_ids, self._vocab_size = ending_tokens(model, tokenizer), vocab_size(tokenizer)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        """Without a chat template each line is a text of its own, and the model continues it."""
+        """True if the model has a chat template. Without one the model continues each line as a text of its own."""
         if system is not None and not self.has_template:
             raise UserError("--system: this student has no chat template, so there is no place for a system message")
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[dict[str, str]] = []
-        """The messages after the system's, oldest first."""
+        """Messages after the system's, oldest first."""
         if system is not None:
-            self._encode([{"role": "user", "content": "?"}])  # a template that refuses it says so at once
+            self._encode([{"role": "user", "content": "?"}])  # raises at once if the template refuses it
 
     def reset(self) -> None:
         """Forget all but the system message."""
         self.turns.clear()
 
     def answer(self, line: str, max_new_tokens: int, sampling: dict[str, Any]) -> Generator[str, None, None]:
-        """The answer to `line` in pieces of text that join to it; the conversation then has both.
+        """Yield the answer to `line` in pieces of text that join to it. The conversation then has both.
 
-        An answer that the caller stops early is part of the conversation as far as it went; a line without an answer
-        is not. The oldest turns are forgotten when the context has no room for them, which is said.
+        If the caller stops an answer early, the conversation keeps the text so far. A line without an answer is
+        dropped. The oldest turns are forgotten when the context has no room for them, and a message says so.
         """
         self.turns.append({"role": "user", "content": line})
         text = GrowingText(self._tokenizer)
@@ -164,7 +164,7 @@ class Chat:
                 self.turns.pop()
 
     def _fitting(self, max_new_tokens: int) -> list[int] | None:
-        """The tokens of the conversation, without its oldest turns if they do not fit; None: the last one does not."""
+        """Return the conversation's tokens, without its oldest turns if they do not fit; None if no turn fits."""
         limit, ids = context_length(self._model), self._encode(self.turns)
         if limit is None:
             return ids
@@ -184,7 +184,7 @@ class Chat:
         return ids
 
     def _encode(self, turns: list[dict[str, str]]) -> list[int]:
-        """The tokens that ask for the next answer; without a template those of the last line."""
+        """Return the tokens that ask for the next answer. Without a template these are the last line's."""
         if not self.has_template:
             return encode_prompt(self._tokenizer, turns[-1]["content"])
         try:
@@ -197,25 +197,25 @@ class Chat:
 
 
 class GrowingText:
-    """Text of tokens that come one by one, given out as soon as no later token can change it.
+    """Text of tokens that come one by one. A piece is given out as soon as no later token can change it.
 
-    A character's bytes may be several tokens; until the last one is there, decoding shows replacement characters,
-    with some tokenizers also for whole characters right before it.
+    A character's bytes may be several tokens. Until the last one is there, decoding shows replacement characters, with
+    some tokenizers also for whole characters right before it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self.shown = ""
-        """What was given out."""
+        """Text given out so far."""
 
     def add(self, token: int) -> str:
-        """What can be given out now."""
+        """Return the text that can be given out now."""
         self._ids.append(token)
         return self._new(decode_text(self._tokenizer, self._ids).rstrip(HALF))
 
     def rest(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Return the text that was held back, when no more tokens come."""
         return self._new(decode_text(self._tokenizer, self._ids))
 
     def _new(self, text: str) -> str:
@@ -227,14 +227,14 @@ class GrowingText:
 
 
 def _print_answer(chat: Chat, line: str, max_new_tokens: int, sampling: dict[str, Any]) -> None:
-    with contextlib.closing(chat.answer(line, max_new_tokens, sampling)) as pieces:  # stopped, it keeps what was said
+    with contextlib.closing(chat.answer(line, max_new_tokens, sampling)) as pieces:  # a stopped answer is kept
         for piece in pieces:
             print(piece, end="", flush=True)
     print(flush=True)
 
 
 def _read_line() -> str | None:
-    """The next line of the standard input, stripped; in a terminal behind a prompt. None: there are no more."""
+    """Read the next line of the standard input, stripped, after a prompt in a terminal. None means the end."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.strip() if line else None
@@ -249,7 +249,7 @@ def _read_line() -> str | None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, which ends an answer; outside it is whatever it was."""
+    """Let Ctrl-C raise KeyboardInterrupt inside, which ends an answer, and restore its handler at the end."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

@@ -11,7 +11,7 @@ from distill.system.progress import say
 
 _OURS = f'<meta name="generator" content="{MADE_BY} '.encode()
 _BEGINNING = 4096
-"""Bytes of a page within which it says what made it."""
+"""Bytes at the beginning of a page that name its generator."""
 
 
 def main(runs: list[str], to: str) -> int:

@@ -19,7 +19,7 @@ from distill.system.units import size
 def main(run: str, to: str, format: str, type: str | None, with_code: bool, class_path: str | None = None) -> int:
     """Write the student of `run` (a run folder, or a model's) to the folder `to`, which is complete or absent.
 
-    Raises UserError for what cannot be exported so, and for an export that a check found to differ.
+    Raises UserError for a student that the format cannot hold, and for an export that a check found to differ.
     """
     began = time.monotonic()
     form = find_format(format, type, with_code, class_path)

@@ -22,10 +22,10 @@ DOES_NOT_FIT = 3
 
 
 def main(experiment: Experiment, card: str | None = None, as_json: bool = False, fit: str | None = None) -> int:
-    """Print the plan; 0: it fits, 3: it does not. `fit`: a new file for the experiment with what makes it fit.
+    """Print the plan, and return 0 if it fits, 3 if not. `fit` is a new file for the experiment, changed to fit.
 
     card: a name (`rtx-3060`) or a size (`12GiB`); default: this machine's CUDA device, else its processor.
-    Raises UserError for an unknown card or model, for a `fit` that is there already, and in the end for a phase that
+    Raises UserError for an unknown card or model, for a `fit` that exists already, and in the end for a phase that
     cannot be simulated.
     """
     if fit is not None and Path(fit).exists():
@@ -143,7 +143,7 @@ def _forecast(forecast: Forecast) -> dict[str, Any]:
 
 
 def _write(path: str, experiment: Experiment, advice: Advice | None, card: Card) -> str:
-    """All keys with their values, so that the file says what it does. Raises UserError when it cannot be written."""
+    """Write all keys with their values, so that the file is complete. Raises UserError if it cannot be written."""
     import yaml
 
     changes = as_options(advice.changes) if advice else "nothing had to change"
@@ -153,7 +153,7 @@ def _write(path: str, experiment: Experiment, advice: Advice | None, card: Card)
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        if not isinstance(error, FileExistsError):  # then it is ours: half of it would be in the next attempt's way
+        if not isinstance(error, FileExistsError):  # then the file is ours, and half of it would block the next attempt
             Path(path).unlink(missing_ok=True)
         raise UserError(f"--fit {path}: cannot be written ({error.strerror}): choose another place") from None
     return path

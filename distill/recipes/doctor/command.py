@@ -1,4 +1,4 @@
-"""`distill doctor`: what this machine is, what it can do, what is wrong with it and how to mend that."""
+"""`distill doctor`: facts about this machine, its abilities, its faults and their remedies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 def main(calibrate: bool = False, as_json: bool = False, probes: Probes = machine.REAL) -> int:
-    """Look at this machine and print what was seen; exit status 0: healthy, 1: something is wrong.
+    """Look at this machine and print the facts. Exit status 0 means healthy, 1 that something is wrong.
 
-    `calibrate` measures its speed first, in under a minute, and keeps it for forecasts. Nothing raises: what cannot be
-    looked at is a finding.
+    `calibrate` measures its speed first, in under a minute, and keeps it for forecasts. Nothing raises: a probe that
+    fails becomes a finding.
     """
     tell: Callable[[str], None] = (lambda line: None) if as_json else say
     with quiet():
@@ -43,7 +43,7 @@ def main(calibrate: bool = False, as_json: bool = False, probes: Probes = machin
 
 
 def _tried(what: str, look: Callable[[], T], findings: list[Finding], remedy: str) -> T | None:
-    """What a probe sees; a finding where it fails. What libraries print meanwhile is theirs alone."""
+    """Return a probe's result, or add a finding if it fails. Prints of libraries meanwhile are swallowed."""
     try:
         with quiet(prints=True):
             return look()
@@ -99,7 +99,7 @@ def _kind(facts: dict[str, Any]) -> DeviceKind:
 def _calibration(
     facts: dict[str, Any], found: list[Finding], probes: Probes, wanted: bool, tell: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """The machine's measured efficiency, now or from before; None: forecasts use the defaults."""
+    """Return the machine's measured efficiency, from now or before. None means that forecasts use the defaults."""
     kind = _kind(facts)
     if wanted:
         tell("calibrating   (less than a minute, best with nothing else running)")

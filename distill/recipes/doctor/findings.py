@@ -1,4 +1,4 @@
-"""What is wrong with a machine that `distill doctor` looked at, how to mend it, and what is good to know."""
+"""Findings about a machine that `distill doctor` looked at: faults with their remedies, and notes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about the machine, in one line."""
+    """A fact about the machine, in one line."""
 
     kind: Literal["wrong", "note"]
-    """Only what is wrong makes the exit status 1."""
+    """Kind of the finding. Only "wrong" makes the exit status 1."""
     what: str
     remedy: str
 
 
 def judge(facts: dict[str, Any]) -> list[Finding]:
-    """What is wrong with the machine that was seen, and what is good to know. What was not seen is left alone."""
+    """Return the faults of the machine, and notes. Facts that no probe could see are left alone."""
     return [*_of_card(facts), *_of_libraries(facts), *_of_disk(facts)]
 
 
@@ -86,7 +86,7 @@ def _is_too_old(driver: dict[str, Any], build: str) -> bool:
 
 def _of_libraries(facts: dict[str, Any]) -> Iterator[Finding]:
     errors, packages = facts["four_bit"], facts["packages"] or {}
-    # Not-a-number is no number below a bound either.
+    # The comparison is written so that not-a-number counts as too large.
     if errors and not (errors["weight_error"] < WORST_WEIGHT and errors["product_error"] < WORST_PRODUCT):
         yield Finding(
             "wrong",

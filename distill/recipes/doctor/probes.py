@@ -1,4 +1,4 @@
-"""What `distill doctor` looks at: small functions that each look at one thing, and raise when it does not work."""
+"""Probes of `distill doctor`: small functions that each look at one thing, and raise if it does not work."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ OPTIONAL = {
     "wandb": "logs in Weights & Biases",
     "nvidia-ml-py": "energy of NVIDIA cards",
 }
-"""What each is for."""
+"""Optional packages, and their purposes."""
 
 
 @dataclass(frozen=True)
 class Probes:
-    """All of them; tests put fakes in their place."""
+    """All probes. Tests put fakes in their place."""
 
     software: Callable[[], dict[str, Any]]
     host: Callable[[], dict[str, Any]]
@@ -55,7 +55,7 @@ class Probes:
 
 
 def software() -> dict[str, Any]:
-    """Python and the build of torch."""
+    """Return the versions of Python and torch, and the build of torch."""
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -65,14 +65,14 @@ def software() -> dict[str, Any]:
 
 
 def host() -> dict[str, Any]:
-    """Processor and memory."""
+    """Return the processor and its memory."""
     card = this_machine("cpu")
     found = {"processor": card.name, "cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
     return {**found, "memory_bytes": card.memory_bytes, "free_bytes": available_memory()}
 
 
 def device() -> dict[str, Any]:
-    """The card that models run on, else the processor."""
+    """Return the card that models run on, else the processor."""
     card = this_machine()
     found: dict[str, Any] = {"name": card.name, "is_cuda": card.is_cuda, "bf16": card.has_bf16}
     if not card.is_cuda:
@@ -91,7 +91,7 @@ def device() -> dict[str, Any]:
 
 
 def _is_in_build(major: int, minor: int, built_for: list[str]) -> bool:
-    """Whether a build has code for a capability: of the same major number and no larger a minor one, or portable."""
+    """Tell whether a build has code for a capability: same major and no larger minor number, or portable code."""
     pairs = [name.partition("_") for name in built_for]
     codes = [(kind, int(digits[:-1]), int(digits[-1])) for kind, _, digits in pairs if digits.isdigit()]
     own = any(kind == "sm" and code == major and least <= minor for kind, code, least in codes)
@@ -100,13 +100,13 @@ def _is_in_build(major: int, minor: int, built_for: list[str]) -> bool:
 
 
 def driver() -> dict[str, Any] | None:
-    """What nvidia-smi says, whatever torch can do; None where there is none."""
+    """Return nvidia-smi's answer, even if torch cannot use the card; None without nvidia-smi."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
     query = [program, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    lines = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
+    lines = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 2]
     if done.returncode or not lines:
         raise RuntimeError(f"nvidia-smi: {(done.stdout + done.stderr).strip().splitlines()[:1] or done.returncode}")
     return {"version": lines[0][1], "cards": [name for name, _, _ in lines]}
@@ -115,8 +115,8 @@ def driver() -> dict[str, Any] | None:
 def four_bit(kind: DeviceKind) -> dict[str, float]:
     """Quantise a weight to NF4 on the device and multiply with it.
 
-    `weight_error`: of the dequantised weight; `product_error`: of the product against that with the dequantised weight.
-    Both root mean square, relative.
+    `weight_error` is that of the dequantised weight; `product_error` that of the product against the one with the
+    dequantised weight. Both are root mean square, relative.
     """
     import bitsandbytes as bnb
 
@@ -140,7 +140,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def eight_bit_optimizer() -> None:
-    """A step of bitsandbytes' AdamW on the card. Raises when it leaves the weight as it was, or not finite."""
+    """Make a step of bitsandbytes' AdamW on the card. Raises if the weight did not move, or is not finite."""
     import bitsandbytes as bnb
 
     weight = torch.nn.Parameter(torch.ones(128, 128, device="cuda"))
@@ -152,14 +152,14 @@ def eight_bit_optimizer() -> None:
 
 
 def disk(folder: Path) -> dict[str, float]:
-    """Free bytes where `folder` is, and bytes a second written and read there, where there is room to try."""
+    """Return the free bytes at `folder`, and bytes a second written and read there, if there is room to try."""
     speeds = time_disk(folder)
     found: dict[str, float] = {"free_bytes": shutil.disk_usage(folder).free}
     return found if speeds is None else found | {"write_bytes_per_s": speeds[0], "read_bytes_per_s": speeds[1]}
 
 
 def packages() -> dict[str, str | None]:
-    """Versions of what is needed and of what may be there; None: it is not."""
+    """Return the versions of required and optional packages. None means not installed."""
     found: dict[str, str | None] = {}
     for name in (*REQUIRED, *OPTIONAL):
         try:

