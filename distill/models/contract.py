@@ -5,6 +5,7 @@ Shapes: B batch, L sequence length, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,11 @@ def check_members(model: Any, name: str) -> None:
         raise UserError(f"{name}: made a {kind}, not a torch.nn.Module")
     if "_modules" not in vars(model):
         raise UserError(f"{name}: {kind} does not call super().__init__() in its constructor")
-    if not callable(getattr(model, "body", None)):
+    try:
+        body = getattr(model, "body", None)
+    except Exception as error:  # a property's code
+        raise UserError(f"{name}: its body failed: {blame(error)}") from error
+    if not callable(body):
         raise UserError(f"{name}: {kind} has no method 'body(input_ids_BL, position_ids_BL)'")
     checked_head(model, name, 1)
     for path, module in model.named_modules():
@@ -65,7 +70,7 @@ def _hidden_states(model: Any, name: str, ids_BL: Tensor, positions_BL: Tensor) 
         output = model.body(ids_BL.clone(), positions_BL.clone())
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a stranger's code may fail in any way
+    except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
         raise UserError(f"{name}: its body failed: {blame(error, model.body)}") from error
     wanted = "hidden states [B, L, D], or a tuple (hidden states, auxiliary loss)"
     if isinstance(output, tuple):
@@ -76,6 +81,8 @@ def _hidden_states(model: Any, name: str, ids_BL: Tensor, positions_BL: Tensor) 
             )
         output = output[0]
     if not isinstance(output, Tensor):
+        if inspect.iscoroutine(output):
+            output.close()  # or Python warns that nobody waited for it
         raise UserError(f"{name}: its body returned {_kind(output)}: return {wanted}")
     if not output.is_floating_point():
         raise UserError(f"{name}: its body returned a tensor of {_type(output)}: hidden states are of a float type")
@@ -96,7 +103,7 @@ def checked_head(model: Any, name: str, vocab_size: int) -> Head:
         head = model.head
     except UserError:
         raise
-    except Exception as error:  # a property's code
+    except (Exception, SystemExit) as error:  # a property's code
         getter = getattr(getattr(type(model), "head", None), "fget", None)
         raise UserError(f"{name}: its head failed: {blame(error, getter)}") from error
     if not isinstance(head, Head):
