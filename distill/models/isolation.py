@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.models.language_model import LanguageModel
+from distill.models.language_model import LanguageModel, hidden_states
 from distill.models.perturbation import perturbed
 
 LENGTH = 12
@@ -221,8 +221,7 @@ class _Passes:
         elif isinstance(self.model, nn.Module):
             self.model.eval()
         given_BL, positions_BL = ids_BL.clone(), self.positions_BL.clone()
-        output = self.model.body(given_BL, positions_BL)
-        hidden_BLD = (output[0] if isinstance(output, tuple) else output).detach().clone()
+        hidden_BLD = hidden_states(self.model, given_BL, positions_BL).clone()
         self.changed_input |= not (torch.equal(given_BL, ids_BL) and torch.equal(positions_BL, self.positions_BL))
         self.are_finite &= bool(hidden_BLD.isfinite().all())
         return hidden_BLD

@@ -3,7 +3,7 @@
     python tests/benchmarks/own_students.py --pairs 400 --preflight
 
 Every single fault is tried with all else sound, then so many random pairs and triples. Prints a tally; exit status 1
-when a traceback or anything but one line came out, a case took longer than its patience, or a wrong student was trained.
+when a traceback or anything but one line came out, a case took too long, or a wrong student was trained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE = 60
 """Seconds for one case."""
 SOUND = "sound"
 
-TEMPLATE = '''
+TEMPLATE = """
 import sys
 import numpy
 import torch
@@ -53,7 +53,7 @@ class Student(nn.Module):
 
     {body}
 {after}
-'''
+"""
 CONSTRUCTORS: dict[str, dict[str, str]] = {
     SOUND: {},
     "no super": {"first": "pass"},
