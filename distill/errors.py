@@ -30,3 +30,9 @@ def nearest_path(missing: Path, cutoff: float, suits: Callable[[Path], bool] = l
     names = [entry.name for entry in missing.parent.iterdir() if suits(entry)] if missing.parent.is_dir() else []
     near = difflib.get_close_matches(missing.name, sorted(names), n=1, cutoff=cutoff)
     return f"; did you mean '{missing.parent / near[0]}'?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return a library's error message, cut to the length of our own messages."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

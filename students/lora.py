@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.checkpoints import nearest, resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers, shape_of
+from distill.models.huggingface import (
+    HuggingFaceLanguageModel,
+    from_weights,
+    shape_of,
+)
 from distill.models.language_model import check_rows
 from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
 from distill.models.shapes import finder
@@ -82,16 +86,7 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
         with torch.device("meta"):  # for its names only
             empty = type(self.model)(copy.deepcopy(config))
         weights = {name: self._merged_tensor(name, empty).to("cpu", copy=True) for name in empty.state_dict()}
-        with quiet_transformers():
-            plain, report = type(self.model).from_pretrained(
-                None,
-                config=config,
-                state_dict=weights,
-                dtype=self.export_dtype,
-                output_loading_info=True,
-                trust_remote_code=False,  # the class is here already, with whatever code it needs
-            )
-        complain_about_missing(report, "merged student")
+        plain = from_weights(type(self.model), config, weights, self.export_dtype, "merged student")
         plain.generation_config = copy.deepcopy(self.model.generation_config)
         return HuggingFaceLanguageModel(plain)
 

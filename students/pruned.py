@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from distill.models.checkpoints import load_config, resolve
-from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers, shape_of
+from distill.models.huggingface import (
+    HuggingFaceLanguageModel,
+    from_weights,
+    quiet_transformers,
+    shape_of,
+)
 from distill.models.shapes import declare
 from distill.models.streaming import Source
 from distill.models.tensors import Tensors, tensors
@@ -220,16 +225,6 @@ def _build(config: Any, weights: dict[str, Tensor], teacher: str, trust_remote_c
     """Load through transformers, which knows how a family's names on disk differ from those in memory."""
     import transformers
 
-    with quiet_transformers():
-        with torch.device("meta"):  # for its class only
-            empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        model, report = type(empty).from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,  # the class is here already, with whatever code it needs
-        )
-    complain_about_missing(report, f"pruned {teacher}")
-    return model
+    with quiet_transformers(), torch.device("meta"):  # for its class only
+        empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return from_weights(type(empty), config, weights, torch.float32, f"pruned {teacher}")

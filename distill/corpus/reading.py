@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from distill.corpus.text_files import LONGEST_LINE, lines, open_text
-from distill.errors import UserError, nearest_path
+from distill.errors import UserError, first_line, nearest_path
 from distill.system.files import is_inside
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
@@ -176,11 +176,9 @@ def _load_from_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
     try:
         data = datasets.load_dataset(path, name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # The first line of an error of `datasets` is enough: unknown name, configuration or split; no network.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: neither a file or folder here nor a hub data set that can be loaded "
-            f"(configuration {name}, split {split}): {reason}"
+            f"(configuration {name}, split {split}): {first_line(error)}"
         ) from error
     assert isinstance(data, datasets.Dataset)
     return data

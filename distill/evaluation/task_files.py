@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError, nearest
-from distill.models.checkpoints import first_line
+from distill.errors import UserError, first_line, nearest
 from distill.system.quiet import quiet, quiet_datasets, quiet_transformers
 
 

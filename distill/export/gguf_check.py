@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import distill
-from distill.errors import UserError
+from distill.errors import UserError, first_line
 from distill.export.gguf_architecture import query_divisor
-from distill.models.checkpoints import Checkpoint, first_line, load_config
+from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing
 from distill.models.language_model import hidden_states

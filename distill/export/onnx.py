@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
+from distill.errors import UserError, first_line
 from distill.export import onnx_tracing, probe
 from distill.export.hf import save_tokenizer
-from distill.models.checkpoints import first_line
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import hidden_states
 from distill.models.tokenizers import load_folder_tokenizer

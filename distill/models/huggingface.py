@@ -6,15 +6,15 @@ Shapes: B batch, L sequence length, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
-from distill.models.checkpoints import Checkpoint, first_line, load_config, weight_files
+from distill.errors import UserError, first_line
+from distill.models.checkpoints import Checkpoint, load_config, weight_files
 from distill.models.language_model import Head
 from distill.models.shapes import finder
 from distill.system.quiet import quiet_transformers
@@ -207,6 +207,21 @@ def shape_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
 
     with quiet_transformers():
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def from_weights(model_class: Any, config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> Any:
+    """Make a `transformers` model of weights in memory. Raises UserError, with the `name`, if some are missing."""
+    with quiet_transformers():
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,  # the class is here already, with whatever code it needs
+        )
+    complain_about_missing(report, name)
+    return model
 
 
 def complain_about_missing(report: Any, name: str) -> None:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.errors import UserError, did_you_mean
+from distill.errors import UserError, did_you_mean, first_line
 from distill.models.safety import check_folder
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: boo
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except (ValueError, OSError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: the tokenizer cannot be read: {reason}") from error
+        raise UserError(f"{name}: the tokenizer cannot be read: {first_line(error)}") from error
 
 
 def from_sentencepiece(path: Path) -> Any:

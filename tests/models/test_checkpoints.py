@@ -13,9 +13,9 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from distill.errors import UserError
+from distill.errors import UserError, first_line
 from distill.models import checkpoints
-from distill.models.checkpoints import Checkpoint, fingerprints, first_line, load_config, resolve, weight_files
+from distill.models.checkpoints import Checkpoint, fingerprints, load_config, resolve, weight_files
 from distill.models.tensors import tensors
 
 

@@ -194,12 +194,9 @@ def fake_run(tmp_path: Path) -> FakeRun:
         name: str = "demo",
         change: Callable[[dict[str, Any]], object] | None = None,
         shift: float = 0.0,
-        *,
-        logs: bool = True,
-        costs: tuple[dict[str, Any], ...] | None = COSTS,
-        forecast: dict[str, Any] | None = FORECAST,
+        **parts: Any,
     ) -> Path:
-        return write_run(tmp_path / name, change, shift, logs, costs, forecast)
+        return write_run(tmp_path / name, change, shift, **parts)
 
     return write
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.errors import UserError
+from distill.errors import UserError, first_line
 from distill.experiment.cache import make_scheme
 from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training, roles
@@ -20,7 +20,6 @@ from distill.forecast.phases.step import StepShape, simulate_step
 from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.result import Simulation
-from distill.models.checkpoints import first_line
 from distill.system.quiet import quiet
 from distill.system.units import size
 from distill.targets.schemes import Hidden

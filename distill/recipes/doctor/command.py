@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distill.errors import first_line
 from distill.forecast.forecast import CONTEXT_BYTES, FRAGMENTATION, LIBRARIES_BYTES
 from distill.forecast.machine import calibration
 from distill.forecast.simulation.kernels import DeviceKind
@@ -48,8 +49,7 @@ def _tried(what: str, look: Callable[[], T], findings: list[Finding], remedy: st
         with quiet(prints=True):
             return look()
     except (Exception, SystemExit) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        findings.append(Finding("wrong", f"{what}: {lines[0][:200]}", remedy))
+        findings.append(Finding("wrong", f"{what}: {first_line(error)[:200]}", remedy))
         return None
 
 
