@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from distill.models import devices
 from distill.models.checkpoints import resolve
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import DTYPES, Quantization, load_quantized
@@ -29,10 +30,6 @@ def load_teacher(
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
     """Return the compute dtype. `auto` is bfloat16 on CUDA cards that have it, float16 on older ones, else float32."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise ValueError(f"compute_dtype '{name}' is unknown (known: auto, {', '.join(DTYPES)})")
-        return DTYPES[name]
-    if not device.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"compute_dtype '{name}' is unknown (known: auto, {', '.join(DTYPES)})")
+    return DTYPES[devices.compute_dtype(name, torch.device(device))]

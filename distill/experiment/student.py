@@ -1,4 +1,4 @@
-"""A fresh student of the experiment."""
+"""A fresh student of the experiment, to be measured or to be trained."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import Tensor
 from distill import plugins
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
+from distill.experiment.checks import check_length, check_model
 from distill.experiment.configuration import Experiment
-from distill.models import devices
+from distill.experiment.place import Place
+from distill.models.contract import checked_head
+from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.vocabulary import Vocabulary
+from distill.training.activation_checkpointing import checkpoint_blocks
 
-Calibration = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """count -> token ids, position ids and loss mask `[count, L]` of the first training samples."""
 
 
-def calibration_samples(reader: CacheReader) -> Calibration:
-    """The first training samples, for students that look at text while they are made."""
+def first_samples(reader: CacheReader) -> FirstSamples:
+    """Return the first training samples of a cache, for students that look at text while they are made."""
 
     def first(count: int) -> tuple[Tensor, Tensor, Tensor]:
         batch = reader.collate([reader[index] for index in range(min(count, len(reader)))])
@@ -30,37 +34,70 @@ def calibration_samples(reader: CacheReader) -> Calibration:
     return first
 
 
-def build_student(
-    experiment: Experiment, vocab_size: int, calibration: Calibration, vocabulary: Vocabulary | None = None
+def make_student(
+    experiment: Experiment,
+    place: Place,
+    vocab_size: int,
+    samples: FirstSamples | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """A fresh student from the experiment's seed, and the complete options it was made with.
+    """Make a student from the experiment's seed, on the host; return it and the complete options it was made with.
 
-    With a `vocabulary` it has these of the teacher's tokens alone: made so, or trimmed.
+    `vocab_size`: the teacher's tokens. With a `vocabulary` the student has these of them alone: made so, or trimmed.
+    Raises UserError when it reads fewer tokens than a sample has, or its head has too few rows.
     """
-    device = str(devices.pick_device(experiment.train.accelerator))
-    offered = offered_options(experiment, vocab_size if vocabulary is None else len(vocabulary), calibration, device)
-    student = experiment.student
-    options = plugins.arguments(student.class_path, "student", student.options, offered)
-    torch.manual_seed(experiment.train.seed)
-    model = plugins.build(student.class_path, "student", options, {})
+    student, name = experiment.student, f"student {experiment.student.class_path}"
+    tokens = vocab_size if vocabulary is None else len(vocabulary)
+    with place.making():
+        offered = {**offered_options(experiment, place, tokens), "calibration": samples}
+        options = plugins.arguments(student.class_path, "student", student.options, offered)
+        torch.manual_seed(experiment.train.seed)
+        model = plugins.build(student.class_path, "student", options, {})
     if vocabulary is not None:
-        _trim(model, f"student {student.class_path}", vocabulary)
+        _trim(model, name, vocabulary)
+    check_length(context_length(model), name, experiment.corpus.sequence_length)
+    checked_head(model, name, tokens)
     return model, options
 
 
-def offered_options(
-    experiment: Experiment, vocab_size: int, calibration: Calibration | None, device: str
-) -> dict[str, Any]:
-    """What a student's constructor gets when it asks for it by name, and the user has not given it."""
+def offered_options(experiment: Experiment, place: Place, vocab_size: int) -> dict[str, Any]:
+    """Return what a student's constructor gets when it asks for it by name, and the user has not given it."""
     return {
         "vocab_size": vocab_size,
         "sequence_length": experiment.corpus.sequence_length,
         "teacher": experiment.teacher.model,
-        # Of that one: another one that the user gives has its own.
+        # A teacher that the user gives among the options is another one, with a revision of its own.
         "teacher_revision": None if "teacher" in experiment.student.options else experiment.teacher.revision,
-        "calibration": calibration,
-        "device": device,
+        "device": str(place.device),
     }
+
+
+def make_student_to_train(
+    experiment: Experiment,
+    place: Place,
+    vocab_size: int,
+    samples: FirstSamples | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> tuple[Any, dict[str, Any], int]:
+    """Make a student as `make_student` does, tried out, with the levers of its training.
+
+    Return also the number of blocks whose activations are recomputed. Raises UserError as well for a student that
+    breaks the contract of body and head, and for a lever that it cannot take.
+    """
+    config, name = experiment.train, f"student {experiment.student.class_path}"
+    model, options = make_student(experiment, place, vocab_size, samples, vocabulary)
+    if place.has_memory:
+        tokens, corpus = vocab_size if vocabulary is None else len(vocabulary), experiment.corpus
+        check_model(model, name, tokens, corpus.pack, length=corpus.sequence_length, trains=True)
+    recomputed = 0
+    if config.activation_checkpointing:
+        try:
+            recomputed = checkpoint_blocks(model, config.checkpoint_every_k)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}: leave --train.activation_checkpointing off") from None
+    if config.precision == "bf16-true":
+        model.to(torch.bfloat16)
+    return model, options, recomputed
 
 
 def _trim(model: Any, name: str, vocabulary: Vocabulary) -> None:

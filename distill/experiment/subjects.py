@@ -18,7 +18,7 @@ from distill.experiment.cache import packing_fingerprint
 from distill.experiment.checks import check_model
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.experiment.student import Calibration, build_student, offered_options
+from distill.experiment.student import FirstSamples, make_student, offered_options
 from distill.experiment.teacher import Teacher
 from distill.experiment.training import Role, own_settings, roles
 from distill.models.checkpoints import weight_files
@@ -106,16 +106,16 @@ def _teacher(experiment: Experiment, teacher: Teacher) -> Subject:
     plugin = {"class_path": experiment.teacher.class_path, "options": experiment.teacher.options}
 
     def load() -> Loaded:
-        return Loaded(teacher.load(experiment.corpus.pack), teacher.tokenizer, teacher.vocab_size)
+        return Loaded(teacher.load(), teacher.tokenizer, teacher.vocab_size)
 
     return Subject("teacher", {**teacher.fingerprints, "plugin": plugin}, weight_files(teacher.checkpoint), load)
 
 
 def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None) -> Subject:
-    calibration = _calibration(samples, experiment.cache.max_samples)
+    first = _first_samples(samples, experiment.cache.max_samples)
 
     def load() -> Loaded:
-        model = build_student(experiment, teacher.vocab_size, calibration, vocabulary)[0]
+        model = make_student(experiment, teacher.place, teacher.vocab_size, first, vocabulary)[0]
         model = model.to(device=teacher.device, dtype=_dtype(experiment)).eval()
         return _checked(experiment, model, teacher.tokenizer, teacher, vocabulary)
 
@@ -123,7 +123,7 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
         "teacher": teacher.fingerprints,
         "student": asdict(experiment.student),
         "seed": experiment.train.seed,
-        "calibration": [samples.fingerprint, experiment.cache.max_samples],
+        "first_samples": [samples.fingerprint, experiment.cache.max_samples],
         "dtype": experiment.evaluate.student_dtype,
         **_code(experiment.student.class_path),
     }
@@ -137,9 +137,9 @@ def _trained(
     weights = sorted(folder.glob("*.safetensors"))
 
     def load() -> Loaded:
-        device, student = teacher.device, experiment.student
-        options = {**offered_options(experiment, teacher.vocab_size, None, str(device)), **student.options}
-        model = load_language_model(folder, device, _dtype(experiment), student.class_path, options)
+        student = experiment.student
+        options = {**offered_options(experiment, teacher.place, teacher.vocab_size), **student.options}
+        model = load_language_model(folder, teacher.device, _dtype(experiment), student.class_path, options)
         return _checked(experiment, model, load_folder_tokenizer(folder), teacher, vocabulary)
 
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -167,7 +167,7 @@ def _checked(
     return Loaded(model, tokenizer, tokens)
 
 
-def _calibration(samples: SampleSets, max_samples: int | None) -> Calibration:
+def _first_samples(samples: SampleSets, max_samples: int | None) -> FirstSamples:
     """The first training samples, as the student saw them in the cache while it was made; no cache is needed."""
 
     def first(count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,26 +9,41 @@ from distill import plugins
 from distill.corpus import SampleSets, open_corpus
 from distill.experiment.checks import check_length, check_model
 from distill.experiment.configuration import Experiment
-from distill.models import checkpoints, devices, tokenizers
+from distill.experiment.place import Place
+from distill.models import checkpoints, tokenizers
 from distill.models.generation import context_of
+from distill.system.quiet import quiet_transformers
 
 
 class Teacher:
-    """The experiment's teacher: what is cheap to know at once, the model itself when it is asked for."""
+    """The experiment's teacher: what is cheap to know at once, tokenizer and model when they are asked for."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.config = experiment.teacher
-        self.checkpoint = checkpoints.resolve(self.config.model, self.config.revision, self.config.trust_remote_code)
-        self.tokenizer = tokenizers.load_tokenizer(
-            self.checkpoint, self.config.tokenizer, self.config.trust_remote_code
-        )
-        self.vocab_size = tokenizers.vocab_size(self.tokenizer)
-        self.device = devices.pick_device(experiment.train.accelerator)
-        self.compute_dtype = devices.compute_dtype(self.config.compute_dtype, self.device)
-        config = checkpoints.load_config(self.checkpoint, self.config.trust_remote_code)
-        self.hidden_size: int = config.get_text_config().hidden_size
-        self.sequence_length = experiment.corpus.sequence_length
-        check_length(context_of(config), self.checkpoint.name, self.sequence_length)
+    def __init__(self, experiment: Experiment, place: Place) -> None:
+        """Raise UserError when the checkpoint is not there, or reads fewer tokens than a sample has."""
+        self.config, self.place, self.device = experiment.teacher, place, place.device
+        self.corpus = experiment.corpus
+        with place.making(), quiet_transformers():
+            self.checkpoint = checkpoints.resolve(
+                self.config.model, self.config.revision, self.config.trust_remote_code
+            )
+            self.shape = checkpoints.load_config(self.checkpoint, self.config.trust_remote_code).get_text_config()
+        self.compute_dtype = place.compute_dtype(self.config.compute_dtype)
+        check_length(context_of(self.shape), self.checkpoint.name, self.corpus.sequence_length)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, of the final hidden states."""
+        return int(self.shape.hidden_size)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that the experiment names, else the checkpoint's own."""
+        return tokenizers.load_tokenizer(self.checkpoint, self.config.tokenizer, self.config.trust_remote_code)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V, the tokenizer's tokens; the head may have more rows."""
+        return tokenizers.vocab_size(self.tokenizer)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -41,24 +56,26 @@ class Teacher:
             **tokenizers.tokenizer_fingerprint(self.tokenizer),
         }
 
-    def load(self, pack: bool) -> Any:
-        """The model on its device; checked that it can read the vocabulary and, packed, keeps documents apart."""
+    def load(self) -> Any:
+        """Make the model on its device; where it has values, check its vocabulary and that it keeps documents apart."""
         offered = {
             "model": self.config.model,
             "quantization": self.config.quantization,
             "compute_dtype": self.compute_dtype,
-            "device": str(self.device),
+            "device": str(self.place.device),
             "revision": self.config.revision,
             "trust_remote_code": self.config.trust_remote_code,
         }
-        model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
-        name = f"teacher {self.config.model}"
-        check_model(model, name, self.vocab_size, pack, length=self.sequence_length)
+        with self.place.making():
+            model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
+        if self.place.has_memory:
+            name, corpus = f"teacher {self.config.model}", self.corpus
+            check_model(model, name, self.vocab_size, corpus.pack, length=corpus.sequence_length)
         return model
 
 
 def open_samples(experiment: Experiment, teacher: Teacher) -> SampleSets:
-    """The corpus as samples of the teacher's tokens."""
+    """Open the corpus as samples of the teacher's tokens."""
     corpus = experiment.corpus
     return open_corpus(
         corpus.path,

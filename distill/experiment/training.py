@@ -11,6 +11,7 @@ import torch
 from distill.cache.format.folder import Manifest
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
+from distill.experiment.place import Place
 from distill.losses.features import check_features
 from distill.losses.objective import Mixture, check_divergence, make_divergence
 from distill.models.language_model import Head
@@ -89,14 +90,13 @@ def check_training(experiment: Experiment, scheme: str, held_out: int, device: s
 
 def make_module(
     experiment: Experiment,
+    place: Place,
     role: Role,
     student: Any,
     vocab_size: int,
-    manifest: Manifest,
-    teacher_head: Head | None,
-    device_type: str | None = None,
+    teacher_head: Head | None = None,
 ) -> DistillationModule:
-    """Make what Lightning trains. `device_type`: the optimiser's, by default that of the student's weights."""
+    """Make the LightningModule that trains a student; `teacher_head`: of a cache of hidden states."""
     train, loss = experiment.train, experiment.loss
     schedule = partial(
         Schedule,
@@ -109,10 +109,10 @@ def make_module(
     return DistillationModule(
         student,
         vocab_size=vocab_size,
-        objective=Mixture(role.alpha, manifest.temperature, divergence),
+        objective=Mixture(role.alpha, experiment.cache.temperature, divergence),
         chunk_size=loss.chunk_size,
         micro_batch=train.batch_size,
-        make_optimizer=partial(_optimizer, experiment, device_type),
+        make_optimizer=partial(_optimizer, experiment, place.device_type),
         make_schedule=lambda total: schedule(total=total),
         gradient_clip=train.gradient_clip,
         non_finite=NonFinite(train.non_finite),
@@ -125,7 +125,7 @@ def make_module(
     )
 
 
-def _optimizer(experiment: Experiment, device_type: str | None, module: torch.nn.Module) -> torch.optim.Optimizer:
+def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module) -> torch.optim.Optimizer:
     train = experiment.train
     optimizer = make_optimizer(
         module,

@@ -21,9 +21,11 @@ def pick_device(accelerator: str) -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> str:
-    """Choose for `auto`: bfloat16 on CUDA cards that have it, float16 on older ones, else float32. Others stay."""
-    if name != "auto":
-        return name
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    """Return the name of a type; `auto` is the best that the device has, other names stay."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return best_dtype(device.type == "cuda", has_bf16) if name == "auto" else name
+
+
+def best_dtype(is_cuda: bool, has_bf16: bool) -> str:
+    """Return the type that `auto` stands for: bfloat16 where CUDA has it, float16 on older cards, else float32."""
+    return "float32" if not is_cuda else "bfloat16" if has_bf16 else "float16"

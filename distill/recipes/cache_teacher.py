@@ -25,6 +25,7 @@ from distill.errors import UserError
 from distill.experiment.cache import make_manifest, make_token_order, with_budgeted_threshold
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher, open_samples
 from distill.forecast.preflight import Preflight
 from distill.models import devices
@@ -53,8 +54,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     preflight = Preflight(experiment, "cache-teacher", following)
     if not _is_begun(experiment, folders):
         preflight.check()  # before a teacher of many gigabytes is fetched
-    teacher = Teacher(experiment)
-    teacher.device = trainer.strategy.root_device
+    teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
     samples = open_samples(experiment, teacher)
     order = make_token_order(experiment, teacher, samples)
     experiment = _within_budget(experiment, folders, teacher, samples, order)
@@ -113,7 +113,7 @@ def _within_budget(
     if begun or (cache.bytes_per_token is None and cache.max_size is None):
         return with_budgeted_threshold(experiment, read_manifest(folders.cache)) if begun else experiment
     manifest = make_manifest(experiment, teacher, samples, order)
-    module = _teacher_module(experiment, teacher.load(experiment.corpus.pack), manifest)
+    module = _teacher_module(experiment, teacher.load(), manifest)
     start, stop = manifest.splits["train"]
     calibration = Calibration(module, order, samples.train, stop - start, cache.batch_size, teacher.device)
     scheme = manifest.make_scheme()
@@ -187,7 +187,7 @@ def _predict(
     numbered: ConcatDataset = ConcatDataset(
         [Subset(splits[name], range(stop - start)) for name, (start, stop) in manifest.splits.items() if stop > start]
     )
-    model = teacher.load(experiment.corpus.pack)
+    model = teacher.load()
     if trainer.is_global_zero and _lacks_head(folders, manifest):
         try:
             save_head(folders.cache, model.head.with_rows(manifest.vocab_size))

@@ -18,14 +18,13 @@ from distill.cache.reading.storage import Storage
 from distill.errors import UserError
 from distill.experiment import settings
 from distill.experiment.cache import check_cache_settings, open_cache
-from distill.experiment.checks import check_length, check_model
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
-from distill.experiment.student import build_student, calibration_samples
+from distill.experiment.place import Place
+from distill.experiment.student import first_samples, make_student_to_train
 from distill.experiment.training import Role, check_training, make_module, roles, training_settings
 from distill.forecast.preflight import Preflight
 from distill.models.devices import pick_device
-from distill.models.generation import context_length
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer
@@ -36,7 +35,6 @@ from distill.system.processes import is_first_process, leave_if_not_first, run_t
 from distill.system.progress import Progress, be_quiet, say
 from distill.system.staging import recover
 from distill.system.units import parse_duration
-from distill.training.activation_checkpointing import checkpoint_blocks
 from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, is_whole, newest
 from distill.training.data import CacheDataModule
@@ -126,6 +124,7 @@ class _Training:
 
     def __init__(self, experiment: Experiment, folders: Folders, train: CacheReader, role: Role) -> None:
         self.experiment, self.folders, self.role = experiment, folders, role
+        self.place = Place.of(experiment)
         self.manifest = train.manifest
         self.checkpoints = folders.checkpoints(role.name)
         self.settings = training_settings(experiment, role, self.manifest)
@@ -183,26 +182,20 @@ class _Training:
 
     def _student(self, tell: Callable[[str], None] = say) -> tuple[Any, dict[str, Any]]:
         """A fresh student, checked, and the options it was made with."""
-        config, manifest = self.experiment.train, self.manifest
-        student, options = build_student(
-            self.experiment, manifest.vocab_size, calibration_samples(self.data.train), self.data.vocabulary
+        student, options, recomputed = make_student_to_train(
+            self.experiment,
+            self.place,
+            self.manifest.vocab_size,
+            first_samples(self.data.train),
+            self.data.vocabulary,
         )
-        name = f"student {self.experiment.student.class_path}"
-        check_length(context_length(student), name, manifest.sequence_length)
-        check_model(student, name, self._vocab_size(), manifest.pack, length=manifest.sequence_length, trains=True)
         parameters = sum(parameter.numel() for parameter in student.parameters())
         tell(
             f"{self.role.name}: {self.experiment.student.class_path}, {parameters / 1e6:,.1f} M parameters, "
             f"alpha {self.role.alpha:g}"
         )
-        if config.activation_checkpointing:
-            try:
-                recomputed = checkpoint_blocks(student, config.checkpoint_every_k)
-            except ValueError as error:
-                raise UserError(f"{name}: {error}: leave --train.activation_checkpointing off") from None
+        if recomputed:
             tell(f"{self.role.name}: activation checkpointing of {recomputed} blocks")
-        if config.precision == "bf16-true":
-            student.to(torch.bfloat16)
         return student, options
 
     def _vocab_size(self) -> int:
@@ -234,9 +227,7 @@ class _Training:
                 KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
             ],
         )
-        module = make_module(
-            self.experiment, self.role, student, self._vocab_size(), self.manifest, self._teacher_head()
-        )
+        module = make_module(self.experiment, self.place, self.role, student, self._vocab_size(), self._teacher_head())
         with progress, interrupt.deferred():
             fit = partial(trainer.fit, module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
             run_together(trainer, fit)

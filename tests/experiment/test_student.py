@@ -8,20 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from distill import plugins
 from distill.errors import UserError
-from distill.experiment.configuration import CorpusConfig, Experiment, StudentConfig, TeacherConfig
-from distill.experiment.student import build_student, offered_options
+from distill.experiment.configuration import CorpusConfig, Experiment, StudentConfig, TeacherConfig, TrainConfig
+from distill.experiment.place import Place
+from distill.experiment.student import make_student, make_student_to_train
 from distill.models.vocabulary import Vocabulary
 
 FULL = 120  # the teacher's tokens
 KEPT = torch.arange(0, FULL, 3)
+PLACE = Place(torch.device("cpu"), "cpu", "float32")
 SOURCE = """
 import torch
 from distill.models.language_model import Head
 
 class Student(torch.nn.Module):
-    def __init__(self, vocab_size: int, rows: int | None = None):
+    def __init__(self, vocab_size: int, rows: int | None = None, teacher: str = '', teacher_revision=None):
         super().__init__()
         self.embedding = torch.nn.Embedding(rows or vocab_size, 8)
     def body(self, input_ids, position_ids):
@@ -35,8 +36,9 @@ class Student(torch.nn.Module):
 
 
 def build(class_path: str, kept_ids: torch.Tensor = KEPT, teacher: str = "", **options: Any) -> Any:
-    experiment = Experiment(CorpusConfig(""), TeacherConfig(teacher), StudentConfig(class_path, options, "corpus"))
-    return build_student(experiment, FULL, lambda count: ..., Vocabulary(kept_ids, FULL))[0]  # type: ignore[arg-type,return-value]
+    corpus = CorpusConfig("", sequence_length=16)
+    experiment = Experiment(corpus, TeacherConfig(teacher), StudentConfig(class_path, options, "corpus"))
+    return make_student(experiment, PLACE, FULL, vocabulary=Vocabulary(kept_ids, FULL))[0]
 
 
 @pytest.fixture
@@ -93,10 +95,40 @@ def test_what_could_not_be_made_again_from_its_options_is_not_trimmed(mine: str)
 
 @pytest.mark.parametrize(("options", "revision"), [({}, "v2"), ({"teacher": "another"}, None)])
 def test_a_student_cut_from_the_teacher_is_cut_from_the_revision_that_teaches(
-    options: dict[str, Any], revision: str | None
+    options: dict[str, Any], revision: str | None, mine: str
 ) -> None:
     teacher = TeacherConfig("someone/something", revision="v2")
-    experiment = Experiment(CorpusConfig(""), teacher, StudentConfig("pruned", options))
-    offered = offered_options(experiment, FULL, None, "cpu")
-    arguments = plugins.arguments("pruned", "student", {"layers": 2, **options}, offered)
-    assert arguments["teacher_revision"] == revision
+    _, made_with = make_student(Experiment(CorpusConfig(""), teacher, StudentConfig(mine, options)), PLACE, FULL)
+    assert made_with["teacher_revision"] == revision
+    assert made_with["teacher"] == options.get("teacher", "someone/something")
+
+
+def test_a_student_reads_whole_samples_and_has_all_tokens(mine: str, tiny_config: dict[str, Any]) -> None:
+    config = {**tiny_config, "max_position_embeddings": 16}
+    for length in (16, 17):
+        corpus, student = CorpusConfig("", sequence_length=length), StudentConfig("huggingface", {"config": config})
+        experiment = Experiment(corpus, TeacherConfig(""), student)
+        if length == 16:
+            assert make_student(experiment, PLACE, FULL)
+            continue
+        with pytest.raises(
+            UserError, match=r"corpus.sequence_length: 17 is beyond the 16 tokens of student huggingface"
+        ):
+            make_student(experiment, PLACE, FULL)
+    few = Experiment(CorpusConfig(""), TeacherConfig(""), StudentConfig(mine, {"rows": FULL - 1}))
+    with pytest.raises(UserError, match=r"mine.py:Student: .*119 rows.*120 tokens"):
+        make_student(few, PLACE, FULL)
+
+
+def test_a_student_to_train_has_the_levers_of_its_training(mine: str, tiny_config: dict[str, Any]) -> None:
+    levers = TrainConfig(precision="bf16-true", activation_checkpointing=True)
+    corpus, student = CorpusConfig("", sequence_length=16), StudentConfig("huggingface", {"config": tiny_config})
+    plain, _ = make_student(Experiment(corpus, TeacherConfig(""), student, train=levers), PLACE, FULL)
+    made, _, recomputed = make_student_to_train(
+        Experiment(corpus, TeacherConfig(""), student, train=levers), PLACE, FULL
+    )
+    assert recomputed == tiny_config["num_hidden_layers"]
+    assert plain.head.weight_VD.dtype == torch.float32 and made.head.weight_VD.dtype == torch.bfloat16
+    assert torch.equal(plain.head.weight_VD.bfloat16(), made.head.weight_VD)
+    with pytest.raises(UserError, match=r"leave --train.activation_checkpointing off"):
+        make_student_to_train(Experiment(corpus, TeacherConfig(""), StudentConfig(mine), train=levers), PLACE, FULL)

@@ -15,12 +15,13 @@ from distill.errors import UserError
 from distill.experiment.cache import make_scheme
 from distill.experiment.configuration import Experiment
 from distill.experiment.file import load_experiment
-from distill.experiment.student import build_student
+from distill.experiment.place import Place
+from distill.experiment.student import make_student
 from distill.forecast import sizes
 from distill.forecast.advice import apply
 from distill.forecast.forecast import Forecaster
 from distill.forecast.machine.cards import find_card
-from distill.forecast.models import Models, configurations_alone
+from distill.forecast.models import Models
 from distill.forecast.phases.simulator import PHASES
 from distill.forecast.simulation.fake import without_memory
 
@@ -123,10 +124,10 @@ def test_every_student_is_made_without_weights(name: str, experiment: Callable[.
 @pytest.mark.parametrize("name", ["depth", "width", "compact"])
 def test_the_student_has_the_real_ones_shapes(name: str, world: Any, experiment: Callable[..., Experiment]) -> None:
     made = experiment(student=STUDENTS[name](world.content["teacher"]["model"]))
-    with configurations_alone([]), without_memory("cpu"):
+    with without_memory("cpu"):
         models = Models(made, CARD, [])
         shapes = {key: tensor.shape for key, tensor in models.student().state_dict().items()}
-    real, _ = build_student(made, models.vocab_size, _samples)
+    real, _ = make_student(made, Place.of(made), models.vocab_size, _samples)
     assert shapes == {key: tensor.shape for key, tensor in real.state_dict().items()}
 
 

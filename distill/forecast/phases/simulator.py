@@ -14,7 +14,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training, roles
 from distill.forecast.machine.calibration import find, kind_of, speed
 from distill.forecast.machine.cards import Card
-from distill.forecast.models import Models, configurations_alone, size_of
+from distill.forecast.models import Models, size_of
 from distill.forecast.phases.evaluation import simulate_fidelity, simulate_likelihood
 from distill.forecast.phases.step import StepShape, simulate_step
 from distill.forecast.phases.teacher import simulate_teacher
@@ -69,7 +69,7 @@ class Simulator:
         if key not in self._known:
             own: list[str] = []
             try:
-                with quiet(), configurations_alone(own):
+                with quiet():
                     self._known[key] = _SIMULATE[phase](self, Models(experiment, self.card, own)), own
             except UserError:
                 raise
@@ -81,7 +81,7 @@ class Simulator:
 
     def hidden_size(self, experiment: Experiment) -> int:
         """The teacher's."""
-        with quiet(), configurations_alone([]):
+        with quiet():
             return Models(experiment, self.card, []).hidden_size
 
     def _teacher(self, models: Models) -> list[Part]:

@@ -12,6 +12,7 @@ from distill.evaluation.statistics import mean_and_deviation, speculative
 from distill.experiment.checks import check_evaluation
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.place import Place
 from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.experiment.teacher import Teacher, open_samples
 from distill.forecast.preflight import Preflight
@@ -31,7 +32,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     """
     folders = Folders.of(experiment)
     make_run_folder(folders)
-    teacher = Teacher(experiment)
+    teacher = Teacher(experiment, Place.of(experiment))
     samples = open_samples(experiment, teacher)
     trained_roles(experiment, folders, samples.fingerprint)
     if not len(samples.held_out):

@@ -17,6 +17,7 @@ from distill.cache.making.predict import TeacherModule
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.experiment.file import load_experiment
+from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher, open_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,11 +41,11 @@ def copy(real: str, tmp_path: Path) -> Path:
 def test_a_cache_holds_what_the_corpus_and_the_teacher_say(real: str, assert_same: Any) -> None:
     """Bit for bit the samples and targets that are made directly, where nothing knows of an order."""
     experiment = load_experiment(real, [])
-    teacher = Teacher(experiment)
+    teacher = Teacher(experiment, Place.of(experiment))
     samples = open_samples(experiment, teacher).train
     reader = CacheReader(Path(real).parent / "run/cache", "train")
     manifest = reader.manifest
-    module = TeacherModule(teacher.load(True), manifest.vocab_size, manifest.make_scheme(), seed=0)
+    module = TeacherModule(teacher.load(), manifest.vocab_size, manifest.make_scheme(), seed=0)
     direct: list[Record] = []
     for start in range(0, 16, 4):
         rows = [samples[index] for index in range(start, start + 4)]

@@ -19,6 +19,7 @@ from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.experiment.cache import make_manifest, make_token_order
 from distill.experiment.file import load_experiment
+from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher, open_samples
 from distill.targets.schemes import RandomDraws, VarOpt
 
@@ -33,12 +34,12 @@ class Bench:
 
     def __init__(self, file: str, order: TokenOrder | None = None) -> None:
         experiment = load_experiment(file, [])
-        teacher = Teacher(experiment)
+        teacher = Teacher(experiment, Place.of(experiment))
         samples = open_samples(experiment, teacher)
         self.order = order or make_token_order(experiment, teacher, samples)
         self.manifest = make_manifest(experiment, teacher, samples, self.order)
         scheme = self.manifest.make_scheme()
-        module = TeacherModule(teacher.load(True), teacher.vocab_size, scheme, seed=self.manifest.seed)
+        module = TeacherModule(teacher.load(), teacher.vocab_size, scheme, seed=self.manifest.seed)
         self.calibration = Calibration(module, self.order, samples.train, 10, 4, teacher.device)
 
 

@@ -1,0 +1,50 @@
+"""The place where an experiment's objects are made: a device of this machine, or an imagined card, without memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from distill.experiment.configuration import Experiment
+from distill.models import devices
+from distill.models.shapes import Find, shapes_alone
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device of this machine, or a card that is imagined."""
+
+    device: torch.device
+    """Device of the objects; a CPU where they have no memory."""
+    device_type: str
+    """Kind of device that optimisers and settings are chosen for: cuda, cpu or mps."""
+    best_dtype: str
+    """Type that `auto` stands for."""
+    find: Find | None = None
+    """Finds the configuration of a hub name. None: objects have memory here, and checkpoints are loaded whole."""
+
+    @property
+    def has_memory(self) -> bool:
+        return self.find is None
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Place:
+        """Return the device that the experiment runs on here. Raises UserError when it has none."""
+        device = devices.pick_device(experiment.train.accelerator)
+        return cls(device, device.type, devices.compute_dtype("auto", device))
+
+    @classmethod
+    def without_memory(cls, is_cuda: bool, has_bf16: bool, find: Find) -> Place:
+        """Return a card with these abilities. Its objects are made among fake tensors, which the caller provides."""
+        kind = "cuda" if is_cuda else "cpu"
+        return cls(torch.device("cpu"), kind, devices.best_dtype(is_cuda, has_bf16), find)
+
+    def compute_dtype(self, name: str) -> str:
+        """Return the name of a type, `auto` replaced by the best one here."""
+        return self.best_dtype if name == "auto" else name
+
+    def making(self) -> AbstractContextManager[None]:
+        """Let checkpoints and models be what this place takes of them, inside."""
+        return nullcontext() if self.find is None else shapes_alone(self.find)
