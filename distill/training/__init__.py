@@ -1,1 +1,1 @@
-"""Training a student from a cache under Lightning."""
+"""The training of a student from a cache under Lightning."""

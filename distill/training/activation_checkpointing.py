@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
-    """Make every k-th block of `model`, from the first on, keep only its inputs; returns the number of those blocks.
+    """Make every k-th block of `model`, from the first on, keep only its inputs. Returns the number of such blocks.
 
-    What a block draws at random (dropout) it draws again. Raises ValueError when there are no `blocks`.
+    A recomputed block draws the same random numbers (dropout). Raises ValueError if there are no `blocks`.
     """
     if every_k < 1:
         raise ValueError(f"every {every_k}-th block: must be 1 or more")
@@ -25,9 +25,9 @@ def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList | None:
-    """The longest `nn.ModuleList` whose elements are of one class, but for lists inside another list's elements.
+    """Return the longest `nn.ModuleList` whose elements are of one class, except lists inside other lists' elements.
 
-    In most models these are the layers; a layer's experts are not, though they may be more.
+    In most models these are the layers. A layer's experts are not, though they may be more.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     inside = {module for outer in lists for block in outer for module in block.modules()}

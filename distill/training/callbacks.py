@@ -1,4 +1,4 @@
-"""What is seen of the steps while they are made."""
+"""Progress of a training: steps, loss, learning rate and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distill.system.progress import Progress
 
 
 class ShowProgress(pl.Callback):
-    """Feeds the progress display with steps, loss, learning rate and memory."""
+    """A callback that gives the progress display the steps, loss, learning rate and memory."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

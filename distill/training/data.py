@@ -1,4 +1,4 @@
-"""The cache as a LightningDataModule: the samples of a step as one batch, in an order that seed and epoch choose."""
+"""The cache as a LightningDataModule: the samples of a step as one batch, in an order chosen by seed and epoch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from distill.training.vocabulary import trim_batch
 class EpochPermutation(Sampler[int]):
     """A process's samples, in an order of all of them that is a function of seed and epoch (Lightning sets the epoch).
 
-    Of epoch `first_epoch` the first `seen` samples (of all processes together) are left out: Lightning continues an
-    epoch without going over the data that it had before. The length stays that of a whole epoch, which is how
-    Lightning counts batches. Without a seed: as they lie.
+    The first `seen` samples (of all processes together) of epoch `first_epoch` are left out: Lightning continues an
+    epoch without going over the data that it had before. The length stays that of a whole epoch, as Lightning counts
+    batches. Without a seed the order is that of the cache.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class EpochPermutation(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        # Copied, because a worker's prefetching may outlast the epoch.
+        # The epoch is copied, because a worker's prefetching may outlast it.
         epoch = self.epoch
         seen = self.seen if epoch == self.first_epoch else 0
         for places in share(self.size, self.batch_size, self.rank, self.world, seen):
@@ -59,9 +59,9 @@ class EpochPermutation(Sampler[int]):
 
 
 class Samples(Dataset[Record | None]):
-    """The samples of a cache by the numbers that a sampler gives, NOTHING included; and their batches.
+    """The samples of a cache by the numbers that a sampler gives, including the sentinel, and their batches.
 
-    With a `vocabulary`, in the ids of a student that has only some of the teacher's tokens.
+    With a `vocabulary` they are in the ids of a student that has only some of the teacher's tokens.
     """
 
     def __init__(self, reader: CacheReader, vocabulary: Vocabulary | None = None) -> None:
@@ -71,7 +71,7 @@ class Samples(Dataset[Record | None]):
         return None if index == NOTHING else self.reader[index]
 
     def collate(self, records: list[Record | None]) -> Batch:
-        """A batch; of NOTHING, one with a sample in it and no position that counts."""
+        """Make a batch. Sentinels alone make one with a sample in it and no position that counts."""
         some = [record for record in records if record is not None]
         batch = self.reader.collate(some) if some else self.reader.collate([self.reader[0]]).without_loss()
         return batch if self.vocabulary is None else trim_batch(batch, self.vocabulary)[0]
@@ -82,10 +82,10 @@ class CacheDataModule(pl.LightningDataModule):
 
     Args:
         train: the samples to learn from.
-        held_out: those to measure on, or None.
+        held_out: the samples to measure on, or None.
         step_samples: samples of an optimiser step on each device: a batch of `train`.
         batch_size: samples a forward pass: a batch of `held_out`.
-        seed: of the order.
+        seed: seed of the order.
         num_workers: processes that read the cache.
         vocabulary: the tokens of a student that has only some of the teacher's.
     """
@@ -134,14 +134,14 @@ class CacheDataModule(pl.LightningDataModule):
         )
 
     def _process(self) -> tuple[int, int]:
-        """This process's number, and how many there are."""
+        """Return this process's number, and the number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, int]:
-        """Part of a checkpoint: the epoch under way, and how many samples of it were seen by all processes together."""
+        """Return the epoch under way, and the number of its samples seen by all processes together."""
         assert self.trainer is not None
         loop = self.trainer.fit_loop
-        # Lightning counts an epoch as `ready` from its start, as `processed` before the hooks of its end.
+        # Lightning counts an epoch as `ready` from its start, and as `processed` before the hooks of its end.
         epoch = max(loop.epoch_progress.current.ready - 1, 0)
         batches = loop.epoch_loop.batch_progress.current.ready
         _, world = self._process()
@@ -150,7 +150,7 @@ class CacheDataModule(pl.LightningDataModule):
         return {"epoch": epoch, "seen": batches * self.step_samples * world}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on there, with as many samples a step of all processes together, however many they are."""
+        """Resume there. The samples a step of all processes together must be the same, but their number may differ."""
         self._begin = state_dict["epoch"], state_dict["seen"]
-        if self._order is not None:  # under fsdp Lightning restores when it has asked for the loader already
+        if self._order is not None:  # under fsdp Lightning restores after it has asked for the loader
             self._order.first_epoch, self._order.seen = self._begin

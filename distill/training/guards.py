@@ -1,4 +1,4 @@
-"""What stands between a bad step and the weights: losses and gradients that are not finite, and lack of memory."""
+"""Guards of the weights: a step whose loss or gradient is not finite is left out or ends the training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distill.errors import UserError
 from distill.system.progress import say
 
 IN_A_ROW = 20
-"""Steps left out one after another at which a training ends: nothing is learned any more."""
+"""Steps left out one after another that end a training, because it learns nothing any more."""
 
 
 @dataclass
 class NonFinite:
-    """A loss or gradient that is not finite ends the training, or costs that step, which is said and counted."""
+    """A policy for a loss or gradient that is not finite: end the training, or leave that step out and count it."""
 
     policy: Literal["stop", "skip"]
     skipped: int = 0
@@ -50,9 +50,9 @@ class NonFinite:
         return False
 
     def overflowed(self, is_left_out: bool, step: int) -> None:
-        """Told after each step under float16 whether the loss's scale was too large, which now and then it is.
+        """Note after each step under float16 if the loss's scale was too large, which is normal now and then.
 
-        Raises UserError when it never fits.
+        Raises UserError if it never fits.
         """
         if is_left_out:
             self._leave_out("a gradient is beyond float16", step)
@@ -71,7 +71,7 @@ class NonFinite:
 
 
 def too_large(micro_batch: int) -> UserError:
-    """What it means when there is no smaller pass to try."""
+    """Return the error for a pass that cannot be halved any more."""
     samples = f"{micro_batch} sample{'s' * (micro_batch > 1)}"
     return UserError(
         f"out of memory with {samples} a forward pass; everything so far is kept: go on with --resume and half of "

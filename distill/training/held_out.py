@@ -1,4 +1,4 @@
-"""The held-out KL while the student trains, from cached targets: no teacher in memory. The best weights are kept."""
+"""The held-out KL while the student trains, from cached targets without a teacher; the best weights are kept."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from distill.training.data import CacheDataModule
 
 
 class MeasureHeldOut(pl.Callback):
-    """Measures every so many steps and at the end, keeps the weights of the best, and stops early if asked to.
+    """A callback that measures at intervals and at the end, keeps the best weights, and stops early if asked to.
 
-    Place it before what writes checkpoints: they hold what it knows.
+    Place it before the callback that writes checkpoints, which hold its state.
 
     Args:
-        data: whose held-out samples are measured on.
+        data: data module with the held-out samples.
         every_steps: optimiser steps between two measurements.
         monitor: `held_out_kl` or `held_out_loss`; lower is better.
-        best: file for the weights of the best.
-        patience: measurements without a new best after which training stops; None: never.
+        best: file for the best weights.
+        patience: measurements without a new best that stop the training; None never stops it.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MeasureHeldOut(pl.Callback):
         self.measured, self.waited = 0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_early(trainer)  # a training that was resumed after it had decided so
+        self._stop_early(trainer)  # a resumed training may have decided so before
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.steps_begun % self.every_steps == 0:

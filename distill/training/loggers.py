@@ -1,4 +1,4 @@
-"""Where the curves of a training go: files in the run folder, and services to those who use them."""
+"""Loggers of a training's curves: files in the run folder, and services."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from distill.system.files import make_folder
 from distill.system.processes import is_first_process
 
 PROJECT = "distill"
-"""Under which the services file the trainings, unless their own variables of the environment say otherwise."""
+"""Name under which the services file the trainings, unless their own environment variables say otherwise."""
 
 
 def make_loggers(names: Iterable[str], folder: Path, run_name: str, settings: dict[str, Any]) -> list[Logger]:
-    """Loggers that have begun and noted the settings. None in the processes that do not write.
+    """Start the loggers and note the settings. In the processes that do not write there are none.
 
     Each start of a training is a log of its own: an earlier `metrics.csv` gets a number, a service gets another run of
-    the same name. What is not given here comes from the services' own variables, such as `WANDB_MODE=offline`,
-    `MLFLOW_TRACKING_URI` (default: a database in `folder`) and `TRACKIO_DIR`.
+    the same name. The services' own variables set the rest, such as `WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`
+    (default: a database in `folder`) and `TRACKIO_DIR`.
 
     Args:
         names: of tensorboard, csv, wandb, mlflow, trackio.
-        folder: for the files.
-        run_name: what the services call this training.
-        settings: of the experiment, nested; noted as hyperparameters.
+        folder: folder of the files.
+        run_name: the services' name for this training.
+        settings: settings of the experiment, nested; noted as hyperparameters.
 
-    Raises UserError when one is not installed or cannot begin.
+    Raises UserError if one is not installed or cannot begin.
     """
     if not is_first_process():
         return []
-    names = sorted(dict.fromkeys(names), key=lambda name: name != "csv")  # first: it warns of files that are there
+    names = sorted(dict.fromkeys(names), key=lambda name: name != "csv")  # csv first, or it warns of others' files
     check_installed(names)
     make_folder(folder)
     return [_begun(name, folder, run_name, settings) for name in names]
 
 
 def check_installed(names: Iterable[str]) -> None:
-    """Raises UserError for the first of the services that cannot be imported."""
+    """Raise UserError for the first of the services that cannot be imported."""
     for name in names:
         if name in _SERVICES:
             try:
@@ -66,9 +66,9 @@ def _begun(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> 
     try:
         service = _SERVICES[name](folder, run_name)
         service.log_hyperparams(settings)
-    except ImportError as error:  # a part of it is missing, or Lightning finds it too old
+    except ImportError as error:  # a module of it is missing, or Lightning finds it too old
         raise _not_installed(name, error) from None
-    except Exception as error:  # no account, no server, no network: each says so in classes of its own
+    except Exception as error:  # no account, no server, no network: each service has error classes of its own
         lines = [*str(error).strip().splitlines(), type(error).__name__]
         raise UserError(
             f"train.loggers: {name} cannot begin: {lines[0].rstrip('.')}: mend that, or leave {name} out"
@@ -77,7 +77,7 @@ def _begun(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> 
 
 
 def _csv(folder: Path) -> Logger:
-    """Lightning deletes a CSV log that is there: that of an earlier start gets a number."""
+    """Make the CSV logger. Lightning deletes an existing log, so an earlier start's log is renamed with a number."""
     log = folder / "metrics.csv"
     if log.exists():
         taken = [int(old.suffixes[0][1:]) for old in folder.glob("metrics.*.csv") if old.suffixes[0][1:].isdigit()]
@@ -90,7 +90,10 @@ def _tensorboard(folder: Path) -> Logger:
 
 
 def _mlflow(folder: Path, run_name: str) -> Logger:
-    """MLflow has given up plain folders; its own database needs the whole of it, mlflow-skinny only a server."""
+    """Make the MLflow logger with a database, since MLflow has given up plain folders.
+
+    Its own database needs the whole package, mlflow-skinny only a server.
+    """
     place: dict[str, Any] = {"tracking_uri": os.environ.get("MLFLOW_TRACKING_URI")}
     if not place["tracking_uri"]:
         database = (folder / "mlflow.db").absolute()
@@ -106,7 +109,7 @@ def _wandb(folder: Path, run_name: str) -> Logger:
 
 
 class _Wandb(WandbLogger):
-    """Lightning leaves the run open, and what is trained next in this process would go on in it."""
+    """Lightning's logger, but it closes the run. Otherwise the next training in this process would continue it."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -138,7 +141,7 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Begins the run: Trackio takes them at the beginning only."""
+        """Begin the run, because Trackio takes the hyperparameters at the beginning only."""
         assert not self._is_open
         self._settings |= vars(params) if isinstance(params, Namespace) else params
         self._begin()

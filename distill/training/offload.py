@@ -1,4 +1,4 @@
-"""What the backward pass needs waits for it in host memory: large activations, never the weights."""
+"""Large activations in host memory until the backward pass needs them; weights stay on the card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from distill.errors import UserError
 
 LARGE = 2**20
-"""Bytes from which on a tensor is worth the way to the host and back."""
+"""Smallest size in bytes of a tensor that is worth the way to the host and back."""
 
 
 class _Kept(NamedTuple):
@@ -26,21 +26,21 @@ class _Moved(NamedTuple):
 
 
 def offload_activations(module: nn.Module) -> AbstractContextManager[Any]:
-    """Context in which a card's activations are copied to pinned host memory instead of kept for the backward pass.
+    """Return a context in which a card's activations go to pinned host memory instead of staying for the backward pass.
 
-    Weights of `module` stay; the copies of weights that autocast makes are activations. The copies are queued behind
-    what makes the tensors and before what needs them, so nobody waits but the card's own queue.
+    Weights of `module` stay; the copies of weights that autocast makes are activations. The copies are queued after the
+    kernels that make the tensors and before those that need them, so only the card's own queue waits.
     """
     return saved_on_host(module, large=LARGE, pin_memory=True)
 
 
 def saved_on_host(module: nn.Module, *, large: int, pin_memory: bool) -> AbstractContextManager[Any]:
-    """Context in which tensors of `large` bytes or more are copied to the host until backward asks for them.
+    """Return a context in which tensors of `large` bytes or more are copied to the host until backward asks for them.
 
-    As `torch.autograd.graph.save_on_cpu`, which would copy the weights too: a linear layer saves its weight, and an
-    optimiser or another layer keeps that on the card anyway.
+    `torch.autograd.graph.save_on_cpu` would copy the weights too: a linear layer saves its weight, which an optimiser
+    or another layer keeps on the card anyway.
     """
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}  # an address without memory too
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}  # differs without memory too
 
     def pack(tensor: Tensor) -> _Kept | _Moved:
         if tensor.nbytes < large or tensor.untyped_storage()._cdata in weights:
@@ -51,7 +51,7 @@ def saved_on_host(module: nn.Module, *, large: int, pin_memory: bool) -> Abstrac
     def unpack(saved: _Kept | _Moved) -> Tensor:
         if isinstance(saved, _Moved):
             return saved.host.to(saved.device, non_blocking=pin_memory)
-        # torch does not look at tensors behind hooks.
+        # torch does not check the versions of tensors saved by hooks.
         assert saved.tensor._version == saved.version, "a tensor that backward needs was changed since"
         return saved.tensor
 
@@ -59,7 +59,7 @@ def saved_on_host(module: nn.Module, *, large: int, pin_memory: bool) -> Abstrac
 
 
 def check_offload(device_type: str) -> None:
-    """Raise UserError where there is no other memory than the host's."""
+    """Raise UserError if there is no other memory than the host's."""
     if device_type != "cuda":
         raise UserError(
             f"train.offload_activations: needs a CUDA device; on {device_type} activations are in host memory already"

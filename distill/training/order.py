@@ -1,10 +1,10 @@
 """The order of an epoch without a table: a keyed permutation computed place by place, and each process's share of it.
 
 With `world` processes and micro-batches of `batch_size` samples, the epoch's places 0 … size - 1 are cut into rounds of
-world * batch_size; in a round every process takes the batch_size places that are its own. The places that are left at
-the end are dealt out one by one, so that every sample is seen once and every process has equally many micro-batches.
-A process that gets none of the last places is given NOTHING: a micro-batch that counts no position. (Torch's
-DistributedSampler would see some samples twice there.)
+world * batch_size. In a round every process takes its own batch_size places. The places left at the end are dealt out
+one by one, so that every sample is seen once and every process has equally many micro-batches. A process that gets none
+of the last places is given the sentinel NOTHING: a micro-batch that counts no position. (Torch's DistributedSampler
+would see some samples twice there.)
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOTHING = -1
-"""In the place of a sample: none, but take part in the step."""
+"""Sentinel: this process has no sample left, but must still join the step's collectives."""
 
 ROUNDS = 8
 
 
 def permuted(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The sample at each place of an epoch's order: a bijection of 0 … size - 1 that seed and epoch choose.
+    """Return the sample at each place of an epoch's order: a bijection of 0 … size - 1 that seed and epoch choose.
 
-    A Feistel network over the next power of four, walked along its cycles until it is back below `size` (less than
-    four times on average): no memory, whatever the size. Source: Black and Rogaway 2002, Ciphers with Arbitrary Finite
+    A Feistel network over the next power of four, walked along its cycles until it is back below `size` (less than four
+    times on average). It needs no memory for any size. Source: Black and Rogaway 2002, Ciphers with Arbitrary Finite
     Domains, method 2.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -39,7 +39,7 @@ def permuted(places: NDArray[np.int64], size: int, seed: int, epoch: int) -> NDA
 
 
 def _encrypted(values: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A permutation of the numbers of 2 * half bits."""
+    """Return a permutation of the numbers of 2 * half bits."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for key in keys:
@@ -48,19 +48,19 @@ def _encrypted(values: NDArray[np.uint64], half: np.uint64, keys: NDArray[np.uin
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Every bit depends on every other one (the finaliser of splitmix64)."""
+    """Mix the bits so that each depends on every other one (the finaliser of splitmix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def batches_of(size: int, batch_size: int, world: int) -> int:
-    """Micro-batches of each process in an epoch."""
+    """Return the number of micro-batches of each process in an epoch."""
     return -(-size // (batch_size * world))
 
 
 def share(size: int, batch_size: int, rank: int, world: int, seen: int = 0) -> Iterator[NDArray[np.int64]]:
-    """The places of each micro-batch of process `rank`, after the first `seen` places (whole rounds); or NOTHING."""
+    """Yield the places of each micro-batch of process `rank`, after the first `seen` (whole rounds), or NOTHING."""
     for start in range(seen, size, batch_size * world):
         left = size - start
         if left >= batch_size * world:

@@ -1,4 +1,4 @@
-"""More than one device: whole copies whose gradients are summed (ddp), or a share of the student on each (fsdp)."""
+"""Several devices: whole copies whose gradients are summed (ddp), or a share of the student on each (fsdp)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ BUCKET_BYTES = 32 * 2**20
 
 
 class SummedGradients(DDPStrategy):
-    """Lightning's ddp without torch's wrapper: `sum_gradients` adds the gradients up once a step, when all passes of
-    all devices have succeeded, so that a device that ran out of memory can begin its step anew."""
+    """Lightning's ddp without torch's wrapper. `sum_gradients` adds the gradients up once a step.
+
+    That is after all passes of all devices have succeeded, so a device that ran out of memory can begin its step anew.
+    """
 
     def configure_ddp(self) -> None:
-        """Every device begins with the weights of the first."""
+        """Give every device the weights of the first."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):  # type: ignore[union-attr]
             dist.broadcast(tensor.data, src=0)
 
 
 def sum_gradients(module: nn.Module) -> None:
-    """Add up the gradients of all devices, in buckets.
+    """Sum the gradients of all devices, in buckets.
 
-    Where a device has no gradient and another has one, it is zero; a weight that none of them used has none.
+    If one device has no gradient and another has one, the missing one is zero. A weight that no device used has none.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1 or is_sharded(module):
         return
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # Devices may use different weights (a mixture's experts). The collectives below must be the same on all of them.
     used = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()
     dist.all_reduce(used, dist.ReduceOp.MAX)
     bucket: list[Tensor] = []
@@ -51,8 +54,8 @@ def sum_gradients(module: nn.Module) -> None:
 def _sum(bucket: list[Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in bucket])
     dist.all_reduce(flat)
-    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -60,17 +63,17 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 class SharedWeights(ModelParallelStrategy):
-    """Lightning's fsdp. The weights of a checkpoint are loaded here already, and their names alone handed on."""
+    """Lightning's fsdp. The weights of a checkpoint are loaded here already, and only their names are handed on."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Tensors and plain values only, whatever the caller says."""
+        """Load tensors and plain values only, whatever the caller says."""
         names = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
         return {**super().load_checkpoint(checkpoint_path, weights_only=True), "state_dict": dict.fromkeys(names)}
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether each device holds a share of the weights (fsdp), also while they are gathered."""
-    return any(isinstance(part, FSDPModule) for part in module.modules())
+    """Tell whether each device holds a share of the weights (fsdp), also while they are gathered."""
+    return any(isinstance(inner, FSDPModule) for inner in module.modules())
 
 
 def shard(module: nn.Module, mesh: Any) -> None:
@@ -87,7 +90,7 @@ def shard(module: nn.Module, mesh: Any) -> None:
 
 
 def make_strategy(name: str, devices: int) -> Any:
-    """Lightning's strategy `auto`, `ddp` or `fsdp`. Raises UserError for fsdp on one device."""
+    """Return Lightning's strategy `auto`, `ddp` or `fsdp`. Raises UserError for fsdp on one device."""
     if name == "fsdp":
         if devices == 1:
             raise UserError("train.strategy: fsdp shares the student out over devices: give --train.devices, or auto")

@@ -24,10 +24,10 @@ def make_trainer(
     loggers: list[Logger],
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
-    """A Trainer that fits. Accumulation and clipping are the module's; the held-out measurement is a callback's.
+    """Make a Trainer that fits. Accumulation and clipping are the module's; the held-out measurement is a callback's.
 
-    `precision`: Lightning's bf16-true would cast the batch too, the targets' weights among it, and make bfloat16 the
-    default type inside a step. Weights in bfloat16 are all that is wanted: cast the student.
+    `precision`: Lightning's bf16-true would cast the batch too, including the targets' weights, and make bfloat16 the
+    default type inside a step. Only the weights should be bfloat16, so cast the student.
     """
     return pl.Trainer(
         accelerator=accelerator,

@@ -1,4 +1,4 @@
-"""A cache of the teacher's tokens for a student that has only some of them: what they are, and batches in its ids.
+"""A cache of the teacher's tokens for a student that has only some of them: token counts, and batches in its ids.
 
 Shapes: B batch, L sequence length, N positions with loss, T entries of all positions, V the teacher's vocabulary.
 """
@@ -22,9 +22,9 @@ from distill.targets.sparse import SparseTargets
 def count_tokens(
     readers: Iterable[CacheReader], vocab_size: int, advance: Callable[[int], None] = lambda tokens: None
 ) -> NDArray[np.int64]:
-    """How often each token occurs `[V]` in the samples of all the readers, padding included.
+    """Count each token `[V]` in the samples of all the readers, padding included.
 
-    Every sample is read once; `advance` is told the number of its tokens.
+    Every sample is read once; `advance` receives the number of its tokens.
     """
     counts_V = np.zeros(vocab_size, dtype=np.int64)
     for reader in readers:
@@ -36,17 +36,18 @@ def count_tokens(
 
 
 def trim_batch(batch: Batch, vocabulary: Vocabulary) -> tuple[Batch, Tensor | None]:
-    """The batch in the student's ids, and the teacher's mass on dropped tokens, summed over the positions.
+    """Return the batch in the student's ids, and the teacher's mass on dropped tokens, summed over the positions.
 
     The tokens of the text are all kept (they were counted). Sparse targets lose the entries of dropped tokens:
 
     * samples (varopt, random): the weights that are left sum to m <= 1, in expectation the mass of the kept tokens.
       With the entropy that goes with them the forward KL is m KL(p | kept ‖ student): unbiased, and 0 at best;
-    * targets with a rest (top_k): what is left is scaled to sum to 1, the teacher's distribution given that none of
-      the dropped entries comes. A share of the rest may lie on dropped tokens too, which nobody knows, nor counts.
+    * targets with a rest (top_k): the weights that are left are scaled to sum to 1, the teacher's distribution given
+      that none of the dropped entries comes. A share of the rest may lie on dropped tokens too; it is unknown and not
+      counted.
 
-    Hidden states stay, and make that distribution exactly with a head of the kept rows (`trim_head`); the mass is then
-    known only where the whole head is computed: None.
+    Hidden states stay, and make that distribution exactly with a head of the kept rows (`trim_head`). The mass is then
+    known only if the whole head is computed, so it is None.
     """
     input_ids_BL = vocabulary.mapped(batch.input_ids_BL)
     assert bool((input_ids_BL >= 0).all()), "the vocabulary was made of another text"
@@ -82,7 +83,7 @@ def _sums(targets: SparseTargets, values_T: Tensor) -> Tensor:
 
 
 def _scaled(targets: SparseTargets, rest_N: Tensor, kept_tokens: int) -> SparseTargets:
-    """Scale weights and rest to sum to 1: no rest where every kept token has an entry, nothing else where none has."""
+    """Scale weights and rest to sum to 1: no rest if every kept token has an entry, nothing else if none has."""
     rest_N = torch.where(targets.counts_N == kept_tokens, 0, rest_N)
     total_N = _sums(targets, targets.weights_T) + rest_N
     is_nothing_N = total_N == 0

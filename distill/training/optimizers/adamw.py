@@ -13,7 +13,7 @@ from distill.training.optimizers.moments import need_torchao
 from distill.training.optimizers.rounding import Rounding
 
 MOMENT_BITS = {"adamw": None, "adamw_8bit": 8, "adamw_4bit": 4, "paged_adamw_8bit": 8}
-"""Bits a value of AdamW's moments by the optimiser's name; None: as the weights."""
+"""Bits of a value of AdamW's moments, by the optimiser's name. None means the weights' type."""
 
 
 def make_optimizer(
@@ -28,13 +28,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make AdamW over the trainable parameters of `module`, on their device (a forecast takes it to be `device_type`).
 
-    Matrices decay, vectors (norms, biases) do not. `adamw` has moments in the weights' type, `adamw_8bit` and
-    `adamw_4bit` in blocks of so many bits, `paged_adamw_8bit` in memory that a CUDA driver moves to the host. With
-    mixed precision the weights are float32 (the master weights) and rounding is no question; bfloat16 weights lose
-    what is smaller than half their last digit, 0.2 to 0.4 percent, unless it is rounded at random (`stochastic`, from
-    torch's global generator) or kept beside the weight (`kahan`, two bytes a weight).
+    Matrices decay, vectors (norms, biases) do not. `adamw` has moments in the weights' type. `adamw_8bit` and
+    `adamw_4bit` have moments of so many bits, with one scale for a group of values, and `paged_adamw_8bit` has them in
+    memory that a CUDA driver moves to the host. With mixed precision the weights are float32 (the master weights), and
+    rounding does not matter. bfloat16 weights lose updates smaller than half their last digit, 0.2 to 0.4 percent,
+    unless these are rounded at random (`stochastic`, from torch's global generator) or kept beside the weight (`kahan`,
+    two bytes a weight).
 
-    All state is tensors and numbers, so a checkpoint is read with `torch.load(weights_only=True)` and goes on bitwise.
+    All state is tensors and numbers, so a checkpoint is read with `torch.load(weights_only=True)` and resumes bitwise.
     Raises UserError for combinations that do not exist and for libraries that are not there.
     """
     groups = _groups(module, weight_decay)

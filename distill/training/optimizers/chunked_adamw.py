@@ -1,4 +1,4 @@
-"""AdamW for weights and moments that are kept in few bits: computed in float32, one chunk of a parameter at a time."""
+"""AdamW for weights and moments kept in few bits: computed in float32, one chunk of a parameter at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill.training.optimizers.moments import CodeMaps, flat, moments
 from distill.training.optimizers.rounding import Rounding, read_compensated, store, store_compensated
 
 CHUNK = 2**18
-"""Values whose float32 form exists at one time; a multiple of every block of `moments`."""
+"""Values whose float32 form exists at one time; a multiple of every group of `moments`."""
 
 
 def chunks(count: int) -> Iterator[slice]:
@@ -88,7 +88,7 @@ class ChunkedAdamW(torch.optim.Optimizer):
                 store_compensated(values, weight[rows], compensation[rows])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimiser's; but what is stored keeps its type, where torch would cast codes to the weights' type."""
+        """Load the state as any optimiser does, but keep its types: torch would cast codes to the weights' type."""
         super().load_state_dict(state_dict)
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -100,7 +100,7 @@ class ChunkedAdamW(torch.optim.Optimizer):
 def _adamw(
     weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict[str, Any]
 ) -> None:
-    """One step in place, all float32: `weight -= lr * (m̂ / (√v̂ + eps) + weight_decay * weight)`."""
+    """Make one step in place, all float32: `weight -= lr * (m̂ / (√v̂ + eps) + weight_decay * weight)`."""
     beta1, beta2 = group["betas"]
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     exp_avg.lerp_(gradient, 1 - beta1)

@@ -17,19 +17,19 @@ Stored = Any
 """One moment of one parameter: a tensor, or the tensors of its codes by name."""
 
 CodeMaps = dict[tuple[type, bool, torch.device], Tensor]
-"""Values that the codes stand for, by class and sign, on each device; an optimiser has its own."""
+"""Values of the codes, by class and sign, on each device. An optimiser has its own."""
 
 SMALL = 4096
-"""Parameters with fewer values keep their moments in full: norms and biases are delicate, and weigh nothing."""
+"""Number of values below which a parameter keeps its moments in full: norms and biases are delicate, and small."""
 
 
 class Moment(Protocol):
-    """How a moment of a parameter is kept. Rows are slices of the flattened parameter that begin with a block."""
+    """The way in which a moment is kept. Rows are slices of the flattened parameter that begin with a group."""
 
     def zeros(self, parameter: Tensor) -> Stored: ...
 
     def read(self, stored: Stored, rows: slice) -> Tensor:
-        """Float32 values."""
+        """Return float32 values."""
         ...
 
     def write(self, stored: Stored, rows: slice, values: Tensor) -> None: ...
@@ -37,7 +37,7 @@ class Moment(Protocol):
 
 @dataclass(frozen=True)
 class AsWeights:
-    """In the type of the weights."""
+    """Moments in the type of the weights."""
 
     rounding: Rounding
 
@@ -48,34 +48,35 @@ class AsWeights:
         return flat(stored)[rows].float()
 
     def write(self, stored: Stored, rows: slice, values: Tensor) -> None:
-        # At random here too: bfloat16's nearest would drop most of what a beta2 of 0.999 adds to the second moment.
+        # Stochastic rounding here too: rounding to the nearest bfloat16 would drop most of what a beta2 of 0.999 adds
+        # to the second moment.
         store(values, flat(stored)[rows], self.rounding)
 
 
 @dataclass(frozen=True)
 class EightBits:
-    """Codes of bitsandbytes' dynamic map, and the largest value of each block (Dettmers et al. 2021)."""
+    """Codes of bitsandbytes' dynamic map, and the largest value of each group (Dettmers et al. 2021)."""
 
     signed: bool
     maps: CodeMaps
-    block = 256
+    group = 256
 
     def zeros(self, parameter: Tensor) -> Stored:
         return {
             "codes": torch.zeros(parameter.numel(), dtype=torch.uint8, device=parameter.device),
-            "scale": torch.zeros(-(-parameter.numel() // self.block), device=parameter.device),
+            "scale": torch.zeros(-(-parameter.numel() // self.group), device=parameter.device),
         }
 
     def read(self, stored: Stored, rows: slice) -> Tensor:
-        codes, scale = stored["codes"][rows], stored["scale"][_blocks(rows, self.block)]
+        codes, scale = stored["codes"][rows], stored["scale"][_groups(rows, self.group)]
         code_map = self._code_map(codes.device)
-        return _bitsandbytes().dequantize_blockwise(codes, absmax=scale, code=code_map, blocksize=self.block)
+        return _bitsandbytes().dequantize_blockwise(codes, absmax=scale, code=code_map, blocksize=self.group)
 
     def write(self, stored: Stored, rows: slice, values: Tensor) -> None:
         code_map = self._code_map(values.device)
-        codes, quantized = _bitsandbytes().quantize_blockwise(values, code=code_map, blocksize=self.block)
+        codes, quantized = _bitsandbytes().quantize_blockwise(values, code=code_map, blocksize=self.group)
         stored["codes"][rows] = codes
-        stored["scale"][_blocks(rows, self.block)] = quantized.absmax
+        stored["scale"][_groups(rows, self.group)] = quantized.absmax
 
     def _code_map(self, device: torch.device) -> Tensor:
         key = type(self), self.signed, device
@@ -86,14 +87,14 @@ class EightBits:
 
 @dataclass(frozen=True)
 class FourBits:
-    """torchao's 4-bit states: two codes a byte, and the largest value of each block (Li et al. 2023)."""
+    """Moments in torchao's 4-bit states: two codes a byte, and the largest value of each group (Li et al. 2023)."""
 
     signed: bool
     maps: CodeMaps
-    block = 128
+    group = 128
 
     def zeros(self, parameter: Tensor) -> Stored:
-        state = _torchao_state().zeros((parameter.numel(),), self.signed, self.block, parameter.device)
+        state = _torchao_state().zeros((parameter.numel(),), self.signed, self.group, parameter.device)
         return {"codes": state.codes, "scale": state.scale}
 
     def read(self, stored: Stored, rows: slice) -> Tensor:
@@ -103,26 +104,26 @@ class FourBits:
         self._view(stored, rows).copy_(values)
 
     def _view(self, stored: Stored, rows: slice) -> Any:
-        """torchao's own object for these rows, on the same memory."""
-        codes, scale = stored["codes"][rows.start // 2 : rows.stop // 2], stored["scale"][_blocks(rows, self.block)]
+        """Return torchao's own object for these rows, on the same memory."""
+        codes, scale = stored["codes"][rows.start // 2 : rows.stop // 2], stored["scale"][_groups(rows, self.group)]
         key = type(self), self.signed, codes.device
         if key not in self.maps:
-            self.maps[key] = _torchao_state().zeros((self.block,), self.signed, self.block, codes.device).qmap
+            self.maps[key] = _torchao_state().zeros((self.group,), self.signed, self.group, codes.device).qmap
         code_map = self.maps[key]
         return _torchao_state()(codes, scale, code_map, self.signed, (2 * codes.numel(),))
 
 
 def moments(bits: int | None, parameter: Tensor, rounding: Rounding, maps: CodeMaps) -> tuple[Moment, Moment]:
-    """How a parameter's first and second moment are kept: in 8 or 4 bits where its size allows, else in its type."""
+    """Choose how a parameter's two moments are kept: in 8 or 4 bits if its size allows, else in its type."""
     if bits == 8 and parameter.numel() >= SMALL:
         return EightBits(True, maps), EightBits(False, maps)
-    if bits == 4 and parameter.numel() >= SMALL and parameter.numel() % FourBits.block == 0:
+    if bits == 4 and parameter.numel() >= SMALL and parameter.numel() % FourBits.group == 0:
         return FourBits(True, maps), FourBits(False, maps)
     return AsWeights(rounding), AsWeights(rounding)
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The same memory with one dimension; of a sharded tensor this device's share."""
+    """Return the same memory with one dimension; of a sharded tensor this device's share."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.view(-1)
 
@@ -132,8 +133,8 @@ def need_torchao() -> None:
     _torchao_state()
 
 
-def _blocks(rows: slice, block: int) -> slice:
-    return slice(rows.start // block, -(-rows.stop // block))
+def _groups(rows: slice, group: int) -> slice:
+    return slice(rows.start // group, -(-rows.stop // group))
 
 
 @functools.cache

@@ -8,10 +8,10 @@ import bitsandbytes
 
 
 class PagedAdamW8bit(bitsandbytes.optim.PagedAdamW8bit):
-    """Its moments lie in memory that the driver moves to the host when the card is full."""
+    """An optimiser whose moments lie in memory that the driver moves to the host when the card is full."""
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """The original would leave the moments on the card for good, and ask the driver to move what it cannot."""
+        """Load the state into paged memory. bitsandbytes would leave the moments on the card for good."""
         super().load_state_dict(state_dict, move_to_device=False)
         for parameter, state in self.state.items():
             for key in ("state1", "state2"):

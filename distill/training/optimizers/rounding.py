@@ -1,4 +1,4 @@
-"""Float32 results kept in bfloat16: rounded to the nearest, at random, or with what was rounded off beside them."""
+"""Float32 results kept in bfloat16: rounded to the nearest, at random, or with the remainder beside them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 Rounding = Literal["nearest", "stochastic", "kahan"]
-"""How a float32 result is kept in a bfloat16 weight."""
+"""Rounding of a float32 result that is kept in a bfloat16 weight."""
 
 
 def stochastic_round(values: Tensor) -> Tensor:
-    """bfloat16 neighbours of float32 `values`, the farther one as rarely as it is far: the expectation is exact.
+    """Round float32 `values` to a bfloat16 neighbour, the farther one as rarely as it is far: exact in expectation.
 
-    Drawn from torch's global generator of the device. What bfloat16 holds stays as it is, infinities and NaN too.
+    The draws are from torch's global generator of the device. Values that bfloat16 holds stay, infinities and NaN too.
     """
     bits = values.view(torch.int32)
     # The lower 16 bits are the distance to the neighbour nearer zero, in units of 2^-16 of the gap.
     noise = torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
-    # -65536 is 0xFFFF0000. Whatever is added to a NaN may run over its bits into a number.
+    # -65536 is 0xFFFF0000. The sum with a NaN's bits may overflow into a number, so NaNs are put back.
     rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
     return torch.where(values.isnan(), values, rounded).to(torch.bfloat16)
 
 
 def store(values: Tensor, into: Tensor, rounding: Rounding) -> None:
-    """Round float32 `values` into a tensor of any type; at random only into bfloat16, for others have enough digits."""
+    """Round float32 `values` into a tensor of any type, at random only into bfloat16: others have enough digits."""
     if rounding == "stochastic" and into.dtype == torch.bfloat16:
         into.copy_(stochastic_round(values))
     else:
@@ -33,14 +33,14 @@ def store(values: Tensor, into: Tensor, rounding: Rounding) -> None:
 
 
 def read_compensated(weight: Tensor, compensation: Tensor) -> Tensor:
-    """Float32 value of a weight and what was rounded off it."""
+    """Return the float32 value of a weight plus its remainder."""
     return weight.float() + compensation.float()
 
 
 def store_compensated(values: Tensor, weight: Tensor, compensation: Tensor) -> None:
-    """Round float32 `values` into `weight`, and what that cuts off into `compensation`: 16 bits of mantissa in all.
+    """Round float32 `values` into `weight`, and the remainder into `compensation`: 16 bits of mantissa in all.
 
-    The pair is what Kahan's summation carries along, so no update is lost for being smaller than the last digit.
+    Kahan's summation carries such a pair along, so no update is lost for being smaller than the last digit.
     """
     weight.copy_(values)
     compensation.copy_(values - weight.float())

@@ -11,8 +11,8 @@ from typing import Literal
 class Schedule:
     """Learning rate at step s of `total`, as a share of the peak.
 
-    `cosine`: rises linearly over the warm-up, then falls along half a cosine to `final`. `wsd` (warm-up-stable-decay,
-    Hu et al. 2024, "MiniCPM"): rises, stays, then falls linearly to `final` over the last `decay_fraction`.
+    `cosine` rises linearly over the warm-up, then falls along half a cosine to `final`. `wsd` (warm-up-stable-decay,
+    Hu et al. 2024, "MiniCPM") rises, stays, then falls linearly to `final` over the last `decay_fraction`.
     """
 
     kind: Literal["cosine", "wsd"]

@@ -11,19 +11,19 @@ from distill.errors import UserError
 
 
 class StepInBackward(torch.optim.Optimizer):
-    """Updates each parameter with `optimizer` as soon as its gradient is complete, and frees the gradient.
+    """An optimiser that updates each parameter as soon as its gradient is complete, and frees the gradient.
 
-    The backward pass makes the step; one pass a step. `step()` ends it: all it does is to make the next one possible.
-    Groups, learning rates and state are those of `optimizer`, so its checkpoints are interchangeable with those of a
-    plain training. The results are those of `optimizer` to the last bit, but for what it draws at random: parameters
-    come in another order.
+    The backward pass makes the step; one pass a step. `step()` only ends it, so that the next one is possible. Groups,
+    learning rates and state are those of the `optimizer` inside, so its checkpoints are interchangeable with those of a
+    plain training. The results are those of `optimizer` to the last bit, apart from its random draws: parameters come
+    in another order.
 
-    A shared parameter is updated once: autograd adds up all it gets before it stores the gradient, and no part of the
-    backward pass that still needs a parameter comes after that.
+    A shared parameter is updated once: autograd sums up its gradients before it stores them, and no backward step that
+    still needs a parameter comes after that.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-        """Hooks into the parameters of `optimizer`; `module` knows their names."""
+        """Register hooks at the parameters of `optimizer`; `module` knows their names."""
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
         self._share()
@@ -63,11 +63,11 @@ class StepInBackward(torch.optim.Optimizer):
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the optimiser inside."""
+        """Return the state of the optimiser inside."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the optimiser inside."""
+        """Load the state into the optimiser inside."""
         self.optimizer.load_state_dict(state_dict)
         self._share()
 
@@ -89,7 +89,7 @@ def check_step_in_backward(
     precision: str,
     non_finite: str,
 ) -> None:
-    """Raise UserError when something else needs the gradients of all parameters at one time."""
+    """Raise UserError if something else needs the gradients of all parameters at one time."""
     conflicts = [
         (accumulate_grad_batches != 1, "train.accumulate_grad_batches 1, for no gradient is left to add to"),
         (gradient_clip != 0, "train.gradient_clip 0, for the norm is known only when all weights have moved"),
