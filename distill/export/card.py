@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
+from distill.export.probe import read_object
 from distill.models.checkpoints import Checkpoint, weight_files
 from distill.system.files import is_inside, last_part, read_bounded
 
@@ -61,7 +60,7 @@ def write_card(source: Path, folder: Path, name: str, format: str, checked: str)
 
 def short_card(source: Path, folder: Path, name: str, format: str, checked: str) -> str:
     """Return a card of the facts in the folders. It contains no path of this machine."""
-    settings = _read(source / "settings.json")
+    settings = read_object(source / "settings.json")
     student, cache = settings.get("student", {}), settings.get("cache", {})
     rows = {
         "parameters": f"{_parameters(source):,}",
@@ -81,10 +80,6 @@ def short_card(source: Path, folder: Path, name: str, format: str, checked: str)
         f"| | |\n|---|---|\n{table}\n## Use\n\n{USE[format].format(name=name, trust=trust)}\n"
         "## Licence\n\nFor the publisher to name: the teacher's applies, and that of the text it was taught with.\n"
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(read_bounded(path))) if path.is_file() else {}
 
 
 def _last(name: str) -> str:

@@ -60,7 +60,8 @@ def write(
     model = load_language_model(source, class_path=class_path)
     _write_code(class_path, folder)
     _write_weights(source, folder, dtype, shard_size)
-    _write_configuration(folder, _configuration(model, source, options, dtype, tokenizer))
+    configuration = _configuration(model, source, options, dtype, tokenizer)
+    (folder / "config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
     _write_generation_settings(folder, tokenizer)
 
 
@@ -104,10 +105,6 @@ def _tied(model: Any, source: Path) -> dict[str, str]:
         kept = next(name for name in group if name.removeprefix("student.") in saved)
         tied.update({name: kept for name in group if name != kept})
     return tied
-
-
-def _write_configuration(folder: Path, configuration: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_generation_settings(folder: Path, tokenizer: Any) -> None:

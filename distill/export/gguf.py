@@ -13,7 +13,7 @@ from distill.export import gguf_architecture, gguf_check, gguf_tokenizer
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.saving import DESCRIPTION
 from distill.models.tokenizers import load_tokenizer
-from distill.system.files import TEMPORARY, make_folder, sync_folder
+from distill.system.files import TEMPORARY, make_folder, sync_file, sync_folder
 from distill.system.progress import say
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def write(source: Path, folder: Path, type: str) -> None:
     if type not in TYPES:
         raise UserError(f"--type {type}: unknown to --format gguf{did_you_mean(type, TYPES)}")
     _require_gguf()
-    from gguf import GGUFWriter
+    from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
     checkpoint = _checkpoint(source)
     plan = gguf_architecture.plan(load_config(checkpoint))
@@ -52,14 +52,14 @@ def write(source: Path, folder: Path, type: str) -> None:
     try:
         writer.add_type("model")
         writer.add_name("Distilled student")  # llama.cpp treats some names specially
-        writer.add_file_type(_file_type(type))
+        writer.add_file_type(int(LlamaFileType[f"MOSTLY_{type.upper()}"]))
         if type != "f16":
-            _add_quantization_version(writer)
+            writer.add_quantization_version(GGML_QUANT_VERSION)
         gguf_architecture.add_hyperparameters(writer, plan)
         gguf_tokenizer.add_vocabulary(writer, vocabulary, tokenizer, plan.config)
         kept = _write_tensors(writer, plan, checkpoint, len(vocabulary.tokens), type)
         writer.close()
-        _sync(temporary)
+        sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(folder)
     finally:
@@ -106,18 +106,6 @@ def _checkpoint(source: Path) -> Checkpoint:
     return Checkpoint(source, None, str(source))
 
 
-def _file_type(type: str) -> int:
-    from gguf import LlamaFileType
-
-    return int(LlamaFileType[f"MOSTLY_{type.upper()}"])
-
-
-def _add_quantization_version(writer: Any) -> None:
-    from gguf import GGML_QUANT_VERSION
-
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-
-
 def _write_tensors(
     writer: Any, plan: gguf_architecture.Plan, checkpoint: Checkpoint, vocab_size: int, type: str
 ) -> list[str]:
@@ -160,8 +148,3 @@ def _stored(name: str, values: np.ndarray, kind: GGMLQuantizationType) -> np.nda
     if kind.name == "F16" and np.abs(values).max(initial=0.0) > LARGEST_HALF:
         raise UserError(f"gguf: {name} has weights beyond the range of f16: use --type q8_0")
     return np.ascontiguousarray(quantize(values, kind)).view(np.uint8)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as opened:
-        os.fsync(opened.fileno())

@@ -58,7 +58,8 @@ class OnnxFormat:
         model = load_language_model(source, class_path=self.class_path)
         size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
         with quiet(prints=True):  # the exporter tells of every step, and of libraries that it can do without
-            program = _translated(_traced(_forward(model), model.head.weight_VD.shape[0], _sizes(source), str(source)))
+            forward = _HuggingFaceForward(model) if isinstance(model, HuggingFaceLanguageModel) else _Forward(model)
+            program = _translated(_traced(forward, model.head.weight_VD.shape[0], _sizes(source), str(source)))
             program.save(str(folder / FILE), external_data=size > ONE_FILE)
         save_tokenizer(load_folder_tokenizer(source), folder)
         for name in ("config.json", "generation_config.json"):
@@ -119,10 +120,6 @@ class _Forward(torch.nn.Module):
         known = contextlib.nullcontext() if self.answers is None else onnx_tracing.Repeat(self.answers)
         with known:
             return self.model.head(hidden_states(self.model, input_ids, positions_BL))
-
-
-def _forward(model: Any) -> _HuggingFaceForward | _Forward:
-    return _HuggingFaceForward(model) if isinstance(model, HuggingFaceLanguageModel) else _Forward(model)
 
 
 def _sizes(source: Path) -> list[tuple[int, int]]:

@@ -74,10 +74,9 @@ def load_rounded(source: Path, dtype: torch.dtype, class_path: str | None = None
 
 def longest_input(source: Path) -> int:
     """Return a number of tokens that the model of `source` surely takes: its configuration's, or its training's."""
-    limits = [
-        *(_read(source / "config.json").get(name) for name in ("max_position_embeddings", "n_positions")),
-        None if (source / "config.json").is_file() else _cached(source).get("sequence_length", LONGEST),
-    ]
+    config = read_object(source / "config.json")
+    trained = {} if config else read_object(source / "settings.json").get("cache", {})
+    limits = (config.get("max_position_embeddings"), config.get("n_positions"), trained.get("sequence_length"))
     return min((limit for limit in limits if isinstance(limit, int)), default=LONGEST)
 
 
@@ -95,9 +94,6 @@ def compare(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Difference:
     return Difference(float(torch.stack(largest).max()), (squares / max(norm, 1e-300)) ** 0.5, positions)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if there is no file."""
     return dict(json.loads(read_bounded(path))) if path.is_file() else {}
-
-
-def _cached(source: Path) -> dict[str, Any]:
-    return dict(_read(source / "settings.json").get("cache", {}))

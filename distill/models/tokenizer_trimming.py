@@ -49,7 +49,8 @@ def needed_tokens(tokenizer: Any, counts_V: NDArray[np.int64]) -> Vocabulary:
     ids |= {token for text in _template_words(tokenizer) for token in tokenizer.encode(text, add_special_tokens=False)}
     ids |= {number for numbers in _processor_ids(content["post_processor"]) for number in numbers}
     ids |= {names[token] for token in _alphabet(content) if token in names}
-    ids |= set() if ids & _padding(tokenizer) else {0}
+    # Short samples are filled with one of these, or with token 0.
+    ids |= set() if ids & {tokenizer.pad_token_id, tokenizer.eos_token_id} else {0}
     model = content["model"]
     if model["type"] == "BPE":
         ids |= {names[model["unk_token"]]} if model["unk_token"] in names else set()
@@ -136,26 +137,18 @@ def _template_words(tokenizer: Any) -> Iterator[str]:
                 yield str(part.value)
 
 
-def _padding(tokenizer: Any) -> set[int]:
-    """Return the tokens that fill short samples, if the tokenizer names any (otherwise it is token 0)."""
-    return {token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None}
-
-
 def _alphabet(content: dict[str, Any]) -> Iterable[str]:
     """Return the tokens of which any text can be made."""
     from tokenizers import pre_tokenizers
 
-    pieces = [piece for piece, _ in content["model"]["vocab"]] if _is_unigram(content) else content["model"]["vocab"]
+    model = content["model"]
+    pieces = [piece for piece, _ in model["vocab"]] if model["type"] == "Unigram" else model["vocab"]
     pieces_of_bytes = [piece for piece in pieces if BYTE.fullmatch(piece)]
     if any('"ByteLevel"' in json.dumps(content[part]) for part in ("normalizer", "pre_tokenizer")):
         return [*pieces_of_bytes, *pre_tokenizers.ByteLevel.alphabet()]
-    if content["model"]["byte_fallback"] and len(pieces_of_bytes) == 256:
+    if model["byte_fallback"] and len(pieces_of_bytes) == 256:
         return pieces_of_bytes
     return [*pieces_of_bytes, *(piece for piece in pieces if len(piece) == 1)]
-
-
-def _is_unigram(content: dict[str, Any]) -> bool:
-    return bool(content["model"]["type"] == "Unigram")
 
 
 def _pieces(ids: set[int], model: dict[str, Any]) -> set[int]:

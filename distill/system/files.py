@@ -128,6 +128,12 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Bring the content of a file that others wrote to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename or a new name in `folder` survive a power cut."""
     if os.name == "nt":  # where folders cannot be opened, and renames are journaled

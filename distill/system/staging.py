@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from distill.errors import UserError
-from distill.system.files import sole_writer, sync_folder
+from distill.system.files import sole_writer, sync_file, sync_folder
 
 
 @contextlib.contextmanager
@@ -109,7 +108,6 @@ def _settle(folder: Path) -> None:
     for path in paths:
         if path.is_file():
             path.chmod(readable)
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+            sync_file(path)
     for path in (*(path for path in paths if path.is_dir()), folder):
         sync_folder(path)
