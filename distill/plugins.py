@@ -1,4 +1,4 @@
-"""Find a teacher or student by name (built-in, `package.module:Class`, `file.py:Class`), check its options, make it."""
+"""Find a plug-in by name (built-in, `package.module:Class`, `file.py:Class`), check its options, make it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distill.system.files import last_part, names_only
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["student", "teacher"]
+Kind = Literal["student", "teacher", "callback"]
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "teacher": {
@@ -35,7 +35,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "lora": "students.lora:load_lora_student",
         "pruned": "students.pruned:prune_teacher",
     },
+    "callback": {},
 }
+SETTING = {"student": "student.class_path", "teacher": "teacher.class_path", "callback": "train.callbacks"}
+"""Key of the experiment file that names a plug-in, for messages."""
+OPTIONS = {"student": "student.options", "teacher": "teacher.options", "callback": "train.callbacks: init_args"}
+"""Key of the experiment file that holds its arguments."""
 FORMS = "package.module:Class or path/file.py:Class"
 
 
@@ -45,16 +50,18 @@ def load(reference: str, kind: Kind) -> Callable[..., Any]:
     full = table.get(reference, reference)
     module_name, colon, attribute = full.rpartition(":")
     if not colon or not module_name or not attribute:
-        raise UserError(f"{kind}.class_path '{reference}': unknown{did_you_mean(reference, table)}, or give {FORMS}")
+        raise UserError(
+            f"{SETTING[kind]} '{reference}': unknown{did_you_mean(reference, table) if table else ''}, or give {FORMS}"
+        )
     module = _from_file(module_name, kind) if module_name.endswith(".py") else _from_package(module_name, kind)
     found = getattr(module, attribute, None)
     if found is None:
         own = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise UserError(f"{kind}.class_path: {module_name} has no '{attribute}'{did_you_mean(attribute, own)}")
+        raise UserError(f"{SETTING[kind]}: {module_name} has no '{attribute}'{did_you_mean(attribute, own)}")
     if not callable(found):
-        raise UserError(f"{kind}.class_path: {full} is not a class or function")
-    if reference not in table and not module_name.endswith(".py"):
-        _check_is_model(found, f"{kind}.class_path: {full}")
+        raise UserError(f"{SETTING[kind]}: {full} is not a class or function")
+    if kind != "callback" and reference not in table and not module_name.endswith(".py"):
+        _check_is_model(found, f"{SETTING[kind]}: {full}")
     return typing.cast("Callable[..., Any]", found)
 
 
@@ -75,21 +82,21 @@ def _from_package(name: str, kind: Kind) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-            raise UserError(f"{kind}.class_path: importing {name} failed: {error}") from error
+            raise UserError(f"{SETTING[kind]}: importing {name} failed: {error}") from error
         parent = Path(*name.split(".")[:-1])
         near = [".".join((*parent.parts, file.stem)) for file in parent.glob("*.py") if file.stem != "__init__"]
         raise UserError(
-            f"{kind}.class_path: no module '{name}' here or installed" + (did_you_mean(name, near) if near else "")
+            f"{SETTING[kind]}: no module '{name}' here or installed" + (did_you_mean(name, near) if near else "")
         ) from error
     except (Exception, SystemExit) as error:  # a stranger's module may fail in any way while it is imported
-        raise UserError(f"{kind}.class_path: importing {name} failed: {blame(error)}") from error
+        raise UserError(f"{SETTING[kind]}: importing {name} failed: {blame(error)}") from error
 
 
 def _from_file(name: str, kind: Kind) -> ModuleType:
     path = Path(name).expanduser().resolve()
     if not path.is_file():
         near = [str(Path(name).parent / file.name) for file in path.parent.glob("*.py")]
-        raise UserError(f"{kind}.class_path: no file '{name}'" + (did_you_mean(name, near) if near else ""))
+        raise UserError(f"{SETTING[kind]}: no file '{name}'" + (did_you_mean(name, near) if near else ""))
     module_name = f"_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
@@ -101,7 +108,7 @@ def _from_file(name: str, kind: Kind) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a stranger's file may fail in any way while it is imported
         del sys.modules[module_name]
-        raise UserError(f"{kind}.class_path: importing {name} failed: {blame(error)}") from error
+        raise UserError(f"{SETTING[kind]}: importing {name} failed: {blame(error)}") from error
     return module
 
 
@@ -111,11 +118,11 @@ def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict
     Text that a command line gave for a number is read as one. UserError for an unknown, missing or ill-typed option.
     """
     factory = load(reference, kind)
-    where = f"{kind}.options of {reference}"
+    where = f"{OPTIONS[kind]} of {reference}"
     try:
         signature = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
-        raise UserError(f"{kind}.class_path: {reference} does not say which arguments it takes: {error}") from error
+        raise UserError(f"{SETTING[kind]}: {reference} does not say which arguments it takes: {error}") from error
     parameters = {
         name: parameter
         for name, parameter in signature.items()

@@ -12,6 +12,7 @@ from distill.models.contract import checked_head, try_model
 from distill.models.devices import pick_device
 from distill.models.isolation import LENGTH, Rows, find_fault
 from distill.training.loggers import check_installed
+from distill.training.user_callbacks import check_callbacks
 
 
 def check_model(
@@ -45,11 +46,12 @@ def check_length(limit: int | None, name: str, sequence_length: int) -> None:
 def check_last_steps(experiment: Experiment) -> None:
     """What the last steps of a run need, before the first: nobody should hear after a night that a package is missing.
 
-    Raises UserError for a logger or lm-eval that is not installed, for unknown benchmarks, and for what does not go
-    together in the training.
+    Raises UserError for a logger or lm-eval that is not installed, for unknown callbacks and benchmarks, and for what
+    does not go together in the training.
     """
     config = experiment.train
     check_installed(config.loggers)
+    check_callbacks(config.callbacks)
     check_training(
         experiment, experiment.cache.scheme, experiment.cache.held_out_samples, pick_device(config.accelerator).type
     )

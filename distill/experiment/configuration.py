@@ -81,7 +81,7 @@ class CacheConfig:
     seed: int = 0
     """Seed of the sampling."""
     batch_size: int = 8
-    """Samples a forward pass of the teacher."""
+    """Samples of one forward pass of the teacher: its micro-batch."""
     shard_samples: int = 64
     """Samples a shard file: what an interruption can cost at most."""
     chunk_size: int = 256
@@ -148,9 +148,9 @@ class TrainConfig:
     max_time: str | None = None
     """Stop with a checkpoint after this long, such as `90m` or `11h30m`; the same command with --resume goes on."""
     batch_size: int = 8
-    """Samples a forward pass on each device (the micro-batch); halved when the device runs out of memory."""
+    """The micro-batch: samples of one forward pass on each device; halved when the device runs out of memory."""
     accumulate_grad_batches: int = 1
-    """Forward passes an optimiser step."""
+    """Passes (micro-batches) of an optimiser step."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed"
     """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone."""
     rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
@@ -193,6 +193,8 @@ class TrainConfig:
         default_factory=lambda: ["tensorboard", "csv"]
     )
     """Where the curves go; the report draws them from csv. wandb, mlflow and trackio: when they are installed."""
+    callbacks: list[str | dict[str, Any]] = field(default_factory=list)
+    """Lightning callbacks of your own: `module:Class` or `file.py:Class`, or `{class_path: …, init_args: {…}}`."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, cuda, mps."""
     devices: int = 1

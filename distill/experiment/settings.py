@@ -11,6 +11,8 @@ from distill.experiment.folders import write_json
 from distill.system.files import names_only, read_bounded
 
 FILE = "settings.json"
+NOT_COMPARED = "may_change"
+"""Section of settings that are noted, and may be others when a training is resumed."""
 _MOST_BYTES = 2**24
 
 
@@ -40,7 +42,7 @@ def differences(folder: Path, settings: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {there.get(key)} there, {here.get(key)} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != names_only(here.get(key))
+        if there.get(key) != names_only(here.get(key)) and not key.startswith(f"{NOT_COMPARED}.")
     ]
 
 

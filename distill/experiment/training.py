@@ -10,6 +10,7 @@ import torch
 
 from distill.cache.format.folder import Manifest
 from distill.errors import UserError
+from distill.experiment import settings
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.losses.features import check_features
@@ -141,7 +142,16 @@ def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module
 
 # What may change before a training is gone on with: it is the same training, faster, in less memory, or seen better.
 _MAY_CHANGE = (
-    *("resume", "num_workers", "log_every_steps", "loggers", "max_time", "checkpoint_every_steps", "keep_checkpoints"),
+    *(
+        "resume",
+        "num_workers",
+        "log_every_steps",
+        "loggers",
+        "callbacks",
+        "max_time",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+    ),
     *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
     *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
 )
@@ -152,6 +162,7 @@ def training_settings(experiment: Experiment, role: Role, cache: Manifest) -> di
     train = experiment.train
     return {
         **own_settings(experiment, role),
+        settings.NOT_COMPARED: {"callbacks": train.callbacks},
         "samples_a_step": train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes,
         "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
     }

@@ -42,6 +42,7 @@ from distill.training.held_out import MeasureHeldOut
 from distill.training.loggers import check_installed, make_loggers
 from distill.training.parallel import is_sharded
 from distill.training.trainer import make_trainer
+from distill.training.user_callbacks import check_callbacks, make_callbacks
 from distill.training.vocabulary import count_tokens, trim_batch
 
 
@@ -52,6 +53,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
         be_quiet()
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     check_installed(config.loggers)
+    check_callbacks(config.callbacks)
     folders = Folders.of(experiment)
     make_run_folder(folders)
     storage = open_cache(experiment)
@@ -223,6 +225,7 @@ class _Training:
             ),
             callbacks=[
                 ShowProgress(progress),
+                *make_callbacks(config.callbacks),  # before what writes checkpoints, which hold their states
                 held_out,
                 KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
             ],

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class DurableCheckpoints(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any = None) -> None:
         """All of it or nothing: temporary name, sync, rename, sync."""
+        _check_plain(checkpoint.get("callbacks", {}))
         path = Path(path)
         make_folder(path.parent)
         temporary = path.with_name(path.name + TEMPORARY)
@@ -54,6 +56,24 @@ class DurableCheckpoints(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+def _check_plain(states: Mapping[str, Any]) -> None:
+    """Raise UserError for a callback's state that would be written and could not be read again."""
+    for name, state in states.items():
+        if not _is_plain(state):
+            raise UserError(
+                f"train.callbacks: {name}: its state_dict() holds more than tensors, numbers, text, lists and "
+                "dictionaries, and a checkpoint with it could not be resumed: return these alone"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (dict, OrderedDict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter)
 
 
 def is_whole(path: Path) -> bool:

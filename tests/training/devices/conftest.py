@@ -55,6 +55,14 @@ class NoBlocks(nn.Module):
         return torch.tanh(self.embedding(input_ids_BL))
 
 
+class Balanced(NoBlocks):
+    """With an auxiliary loss, which is measured on each sample."""
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Any:
+        hidden_BLD = torch.tanh(self.embedding(input_ids_BL))
+        return hidden_BLD, L * (hidden_BLD.mean(1) - 0.5).square().sum()
+
+
 class Poisoned(NoBlocks):
     """Infinite where it reads POISON."""
 
@@ -96,6 +104,7 @@ CASES = {
     "curve": Case(epochs=3, optimizer="adamw", module={"gradient_clip": 0.2}),
     "features": Case(scheme="hidden", module={"feature_weight": 0.5, "gradient_clip": 0.2}),
     "no blocks": Case(student="NoBlocks"),
+    "auxiliary": Case(student="Balanced", micro_batch=2),
     "not finite": Case(student="Poisoned", module={"non_finite": "skip"}),
     "narrow": Case(student="Narrow", epochs=2),
 }
@@ -166,7 +175,7 @@ OPTIMIZERS: dict[str, Any] = {
 }
 STUDENTS: dict[str, Any] = {
     "compact": lambda: CompactDecoder(V + 5, hidden_size=D, layers=2, heads=2, intermediate_size=16),
-    **{kind.__name__: kind for kind in (NoBlocks, Poisoned, Narrow)},
+    **{kind.__name__: kind for kind in (NoBlocks, Balanced, Poisoned, Narrow)},
 }
 
 

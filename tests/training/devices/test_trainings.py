@@ -15,9 +15,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["curve", "features", "no blocks", "not finite"])
+@pytest.mark.parametrize("name", ["curve", "features", "no blocks", "auxiliary", "not finite"])
 def test_two_processes_train_as_one_does(one: Any, both: Any, strategy: str, name: str, check_same: Any) -> None:
-    """A curve of several epochs with clipping; features; a student in one piece; a step that is left out by both."""
+    """A curve of several epochs with clipping; features; a student in one piece; an auxiliary loss; a step that is left out by both."""
     for process in both(strategy, name):
         check_same(process, one[name])
 
@@ -26,6 +26,7 @@ def test_these_cases_are_what_they_say(one: Any) -> None:
     assert len(one["curve"]["loss"]) == 12 and max(one["curve"]["norm"]) > 0.2
     assert one["curve"]["loss"][-4] < one["curve"]["loss"][0] - 0.05
     assert len(one["not finite"]["gradient"]) == 2
+    assert (one["auxiliary"]["gradient"][0] - one["no blocks"]["gradient"][0]).norm() > 0.1
 
 
 def test_a_device_that_runs_out_of_memory_makes_smaller_passes_and_the_same_training(
