@@ -17,7 +17,7 @@ pytestmark = [
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["curve", "features", "no blocks", "auxiliary", "not finite"])
 def test_two_processes_train_as_one_does(one: Any, both: Any, strategy: str, name: str, check_same: Any) -> None:
-    """A curve of several epochs with clipping; features; a student in one piece; an auxiliary loss; a step that is left out by both."""
+    """Several epochs with clipping; features; a student in one piece; an auxiliary loss; a step both leave out."""
     for process in both(strategy, name):
         check_same(process, one[name])
 
