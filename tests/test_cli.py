@@ -88,7 +88,10 @@ def test_help_names_every_command(distill: Any) -> None:
 def test_a_commands_help_lists_every_key_with_its_documentation(distill: Any) -> None:
     outcome = distill("train-student", "--help")
     assert outcome.status == 0
-    assert "--train.learning_rate  (float; default 0.0006)\n      Peak learning rate of AdamW." in outcome.out
+    assert (
+        "--train.learning_rate  (float between 0 and 10; default 0.0006)\n      Peak learning rate of AdamW."
+        in outcome.out
+    )
     assert "--corpus.path  (str; required)" in outcome.out
     assert "--run_dir  (str; default runs/experiment)" in outcome.out
 

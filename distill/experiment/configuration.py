@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Between:
+    """Limits of a number, both included, in the `Annotated` type of its field."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"between {self.low:g} and {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -20,12 +31,12 @@ class CorpusConfig:
     """Column that holds plain text."""
     messages_field: str = "messages"
     """Column that holds conversations (lists of `role` and `content`); used when the file has it."""
-    sequence_length: int = 1024
+    sequence_length: Annotated[int, Between(2, 2**20)] = 1024
     """Tokens a sample."""
     pack: bool = True
     """Several documents a sample, isolated from one another; false: one document a sample, padded and masked."""
-    held_out: float = 0.05
-    """Share of the documents, chosen by a hash of their content, that is never trained on (0 to 0.5)."""
+    held_out: Annotated[float, Between(0, 0.5)] = 0.05
+    """Share of the documents, chosen by a hash of their content, that is never trained on."""
     seed: int = 0
     """Seed of the order of the documents."""
 
@@ -60,35 +71,35 @@ class CacheConfig:
     """Folder of the cache (to train from one: or its URL, such as s3://bucket/cache); default: `cache` in `run_dir`."""
     part: str | None = None
     """Make only this part of the cache, such as `3/8`, the third of eight; `distill merge` joins the parts."""
-    devices: int = 1
+    devices: Annotated[int, Between(1, 1024)] = 1
     """Devices that run the teacher, each in a process of its own; on a CPU: processes."""
-    num_nodes: int = 1
+    num_nodes: Annotated[int, Between(1, 1024)] = 1
     """Machines that run this command at the same time into the same folder, with Lightning's environment variables."""
-    local_copy_gb: float = 100.0
+    local_copy_gb: Annotated[float, Between(0.001, 1e6)] = 100.0
     """Gigabytes of local copies of the shards of a `dir` that is a URL; those used longest ago go first."""
     scheme: Literal["varopt", "top_k", "random", "hidden"] = "varopt"
     """What is kept: unbiased threshold sampling, the k largest and a bucket, random draws, hidden states (exact)."""
-    threshold: float = 0.02
+    threshold: Annotated[float, Between(1e-4, 1)] = 0.02
     """varopt: probabilities from here up are kept exactly; the rest is sampled in steps of about this size."""
-    entries: int = 50
+    entries: Annotated[int, Between(1, 65_535)] = 50
     """top_k: entries a position; random: draws a position."""
-    bytes_per_token: float | None = None
+    bytes_per_token: Annotated[float, Between(1, 1e6)] | None = None
     """varopt: choose the threshold at which the first samples take this many bytes a token, instead of `threshold`."""
     max_size: str | None = None
     """Refuse to start when the cache would be larger, for example `20GB` or `12GiB`."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Between(1e-2, 100)] = 1.0
     """Temperature of the teacher's distribution."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**63)] = 0
     """Seed of the sampling."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Between(1, 2**16)] = 8
     """Samples of one forward pass of the teacher: its micro-batch."""
-    shard_samples: int = 64
+    shard_samples: Annotated[int, Between(1, 2**20)] = 64
     """Samples a shard file: what an interruption can cost at most."""
-    chunk_size: int = 256
+    chunk_size: Annotated[int, Between(1, 2**20)] = 256
     """Positions whose logits exist at one time."""
-    max_samples: int | None = None
+    max_samples: Annotated[int, Between(1, 2**40)] | None = None
     """At most this many training samples; default: the whole corpus."""
-    held_out_samples: int = 64
+    held_out_samples: Annotated[int, Between(0, 2**40)] = 64
     """At most this many held-out samples, cached too, to watch the student while it trains."""
     overwrite: bool = False
     """Delete a cache that was made from something else, and begin anew."""
@@ -121,19 +132,19 @@ class LossConfig:
         "mean_squared_logits",
     ] = "forward_kl"
     """All but forward_kl need cache.scheme `hidden` or `top_k` (mean_squared_logits: `hidden`)."""
-    beta: float = 0.5
-    """jsd: the teacher's share of the mixture that both are held against (0 to 1)."""
-    skew: float = 0.1
-    """skewed_kl, skewed_reverse_kl: share of the first distribution that is mixed into the second (0 to 1)."""
-    alpha: float = 0.0
+    beta: Annotated[float, Between(0, 1)] = 0.5
+    """jsd: the teacher's share of the mixture that both are held against."""
+    skew: Annotated[float, Between(0, 1)] = 0.1
+    """skewed_kl, skewed_reverse_kl: share of the first distribution that is mixed into the second."""
+    alpha: Annotated[float, Between(0, 1)] = 0.0
     """Weight of the true token: 0 only the teacher, 1 only the text."""
     alpha_schedule: Literal["constant", "with_learning_rate"] = "constant"
     """with_learning_rate: the teacher's weight, 1 - alpha, rises and falls as the learning rate does."""
     feature: Literal["cosine", "mse"] = "cosine"
     """With feature_weight: distance of the projected student's final hidden state to the teacher's."""
-    feature_weight: float = 0.0
+    feature_weight: Annotated[float, Between(0, 10**6)] = 0.0
     """Weight of that distance, added to the loss; needs cache.scheme `hidden`."""
-    chunk_size: int = 256
+    chunk_size: Annotated[int, Between(1, 2**20)] = 256
     """Positions whose logits exist at one time."""
 
 
@@ -141,15 +152,15 @@ class LossConfig:
 class TrainConfig:
     """How the student is trained."""
 
-    epochs: int = 1
+    epochs: Annotated[int, Between(1, 10**6)] = 1
     """Passes over the cache."""
-    max_steps: int | None = None
+    max_steps: Annotated[int, Between(1, 10**9)] | None = None
     """Optimiser steps at most; default: all of the epochs."""
     max_time: str | None = None
     """Stop with a checkpoint after this long, such as `90m` or `11h30m`; the same command with --resume goes on."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Between(1, 2**16)] = 8
     """The micro-batch: samples of one forward pass on each device; halved when the device runs out of memory."""
-    accumulate_grad_batches: int = 1
+    accumulate_grad_batches: Annotated[int, Between(1, 2**16)] = 1
     """Passes (micro-batches) of an optimiser step."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed"
     """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone."""
@@ -159,35 +170,35 @@ class TrainConfig:
     """AdamW's moments: in the weights' type, 8 bits, 4 bits, or 8 bits that move to the host (CUDA)."""
     step_in_backward: bool = False
     """Update each weight as soon as its gradient is there, so that never all gradients exist (no clipping then)."""
-    learning_rate: float = 6e-4
+    learning_rate: Annotated[float, Between(0, 10)] = 6e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After the warm-up: a cosine, or stable and then a linear decay (warm-up-stable-decay)."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: Annotated[float, Between(0, 1)] = 0.05
     """Share of the steps in which the learning rate rises."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Between(0, 1)] = 0.2
     """wsd: share of the steps in which the learning rate falls."""
-    final_learning_rate: float = 0.1
+    final_learning_rate: Annotated[float, Between(0, 1)] = 0.1
     """Learning rate at the end, as a share of the peak."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Between(0, 10)] = 0.1
     """AdamW's decoupled weight decay, on matrices only."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Between(0, 1)] = 0.9
     """AdamW's first momentum."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Between(0, 1)] = 0.95
     """AdamW's second momentum."""
-    gradient_clip: float = 1.0
+    gradient_clip: Annotated[float, Between(0, 10**6)] = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
-    checkpoint_every_k: int = 1
+    checkpoint_every_k: Annotated[int, Between(1, 10**6)] = 1
     """activation_checkpointing: recompute every k-th block only."""
     offload_activations: bool = False
     """Keep the activations that wait for the backward pass in host memory."""
     non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or leave that step out, say so and count it."""
-    early_stopping: int | None = None
+    early_stopping: Annotated[int, Between(1, 10**6)] | None = None
     """Stop after this many measurements of the held-out KL without a new best; the best weights become the student."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**31)] = 0
     """Seed of weights and order."""
     loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"]] = field(
         default_factory=lambda: ["tensorboard", "csv"]
@@ -197,21 +208,21 @@ class TrainConfig:
     """Lightning callbacks of your own: `module:Class` or `file.py:Class`, or `{class_path: …, init_args: {…}}`."""
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, cuda, mps."""
-    devices: int = 1
+    devices: Annotated[int, Between(1, 1024)] = 1
     """Devices to train on; on a CPU: processes."""
-    num_nodes: int = 1
+    num_nodes: Annotated[int, Between(1, 1024)] = 1
     """Machines that run this command at the same time, with Lightning's environment variables."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """Lightning's strategy: ddp gives each device the whole student, fsdp a share of it."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Between(0, 256)] = 0
     """Processes that read the cache."""
-    log_every_steps: int = 10
+    log_every_steps: Annotated[int, Between(1, 10**9)] = 10
     """Optimiser steps between two log lines."""
-    validate_every_steps: int = 200
+    validate_every_steps: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between two measurements of the held-out KL."""
-    checkpoint_every_steps: int = 200
+    checkpoint_every_steps: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between two checkpoints: what a killed training repeats at most."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Between(1, 10**6)] = 2
     """Newest checkpoints that are kept, beside that of the best held-out KL."""
     resume: bool = False
     """Continue from the last checkpoint of this run (`--resume`)."""
@@ -223,11 +234,11 @@ class EvaluateConfig:
 
     control: bool = False
     """Also train and measure a control: the same student and steps, learning from the text alone (alpha 1)."""
-    seeds: int = 1
+    seeds: Annotated[int, Between(1, 100)] = 1
     """Trainings of the student (and control), with the seeds `train.seed`, `train.seed + 1`, …: mean and deviation."""
-    max_samples: int | None = None
+    max_samples: Annotated[int, Between(1, 2**40)] | None = None
     """Held-out samples to measure on at most; default: all."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Between(1, 2**16)] = 8
     """Samples a forward pass."""
     student_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that student and control are held and compute in while they are measured."""
@@ -235,15 +246,15 @@ class EvaluateConfig:
     """Benchmarks of lm-eval for teacher, student and control, such as `[arc_easy, hellaswag]` (extra `eval`)."""
     tasks_path: str | None = None
     """Folder of further task files for lm-eval, such as `configs/tasks`. A task can hold code, which is run."""
-    tasks_limit: int | None = None
+    tasks_limit: Annotated[int, Between(1, 2**40)] | None = None
     """Documents of each benchmark at most, for a quick look; default: all."""
     cost: bool = True
     """Measure the speed and memory of teacher, student and control."""
-    cost_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    cost_batch_sizes: list[Annotated[int, Between(1, 2**16)]] = field(default_factory=lambda: [1, 8])
     """Sequences at a time of which the speed is measured."""
-    texts: int = 4
+    texts: Annotated[int, Between(0, 1000)] = 4
     """Held-out prompts that teacher, student and control continue, side by side; 0: none."""
-    text_tokens: int = 48
+    text_tokens: Annotated[int, Between(1, 2**16)] = 48
     """Tokens of each continuation."""
 
 

@@ -1,16 +1,17 @@
-"""Reading an experiment file: YAML and overrides to checked dataclasses, and every mistake to one short message."""
+"""The experiment file: YAML and overrides become checked dataclasses, and every mistake one short message."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
 from distill.experiment import configuration as config
-from distill.experiment.configuration import Experiment
+from distill.experiment.configuration import Between, Experiment
 from distill.system.files import read_bounded
 from distill.system.quiet import quiet
 
@@ -18,7 +19,7 @@ _MOST_BYTES = 2**20
 
 
 def load_experiment(path: str, overrides: list[str]) -> Experiment:
-    """The experiment of a YAML file with overrides such as `["--cache.threshold", "0.01"]`.
+    """Read the experiment of a YAML file with overrides such as `["--cache.threshold", "0.01"]`.
 
     Raises UserError for a missing or broken file, an unknown key (with the nearest known one), a wrong type or value.
     """
@@ -39,7 +40,7 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
     _check_keys(content, Experiment, path, prefix="")
     _check_overrides(overrides)
     experiment = _parse(path, overrides)
-    _check_ranges(experiment)
+    _check_limits(experiment)
     return experiment
 
 
@@ -53,7 +54,7 @@ _GONE = {
 
 
 def _where(error: Any) -> str:
-    """What a YAML error says, without its name for the text and the excerpt of it."""
+    """Return place and problem of a YAML error, without its name for the text and the excerpt of it."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -61,7 +62,7 @@ def _where(error: Any) -> str:
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """The experiment as plain values, for writing it down."""
+    """Return the experiment as plain values, for writing it down."""
     return dataclasses.asdict(experiment)
 
 
@@ -79,7 +80,7 @@ def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> 
 
 
 def _section(entry: dataclasses.Field) -> type | None:
-    """The dataclass of a field that is a section of the file, None for a plain value."""
+    """Return the dataclass of a field that is a section of the file; None means that it is a plain value."""
     kind = getattr(config, str(entry.type), None)
     return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
 
@@ -98,36 +99,36 @@ def _check_overrides(overrides: list[str]) -> None:
                 hint = _GONE.get(f"{walked[2:]}{key}") or _in_a_section(key) or did_you_mean(key, known)
                 raise UserError(f"{walked}{key}: unknown option{hint}")
             if str(known[key].type).startswith("dict"):
-                break  # a free mapping such as student.options: whom it is for says what it may hold
+                break  # a free mapping such as student.options: the plug-in checks its keys
             kind = _section(known[key]) or str
             walked += f"{key}." if dataclasses.is_dataclass(kind) else key
 
 
 def _in_a_section(key: str) -> str:
-    """`; did you mean '--train.seed'?` for a key that was given without its section."""
+    """Return `; did you mean '--train.seed'?` for a key that was given without its section."""
     sections = [
-        entry.name for entry in dataclasses.fields(Experiment) if (kind := _section(entry)) and key in _names(kind)
+        entry.name
+        for entry in dataclasses.fields(Experiment)
+        if (kind := _section(entry)) and key in {field.name for field in dataclasses.fields(kind)}
     ]
     return f"; did you mean {' or '.join(f'--{section}.{key}' for section in sections)}?" if sections else ""
 
 
-def _names(kind: type) -> set[str]:
-    return {entry.name for entry in dataclasses.fields(kind)}
-
-
 def print_options() -> None:
-    """Every key with its documentation, type and default."""
+    """Print every key with its documentation, type, limits and default."""
     for section in dataclasses.fields(Experiment):
         kind = _section(section)
         if kind is None:
             continue
         print(f"{section.name}: {(kind.__doc__ or '').strip()}")
-        documentation = _field_documentation(kind)
+        documentation, hints = _field_documentation(kind), typing.get_type_hints(kind, include_extras=True)
         for entry in dataclasses.fields(kind):
             default = "required" if entry.default is dataclasses.MISSING else f"default {entry.default}"
             if entry.default_factory is not dataclasses.MISSING:
                 default = f"default {entry.default_factory()}"
-            print(f"  --{section.name}.{entry.name}  ({entry.type}; {default})\n      {documentation[entry.name]}")
+            limits = limits_of(hints[entry.name])
+            plain = re.sub(_ANNOTATED, r"\1", str(entry.type)) + ("" if limits is None else f" {limits}")
+            print(f"  --{section.name}.{entry.name}  ({plain}; {default})\n      {documentation[entry.name]}")
         print()
     documentation = _field_documentation(Experiment)
     for entry in dataclasses.fields(Experiment):
@@ -136,7 +137,7 @@ def print_options() -> None:
 
 
 def _field_documentation(kind: type) -> dict[str, str]:
-    """The string below each field of a dataclass."""
+    """Return the string below each field of a dataclass."""
     import ast
     import inspect
     import textwrap
@@ -167,74 +168,37 @@ def _parse(path: str, overrides: list[str]) -> Experiment:
     return Experiment(**{name: getattr(values, name) for name in names})
 
 
+_ANNOTATED = r"(?:typing\.)?Annotated\[(\w+), [^\]]*\]"
+
+
 def _plain(message: str) -> str:
-    """jsonargparse's message in one line, without the names of Python's types."""
+    """Return jsonargparse's message in one line, without the names of Python's types."""
     line = " ".join(message.split())
     line = re.sub(r'^Parser key "([^"]+)":', r"\1:", line)
     line = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", line)
-    line = re.sub(r"<class '(\w+)'>", r"\1", line)
+    line = re.sub(_ANNOTATED, r"\1", re.sub(r"<class '(\w+)'>", r"\1", line))
     return line.replace("Expected a one of", "expected one of").replace("Expected a", "expected")
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "corpus.sequence_length": (2, 2**20),
-    "corpus.held_out": (0, 0.5),
-    "cache.threshold": (1e-4, 1),
-    "cache.entries": (1, 65_535),
-    "cache.bytes_per_token": (1, 1e6),
-    "cache.temperature": (1e-2, 100),
-    "cache.seed": (0, 2**63),
-    "cache.batch_size": (1, 2**16),
-    "cache.devices": (1, 1024),
-    "cache.num_nodes": (1, 1024),
-    "cache.local_copy_gb": (0.001, 1e6),
-    "cache.shard_samples": (1, 2**20),
-    "cache.chunk_size": (1, 2**20),
-    "cache.max_samples": (1, 2**40),
-    "cache.held_out_samples": (0, 2**40),
-    "loss.alpha": (0, 1),
-    "loss.beta": (0, 1),
-    "loss.skew": (0, 1),
-    "loss.feature_weight": (0, 10**6),
-    "loss.chunk_size": (1, 2**20),
-    "train.epochs": (1, 10**6),
-    "train.max_steps": (1, 10**9),
-    "train.batch_size": (1, 2**16),
-    "train.accumulate_grad_batches": (1, 2**16),
-    "train.learning_rate": (0, 10),
-    "train.warmup_fraction": (0, 1),
-    "train.decay_fraction": (0, 1),
-    "train.final_learning_rate": (0, 1),
-    "train.weight_decay": (0, 10),
-    "train.beta1": (0, 1),
-    "train.beta2": (0, 1),
-    "train.gradient_clip": (0, 10**6),
-    "train.seed": (0, 2**31),
-    "train.devices": (1, 1024),
-    "train.num_workers": (0, 256),
-    "train.log_every_steps": (1, 10**9),
-    "train.validate_every_steps": (1, 10**9),
-    "train.checkpoint_every_steps": (1, 10**9),
-    "train.keep_checkpoints": (1, 10**6),
-    "train.checkpoint_every_k": (1, 10**6),
-    "train.early_stopping": (1, 10**6),
-    "train.num_nodes": (1, 1024),
-    "evaluate.seeds": (1, 100),
-    "evaluate.tasks_limit": (1, 2**40),
-    "evaluate.texts": (0, 1000),
-    "evaluate.text_tokens": (1, 2**16),
-    "evaluate.max_samples": (1, 2**40),
-    "evaluate.batch_size": (1, 2**16),
-}
-
-
-def _check_ranges(experiment: Experiment) -> None:
-    """All values that are out of their range, in one message."""
+def _check_limits(experiment: Experiment) -> None:
+    """Raise UserError for all numbers that are beyond the limits of their fields, in one message."""
     wrong = []
-    for key, (low, high) in _RANGES.items():
-        section, name = key.split(".")
-        value = getattr(getattr(experiment, section), name)
-        if value is not None and not low <= value <= high:
-            wrong.append(f"{key}: {value} is not between {low:g} and {high:g}")
+    for section in dataclasses.fields(Experiment):
+        if (kind := _section(section)) is None:
+            continue
+        values = getattr(experiment, section.name)
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            if (limits := limits_of(hint)) is None or (value := getattr(values, name)) is None:
+                continue
+            for number in value if isinstance(value, list) else [value]:
+                if not limits.low <= number <= limits.high:
+                    wrong.append(f"{section.name}.{name}: {number} is not {limits}")
     if wrong:
         raise UserError("; ".join(wrong))
+
+
+def limits_of(hint: Any) -> Between | None:
+    """Return the limits that a field's type holds, also inside a union or a list."""
+    found = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Between)]
+    found += [limits for inner in typing.get_args(hint) if (limits := limits_of(inner)) is not None]
+    return found[0] if found else None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from distill.errors import UserError
-from distill.experiment.configuration import Experiment
-from distill.experiment.file import _RANGES, load_experiment, to_dict
+from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
+from distill.experiment.file import limits_of, load_experiment, print_options, to_dict
 
 MINIMAL = {"corpus": {"path": "c.jsonl"}, "teacher": {"model": "t"}}
 
@@ -146,18 +147,42 @@ def test_not_a_number_is_in_no_range(minimal: str) -> None:
     assert "train.learning_rate: nan is not between" in refusal(minimal, "--train.learning_rate", ".nan")
 
 
-def test_every_number_of_the_file_has_a_range(minimal: str) -> None:
-    """A number without one would be taken as it comes: a batch of 0, a threshold of -1."""
-    experiment = load_experiment(minimal, [])
-    numbers = {
-        f"{section.name}.{entry.name}"
-        for section in dataclasses.fields(Experiment)
-        if dataclasses.is_dataclass(part := getattr(experiment, section.name))
-        for entry in dataclasses.fields(part)
-        if entry.type.split(" | ")[0] in ("int", "float")
+def has_numbers(hint: object) -> bool:
+    return hint in (int, float) or any(has_numbers(inner) for inner in typing.get_args(hint))
+
+
+def test_every_number_of_the_file_has_limits() -> None:
+    """A number without limits would be taken as it comes: a batch of 0, a threshold of -1."""
+    limits = {
+        f"{section}.{name}": limits_of(hint)
+        for section, kind in typing.get_type_hints(Experiment).items()
+        if dataclasses.is_dataclass(kind)
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+        if has_numbers(hint)
     }
-    assert numbers - set(_RANGES) <= {"corpus.seed"}  # open_corpus refuses a negative one itself
-    assert set(_RANGES) <= numbers
+    assert len(limits) > 40
+    without = {name for name, found in limits.items() if found is None}
+    assert without == {"corpus.seed"}  # open_corpus refuses a negative one itself
+    experiment = Experiment(CorpusConfig("c"), TeacherConfig("t"))
+    for name, found in limits.items():
+        section, key = name.split(".")
+        default = getattr(getattr(experiment, section), key)
+        for number in default if isinstance(default, list) else [default]:
+            assert found is None or number is None or found.low <= number <= found.high
+
+
+def test_numbers_in_a_list_have_limits_too(minimal: str) -> None:
+    message = refusal(minimal, "--evaluate.cost_batch_sizes", "[1, 0]")
+    assert message == "evaluate.cost_batch_sizes: 0 is not between 1 and 65536"
+    assert "int" in refusal(minimal, "--evaluate.cost_batch_sizes", "[1, many]")
+
+
+def test_options_are_printed_with_their_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    print_options()
+    printed = capsys.readouterr().out
+    assert "--loss.alpha  (float between 0 and 1; default 0.0)" in printed
+    assert "--train.max_steps  (int | None between 1 and 1e+09; default None)" in printed
+    assert "Annotated" not in printed
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such files there")
