@@ -13,6 +13,7 @@ from typing import Any
 
 from distill import __version__, folder_commands
 from distill.errors import UserError, did_you_mean
+from distill.system.progress import visible
 from distill.system.quiet import quiet_command
 
 EXPERIMENT_COMMANDS = {
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = _dispatch(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
-        print(f"distill: {error}", file=sys.stderr)
+        print(f"distill: {visible(str(error))}", file=sys.stderr)
         status = 2
     if arguments is None:
         gc.freeze()  # without it, Python would search a million objects for garbage, which takes two seconds

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from distill.errors import UserError
+from distill.models.chat_templates import Span, TemplateError, render
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 REMEDY = "mark the answers in the chat template with {% generation %} and {% endgeneration %}"
 
 Message = dict[str, Any]
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -91,18 +89,17 @@ class ChatTemplate:
     def _rendered(
         self, messages: Sequence[Message], where: str, add_generation_prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        render: Any = render_jinja_template  # its annotations leave no room for the special tokens
+        marked = bool(GENERATION.search(self.source))
         try:
-            texts, spans = render(
-                conversations=[list(messages)],
-                chat_template=self.source,
-                return_assistant_tokens_mask=bool(GENERATION.search(self.source)),
+            return render(
+                self.source,
+                messages,
+                self.special_tokens,
                 add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+                marked=marked,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except TemplateError as error:
             raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error
-        return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 
 
 def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.models.chat_templates import TemplateError, render_with
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import LanguageModel, hidden_states
 
@@ -206,13 +207,11 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     """Return the added token (such as `<|im_end|>`) right after an answer in the chat template, or None."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    from jinja2 import TemplateError
-
     answer = "forty-two"
     turns = [{"role": "user", "content": "what"}, {"role": "assistant", "content": answer}]
     try:
-        _, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
-    except (TemplateError, TypeError, ValueError, LookupError):
+        _, found, behind = render_with(tokenizer, turns).rpartition(answer)
+    except TemplateError:
         return None  # the template refuses these messages, so the end of an answer is unknown
     ids = tokenizer.encode(behind.lstrip(), add_special_tokens=False) if found else []
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None

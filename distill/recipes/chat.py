@@ -10,17 +10,17 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from distill.errors import UserError, did_you_mean
 from distill.experiment.folders import finished_model
+from distill.models.chat_templates import TemplateError, render_with
 from distill.models.devices import compute_dtype, pick_device
 from distill.models.generation import HALF, context_length, decode_text, encode_prompt, ending_tokens, generate
 from distill.models.quantization import DTYPES
 from distill.models.tokenizers import load_folder_tokenizer, vocab_size
 from distill.plugins import load_language_model
-from distill.system.progress import say
+from distill.system.progress import say, visible
 
 COMMANDS = ("/quit", "/reset")
 ANSWER_SHARE = 4
@@ -188,10 +188,8 @@ class Chat:
         if not self.has_template:
             return encode_prompt(self._tokenizer, turns[-1]["content"])
         try:
-            text = self._tokenizer.apply_chat_template(
-                [*self._system, *turns], tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            text = render_with(self._tokenizer, [*self._system, *turns], add_generation_prompt=True)
+        except TemplateError as error:
             raise UserError(f"the student's chat template refuses the conversation: {error}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
@@ -229,7 +227,7 @@ class GrowingText:
 def _print_answer(chat: Chat, line: str, max_new_tokens: int, sampling: dict[str, Any]) -> None:
     with contextlib.closing(chat.answer(line, max_new_tokens, sampling)) as pieces:  # a stopped answer is kept
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
     print(flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,8 @@ from types import TracebackType
 LINE_SECONDS = 15.0
 """Seconds between two log lines if there is no terminal."""
 
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 _is_quiet = False
 
@@ -19,10 +22,18 @@ def be_quiet() -> None:
     _is_quiet = True
 
 
+def visible(text: str) -> str:
+    """Return a text with what would steer a terminal written out, such as `\\x1b`; tabs and ends of lines stay.
+
+    These are control characters, and the characters that turn the direction of a text or end its line.
+    """
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(message: str, *, by_any: bool = False) -> None:
     """Print a line for the person at the terminal or the reader of the log, `by_any` process if only that one knows."""
     if by_any or not _is_quiet:
-        print(message, flush=True)
+        print(visible(message), flush=True)
 
 
 class Progress:

@@ -23,6 +23,7 @@ from distill.models.language_model import Head
 from distill.models.saving import save_language_model
 from distill.plugins import load_language_model
 from distill.recipes.chat import HALF, Chat, GrowingText, main
+from distill.system.progress import visible
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_traces")
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "generator": None}
@@ -73,11 +74,11 @@ def test_each_line_is_answered_with_the_conversation_so_far(talk: Any, student: 
     turns += [said("assistant", first.strip()), said("user", "And why?")]
     second = their_answer(student, turns)
     assert first.strip() and second.strip()
-    assert talk(["What is the Congress?", "", "And why?"], system="Be brief.") == f"{first}\n{second}\n"
+    assert talk(["What is the Congress?", "", "And why?"], system="Be brief.") == visible(f"{first}\n{second}\n")
 
 
 def test_commands(talk: Any, student: Path) -> None:
-    fresh = their_answer(student, [said("user", "And why?")])
+    fresh = visible(their_answer(student, [said("user", "And why?")]))
     found = talk(["What is the Congress?", "/reset", "And why?", "/rest it", "/quit", "And why?"])
     assert found.split("\n", 1)[1] == f"(forgotten)\n{fresh}\n" + (
         "(/rest: no such command; did you mean '/reset'? (known: /quit, /reset))\n"
@@ -169,9 +170,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     assert signal.getsignal(signal.SIGINT) is before
     answers = capsys.readouterr().out.partition("\n")[2]
     first, between, second = answers.split("\n(/quit or Ctrl-D leaves)\n")
-    assert whole.startswith(first) and 0 < len(first) < len(whole) / 2 and between == ""
+    first = next(whole[:end] for end in range(len(whole)) if visible(whole[:end]) == first)
+    assert 0 < len(first) < len(whole) / 2 and between == ""
     turns = [said("user", "Hello"), said("assistant", first.strip()), said("user", "And why?")]
-    assert second == their_answer(student, turns, 40) + "\n\n", "what was said before the interruption is remembered"
+    assert second == visible(their_answer(student, turns, 40)) + "\n\n", (
+        "what was said before the interruption is remembered"
+    )
 
 
 def test_the_oldest_turns_make_room(student: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,3 +284,10 @@ def test_a_template_that_refuses_a_system_message(student: Path, tmp_path: Path)
     run = save_compact(tmp_path, strict)
     with pytest.raises(UserError, match=r"refuses.*no system role"):
         main(str(run), 0.0, 1.0, 4, None, "Be brief.")
+
+
+def test_what_would_steer_the_terminal_is_shown(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may have learned to write escape sequences, which retitle, clear or answer a terminal."""
+    pieces = ["\x1b]0;mine\x07", "\x9b2J", "ok\r", "\n\tthe\x7f ", "\u202egnp.exe", " naïve 😀"]
+    monkeypatch.setattr(Chat, "answer", lambda *_: (piece for piece in pieces))
+    assert talk(["Hello"]) == "\\x1b]0;mine\\x07\\x9b2Jok\\r\n\tthe\\x7f \\u202egnp.exe naïve 😀\n"

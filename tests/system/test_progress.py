@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import io
 import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distill.system import progress
-from distill.system.progress import LINE_SECONDS, Progress
+from distill.system.progress import LINE_SECONDS, Progress, visible
+
+TURNING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 class Clock:
@@ -103,3 +110,17 @@ def test_say_is_seen_at_once_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", pipe)
     progress.say("hello")
     assert pipe.getvalue() == "hello\n" and pipe.flushed
+
+
+@given(st.text())
+def test_what_is_shown_steers_no_terminal_and_loses_nothing(text: str) -> None:
+    shown = visible(text)
+    assert not any(unicodedata.category(letter) == "Cc" and letter not in "\n\t" for letter in shown)
+    assert not any(unicodedata.bidirectional(letter) in TURNING for letter in shown)
+    if text.isprintable():
+        assert shown == text
+
+
+def test_a_message_with_a_strangers_name_steers_no_terminal(distill: Any, tmp_path: Path) -> None:
+    outcome = distill("chat", f"{tmp_path}/\x1b[2J\x07")
+    assert outcome.status == 2 and "\\x1b[2J\\x07: holds no" in outcome.err and "\x1b" not in outcome.err

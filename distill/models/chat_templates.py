@@ -1,0 +1,153 @@
+"""Chat templates rendered in a process of their own, under limits of time, memory and size."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from distill.models import template_process
+
+SECONDS = 10
+"""Longest time that a template may take for one conversation. Real templates take milliseconds."""
+START_SECONDS = 300
+LONGEST_TEMPLATE = 2**20
+"""Characters of a template. Real templates have up to 20,000."""
+
+Span = tuple[int, int]
+
+
+class TemplateError(ValueError):
+    """Reason why a template gives no text for a conversation."""
+
+
+def render_with(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    """Return the conversation as the tokenizer's default chat template renders it. Raises TemplateError."""
+    special_tokens = dict(tokenizer.special_tokens_map)
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise TemplateError(str(error)) from error
+    return render(template, messages, special_tokens, add_generation_prompt=add_generation_prompt)[0]
+
+
+def render(
+    template: str,
+    messages: Sequence[dict[str, Any]],
+    special_tokens: dict[str, Any],
+    *,
+    add_generation_prompt: bool = False,
+    marked: bool = False,
+) -> tuple[str, list[Span]]:
+    """Return the conversation as text, and if the template is `marked`, the spans in it that it marks as generated.
+
+    Equals transformers' `render_jinja_template` for messages of JSON. Raises TemplateError for a template that refuses
+    the conversation, or exceeds a limit.
+    """
+    if len(template) > LONGEST_TEMPLATE:
+        raise TemplateError(f"it has more than {LONGEST_TEMPLATE >> 20} Mi characters")
+    request = {
+        "template": template,
+        "messages": list(messages),
+        "special_tokens": special_tokens,
+        "add_generation_prompt": add_generation_prompt,
+        "marked": marked,
+    }
+    try:
+        line = json.dumps(request, default=str)
+    except (ValueError, RecursionError) as error:
+        raise TemplateError(f"the messages are no JSON: {error}") from error
+    answer = _own_process().ask(line)
+    if "error" in answer:
+        raise TemplateError(answer["error"])
+    return answer["text"], [(start, end) for start, end in answer["spans"]]
+
+
+class _Process:
+    """One `template_process`, started when it is first asked and again after it was ended."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Return the answer to a request. Raises TemplateError if it takes too long."""
+        try:
+            if self._process is None:
+                self._start()
+            return dict(self._exchange(line.encode() + b"\n", SECONDS))
+        except BaseException:  # an interrupted exchange would leave its answer for the next one
+            self.end()
+            raise
+
+    def _start(self) -> None:
+        quiet = {"USE_TORCH": "0", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        self._process = subprocess.Popen(
+            [sys.executable, template_process.__file__, str(SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **quiet},
+        )
+        assert self._exchange(b"", START_SECONDS) == "ready"
+
+    def _exchange(self, line: bytes, seconds: float) -> Any:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            with _killed_after(process, process.stdout, seconds):
+                answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer.endswith(b"\n"):
+            raise TemplateError(f"it takes more than {seconds:.0f} seconds, or more memory than it may")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe is not None
+                pipe.close()
+
+
+@contextlib.contextmanager
+def _killed_after(process: subprocess.Popen[bytes], answers: IO[bytes], seconds: float) -> Iterator[None]:
+    """Stop the process if its answer does not begin in time. The body reads the answer, and then its end."""
+    if os.name != "nt":
+        if not select.select([answers], [], [], seconds)[0]:
+            process.kill()
+        yield
+        return
+    timer = threading.Timer(seconds, process.kill)  # `select` knows no pipes on Windows, and a thread costs 0.1 ms
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_process: _Process | None = None
+
+
+def _own_process() -> _Process:
+    """Return this process's renderer. A forked process has its parent's pipes, and starts one of its own."""
+    global _process
+    if _process is None or _process.pid != os.getpid():
+        _process = _Process()
+        atexit.register(_process.end)
+    return _process

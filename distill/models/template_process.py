@@ -1,0 +1,70 @@
+"""A program of its own that renders chat templates: a template may come from anyone, loop for ever or take all memory.
+
+Each line of standard input is a request as JSON, each line of standard output its answer. It starts with a line for
+"ready", and ends with its input. Without torch it needs half a second to start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+MEMORY = 2**30
+"""Bytes that rendering may take beyond those of the program itself."""
+LONGEST = 2**26
+"""Characters of a rendered conversation."""
+
+
+def main(seconds: int) -> None:
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [place for place in sys.path if place != here]  # where `tokenizers.py` is not the library
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends an answer of `chat`, and not its template
+    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # a library's prints are no part of an answer
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _limit_memory()
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        if hasattr(signal, "alarm"):
+            signal.alarm(2 * seconds)  # whoever asked is gone if this ever rings
+        print(json.dumps(_answer(render_jinja_template, json.loads(line))), file=answers, flush=True)
+
+
+def _answer(render: Any, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        texts, spans = render(
+            conversations=[request["messages"]],
+            chat_template=request["template"],
+            return_assistant_tokens_mask=request["marked"],
+            add_generation_prompt=request["add_generation_prompt"],
+            **request["special_tokens"],
+        )
+    except (MemoryError, OverflowError):
+        return {"error": f"it takes more than {MEMORY >> 20} MiB of memory"}
+    except RecursionError:
+        return {"error": "it calls itself without end"}
+    except Exception as error:  # a template is a program
+        return {"error": str(error)[:1000] or type(error).__name__}
+    if len(texts[0]) > LONGEST:
+        return {"error": f"it makes a text of more than {LONGEST >> 20} Mi characters"}
+    return {"text": texts[0], "spans": spans[0] if spans else []}
+
+
+def _limit_memory() -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit, macOS does not keep it
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
