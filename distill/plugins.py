@@ -1,4 +1,4 @@
-"""Find a plug-in by name (built-in, `package.module:Class`, `file.py:Class`), check its options, make it."""
+"""Plug-ins: a teacher or student found by name (built-in, `package.module:Class`, `file.py:Class`), and built."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FORMS = "package.module:Class or path/file.py:Class"
 
 
 def load(reference: str, kind: Kind) -> Callable[..., Any]:
-    """The callable that `reference` names: a built-in's short name, `package.module:Class`, or `path/file.py:Class`."""
+    """Return the callable that a reference names: a built-in, `package.module:Class`, or `path/file.py:Class`."""
     table = BUILT_IN[kind]
     full = table.get(reference, reference)
     module_name, colon, attribute = full.rpartition(":")
@@ -66,7 +66,7 @@ def load(reference: str, kind: Kind) -> Callable[..., Any]:
 
 
 def _check_is_model(found: Any, where: str) -> None:
-    """A model's folder names its class, and may come from anyone: it must not be able to call whatever is installed."""
+    """Raise UserError unless the class is a model: a model's folder names it, and must not call arbitrary code."""
     import torch
 
     if not (inspect.isclass(found) and issubclass(found, torch.nn.Module)):
@@ -113,9 +113,10 @@ def _from_file(name: str, kind: Kind) -> ModuleType:
 
 
 def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of the plug-in's call: the user's `options`, checked, and of `offered` what the signature asks for.
+    """Return all arguments of the plug-in's call: the user's checked `options`, and those of `offered` that it names.
 
-    Text that a command line gave for a number is read as one. UserError for an unknown, missing or ill-typed option.
+    Text that a command line gave for a number is read as one. Raises UserError for an unknown, missing or ill-typed
+    option.
     """
     factory = load(reference, kind)
     where = f"{OPTIONS[kind]} of {reference}"
@@ -230,7 +231,7 @@ def named_class(folder: Path, wanted: str, named: str | None) -> str:
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Type hints of the call; none when a stranger's annotations cannot be evaluated."""
+    """Return the type hints of the call; none if a stranger's annotations cannot be evaluated."""
     target = factory.__init__ if inspect.isclass(factory) else factory
     try:
         return typing.get_type_hints(target)
@@ -253,7 +254,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain YAML value agrees with a type hint; hints this does not know are left to the constructor."""
+    """Tell whether a plain YAML value agrees with a type hint. Hints unknown here are left to the constructor."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)
@@ -274,7 +275,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def source_file(reference: str) -> Path | None:
-    """The file of a plug-in of the user's own; None for a built-in."""
+    """Return the file of a class of the user's own, None for a built-in and for classes without one."""
     if any(reference in table for table in BUILT_IN.values()):
         return None
     name = reference.rpartition(":")[0]

@@ -1,4 +1,4 @@
-"""The experiment's cache: what it must be, and the finished one to read from."""
+"""The experiment's cache: its expected manifest, and the finished cache to read from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distill.targets import schemes
 
 
 def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
-    """The scheme of the experiment's cache."""
+    """Make the scheme of the experiment's cache."""
     cache = experiment.cache
     parameters: dict[str, dict[str, Any]] = {
         "varopt": {"threshold": cache.threshold},
@@ -33,7 +33,7 @@ def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
 
 
 def with_budgeted_threshold(experiment: Experiment, found: Manifest) -> Experiment:
-    """The experiment with the threshold that was chosen for its `cache.bytes_per_token` when `found` was made."""
+    """Return the experiment with the threshold that met its `cache.bytes_per_token` when `found` was made."""
     cache = experiment.cache
     if cache.bytes_per_token is None or found.made_with.get("bytes_per_token") != f"{cache.bytes_per_token:g}":
         return experiment
@@ -42,18 +42,18 @@ def with_budgeted_threshold(experiment: Experiment, found: Manifest) -> Experime
 
 
 def make_token_order(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> TokenOrder:
-    """The order of the tokens in the experiment's cache: by their frequency in its training samples."""
+    """Make the order of the tokens in the experiment's cache: by their frequency in its training samples."""
     count = min(len(samples.train), experiment.cache.max_samples or len(samples.train))
     return TokenOrder.by_frequency(token_counts(samples.train, count, teacher.vocab_size))
 
 
 def packing_fingerprint(experiment: Experiment) -> str:
-    """Which documents are held out, and in which order the others are packed."""
+    """Return a text that determines the held-out documents, and the order in which the others are packed."""
     return f"held out {experiment.corpus.held_out}, seed {experiment.corpus.seed}"
 
 
 def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets, order: TokenOrder) -> Manifest:
-    """What the experiment's cache must be."""
+    """Make the manifest that the experiment's cache must have."""
     corpus, cache = experiment.corpus, experiment.cache
     held_out = min(len(samples.held_out), cache.held_out_samples)
     train = len(samples.train) if cache.max_samples is None else min(len(samples.train), cache.max_samples)
@@ -80,7 +80,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
 
 
 def open_cache(experiment: Experiment) -> Storage:
-    """The finished cache to read from: the folder that was made, or a URL."""
+    """Open the finished cache to read from: the folder that was made, or a URL."""
     cache = experiment.cache
     location = cache.dir if cache.dir and is_url(cache.dir) else Folders.of(experiment).cache
     storage = open_storage(location, local_copy_bytes=int(cache.local_copy_gb * 1e9))
@@ -93,7 +93,7 @@ def open_cache(experiment: Experiment) -> Storage:
 
 
 def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -> None:
-    """Raises UserError when the experiment asks for a cache other than `found`, as far as its own settings tell."""
+    """Raise UserError if the experiment asks for a cache other than `found`, as far as its own settings tell."""
     experiment = with_budgeted_threshold(experiment, found)
     scheme = make_scheme(experiment, found.scheme_parameters.get("size", 0))
     expected = Manifest(

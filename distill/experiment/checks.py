@@ -1,4 +1,4 @@
-"""Whether a model can do what the experiment asks of it, before it is asked."""
+"""Checks before long work: that a model can do what the experiment asks of it, and that the last steps can run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from distill.training.user_callbacks import check_callbacks
 def check_model(
     model: Any, name: str, vocab_size: int, pack: bool, *, length: int = LENGTH, trains: bool = False
 ) -> None:
-    """Raise UserError when a model breaks the contract of body and head, on a few tokens, at most `length` a row.
+    """Raise UserError if a model breaks the contract of body and head, on a few tokens, at most `length` a row.
 
-    The head has too few rows, the code fails, outputs are not finite, or a position sees what it must not. What is not
-    finite is no measure of isolation, so that comes first. `pack`: documents share rows. `trains`: it is a student
-    before its training. The model is tried where its weights are: such a student is on the host.
+    The head has too few rows, the code fails, outputs are not finite, or a position sees what it must not. Isolation
+    cannot be measured on values that are not finite, so these are found first. `pack`: documents share rows. `trains`:
+    it is a student before its training. The model is tried where its weights are: such a student is on the host.
     """
     device = checked_head(model, name, vocab_size).weight_VD.device
     length = min(length, LENGTH)
@@ -38,16 +38,16 @@ def check_model(
 
 
 def check_length(limit: int | None, name: str, sequence_length: int) -> None:
-    """Raise UserError when samples are longer than the `limit` tokens that a model says it can read."""
+    """Raise UserError if samples are longer than the `limit` tokens that a model says it can read."""
     if limit is not None and sequence_length > limit:
         raise UserError(f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {name}")
 
 
 def check_last_steps(experiment: Experiment) -> None:
-    """What the last steps of a run need, before the first: nobody should hear after a night that a package is missing.
+    """Check before the first step of a run the needs of the last ones, such as installed packages.
 
-    Raises UserError for a logger or lm-eval that is not installed, for unknown callbacks and benchmarks, and for what
-    does not go together in the training.
+    Raises UserError for a logger or lm-eval that is not installed, for unknown benchmarks, and for settings of the
+    training that exclude one another.
     """
     config = experiment.train
     check_installed(config.loggers)
@@ -59,7 +59,7 @@ def check_last_steps(experiment: Experiment) -> None:
 
 
 def check_evaluation(experiment: Experiment) -> None:
-    """Raises UserError when lm-eval is not installed, does not know a task, or a batch size is none."""
+    """Raise UserError if lm-eval is not installed, does not know a task, or a batch size is below 1."""
     config = experiment.evaluate
     if config.cost and not config.cost_batch_sizes:
         raise UserError("evaluate.cost_batch_sizes: give at least one size, or --evaluate.cost false")

@@ -1,4 +1,4 @@
-"""The experiment file as typed dataclasses: every key, its unit and its default. Imports nothing heavy."""
+"""The experiment file as typed dataclasses: every key, its unit and its default. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CorpusConfig:
     sequence_length: Annotated[int, Between(2, 2**20)] = 1024
     """Tokens a sample."""
     pack: bool = True
-    """Several documents a sample, isolated from one another; false: one document a sample, padded and masked."""
+    """Put several documents into a sample, isolated from one another; false: one a sample, padded and masked."""
     held_out: Annotated[float, Between(0, 0.5)] = 0.05
     """Share of the documents, chosen by a hash of their content, that is never trained on."""
     seed: int = 0
@@ -48,7 +48,7 @@ class TeacherConfig:
     model: str
     """A hub name, a local folder, a GGUF file, or `smollm2-135m-demo`."""
     quantization: Literal["nf4", "int8", "none"] = "nf4"
-    """4-bit NF4 with double quantisation, 8-bit, or the checkpoint as it is (bitsandbytes)."""
+    """4-bit NF4 with double quantisation, 8-bit, or the checkpoint unquantised (bitsandbytes)."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and unquantised weights; auto: the best the device can do."""
     tokenizer: str | None = None
@@ -65,20 +65,20 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What is kept of the teacher's distributions, and where."""
+    """The cache of the teacher's distributions: its content and its place."""
 
     dir: str | None = None
     """Folder of the cache (to train from one: or its URL, such as s3://bucket/cache); default: `cache` in `run_dir`."""
     part: str | None = None
     """Make only this part of the cache, such as `3/8`, the third of eight; `distill merge` joins the parts."""
     devices: Annotated[int, Between(1, 1024)] = 1
-    """Devices that run the teacher, each in a process of its own; on a CPU: processes."""
+    """Devices that run the teacher, each in a separate process; on a CPU: processes."""
     num_nodes: Annotated[int, Between(1, 1024)] = 1
     """Machines that run this command at the same time into the same folder, with Lightning's environment variables."""
     local_copy_gb: Annotated[float, Between(0.001, 1e6)] = 100.0
     """Gigabytes of local copies of the shards of a `dir` that is a URL; those used longest ago go first."""
     scheme: Literal["varopt", "top_k", "random", "hidden"] = "varopt"
-    """What is kept: unbiased threshold sampling, the k largest and a bucket, random draws, hidden states (exact)."""
+    """Unbiased threshold sampling, the k largest and a bucket, random draws, or hidden states (exact)."""
     threshold: Annotated[float, Between(1e-4, 1)] = 0.02
     """varopt: probabilities from here up are kept exactly; the rest is sampled in steps of about this size."""
     entries: Annotated[int, Between(1, 65_535)] = 50
@@ -86,23 +86,23 @@ class CacheConfig:
     bytes_per_token: Annotated[float, Between(1, 1e6)] | None = None
     """varopt: choose the threshold at which the first samples take this many bytes a token, instead of `threshold`."""
     max_size: str | None = None
-    """Refuse to start when the cache would be larger, for example `20GB` or `12GiB`."""
+    """Refuse to start if the cache would be larger, for example `20GB` or `12GiB`."""
     temperature: Annotated[float, Between(1e-2, 100)] = 1.0
     """Temperature of the teacher's distribution."""
     seed: Annotated[int, Between(0, 2**63)] = 0
     """Seed of the sampling."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
-    """Samples of one forward pass of the teacher: its micro-batch."""
+    """Samples a forward pass of the teacher (the micro-batch)."""
     shard_samples: Annotated[int, Between(1, 2**20)] = 64
-    """Samples a shard file: what an interruption can cost at most."""
+    """Samples a shard file."""
     chunk_size: Annotated[int, Between(1, 2**20)] = 256
     """Positions whose logits exist at one time."""
     max_samples: Annotated[int, Between(1, 2**40)] | None = None
-    """At most this many training samples; default: the whole corpus."""
+    """Largest number of training samples; default: the whole corpus."""
     held_out_samples: Annotated[int, Between(0, 2**40)] = 64
-    """At most this many held-out samples, cached too, to watch the student while it trains."""
+    """Largest number of held-out samples, cached too, to watch the student while it trains."""
     overwrite: bool = False
-    """Delete a cache that was made from something else, and begin anew."""
+    """Delete a cache that was made with other settings, and begin anew."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised: `(1 - alpha) * divergence(teacher, student) + alpha * cross-entropy with the true token`."""
+    """The loss: `(1 - alpha) * divergence(teacher, student) + alpha * cross-entropy with the true token`."""
 
     divergence: Literal[
         "forward_kl",
@@ -131,9 +131,9 @@ class LossConfig:
         "total_variation",
         "mean_squared_logits",
     ] = "forward_kl"
-    """All but forward_kl need cache.scheme `hidden` or `top_k` (mean_squared_logits: `hidden`)."""
+    """Divergence. All but forward_kl need cache.scheme `hidden` or `top_k` (mean_squared_logits: `hidden`)."""
     beta: Annotated[float, Between(0, 1)] = 0.5
-    """jsd: the teacher's share of the mixture that both are held against."""
+    """jsd: the teacher's share of the mixture that both are compared with (0 to 1)."""
     skew: Annotated[float, Between(0, 1)] = 0.1
     """skewed_kl, skewed_reverse_kl: share of the first distribution that is mixed into the second."""
     alpha: Annotated[float, Between(0, 1)] = 0.0
@@ -141,7 +141,7 @@ class LossConfig:
     alpha_schedule: Literal["constant", "with_learning_rate"] = "constant"
     """with_learning_rate: the teacher's weight, 1 - alpha, rises and falls as the learning rate does."""
     feature: Literal["cosine", "mse"] = "cosine"
-    """With feature_weight: distance of the projected student's final hidden state to the teacher's."""
+    """Distance of the projected student's final hidden state to the teacher's, for feature_weight."""
     feature_weight: Annotated[float, Between(0, 10**6)] = 0.0
     """Weight of that distance, added to the loss; needs cache.scheme `hidden`."""
     chunk_size: Annotated[int, Between(1, 2**20)] = 256
@@ -150,14 +150,14 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the student is trained."""
+    """The training of the student."""
 
     epochs: Annotated[int, Between(1, 10**6)] = 1
     """Passes over the cache."""
     max_steps: Annotated[int, Between(1, 10**9)] | None = None
     """Optimiser steps at most; default: all of the epochs."""
     max_time: str | None = None
-    """Stop with a checkpoint after this long, such as `90m` or `11h30m`; the same command with --resume goes on."""
+    """Stop with a checkpoint after this long, such as `90m` or `11h30m`; the same command with --resume continues."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
     """The micro-batch: samples of one forward pass on each device; halved when the device runs out of memory."""
     accumulate_grad_batches: Annotated[int, Between(1, 2**16)] = 1
@@ -165,15 +165,15 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed"
     """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone."""
     rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
-    """bf16-true: how a step smaller than a bfloat16 weight's last digit is kept, at random or in a compensation."""
+    """bf16-true: rounding of steps smaller than a bfloat16 weight's last digit; kahan keeps a compensation."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW's moments: in the weights' type, 8 bits, 4 bits, or 8 bits that move to the host (CUDA)."""
+    """AdamW with moments in the weights' type, 8 bits, 4 bits, or 8 bits that move to the host (CUDA)."""
     step_in_backward: bool = False
     """Update each weight as soon as its gradient is there, so that never all gradients exist (no clipping then)."""
     learning_rate: Annotated[float, Between(0, 10)] = 6e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """After the warm-up: a cosine, or stable and then a linear decay (warm-up-stable-decay)."""
+    """Learning rate after the warm-up: a cosine, or stable and then a linear decay (warm-up-stable-decay)."""
     warmup_fraction: Annotated[float, Between(0, 1)] = 0.05
     """Share of the steps in which the learning rate rises."""
     decay_fraction: Annotated[float, Between(0, 1)] = 0.2
@@ -195,7 +195,7 @@ class TrainConfig:
     offload_activations: bool = False
     """Keep the activations that wait for the backward pass in host memory."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop, or leave that step out, say so and count it."""
+    """Policy for a loss or gradient that is not finite: stop, or leave that step out, say so and count it."""
     early_stopping: Annotated[int, Between(1, 10**6)] | None = None
     """Stop after this many measurements of the held-out KL without a new best; the best weights become the student."""
     seed: Annotated[int, Between(0, 2**31)] = 0
@@ -203,7 +203,7 @@ class TrainConfig:
     loggers: list[Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"]] = field(
         default_factory=lambda: ["tensorboard", "csv"]
     )
-    """Where the curves go; the report draws them from csv. wandb, mlflow and trackio: when they are installed."""
+    """Loggers of the curves; the report draws them from csv. wandb, mlflow and trackio must be installed."""
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
     """Lightning callbacks of your own: `module:Class` or `file.py:Class`, or `{class_path: …, init_args: {…}}`."""
     accelerator: str = "auto"
@@ -221,7 +221,7 @@ class TrainConfig:
     validate_every_steps: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between two measurements of the held-out KL."""
     checkpoint_every_steps: Annotated[int, Between(1, 10**9)] = 200
-    """Optimiser steps between two checkpoints: what a killed training repeats at most."""
+    """Optimiser steps between two checkpoints. A killed training repeats at most these."""
     keep_checkpoints: Annotated[int, Between(1, 10**6)] = 2
     """Newest checkpoints that are kept, beside that of the best held-out KL."""
     resume: bool = False
@@ -230,18 +230,18 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How the student is held against its teacher."""
+    """The comparison of the student with its teacher."""
 
     control: bool = False
-    """Also train and measure a control: the same student and steps, learning from the text alone (alpha 1)."""
+    """Train and measure a control too: the same student and steps, learning from the text alone (alpha 1)."""
     seeds: Annotated[int, Between(1, 100)] = 1
     """Trainings of the student (and control), with the seeds `train.seed`, `train.seed + 1`, …: mean and deviation."""
     max_samples: Annotated[int, Between(1, 2**40)] | None = None
     """Held-out samples to measure on at most; default: all."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
-    """Samples a forward pass."""
+    """Samples a forward pass (the micro-batch)."""
     student_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type that student and control are held and compute in while they are measured."""
+    """Type of the weights and computations of student and control while they are measured."""
     tasks: list[str] = field(default_factory=list)
     """Benchmarks of lm-eval for teacher, student and control, such as `[arc_easy, hellaswag]` (extra `eval`)."""
     tasks_path: str | None = None
@@ -251,7 +251,7 @@ class EvaluateConfig:
     cost: bool = True
     """Measure the speed and memory of teacher, student and control."""
     cost_batch_sizes: list[Annotated[int, Between(1, 2**16)]] = field(default_factory=lambda: [1, 8])
-    """Sequences at a time of which the speed is measured."""
+    """Batch sizes, in sequences, at which the speed is measured."""
     texts: Annotated[int, Between(0, 1000)] = 4
     """Held-out prompts that teacher, student and control continue, side by side; 0: none."""
     text_tokens: Annotated[int, Between(1, 2**16)] = 48
@@ -260,7 +260,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: everything the commands need to know."""
+    """One experiment: all settings of the commands."""
 
     corpus: CorpusConfig
     teacher: TeacherConfig
@@ -274,4 +274,4 @@ class Experiment:
     preflight: bool = True
     """Forecast each phase's memory before it begins and refuse what cannot fit."""
     memory_limit: str | None = None
-    """Device memory to keep to, such as `12GiB`: to prove a recipe for a small card on a large one."""
+    """Limit of the device memory, such as `12GiB`: to prove a recipe for a small card on a large one."""

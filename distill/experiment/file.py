@@ -1,4 +1,4 @@
-"""The experiment file: YAML and overrides become checked dataclasses, and every mistake one short message."""
+"""Experiment files: YAML and overrides become checked dataclasses, and every mistake one short message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_BYTES = 2**20
 
 
 def load_experiment(path: str, overrides: list[str]) -> Experiment:
-    """Read the experiment of a YAML file with overrides such as `["--cache.threshold", "0.01"]`.
+    """Load the experiment of a YAML file with overrides such as `["--cache.threshold", "0.01"]`.
 
     Raises UserError for a missing or broken file, an unknown key (with the nearest known one), a wrong type or value.
     """
@@ -50,11 +50,11 @@ _GONE = {
     "cache.exponent": "; it is gone: remove it (random draws come from the teacher's own distribution, "
     "which is unbiased; cache.scheme varopt has less noise)",
 }
-"""Keys of earlier releases, and what to do without them."""
+"""Keys of earlier releases, and the remedies."""
 
 
 def _where(error: Any) -> str:
-    """Return place and problem of a YAML error, without its name for the text and the excerpt of it."""
+    """Return the place and problem of a YAML error, without the excerpt of the text."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -62,7 +62,7 @@ def _where(error: Any) -> str:
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
-    """Return the experiment as plain values, for writing it down."""
+    """Return the experiment as plain values, to be written."""
     return dataclasses.asdict(experiment)
 
 
@@ -80,7 +80,7 @@ def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> 
 
 
 def _section(entry: dataclasses.Field) -> type | None:
-    """Return the dataclass of a field that is a section of the file; None means that it is a plain value."""
+    """Return the dataclass of a field that is a section of the file, None for a plain value."""
     kind = getattr(config, str(entry.type), None)
     return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
 
@@ -115,7 +115,7 @@ def _in_a_section(key: str) -> str:
 
 
 def print_options() -> None:
-    """Print every key with its documentation, type, limits and default."""
+    """Print every key with its documentation, type and default."""
     for section in dataclasses.fields(Experiment):
         kind = _section(section)
         if kind is None:

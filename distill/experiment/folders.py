@@ -1,4 +1,4 @@
-"""Where an experiment keeps what it makes."""
+"""Folders and files of an experiment's results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill.system.staging import recover
 
 @dataclass(frozen=True)
 class Folders:
-    """Where an experiment keeps what it makes."""
+    """The folders in which an experiment leaves everything that it makes."""
 
     run: Path
     cache: Path
@@ -38,7 +38,7 @@ class Folders:
         return self.run / "report.html"
 
     def model(self, role: str) -> Path:
-        """The finished `student` or `control`."""
+        """Return the folder of the finished `student` or `control`."""
         return self.run / role
 
     def checkpoints(self, role: str) -> Path:
@@ -49,7 +49,7 @@ class Folders:
 
 
 def finished_model(run: str | Path) -> Path:
-    """The finished student of a run folder, or the folder of a language model itself. Raises UserError for others."""
+    """Return the finished student of a run folder, or the folder of a model itself. Raises UserError for others."""
     run = Path(run)
     for folder in (run / "student", run):
         recover(folder)
@@ -61,7 +61,7 @@ def finished_model(run: str | Path) -> Path:
 
 
 def make_run_folder(folders: Folders) -> None:
-    """Raises UserError when the run folder cannot be written."""
+    """Make the run folder. Raises UserError if it cannot be written."""
     try:
         folders.run.mkdir(parents=True, exist_ok=True)
         probe = folders.run / f".writable-{os.getpid()}"
@@ -74,7 +74,7 @@ def make_run_folder(folders: Folders) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, readable, all of it or nothing, also in a power cut.
 
-    Raises UserError for a number that is not finite, for which JSON has no word.
+    Raises UserError for a number that is not finite, because JSON has none.
     """
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
@@ -85,7 +85,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _not_finite(content: Any, key: str = "") -> Iterator[str]:
-    """Where in `content` numbers are not finite: `fidelity.student.nll is nan`."""
+    """Yield the places in `content` where numbers are not finite: `fidelity.student.nll is nan`."""
     if isinstance(content, float) and not math.isfinite(content):
         yield f"{key} is {content}"
     if isinstance(content, (list, tuple)):

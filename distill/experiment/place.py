@@ -17,13 +17,13 @@ class Place:
     """A device of this machine, or a card that is imagined."""
 
     device: torch.device
-    """Device of the objects; a CPU where they have no memory."""
+    """Device of the objects. It is a CPU if they have no memory."""
     device_type: str
-    """Kind of device that optimisers and settings are chosen for: cuda, cpu or mps."""
+    """Kind of device for which optimisers and settings are chosen: cuda, cpu or mps."""
     best_dtype: str
-    """Type that `auto` stands for."""
+    """Type for `auto`."""
     find: Find | None = None
-    """Finds the configuration of a hub name. None: objects have memory here, and checkpoints are loaded whole."""
+    """Function that finds the configuration of a hub name. None means that objects have memory."""
 
     @property
     def has_memory(self) -> bool:
@@ -31,7 +31,7 @@ class Place:
 
     @classmethod
     def of(cls, experiment: Experiment) -> Place:
-        """Return the device that the experiment runs on here. Raises UserError when it has none."""
+        """Return the device that the experiment runs on here. Raises UserError if it has none."""
         device = devices.pick_device(experiment.train.accelerator)
         return cls(device, device.type, devices.compute_dtype("auto", device))
 
@@ -46,5 +46,5 @@ class Place:
         return self.best_dtype if name == "auto" else name
 
     def making(self) -> AbstractContextManager[None]:
-        """Let checkpoints and models be what this place takes of them, inside."""
+        """Load configurations or whole checkpoints inside, as this place needs."""
         return nullcontext() if self.find is None else shapes_alone(self.find)

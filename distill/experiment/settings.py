@@ -1,4 +1,4 @@
-"""What a model was made with: written beside it, and compared before it is taken for done or gone on with."""
+"""Settings that a model was made with: written beside it, and compared before it counts as done or is resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_BYTES = 2**24
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The settings in a folder. Raises UserError when they are missing or damaged."""
+    """Return the settings in a folder. Raises UserError if they are missing or damaged."""
     try:
         found = json.loads(read_bounded(folder / FILE, _MOST_BYTES))
         if isinstance(found, dict):
@@ -28,14 +28,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:
-    """Write a folder's settings. Paths are cut to the names at their ends, for a model is handed on."""
+    """Write a folder's settings. Paths are cut to the names at their ends, because a model is handed on."""
     write_json(folder / FILE, names_only(content))
 
 
 def differences(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """What differs between the settings in a folder and ours, as `train.learning_rate: 0.1 there, 0.2 here`.
+    """Return the differences of a folder's settings from ours, as `train.learning_rate: 0.1 there, 0.2 here`.
 
-    Raises UserError when the folder's are missing or damaged.
+    Raises UserError if the folder's are missing or damaged.
     """
     there = _flat(names_only(read(folder)))
     here = _flat(json.loads(json.dumps(settings)))

@@ -21,7 +21,7 @@ from distill.models.vocabulary import Vocabulary
 from distill.training.activation_checkpointing import checkpoint_blocks
 
 FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
-"""count -> token ids, position ids and loss mask `[count, L]` of the first training samples."""
+"""Function: count -> token ids, position ids and loss mask `[count, L]` of the first training samples."""
 
 
 def first_samples(reader: CacheReader) -> FirstSamples:
@@ -43,8 +43,8 @@ def make_student(
 ) -> tuple[Any, dict[str, Any]]:
     """Make a student from the experiment's seed, on the host; return it and the complete options it was made with.
 
-    `vocab_size`: the teacher's tokens. With a `vocabulary` the student has these of them alone: made so, or trimmed.
-    Raises UserError when it reads fewer tokens than a sample has, or its head has too few rows.
+    `vocab_size`: the teacher's tokens. With a `vocabulary` the student has only these tokens: made so, or trimmed.
+    Raises UserError if it reads fewer tokens than a sample has, or its head has too few rows.
     """
     student, name = experiment.student, f"student {experiment.student.class_path}"
     tokens = vocab_size if vocabulary is None else len(vocabulary)
@@ -61,7 +61,7 @@ def make_student(
 
 
 def offered_options(experiment: Experiment, place: Place, vocab_size: int) -> dict[str, Any]:
-    """Return what a student's constructor gets when it asks for it by name, and the user has not given it."""
+    """Return the arguments that a student's constructor gets if it names them and the user has not given them."""
     return {
         "vocab_size": vocab_size,
         "sequence_length": experiment.corpus.sequence_length,

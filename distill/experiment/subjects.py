@@ -33,7 +33,7 @@ _OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its device, and its own tokenizer: a student of few tokens has one of its own."""
+    """A model on its device, and its own tokenizer: a student of fewer tokens has another than the teacher."""
 
     model: Any
     tokenizer: Any
@@ -45,18 +45,18 @@ class Subject:
     """One model to measure."""
 
     name: str
-    """teacher, before, student, control, or a further seed's such as seeds/1/student."""
+    """Name: teacher, before, student, control, or a further seed's such as seeds/1/student."""
     identity: dict[str, Any]
-    """Changes whenever the model does; what was measured of the same one stays."""
+    """Values that change whenever the model does. Measurements of the same identity stay."""
     weights: list[Path]
-    """The files of its weights; none where it was not saved."""
+    """Files of its weights; none if it was not saved."""
     load: Callable[[], Loaded]
 
 
 def trained_roles(experiment: Experiment, folders: Folders, corpus: str) -> list[Role]:
-    """What was trained, from held-out text other than that of the fingerprint `corpus` as the experiment splits it.
+    """Return the trained roles, none of which has seen held-out text of the experiment (`corpus` is its fingerprint).
 
-    Raises UserError when a model is missing, was trained with other settings, or has seen what would be measured on.
+    Raises UserError if a model is missing, was trained with other settings, or has seen the text to be measured on.
     """
     found = roles(experiment)
     for role in found:
@@ -85,7 +85,7 @@ def _check_held_out(experiment: Experiment, folder: Path, corpus: str) -> None:
 
 
 def kept_vocabulary(experiment: Experiment, folders: Folders) -> Vocabulary | None:
-    """The tokens of students that have only some of the teacher's. Raises UserError when they have not the same."""
+    """Return the tokens of students that have only some of the teacher's. Raises UserError if the students' differ."""
     if experiment.student.vocabulary == "full":
         return None
     vocabularies = [Vocabulary.load(folders.model(role.name)) for role in roles(experiment)]
@@ -97,7 +97,7 @@ def kept_vocabulary(experiment: Experiment, folders: Folders) -> Vocabulary | No
 def all_subjects(
     experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None
 ) -> list[Subject]:
-    """The teacher first, then the student before training, then what was trained."""
+    """Return the teacher first, then the student before training, then the trained models."""
     trained = [_trained(experiment, folders, role, teacher, vocabulary) for role in roles(experiment)]
     return [_teacher(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *trained]
 
@@ -153,7 +153,7 @@ def _dtype(experiment: Experiment) -> torch.dtype:
 
 
 def _code(class_path: str) -> dict[str, str]:
-    """The hash of the file of a class of the user's own; what it imports is not in it."""
+    """Return the hash of the file of the user's own class. Files that it imports are not included."""
     source = plugins.source_file(class_path)
     return {} if source is None else {"code": sha256_of(source)}
 
@@ -168,7 +168,7 @@ def _checked(
 
 
 def _first_samples(samples: SampleSets, max_samples: int | None) -> FirstSamples:
-    """The first training samples, as the student saw them in the cache while it was made; no cache is needed."""
+    """Return the first training samples, as the student saw them in the cache while it was made, without the cache."""
 
     def first(count: int) -> tuple[Tensor, Tensor, Tensor]:
         rows = [samples.train[index] for index in range(min(count, len(samples.train), max_samples or count))]

@@ -16,10 +16,10 @@ from distill.system.quiet import quiet_transformers
 
 
 class Teacher:
-    """The experiment's teacher: what is cheap to know at once, tokenizer and model when they are asked for."""
+    """The experiment's teacher: cheap facts at once, tokenizer and model on request."""
 
     def __init__(self, experiment: Experiment, place: Place) -> None:
-        """Raise UserError when the checkpoint is not there, or reads fewer tokens than a sample has."""
+        """Find the checkpoint. Raises UserError if it is missing, or reads fewer tokens than a sample has."""
         self.config, self.place, self.device = experiment.teacher, place, place.device
         self.corpus = experiment.corpus
         with place.making(), quiet_transformers():
@@ -32,7 +32,7 @@ class Teacher:
 
     @property
     def hidden_size(self) -> int:
-        """D, of the final hidden states."""
+        """Size D of the final hidden states."""
         return int(self.shape.hidden_size)
 
     @cached_property
@@ -42,12 +42,12 @@ class Teacher:
 
     @cached_property
     def vocab_size(self) -> int:
-        """V, the tokenizer's tokens; the head may have more rows."""
+        """Size V of the tokenizer's vocabulary; the head may have more rows."""
         return tokenizers.vocab_size(self.tokenizer)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """teacher_config, teacher_weights, quantization, tokenizer, chat_template."""
+        """Fingerprints teacher_config, teacher_weights, quantization, tokenizer, chat_template."""
         weights = checkpoints.fingerprints(self.checkpoint)
         return {
             "teacher_config": weights["config"],
@@ -57,7 +57,7 @@ class Teacher:
         }
 
     def load(self) -> Any:
-        """Make the model on its device; where it has values, check its vocabulary and that it keeps documents apart."""
+        """Make the model on its device. If it has values, check its vocabulary and that it keeps documents apart."""
         offered = {
             "model": self.config.model,
             "quantization": self.config.quantization,

@@ -1,4 +1,4 @@
-"""The experiment's training: what of it goes together, and the LightningModule of a student."""
+"""The experiment's training: its roles, checks of its settings, and the LightningModule of a student."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from distill.training.optimizers.step_in_backward import StepInBackward, check_s
 
 @dataclass(frozen=True)
 class Role:
-    """What is trained: the `student`, or the `control`, which learns from the text alone; each with its seed."""
+    """A model to train: the `student`, or the `control`, which learns from the text alone; each with its seed."""
 
     name: str
-    """Its folder in the run: `student`, `control`, and with a further seed `seeds/1/student`."""
+    """Name of its folder in the run: `student`, `control`, and with a further seed `seeds/1/student`."""
     alpha: float
     seed: int
 
     @property
     def monitor(self) -> str:
-        """What is best: for a control its own loss, since it never sees the teacher."""
+        """The value to minimise: a control's own loss, since it never sees the teacher, else the held-out KL."""
         return "held_out_loss" if self.alpha == 1 else "held_out_kl"
 
     def own(self, experiment: Experiment) -> Experiment:
-        """The experiment with this role's seed."""
+        """Return the experiment with this role's seed."""
         return replace(experiment, train=replace(experiment.train, seed=self.seed))
 
 
 def roles(experiment: Experiment) -> list[Role]:
-    """All that the experiment trains, in this order: its own seed first, then the further ones."""
+    """Return all models that the experiment trains, in this order: its own seed first, then the further ones."""
     first = experiment.train.seed
     kinds = {"student": experiment.loss.alpha, **({"control": 1.0} if experiment.evaluate.control else {})}
     return [
@@ -55,7 +55,7 @@ def roles(experiment: Experiment) -> list[Role]:
 
 
 def check_training(experiment: Experiment, scheme: str, held_out: int, device: str) -> None:
-    """Raise UserError for what does not go together, with each other, a `device` (its type), or a cache of `scheme`."""
+    """Raise UserError for settings that exclude one another, a `device` (its type), or a cache of `scheme`."""
     loss, train = experiment.loss, experiment.train
     if train.precision == "16-mixed" and device != "cuda":
         raise UserError("train.precision: 16-mixed needs a CUDA device; use bf16-mixed or 32-true here")
@@ -97,7 +97,7 @@ def make_module(
     vocab_size: int,
     teacher_head: Head | None = None,
 ) -> DistillationModule:
-    """Make the LightningModule that trains a student; `teacher_head`: of a cache of hidden states."""
+    """Make the LightningModule that trains a student. `teacher_head` is that of a cache of hidden states."""
     train, loss = experiment.train, experiment.loss
     schedule = partial(
         Schedule,
@@ -140,7 +140,7 @@ def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module
     return StepInBackward(optimizer, module) if train.step_in_backward else optimizer
 
 
-# What may change before a training is gone on with: it is the same training, faster, in less memory, or seen better.
+# Settings that may change when a training is resumed: they change its speed, its memory or its logs, not its result.
 _MAY_CHANGE = (
     *(
         "resume",
@@ -158,7 +158,7 @@ _MAY_CHANGE = (
 
 
 def training_settings(experiment: Experiment, role: Role, cache: Manifest) -> dict[str, Any]:
-    """What a trained model depends on; a model made with other settings is another model."""
+    """Return the settings that a trained model depends on. Other settings make another model."""
     train = experiment.train
     return {
         **own_settings(experiment, role),
@@ -169,7 +169,7 @@ def training_settings(experiment: Experiment, role: Role, cache: Manifest) -> di
 
 
 def own_settings(experiment: Experiment, role: Role) -> dict[str, Any]:
-    """The part of `training_settings` that the experiment alone tells, without the cache and the devices."""
+    """Return those of the `training_settings` that the experiment alone tells, without the cache and the devices."""
     loss = asdict(experiment.loss)
     del loss["alpha"], loss["chunk_size"]
     return {
