@@ -133,7 +133,7 @@ class LossConfig:
     ] = "forward_kl"
     """Divergence. All but forward_kl need cache.scheme `hidden` or `top_k` (mean_squared_logits: `hidden`)."""
     beta: Annotated[float, Between(0, 1)] = 0.5
-    """jsd: the teacher's share of the mixture that both are compared with (0 to 1)."""
+    """jsd: the teacher's share of the mixture that both are compared with."""
     skew: Annotated[float, Between(0, 1)] = 0.1
     """skewed_kl, skewed_reverse_kl: share of the first distribution that is mixed into the second."""
     alpha: Annotated[float, Between(0, 1)] = 0.0
