@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill import plugins
 from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
 from distill.cache.format.head import load_head
 from distill.cache.format.tokenizer_files import checked_tokenizer
@@ -16,6 +15,9 @@ from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.statistics import alternatives, gather, histogram
 from distill.cache.reading.verify import verify as verify_cache
 from distill.errors import UserError
+from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
+from distill.experiment.place import Place
+from distill.experiment.teacher import Teacher
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.divergences import forward_kl
 from distill.models import checkpoints
@@ -113,8 +115,11 @@ def _compare(folder: Path, name: str) -> None:
     if found != expected:
         raise UserError(f"{name} is not this cache's teacher (expected sha256 {expected[:12]}…, found {found[:12]}…)")
     quantization, compute_dtype = manifest.fingerprints["quantization"].split(", ")
-    offered = {"model": name, "quantization": quantization, "compute_dtype": compute_dtype, "device": "cpu"}
-    teacher = plugins.build("huggingface", "teacher", {}, offered)
+    experiment = Experiment(
+        CorpusConfig("", sequence_length=manifest.sequence_length, pack=manifest.pack),
+        TeacherConfig(name, quantization, compute_dtype),  # type: ignore[arg-type]  # as the cache's teacher had them
+    )
+    teacher = Teacher(experiment, Place(torch.device("cpu"), "cpu", "float32")).load()
     head = load_head(folder) if manifest.scheme == "hidden" else None
     errors = []
     for index in range(min(len(reader), _COMPARED)):

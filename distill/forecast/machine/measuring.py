@@ -18,20 +18,26 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
 
+from distill.experiment.configuration import (
+    CorpusConfig,
+    Experiment,
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from distill.experiment.place import Place
+from distill.experiment.student import make_student
+from distill.experiment.training import make_module, roles
 from distill.forecast.machine.calibration import DEFAULTS, DTYPES, Efficiency, kind_of, speed
 from distill.forecast.machine.cards import Card, this_machine
 from distill.forecast.machine.disk import time_disk
 from distill.forecast.phases.step import StepShape, make_batch, run_steps, simulate_step
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.work import Work
-from distill.losses.objective import Mixture
-from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.system.quiet import quiet_transformers
 from distill.training.module import DistillationModule
-from distill.training.optimizers.adamw import make_optimizer
-from distill.training.optimizers.schedule import Schedule
 
 _FURTHEST, _ROUNDS = 64.0, 8
 """Factor by which a number may be off what it was taken for, and how often both are set right in turn."""
@@ -177,31 +183,24 @@ class _Clock(pl.Callback):
         self.seconds.append(self.pace.now() - self.started)
 
 
-def _llama(model: _Model) -> nn.Module:
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.width,
-        intermediate_size=11 * model.width // 4,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.width // 32,
-        num_key_value_heads=model.width // 64,
-    )
-    made: nn.Module = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, trust_remote_code=False
-    )
-    return HuggingFaceLanguageModel(made)
-
-
 def _module(model: _Model) -> DistillationModule:
-    return DistillationModule(
-        _llama(model),
-        vocab_size=model.vocab_size,
-        objective=Mixture(0.3),
-        chunk_size=256,
-        micro_batch=-(-model.shape.samples // 2),
-        make_optimizer=partial(make_optimizer, name="adamw", learning_rate=1e-4, weight_decay=0.1, betas=(0.9, 0.95)),
-        make_schedule=lambda total: Schedule("cosine", total, 0.0, 0.2, 0.1),
-        gradient_clip=1.0,
+    """Make the module of a training of a small llama, on the host."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": 11 * model.width // 4,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.width // 32,
+        "num_key_value_heads": model.width // 64,
+    }
+    experiment = Experiment(
+        CorpusConfig("", sequence_length=model.shape.length),
+        TeacherConfig(""),
+        StudentConfig("huggingface", {"config": config}),
+        loss=LossConfig(alpha=0.3),
+        train=TrainConfig(batch_size=-(-model.shape.samples // 2)),  # two passes a step
     )
+    host = Place(torch.device("cpu"), "cpu", "float32")
+    student, _ = make_student(experiment, host, model.vocab_size)
+    return make_module(experiment, host, roles(experiment)[0], student, model.vocab_size)
