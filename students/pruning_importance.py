@@ -164,7 +164,7 @@ class _Measurement:
             if not wanted:
                 return None
             found = [[self.squares[name, row].sqrt() for name in names if (name, row) in self.squares] for row in rows]
-            return torch.stack([torch.stack(parts).sum(dim=0) for parts in found])
+            return torch.stack([torch.stack(scores).sum(dim=0) for scores in found])
 
         return Importance(
             depth_I=self.kl_I / self.positions if self.wanted.depth else None,

@@ -129,10 +129,10 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         try:
             if len(ids) == 1:
                 return super().body(input_ids_BL, position_ids_BL)
-            parts: list[Any] = [None] * len(ids)
+            hidden: list[Any] = [None] * len(ids)
 
             def run(index: int) -> None:
-                parts[index] = super(StreamedTeacher, self).body(ids[index], positions[index])
+                hidden[index] = super(StreamedTeacher, self).body(ids[index], positions[index])
 
             if self._weights is None:
                 for index in range(len(ids)):
@@ -140,7 +140,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             else:
                 self._turns = Turns(len(ids), input_ids_BL.device)
                 self._turns.run(run)
-            return torch.cat(parts)
+            return torch.cat(hidden)
         finally:
             self._turns = None
             self._stream.release()

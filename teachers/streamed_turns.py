@@ -20,8 +20,8 @@ class Turns:
     The forward is the family's own code, and only a waiting thread can stop it in the middle.
     """
 
-    def __init__(self, parts: int, device: torch.device) -> None:
-        self._gates = [threading.Semaphore(0) for _ in range(parts)]
+    def __init__(self, runs: int, device: torch.device) -> None:
+        self._gates = [threading.Semaphore(0) for _ in range(runs)]
         self._device = device
         self._mine = threading.local()
         self._error: BaseException | None = None
@@ -38,7 +38,7 @@ class Turns:
         """Run `work(index)` for every run, in this thread's torch state. Raises the error of the first failure."""
         state = _state_of_torch(self._device)
         threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(self._part, work, index, state))
+            threading.Thread(target=contextvars.copy_context().run, args=(self._one, work, index, state))
             for index in range(len(self._gates))
         ]
         for thread in threads:
@@ -47,14 +47,14 @@ class Turns:
         try:
             for thread in threads:
                 thread.join()
-        except BaseException as error:  # an interrupt; the parts end at their next pause
+        except BaseException as error:  # an interrupt; the runs end at their next pause
             self._error = error
             for thread in threads:
                 thread.join()
         if self._error is not None:
             raise self._error
 
-    def _part(self, work: Callable[[int], None], index: int, state: Callable[[], ExitStack]) -> None:
+    def _one(self, work: Callable[[int], None], index: int, state: Callable[[], ExitStack]) -> None:
         self._mine.index = index
         self._gates[index].acquire()
         try:

@@ -132,9 +132,9 @@ def _template_words(tokenizer: Any) -> Iterator[str]:
     """Yield the literal text in the chat templates, by grammar, since a rendered template may depend on the date."""
     templates = tokenizer.chat_template or {}
     for source in templates.values() if isinstance(templates, dict) else [templates]:
-        for part in jinja2.Environment(trim_blocks=True, lstrip_blocks=True).lexer.tokenize(source):
-            if part.type in ("data", "string"):
-                yield str(part.value)
+        for token in jinja2.Environment(trim_blocks=True, lstrip_blocks=True).lexer.tokenize(source):
+            if token.type in ("data", "string"):
+                yield str(token.value)
 
 
 def _alphabet(content: dict[str, Any]) -> Iterable[str]:
@@ -144,7 +144,7 @@ def _alphabet(content: dict[str, Any]) -> Iterable[str]:
     model = content["model"]
     pieces = [piece for piece, _ in model["vocab"]] if model["type"] == "Unigram" else model["vocab"]
     pieces_of_bytes = [piece for piece in pieces if BYTE.fullmatch(piece)]
-    if any('"ByteLevel"' in json.dumps(content[part]) for part in ("normalizer", "pre_tokenizer")):
+    if any('"ByteLevel"' in json.dumps(content[stage]) for stage in ("normalizer", "pre_tokenizer")):
         return [*pieces_of_bytes, *pre_tokenizers.ByteLevel.alphabet()]
     if model["byte_fallback"] and len(pieces_of_bytes) == 256:
         return pieces_of_bytes
