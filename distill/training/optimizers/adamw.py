@@ -50,6 +50,10 @@ def make_optimizer(
         from distill.training.optimizers.paged import PagedAdamW8bit
 
         return PagedAdamW8bit(groups, **settings)
+    if name == "adamw_8bit" and rounding == "nearest" and parameters[0].device.type == "cuda":
+        from distill.training.optimizers.fused import FusedAdamW8bit
+
+        return FusedAdamW8bit(groups, **settings)
     if name == "adamw" and rounding == "nearest":
         return torch.optim.AdamW(groups, **settings)
     return ChunkedAdamW(groups, **settings, rounding=rounding, moment_bits=MOMENT_BITS[name])

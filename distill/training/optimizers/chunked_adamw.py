@@ -27,9 +27,10 @@ class ChunkedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) whose moments take `moment_bits` (8 or 4; None: the weights' type).
 
     On float32 weights with moments in full it is `torch.optim.AdamW` to the last bit. `rounding` is how a float32
-    result becomes a bfloat16 weight (and moment); `kahan` keeps two more bytes a weight. The libraries' optimisers
-    are not used, only their codes: torchao's compile a kernel for each shape or take the memory of many float32 copies
-    of the largest parameter, and optimi's weight decay is lost in bfloat16.
+    result becomes a bfloat16 weight (and moment); `kahan` keeps two more bytes a weight. Other
+    optimisers give us their codes alone: torchao's compile a kernel for each shape or take the memory of many float32
+    copies of the largest parameter, bitsandbytes' round to the nearest only (on CUDA `FusedAdamW8bit` takes its place
+    then), and optimi's weight decay is lost in bfloat16.
     """
 
     def __init__(
