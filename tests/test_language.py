@@ -22,7 +22,6 @@ NOT_YET = {
     "distill/cache",
     "distill/forecast",
     "distill/recipes",
-    "distill/training",
 }
 
 # A function's docstring begins with one of these. A verb that is missing is added here; a noun gets "Return" before it.

@@ -47,7 +47,7 @@ from distill.training.vocabulary import count_tokens, trim_batch
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
-    """Train the student and, if asked for, the control. `following`: phases that run next, and that must fit too."""
+    """Train the student and, if asked for, the control. `following` are phases that run next and must fit too."""
     config = experiment.train
     if not is_first_process():
         be_quiet()
@@ -111,7 +111,7 @@ def _vocabulary(
 
 
 def _mass(train: CacheReader, vocabulary: Vocabulary) -> str:
-    """What the teacher gives to the dropped tokens, on the first samples; known only of sparse targets."""
+    """Return a text with the teacher's mass on the dropped tokens, on the first samples; empty unless it is known."""
     batch = train.collate([train[index] for index in range(min(len(train), 64))])
     _, dropped = trim_batch(batch, vocabulary)
     if dropped is None:
@@ -120,7 +120,7 @@ def _mass(train: CacheReader, vocabulary: Vocabulary) -> str:
 
 
 class _Training:
-    """One role's training, from what is there already to the finished folder."""
+    """The training of one role, from existing checkpoints to the finished folder."""
 
     data: CacheDataModule
 
@@ -132,7 +132,7 @@ class _Training:
         self.settings = training_settings(experiment, role, self.manifest)
 
     def run(self, data: CacheDataModule, deadline: float | None) -> None:
-        """Train. Raises Interrupted when asked to stop, or at the deadline."""
+        """Train. Raises Interrupted on a request to stop, or at the deadline."""
         self.data, name = data, self.role.name
         folder = self.folders.model(name)
         resume_from = self._checkpoint_to_resume()
@@ -146,7 +146,7 @@ class _Training:
         say(f"{name}: {folder} after {time.monotonic() - started:,.0f} s")
 
     def is_done(self) -> bool:
-        """Whether the model is there. Raises UserError when what is there is another one."""
+        """Tell whether the model is finished. Raises UserError if the folder holds another one."""
         folder = self.folders.model(self.role.name)
         recover(folder)
         if not folder.exists():
@@ -183,7 +183,7 @@ class _Training:
         return last
 
     def _student(self, tell: Callable[[str], None] = say) -> tuple[Any, dict[str, Any]]:
-        """A fresh student, checked, and the options it was made with."""
+        """Make a fresh student, checked, and return it with its options."""
         student, options, recomputed = make_student_to_train(
             self.experiment,
             self.place,
@@ -204,7 +204,7 @@ class _Training:
         return len(self.data.vocabulary) if self.data.vocabulary else self.manifest.vocab_size
 
     def _fit(self, student: Any, resume_from: Path | None, deadline: float | None) -> Any:
-        """The trained student, in the first process; the others end here."""
+        """Return the trained student, in the first process; the others end here."""
         config, name = self.experiment.train, self.role.name
         progress = Progress(f"train {name}", total=0, unit="steps")
         best = self.checkpoints / BEST
@@ -245,7 +245,7 @@ class _Training:
         return self._with_weights_of(newest(self.checkpoints)) if is_sharded(student) else student
 
     def _with_weights_of(self, checkpoint: Path | None) -> Any:
-        """A student with the weights of a checkpoint."""
+        """Return a student with the weights of a checkpoint."""
         assert checkpoint is not None, "every training ends with a checkpoint"
         student, _ = self._student(tell=lambda message: None)
         trained = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]

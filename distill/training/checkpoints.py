@@ -26,10 +26,10 @@ BEST = "best.ckpt"
 
 
 class DurableCheckpoints(CheckpointIO):
-    """Files of `torch.save`, which are zip archives with a checksum a member; nothing but tensors and plain values."""
+    """Checkpoint files of `torch.save`: zip archives with a checksum a member, nothing but tensors and plain values."""
 
     def save_checkpoint(self, checkpoint: Mapping[str, Any], path: Any, storage_options: Any = None) -> None:
-        """All of it or nothing: temporary name, sync, rename, sync."""
+        """Write all of it or nothing: temporary name, sync, rename, sync."""
         _check_plain(checkpoint.get("callbacks", {}))
         path = Path(path)
         make_folder(path.parent)
@@ -40,7 +40,7 @@ class DurableCheckpoints(CheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except (OSError, RuntimeError) as error:  # torch's writer makes the one the other
+        except (OSError, RuntimeError) as error:  # torch's writer turns OSError into RuntimeError
             temporary.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or "the writer failed"
             free = f"{size(shutil.disk_usage(path.parent).free)} are free"
@@ -51,7 +51,7 @@ class DurableCheckpoints(CheckpointIO):
         sync_folder(path.parent)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Tensors and plain values only, whatever the caller says."""
+        """Load tensors and plain values only, whatever the caller says."""
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -77,7 +77,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every byte of a checkpoint is what was written."""
+    """Tell whether every byte of a checkpoint is as written."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -86,9 +86,9 @@ def is_whole(path: Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None where there is none at all. Says which ones it passes over.
+    """Return the newest whole checkpoint, or None if there is none at all. A message names those it passes over.
 
-    Raises UserError when there are some and all are damaged.
+    Raises UserError if there are some and all are damaged.
     """
     found = sorted(folder.glob(PATTERN), reverse=True)
     for path in found:
@@ -101,30 +101,30 @@ def newest(folder: Path) -> Path | None:
 
 
 class KeepCheckpoints(pl.Callback):
-    """A checkpoint every so many steps, at the end, and before a stop that was asked for or is due.
+    """A callback that saves a checkpoint at intervals, at the end, and before a stop on request or at the deadline.
 
     Args:
-        folder: of the checkpoints, `step-00000200.ckpt` and so on.
+        folder: folder of the checkpoints, `step-00000200.ckpt` and so on.
         every_steps: optimiser steps between two.
-        keep: how many of the newest stay.
-        deadline: `time.monotonic()` at which the training stops; None: never.
+        keep: number of the newest that stay.
+        deadline: `time.monotonic()` at which the training stops; None means never.
     """
 
     def __init__(self, folder: Path, every_steps: int, keep: int, deadline: float | None = None) -> None:
         self.folder, self.every_steps, self.keep, self.deadline = folder, every_steps, keep, deadline
         self.passed_over: set[Path] = set()
-        """Damaged ones: they do not count, and go when a later one stands."""
+        """Damaged checkpoints. They do not count, and are removed when a later one is written."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         interrupt.retake()
-        # They would have been gone on with, were they whole.
+        # These are newer than the checkpoint we resumed from, so they must be damaged.
         self.passed_over = {path for path in self.folder.glob(PATTERN) if path > self._path(pl_module)}
         if trainer.is_global_zero:
-            for unfinished in self.folder.glob("*" + TEMPORARY):  # of a process that was killed while it wrote
+            for unfinished in self.folder.glob("*" + TEMPORARY):  # left by a process that was killed while it wrote
                 unfinished.unlink()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Continued at the end of an epoch, Lightning does not count the next one as begun."""
+        """Count the epoch as begun: Lightning does not, after resuming at the end of the epoch before."""
         epochs: Any = trainer.fit_loop.epoch_progress
         if epochs.current.ready <= epochs.current.processed:
             epochs.increment_ready()
@@ -132,7 +132,7 @@ class KeepCheckpoints(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         late = self.deadline is not None and time.monotonic() >= self.deadline
-        # One device may have been asked, and not the others.
+        # A signal may have reached only some devices; all of them stop together.
         stop = trainer.strategy.reduce_boolean_decision(interrupt.asked() or late, all=False)
         if stop or pl_module.steps_begun % self.every_steps == 0:
             self._save(trainer, pl_module)

@@ -33,29 +33,29 @@ from distill.training.parallel import is_sharded, shard, sum_gradients
 
 
 class DistillationModule(pl.LightningModule):
-    """Trains `student` (body and head) on batches of a cache, each of which holds the samples of one optimiser step.
+    """The training of `student` (body and head) on batches of a cache, each with the samples of one optimiser step.
 
     The loss of a step is the sum over its positions, on all devices, divided by their number. The number is counted
-    before the first pass, so every pass is scaled rightly at once, and a step can be begun anew: after an
-    out-of-memory error it is, in passes of half the size, with the same result (but for dropout, which is drawn pass by
-    pass). What is random in a step is a function of seed, step and device, so that a resumed training draws what an
-    undisturbed one draws.
+    before the first pass, so every pass is scaled rightly at once, and a step can start again. After an out-of-memory
+    error it does, in passes of half the size, with the same result (apart from dropout, which is drawn pass by pass).
+    All random draws of a step are a function of seed, step and device, so a resumed training draws the same as an
+    undisturbed one.
 
     Args:
         student: an nn.Module with `body` and `head`.
         vocab_size: real tokens of the tokenizer.
-        objective: what to minimise, for example `Mixture(alpha=0)`.
+        objective: the loss to minimise, for example `Mixture(alpha=0)`.
         chunk_size: positions whose logits exist at one time.
         micro_batch: samples a forward pass.
         make_optimizer: module with the trained parameters -> optimiser.
         make_schedule: number of optimiser steps -> learning rate schedule.
-        gradient_clip: largest gradient norm; 0 is none.
-        non_finite: what to do with a loss or gradient that is not finite.
-        seed: of what is random in a step.
+        gradient_clip: largest gradient norm; 0 turns clipping off.
+        non_finite: policy for a loss or gradient that is not finite.
+        seed: seed of the random draws of a step.
         teacher_head: the teacher's head, for a cache of hidden states.
         schedule_teacher: the teacher's weight follows the learning rate.
         feature: distance of the final hidden states, `feature_weight` its weight, for a cache of hidden states.
-        saved_activations: context in which the body runs, which may put what backward needs elsewhere.
+        saved_activations: context in which the body runs, which may keep activations elsewhere.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class DistillationModule(pl.LightningModule):
         self.feature, self.feature_weight = feature, feature_weight
         self.projection = _projection(student, teacher_head) if feature_weight else None
         self.loss_context: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """Context in which head and loss run: a forecast marks in it what is theirs."""
+        """Context in which head and loss run. A forecast marks their tensors in it."""
         self.steps_begun = 0
-        """Steps that were begun, those left out among them."""
+        """Steps that were begun, including those left out."""
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Stay on the host: only the pass at hand needs to be on the device."""
+        """Leave the batch on the host, because only the micro-batch of a pass needs to be on the device."""
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -139,9 +139,9 @@ class DistillationModule(pl.LightningModule):
                 self._log_step(loss, auxiliary, norm)
                 if self.gradient_clip:
                     torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip * scale, norm * scale)
-                self._seed(0)  # what is rounded at random is alike on all devices
+                self._seed(0)  # stochastic rounding is the same on all devices
                 optimizer.step()
-                if scaler is not None:  # it has left out a step that overflows, and scales less from now on
+                if scaler is not None:  # after an overflow the scaler left the step out, and lowered its scale
                     self.non_finite.overflowed(scaler.get_scale() < scale, self.steps_begun)
             optimizer.zero_grad()
         scheduler.step()
@@ -157,7 +157,7 @@ class DistillationModule(pl.LightningModule):
         return torch.stack([loss.detach(), auxiliary.detach()])
 
     def _seed(self, purpose: int) -> None:
-        """Make all that is drawn from here on a function of seed, step and purpose."""
+        """Make all random draws from here on a function of seed, step and purpose."""
         torch.manual_seed((self.seed * 1_000_003 + self.steps_begun) * 4_099 + purpose)
 
     def _objective(self) -> Mixture:
@@ -182,7 +182,7 @@ class DistillationModule(pl.LightningModule):
         yield from [batch.rows(0, 1).without_loss()] * (most - len(starts))
 
     def _halve_micro_batch(self) -> None:
-        """Make room, and use it for passes of half the size from here on."""
+        """Free memory, and make passes of half the size from here on."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -209,7 +209,7 @@ class DistillationModule(pl.LightningModule):
             loss = loss + self.feature_weight * distance_N.sum()
         if auxiliary is None:
             return loss, torch.zeros_like(loss)
-        # A pass without loss keeps other devices company; its sample counts nothing.
+        # A pass without loss only joins the other devices' collectives; its sample counts nothing.
         return loss, auxiliary.to(loss.dtype) * bool(batch.loss_mask_BL.any())
 
     def _target(self, batch: Batch) -> ChunkTarget:
@@ -234,7 +234,7 @@ class DistillationModule(pl.LightningModule):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """`held_out_kl` (forward KL) and `held_out_loss` in nats, means over all positions; empty without any."""
+        """Return `held_out_kl` (forward KL) and `held_out_loss` in nats, means over all positions; empty without."""
         divergences = Mixture(0, self.objective.temperature), self.objective
         sums = torch.zeros(3)
         was_training = self.student.training
@@ -248,7 +248,7 @@ class DistillationModule(pl.LightningModule):
         return {"held_out_kl": kl / positions, "held_out_loss": loss / positions} if positions else {}
 
     def configure_model(self) -> None:
-        """Called where devices share the weights out (fsdp), and once more before each other use."""
+        """Shard the weights if the strategy asks for it (fsdp). Lightning calls this before each use."""
         if self.device_mesh is not None and not is_sharded(self):
             shard(self.student, self.device_mesh["data_parallel"])
             if self.projection is not None:
@@ -261,7 +261,7 @@ class DistillationModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Only what is trained: frozen weights are where they came from."""
+        """Keep only trained weights in the checkpoint; frozen ones come from their own files."""
         for name in self._frozen():
             checkpoint["state_dict"].pop(name, None)
         checkpoint["steps"] = {
@@ -272,7 +272,7 @@ class DistillationModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises UserError when the checkpoint is of another student."""
+        """Restore the counters. Raises UserError if the checkpoint is of another student."""
         here = self.state_dict().keys() - self._frozen()
         there = checkpoint["state_dict"].keys()
         if here != there:
@@ -283,13 +283,13 @@ class DistillationModule(pl.LightningModule):
         self.non_finite.skipped, self.non_finite.in_a_row = steps["skipped"], steps["in_a_row"]
 
     def _frozen(self) -> set[str]:
-        """Names of what a checkpoint does not hold: frozen parameters, and what quantisation keeps beside them."""
+        """Return the names that a checkpoint lacks: frozen parameters, and what quantisation keeps beside them."""
         names = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         return {key for key in self.state_dict() if any(key == name or key.startswith(name + ".") for name in names)}
 
 
 def _projection(student: Any, teacher_head: Head | None) -> nn.Linear:
-    """From the student's hidden states to the teacher's size, for the features; trained along, and left behind."""
+    """Make the map from the student's hidden states to the teacher's size, for features. It is not saved."""
     assert teacher_head is not None, "features are learned from a cache of hidden states"
     sizes = student.head.weight_VD.shape[1], teacher_head.weight_VD.shape[1]
     return nn.Linear(*sizes, bias=False)

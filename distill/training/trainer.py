@@ -1,4 +1,4 @@
-"""Lightning's Trainer as every training here uses it."""
+"""Lightning's Trainer, as every training here uses it."""
 
 from __future__ import annotations
 
