@@ -23,7 +23,7 @@ from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_stream import COMPUTED, LAYER, LayerwiseTeacher, split_name
 from students.pruning_width import Narrowing, Widths, largest, narrowed_widths
 
-Calibration = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """The first samples of the corpus, so many: input_ids int64, position_ids int64, loss_mask bool, each `[B, L]`."""
 
 
@@ -65,18 +65,18 @@ def prune_teacher(
     teacher_revision: str | None = None,
     trust_remote_code: bool = False,
     device: str = "cpu",
-    calibration: Calibration | None = None,
+    first_samples: FirstSamples | None = None,
 ) -> HuggingFaceLanguageModel:
     """Make the teacher smaller, in float32, as an ordinary model of its family. A size not given stays the teacher's.
 
     layers: how many, or which ones, counted from 0.
     depth: which layers a number means: `even`, evenly spaced with the first and the last among them; `importance`,
-    those without which the teacher's distribution changes most, each skipped alone on calibration samples.
+    those without which the teacher's distribution changes most, each skipped alone on `calibration_samples` samples.
     hidden_size, intermediate_size (neurons of an MLP), key_value_groups (key-value heads, each with all the query
     heads that share it): the most active ones on `calibration_samples` samples stay.
 
     Only the kept weights stay in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
-    (a GGUF file is dequantised whole). `teacher`, its revision, `device` and `calibration` come from the pipeline.
+    (a GGUF file is dequantised whole). `teacher`, its revision, `device` and `first_samples` come from the pipeline.
     """
     config, source = _open(teacher, teacher_revision, trust_remote_code)
     if layers is None and hidden_size is None and intermediate_size is None and key_value_groups is None:
@@ -93,7 +93,7 @@ def prune_teacher(
         importance = Importance()
         if wanted != Wanted():
             whole = pruned_config(config, list(range(total)))  # plain: without a quantization config
-            samples = _calibrate(calibration, calibration_samples)
+            samples = _samples(first_samples, calibration_samples)
             importance = measure(LayerwiseTeacher(whole, source, device, trust_remote_code), samples, wanted)
         if importance.depth_I is not None:
             chosen = largest(importance.depth_I, len(chosen)).tolist()  # all at once, after one measurement
@@ -161,12 +161,12 @@ def _wanted(teacher: Widths, student: Widths, depth: bool) -> Wanted:
     )
 
 
-def _calibrate(calibration: Calibration | None, count: int) -> Samples:
-    if calibration is None:
-        raise ValueError("importance is measured on samples of the corpus: give calibration (the pipeline does)")
+def _samples(first_samples: FirstSamples | None, count: int) -> Samples:
+    if first_samples is None:
+        raise ValueError("importance is measured on samples of the corpus: give first_samples (the pipeline does)")
     if count < 1:
         raise ValueError(f"calibration_samples: {count} is out of range: at least 1")
-    samples = Samples(*calibration(count))
+    samples = Samples(*first_samples(count))
     if samples.input_ids_BL.shape[0] != count:
         found = samples.input_ids_BL.shape[0]
         raise ValueError(f"calibration_samples: {count}, but the corpus has {found} training samples")

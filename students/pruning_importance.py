@@ -1,4 +1,4 @@
-"""Importance of each layer, neuron, head and channel of a teacher on calibration samples, in one pass over its weights.
+"""Importance of each layer, neuron, head and channel of a teacher on samples of text, in one pass over its weights.
 
 Shapes: B samples, L sequence length, N counted positions of a sample, I layers, D hidden size, F neurons,
 G key-value groups, V vocabulary.
@@ -26,7 +26,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layerno
 
 @dataclass(frozen=True)
 class Samples:
-    """Calibration samples: rows of the corpus."""
+    """Rows of the corpus, to measure importance on."""
 
     input_ids_BL: Tensor
     position_ids_BL: Tensor
@@ -74,7 +74,7 @@ def measure(teacher: LayerwiseTeacher, samples: Samples, wanted: Wanted) -> Impo
     """
     rows = [row for row in range(samples.input_ids_BL.shape[0]) if bool(samples.counted_BL[row].any())]
     if not rows:
-        raise ValueError("the calibration samples have no position that counts")
+        raise ValueError("the samples have no position that counts")
     states = len(teacher) + 1 if wanted.depth else 1
     size = 4 * samples.input_ids_BL.shape[1] * Widths.of(teacher.model.config).hidden * states
     turn = max(1, STATE_BYTES // size)

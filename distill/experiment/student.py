@@ -49,7 +49,7 @@ def make_student(
     student, name = experiment.student, f"student {experiment.student.class_path}"
     tokens = vocab_size if vocabulary is None else len(vocabulary)
     with place.making():
-        offered = {**offered_options(experiment, place, tokens), "calibration": samples}
+        offered = {**offered_options(experiment, place, tokens), "first_samples": samples}
         options = plugins.arguments(student.class_path, "student", student.options, offered)
         torch.manual_seed(experiment.train.seed)
         model = plugins.build(student.class_path, "student", options, {})

@@ -163,7 +163,7 @@ def test_a_description_tells_nothing_of_the_machine(tmp_path: Path, tokenizer: A
     model = plugins.build(named, "student", {**OPTIONS, "seen": seen}, {})
     folder = save_language_model(model, tmp_path / "student", named, {**OPTIONS, "seen": seen}, tokenizer)
     assert str(tmp_path) not in (folder / "student.json").read_text()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="No such file"):
         load_language_model(folder, class_path=named)
     assert torch.equal(
         hidden(load_language_model(folder, class_path=named, options={"seen": seen, "other": 1})), hidden(model)
@@ -191,7 +191,7 @@ def test_further_files_are_part_of_what_is_complete_or_absent(tmp_path: Path, to
 
 def test_what_the_pipeline_supplied_for_making_a_student_is_not_kept(tmp_path: Path, tokenizer: Any) -> None:
     model = plugins.build("compact", "student", OPTIONS, {})
-    folder = save_language_model(model, tmp_path / "s", "compact", {**OPTIONS, "calibration": list}, tokenizer)
+    folder = save_language_model(model, tmp_path / "s", "compact", {**OPTIONS, "first_samples": list}, tokenizer)
     assert json.loads((folder / "student.json").read_text())["options"] == OPTIONS
     with pytest.raises(UserError, match="cannot be written as JSON"):
         save_language_model(model, tmp_path / "t", "compact", {**OPTIONS, "other": list}, tokenizer)

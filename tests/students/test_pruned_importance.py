@@ -272,10 +272,10 @@ def test_pruning_by_importance_takes_the_idle_layer_out(tmp_path: Path) -> None:
     model.model.layers[1].mlp.down_proj.weight.zero_()
     model.save_pretrained(tmp_path)
 
-    def calibration(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def first_samples(count: int) -> tuple[Tensor, Tensor, Tensor]:
         return samples.input_ids_BL[:count], samples.position_ids_BL[:count], samples.counted_BL[:count]
 
-    student = prune_teacher(str(tmp_path), 2, "importance", calibration_samples=3, calibration=calibration).eval()
+    student = prune_teacher(str(tmp_path), 2, "importance", calibration_samples=3, first_samples=first_samples).eval()
     assert student.model.config.num_hidden_layers == 2
     given = samples.input_ids_BL[:1], samples.position_ids_BL[:1]
     torch.testing.assert_close(student.body(*given), HuggingFaceLanguageModel(model).body(*given))

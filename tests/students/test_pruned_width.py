@@ -51,7 +51,7 @@ def teacher_model(family: str) -> Any:
     return model
 
 
-def calibration(count: int) -> tuple[Tensor, Tensor, Tensor]:
+def first_samples(count: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids_BL = torch.randint(0, VOCABULARY, (count, 12), generator=generator)
     return ids_BL, torch.cat([torch.arange(7), torch.arange(5)]).expand(count, -1), torch.ones_like(ids_BL).bool()
@@ -59,13 +59,13 @@ def calibration(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def logits(model: HuggingFaceLanguageModel) -> Tensor:
-    ids_BL, positions_BL, _ = calibration(2)
+    ids_BL, positions_BL, _ = first_samples(2)
     return model.head(model.eval().body(ids_BL, positions_BL))
 
 
 def pruned(model: Any, folder: Path, **options: Any) -> HuggingFaceLanguageModel:
     model.save_pretrained(folder)
-    return prune_teacher(str(folder), calibration=calibration, calibration_samples=3, **options)
+    return prune_teacher(str(folder), first_samples=first_samples, calibration_samples=3, **options)
 
 
 def rows(projection: Any, start: int, count: int) -> None:
@@ -235,12 +235,12 @@ def test_tensors_that_are_not_known_or_have_another_shape_are_never_sliced() -> 
         ({"layers": 4, "depth": "importance"}, "layers: 4 is out of range"),
         ({"hidden_size": 12, "calibration_samples": 0}, "calibration_samples: 0"),
         ({"hidden_size": 12, "calibration_samples": 9}, "calibration_samples: 9, but the corpus has 5"),
-        ({"hidden_size": 12, "calibration": None}, "samples of the corpus"),
+        ({"hidden_size": 12, "first_samples": None}, "samples of the corpus"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     teacher_model("llama").save_pretrained(tmp_path)
-    few = {"calibration": lambda count: calibration(min(count, 5))}
+    few = {"first_samples": lambda count: first_samples(min(count, 5))}
     with pytest.raises(ValueError, match=message):
         prune_teacher(str(tmp_path), **{**few, **options})
 
@@ -250,14 +250,14 @@ def test_a_family_whose_tensors_are_not_known_is_refused(options: dict[str, Any]
     config = AutoConfig.for_model("gpt_neox", **{**SIZES, "num_attention_heads": 4, "num_hidden_layers": 2})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"gpt_neox \(known: llama, "):
-        prune_teacher(str(tmp_path), calibration=calibration, **options)
+        prune_teacher(str(tmp_path), first_samples=first_samples, **options)
 
 
 @pytest.mark.parametrize("family", FIXED_HIDDEN)
 def test_a_hidden_size_that_the_family_computes_with_is_refused(family: str, tmp_path: Path) -> None:
     teacher_model(family).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="hidden_size: gemma"):
-        prune_teacher(str(tmp_path), hidden_size=8, calibration=calibration)
+        prune_teacher(str(tmp_path), hidden_size=8, first_samples=first_samples)
 
 
 def test_the_largest_ascend_and_of_equal_ones_the_first_win() -> None:

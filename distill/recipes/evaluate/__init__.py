@@ -1,4 +1,4 @@
-"""The command `evaluate`: models, their measurements, and the record of these."""
+"""The command `evaluate`: models, their measurements, and their results."""
 
 from distill.recipes.evaluate.command import main
 

@@ -17,7 +17,7 @@ from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, 
 from distill.experiment.teacher import Teacher, open_samples
 from distill.forecast.preflight import Preflight
 from distill.recipes.evaluate.measurements import all_measurements
-from distill.recipes.evaluate.record import Record
+from distill.recipes.evaluate.results import Results
 from distill.report.page import write_report
 from distill.report.terminal import print_tables
 from distill.system import interrupt, ledger
@@ -40,19 +40,19 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     vocabulary = kept_vocabulary(experiment, folders)
     subjects = all_subjects(experiment, folders, teacher, samples, vocabulary)
     measurements = all_measurements(experiment, teacher, samples, vocabulary, len(subjects))
-    record = Record(folders, subjects, measurements)
-    if record.is_complete:
+    results = Results(folders, subjects, measurements)
+    if results.is_complete:
         say("evaluation: all is measured; nothing to do")
     else:
         check_evaluation(experiment)
         preflight = Preflight(experiment, "evaluate", following)
         with sole_writer(folders.run), preflight, ledger.phase(folders.run, "evaluate"):
             for subject in subjects:
-                _measure(subject, record)
-    result = record.view()
+                _measure(subject, results)
+    result = results.view()
     asked = replace(experiment, train=replace(experiment.train, resume=False))  # resuming changes no result
     result |= {**_derived(result), "experiment": asdict(asked)}
-    is_new = record.write(result)
+    is_new = results.write(result)
     print_tables(result)
     if is_new or not folders.report.exists():
         write_report(folders.run)
@@ -61,15 +61,15 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     return 0
 
 
-def _measure(subject: Subject, record: Record) -> None:
+def _measure(subject: Subject, results: Results) -> None:
     """Measure everything that is missing of one model, which is in memory for this long."""
-    missing = record.missing(subject)
+    missing = results.missing(subject)
     if not missing:
         return
     loaded = subject.load()
     for measurement in missing:
         interrupt.stop_if_asked()
-        record.put(subject, measurement, measurement.measure(subject, loaded))
+        results.put(subject, measurement, measurement.measure(subject, loaded))
     del loaded
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What was measured in a run: an append-only list of measurements, and evaluation.json, the view of those asked for."""
+"""Results of a run: an append-only list of measurements, and evaluation.json, the view of those asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIMIT = 1 << 30
 """Bytes of the list at most."""
 
 
-class Record:
+class Results:
     """The measurements of a run, each under a key of all that it depends on.
 
     A measurement is a line of `measured.jsonl` as soon as it is made, and stays: what is asked for again, after other
