@@ -1,4 +1,4 @@
-"""Results of a run: an append-only list of measurements, and evaluation.json, the view of those asked for."""
+"""Results of a run's measurements: an append-only list, and evaluation.json, the view of those asked for."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distill.system import json_lines
 from distill.system.files import read_bounded
 
 _LIMIT = 1 << 30
-"""Bytes of the list at most."""
+"""Largest size of the list in bytes."""
 
 
 class Results:
-    """The measurements of a run, each under a key of all that it depends on.
+    """The measurements of a run, each under a key of everything that it depends on.
 
-    A measurement is a line of `measured.jsonl` as soon as it is made, and stays: what is asked for again, after other
-    options or models in between, is not measured again. A line that a killed process left half-written is not counted.
+    A measurement is a line of `measured.jsonl` as soon as it is made, and stays. If it is asked for again, after other
+    options or models in between, it is not made again. A line that a killed process left half-written does not count.
     """
 
     def __init__(self, folders: Folders, subjects: list[Subject], measurements: list[Measurement]) -> None:
@@ -37,7 +37,7 @@ class Results:
         return not any(self.missing(subject) for subject in self.subjects)
 
     def missing(self, subject: Subject) -> list[Measurement]:
-        """What is still to be measured of a model."""
+        """Return the measurements of a model that are still to be made."""
         return [each for each in self.measurements if each.wanted_of(subject) and self._lacks(subject, each)]
 
     def _lacks(self, subject: Subject, measurement: Measurement) -> bool:
@@ -45,7 +45,7 @@ class Results:
         return key not in self.found
 
     def put(self, subject: Subject, measurement: Measurement, found: Any) -> None:
-        """Keep what was measured, on disk too; what belongs together counts once the last of it is there."""
+        """Keep a measurement, on disk too. Measurements that belong together count once the last of them is there."""
         self._append(self._key(subject, measurement), found)
         last = [each for each in self.subjects if measurement.wanted_of(each)][-1]
         if not measurement.together or subject.name == last.name:
@@ -64,7 +64,7 @@ class Results:
         return f"{measurement.section}:{measurement.item}::{_digest(made_from)}"
 
     def view(self) -> dict[str, Any]:
-        """All that was asked for, by section, model and item."""
+        """Return everything that was asked for, by section, model and item."""
         result: dict[str, Any] = {}
         for measurement in self.measurements:
             result |= copy.deepcopy(self.found.get(self._key_of_all(measurement), {}))
@@ -78,7 +78,7 @@ class Results:
         return result
 
     def write(self, result: dict[str, Any]) -> bool:
-        """Write evaluation.json, if it is not there already; whether it was written."""
+        """Write evaluation.json if it is new, and tell whether it was written."""
         result = json.loads(json.dumps(result))
         try:
             if json.loads(read_bounded(self.evaluation)) == result:
