@@ -11,7 +11,7 @@ from distill import plugins
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.forecast.machine.cards import Card
-from distill.forecast.phases.simulator import Part, Phase
+from distill.forecast.phases.simulator import Phase, Piece
 
 Keys = dict[str, Any]
 """Changed keys of the experiment file and their new values, such as `{"train.batch_size": 2}`."""
@@ -151,14 +151,14 @@ class _Search:
 
 def _seconds(forecaster: Forecasts, experiment: Experiment, phase: Phase) -> float:
     """For each token."""
-    parts: list[Part] = forecaster.simulator.parts(experiment, phase, [])
+    pieces: list[Piece] = forecaster.simulator.pieces(experiment, phase, [])
     train = experiment.train
     samples = {
         "cache-teacher": experiment.cache.batch_size,
         "train-student": train.batch_size * train.accumulate_grad_batches,
         "evaluate": experiment.evaluate.batch_size,
     }[phase]
-    return sum(part.seconds for part in parts) / (samples * experiment.corpus.sequence_length)
+    return sum(piece.seconds for piece in pieces) / (samples * experiment.corpus.sequence_length)
 
 
 def apply(experiment: Experiment, keys: Keys) -> Experiment:

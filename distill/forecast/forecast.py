@@ -11,7 +11,7 @@ from distill.experiment.folders import Folders
 from distill.experiment.training import roles
 from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine
-from distill.forecast.phases.simulator import PHASES, NoForecast, Part, Phase, Simulator
+from distill.forecast.phases.simulator import PHASES, NoForecast, Phase, Piece, Simulator
 from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, disk_notes, free_bytes, moment_bytes
 from distill.system.units import size
 
@@ -112,14 +112,14 @@ class Forecaster:
         """The forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
         notes: list[str] = []
         failures: list[str] = []
-        found: dict[Phase, list[Part]] = {}
+        found: dict[Phase, list[Piece]] = {}
         for phase in phases:
             try:
-                found[phase] = self.simulator.parts(experiment, phase, notes)
+                found[phase] = self.simulator.pieces(experiment, phase, notes)
             except NoForecast as error:
                 failures.append(str(error))
         amount = amount_of(experiment, notes)
-        made = {phase: self._phase(experiment, phase, parts, amount) for phase, parts in found.items()}
+        made = {phase: self._phase(experiment, phase, pieces, amount) for phase, pieces in found.items()}
         disk = self._disk(experiment, found, amount, notes)
         if experiment.evaluate.tasks or experiment.evaluate.cost or experiment.evaluate.texts:
             notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
@@ -139,7 +139,7 @@ class Forecaster:
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
         """Device memory that a phase needs."""
-        peak = max(part.simulation.peak_bytes for part in self.simulator.parts(experiment, phase, []))
+        peak = max(piece.simulation.peak_bytes for piece in self.simulator.pieces(experiment, phase, []))
         return peak + round(FRAGMENTATION * peak) + self._context_bytes()
 
     def _context_bytes(self) -> int:
@@ -148,9 +148,9 @@ class Forecaster:
         is_whole = _is_here(self.card) and self.limit_bytes == self.card.memory_bytes
         return CONTEXT_BYTES if is_whole else CONTEXT_BYTES + DRIVER_BYTES
 
-    def _phase(self, experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount) -> PhaseForecast:
-        peak = max((part.simulation for part in parts), key=lambda simulation: simulation.peak_bytes)
-        seconds, each, count = _time(experiment, phase, parts, amount)
+    def _phase(self, experiment: Experiment, phase: Phase, pieces: list[Piece], amount: Amount) -> PhaseForecast:
+        peak = max((piece.simulation for piece in pieces), key=lambda simulation: simulation.peak_bytes)
+        seconds, each, count = _time(experiment, phase, pieces, amount)
         needed = peak.peak_bytes + round(FRAGMENTATION * peak.peak_bytes) + self._context_bytes()
         return PhaseForecast(
             phase=phase,
@@ -158,14 +158,16 @@ class Forecaster:
             parts={kind: held for kind, held in peak.parts.items() if held},
             context_bytes=self._context_bytes(),
             fragmentation_bytes=round(FRAGMENTATION * peak.peak_bytes),
-            host_bytes=self._host_bytes(experiment, parts, amount, needed, phase),
+            host_bytes=self._host_bytes(experiment, pieces, amount, needed, phase),
             seconds=seconds,
             seconds_each=each,
             count=count,
         )
 
-    def _host_bytes(self, experiment: Experiment, parts: list[Part], amount: Amount, needed: int, phase: Phase) -> int:
-        loading = max(part.loading_bytes for part in parts)
+    def _host_bytes(
+        self, experiment: Experiment, pieces: list[Piece], amount: Amount, needed: int, phase: Phase
+    ) -> int:
+        loading = max(piece.loading_bytes for piece in pieces)
         states = 0
         if phase == "evaluate":  # the teacher's, of all samples
             each = self.simulator.hidden_size(experiment) * (2 if self.card.is_cuda else 4)
@@ -173,15 +175,15 @@ class Forecaster:
         if not self.card.is_cuda:
             return max(needed, self.process_bytes + loading) + states
         if phase == "train-student":
-            sizes = parts[0].sizes
+            sizes = pieces[0].sizes
             # The student is made in host memory, all of it, before it moves: in float32, but for a frozen base.
             made = sizes["bytes"] if sizes["trained_parameters"] < sizes["parameters"] else 4 * sizes["parameters"]
             return self.process_bytes + made + WORKER_BYTES * experiment.train.num_workers
-        students = 4 * parts[1].sizes["parameters"] if phase == "evaluate" else 0
+        students = 4 * pieces[1].sizes["parameters"] if phase == "evaluate" else 0
         return self.process_bytes + max(LARGEST_TENSORS_BYTES, loading, students) + states
 
     def _disk(
-        self, experiment: Experiment, found: dict[Phase, list[Part]], amount: Amount, notes: list[str]
+        self, experiment: Experiment, found: dict[Phase, list[Piece]], amount: Amount, notes: list[str]
     ) -> dict[str, int | None]:
         disk: dict[str, int | None] = {}
         if "cache-teacher" in found:
@@ -216,21 +218,21 @@ def _is_here(card: Card) -> bool:
 
 
 def _time(
-    experiment: Experiment, phase: Phase, parts: list[Part], amount: Amount
+    experiment: Experiment, phase: Phase, pieces: list[Piece], amount: Amount
 ) -> tuple[float | None, float, int | None]:
     """Seconds of a phase, of one of its batches or steps, and their number."""
     train = experiment.train
     if phase == "cache-teacher":
         processes = experiment.cache.devices * experiment.cache.num_nodes
         count = None if amount.cached is None else -(-amount.cached // (experiment.cache.batch_size * processes))
-        each = parts[0].seconds
+        each = pieces[0].seconds
     elif phase == "evaluate":
         batches = None if amount.evaluated is None else -(-amount.evaluated // experiment.evaluate.batch_size)
         models = 1 + len(roles(experiment))  # before its training too
-        each = parts[0].seconds + models * parts[1].seconds
+        each = pieces[0].seconds + models * pieces[1].seconds
         count = batches
     else:
-        each, steps = parts[0].seconds, _steps(experiment, amount)
+        each, steps = pieces[0].seconds, _steps(experiment, amount)
         if steps is None:
             return None, each, None
         # A held-out sample is read forward alone, about a third of a training sample's work.

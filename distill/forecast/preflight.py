@@ -55,12 +55,13 @@ class Preflight:
             return
         self._is_checked = True
         card = this_machine(self.device.type)
-        forecaster = Forecaster(card, self.limit, held_memory(), _simulator(card))
-        self.expected = forecaster.forecast(self.experiment, self.phases)
-        for failure in self.expected.failures:
-            say(f"{failure}; going on without one")
-        if not self.expected.fits:
-            raise UserError(_refusal(self.experiment, self.expected, forecaster))
+        with _simulator(card) as simulator:
+            forecaster = Forecaster(card, self.limit, held_memory(), simulator)
+            self.expected = forecaster.forecast(self.experiment, self.phases)
+            for failure in self.expected.failures:
+                say(f"{failure}; going on without one")
+            if not self.expected.fits:
+                raise UserError(_refusal(self.experiment, self.expected, forecaster))
         for note in self.expected.notes:
             if note.startswith("disk: "):
                 say(note)

@@ -14,6 +14,7 @@ from distill.forecast.advice import Advice, advise, as_options
 from distill.forecast.forecast import Forecast, Forecaster
 from distill.forecast.machine.calibration import find, kind_of
 from distill.forecast.machine.cards import Card, find_card, this_machine
+from distill.forecast.phases.simulator import Simulator
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import pick_device
 from distill.system.units import duration, size
@@ -33,10 +34,11 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     if fit is not None and not Path(fit).absolute().parent.is_dir():
         raise UserError(f"--fit {fit}: there is no folder {Path(fit).parent}: make it, or choose another place")
     found = find_card(card) if card is not None else this_machine(pick_device(experiment.train.accelerator).type)
-    forecaster = Forecaster(found, memory_limit(experiment))
-    forecast = forecaster.forecast(experiment)
-    advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
-    changed = forecaster.forecast(advice.experiment) if advice else None
+    with Simulator(found) as simulator:
+        forecaster = Forecaster(found, memory_limit(experiment), simulator=simulator)
+        forecast = forecaster.forecast(experiment)
+        advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
+        changed = forecaster.forecast(advice.experiment) if advice else None
     written = None
     if fit is not None and (advice is None or advice.fits):
         written = _write(fit, advice.experiment if advice else experiment, advice, found)

@@ -42,7 +42,7 @@ class Rules:
 
     def __init__(self, limit: int, has_blocks: bool = True, card: Card = CARD) -> None:
         self.limit_bytes, self.has_blocks, self.card = limit, has_blocks, card
-        self.simulator = SimpleNamespace(parts=lambda experiment, phase, notes: [SimpleNamespace(seconds=1.0)])
+        self.simulator = SimpleNamespace(pieces=lambda experiment, phase, notes: [SimpleNamespace(seconds=1.0)])
 
     def needed_bytes(self, experiment: Experiment, phase: str) -> int:
         train, length = experiment.train, experiment.corpus.sequence_length

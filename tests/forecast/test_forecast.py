@@ -154,7 +154,7 @@ def test_a_student_is_measured_in_the_type_asked_for(
 ) -> None:
     student, forecaster = STUDENTS[name](world.content["teacher"]["model"]), Forecaster(CARD)
     whole, half = (
-        forecaster.simulator.parts(experiment(student=student, evaluate={"student_dtype": dtype}), "evaluate", [])[1]
+        forecaster.simulator.pieces(experiment(student=student, evaluate={"student_dtype": dtype}), "evaluate", [])[1]
         for dtype in ("float32", "bfloat16")
     )
     assert half.sizes["parameters"] == whole.sizes["parameters"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from distill.errors import UserError, first_line
 from distill.experiment.cache import make_scheme
 from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training, roles
-from distill.forecast.machine.calibration import find, kind_of, speed
+from distill.forecast.child import Child
+from distill.forecast.machine.calibration import Efficiency, find, kind_of, speed
 from distill.forecast.machine.cards import Card
 from distill.forecast.models import Models, size_of
 from distill.forecast.phases.evaluation import simulate_fidelity, simulate_likelihood
@@ -37,7 +40,7 @@ class NoForecast(UserError):
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """One simulation of a phase."""
 
     what: str
@@ -51,40 +54,71 @@ class Part:
 
 
 class Simulator:
-    """Simulates phases of experiments on one card, nothing twice."""
+    """Simulator of phases of experiments on one card. It does nothing twice, and all in a child process."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self.device: DeviceKind = "cuda" if card.is_cuda else "cpu"
-        efficiency = find(kind_of(card))
-        self.speed, self.reading = speed(card, efficiency), efficiency.reading
-        self._known: dict[str, tuple[list[Part], list[str]]] = {}
+        self._known: dict[str, tuple[list[Piece], list[str]]] = {}
+        self._child: Child[[Experiment, Phase], tuple[list[Piece], list[str]]] | None = None
 
-    def parts(self, experiment: Experiment, phase: Phase, notes: list[str]) -> list[Part]:
-        """The phase's simulations; its peak is the largest of theirs.
+    def pieces(self, experiment: Experiment, phase: Phase, notes: list[str]) -> list[Piece]:
+        """Return the phase's simulations; its peak is the largest of theirs.
 
         Raises UserError for what cannot be made, and NoForecast for what cannot be simulated.
         """
         key = f"{phase} {_relevant(experiment, phase)}"
         if key not in self._known:
-            own: list[str] = []
+            if self._child is None:
+                with contextlib.suppress(Exception):  # a large file is read once for all; what is wrong is told below
+                    self.hidden_size(experiment)
+                self._child = Child(partial(simulate, self.card, find(kind_of(self.card))))
             try:
-                with quiet():
-                    self._known[key] = _SIMULATE[phase](self, Models(experiment, self.card, own)), own
-            except UserError:
-                raise
-            except Exception as error:  # of a stranger's model, say
-                raise NoForecast(f"{phase}: no forecast ({type(error).__name__}: {first_line(error)})") from error
-        parts, own = self._known[key]
+                self._known[key] = self._child(experiment, phase)
+            except RuntimeError as error:
+                self.close()
+                raise NoForecast(f"{phase}: no forecast ({error})") from None
+        pieces, own = self._known[key]
         notes += [note for note in own if note not in notes]
-        return parts
+        return pieces
 
     def hidden_size(self, experiment: Experiment) -> int:
-        """The teacher's."""
+        """Return the teacher's."""
         with quiet():
             return Models(experiment, self.card, []).hidden_size
 
-    def _teacher(self, models: Models) -> list[Part]:
+    def close(self) -> None:
+        """End the child; another begins when it is needed."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def __enter__(self) -> Simulator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def simulate(card: Card, efficiency: Efficiency, experiment: Experiment, phase: Phase) -> tuple[list[Piece], list[str]]:
+    """Simulate a phase in this process; returns its pieces and what was assumed. Raises as `Simulator.pieces`."""
+    notes: list[str] = []
+    try:
+        with quiet():
+            return _SIMULATE[phase](_Pace(card, efficiency), Models(experiment, card, notes)), notes
+    except UserError:
+        raise
+    except Exception as error:  # of a stranger's model, say
+        raise NoForecast(f"{phase}: no forecast ({type(error).__name__}: {first_line(error)})") from error
+
+
+class _Pace:
+    """The phases, and how fast a card goes through them."""
+
+    def __init__(self, card: Card, efficiency: Efficiency) -> None:
+        self.device: DeviceKind = kind_of(card)
+        self.speed, self.reading = speed(card, efficiency), efficiency.reading
+
+    def teacher(self, models: Models) -> list[Piece]:
         cache = models.experiment.cache
         make, sizes = _measured(models.teacher)
         simulation = simulate_teacher(
@@ -95,9 +129,9 @@ class Simulator:
             chunk_size=cache.chunk_size,
             **self._text(models),
         )
-        return [self._teacher_part(models, simulation, sizes)]
+        return [self._teacher_piece(models, simulation, sizes)]
 
-    def _teacher_part(self, models: Models, simulation: Simulation, sizes: dict[str, int]) -> Part:
+    def _teacher_piece(self, models: Models, simulation: Simulation, sizes: dict[str, int]) -> Piece:
         """A batch of the teacher; a streamed one's weights are read while it computes."""
         seconds = max(self.speed.seconds(simulation.work), sizes["bytes_read"] / self.reading)
         if sizes["bytes_read"]:
@@ -106,7 +140,7 @@ class Simulator:
         if models.checkpoint.gguf_file is not None:  # dequantised as a whole: its tensors, and the model made of them
             each = getattr(torch, models.compute_dtype).itemsize
             loading = 2 * each * (sizes["parameters"] + sizes["packed_parameters"])
-        return Part("teacher", simulation, seconds, sizes, loading)
+        return Piece("teacher", simulation, seconds, sizes, loading)
 
     def _text(self, models: Models) -> dict[str, Any]:
         corpus = models.experiment.corpus
@@ -116,7 +150,7 @@ class Simulator:
             "device": self.device,
         }
 
-    def _student(self, models: Models) -> list[Part]:
+    def student(self, models: Models) -> list[Piece]:
         experiment = models.experiment
         train, scheme = experiment.train, make_scheme(experiment, models.hidden_size)
         check_training(experiment, scheme.name, experiment.cache.held_out_samples, self.device)
@@ -133,9 +167,9 @@ class Simulator:
         simulation = simulate_step(make, shape, precision=train.precision, device=self.device)
         passing = self.speed.seconds(simulation.work - simulation.update)
         seconds = passing * train.accumulate_grad_batches / passes + self.speed.seconds(simulation.update)
-        return [Part("a step of the student", simulation, seconds, sizes)]
+        return [Piece("a step of the student", simulation, seconds, sizes)]
 
-    def _evaluation(self, models: Models) -> list[Part]:
+    def evaluation(self, models: Models) -> list[Piece]:
         config, chunk_size = models.experiment.evaluate, models.experiment.loss.chunk_size
         text: dict[str, Any] = {
             "batch_size": config.batch_size,
@@ -149,15 +183,15 @@ class Simulator:
         dtype = getattr(torch, models.compute_dtype)
         student = simulate_fidelity(make, teacher_hidden_size=models.hidden_size, teacher_dtype=dtype, **text)
         return [
-            self._teacher_part(models, teacher, sizes),
-            Part("student", student, self.speed.seconds(student.work), student_sizes),
+            self._teacher_piece(models, teacher, sizes),
+            Piece("student", student, self.speed.seconds(student.work), student_sizes),
         ]
 
 
-_SIMULATE = {
-    "cache-teacher": Simulator._teacher,
-    "train-student": Simulator._student,
-    "evaluate": Simulator._evaluation,
+_SIMULATE: dict[Phase, Callable[[_Pace, Models], list[Piece]]] = {
+    "cache-teacher": _Pace.teacher,
+    "train-student": _Pace.student,
+    "evaluate": _Pace.evaluation,
 }
 
 

@@ -1,0 +1,72 @@
+"""Child process in which a forecast simulates, so that nothing of it is left in the program that goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Child(Generic[P, T]):
+    """One process that answers calls of a function in turn, until it is closed.
+
+    It is a fork, which has imported everything already. Where this process uses CUDA, which no fork can, or the system
+    cannot fork, it starts from nothing. It sees no CUDA device, and ends with this process.
+    """
+
+    def __init__(self, function: Callable[P, T], method: str | None = None) -> None:
+        can_fork = sys.platform == "linux" and not torch.cuda.is_initialized()
+        context: Any = multiprocessing.get_context(method or ("fork" if can_fork else "spawn"))
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._connection, function), daemon=True)
+        self._process.start()
+        theirs.close()  # so that it is closed when the child ends
+        self.close = weakref.finalize(self, _end, self._process, self._connection)
+        """Ends the child, whatever it does."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the function there; raises what it raises, and RuntimeError when the child was killed."""
+        try:
+            self._connection.send((args, kwargs))
+            result, error = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise RuntimeError(f"its process ended with status {self._process.exitcode}") from None
+        if error is not None:
+            raise error
+        return cast(T, result)
+
+
+def _end(process: Any, connection: Connection) -> None:
+    process.kill()
+    process.join()
+    connection.close()
+
+
+def _serve(connection: Connection, parents: Connection, function: Callable[..., Any]) -> None:
+    """Answer until the parent is gone. Ctrl-C, which reaches both, is the parent's: it closes this child."""
+    parents.close()  # else it would never be closed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            args, kwargs = connection.recv()
+            answer: tuple[Any, Exception | None]
+            try:
+                answer = function(*args, **kwargs), None
+            except Exception as error:
+                answer = None, error
+            connection.send(answer)
