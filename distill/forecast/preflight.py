@@ -123,7 +123,7 @@ def _refusal(experiment: Experiment, forecast: Forecast, forecaster: Forecaster)
     needed, limit = forecast.phases[worst].needed_bytes, forecaster.limit_bytes
     assumed = "".join(f"; {note}" for note in forecast.notes if note.startswith("student.vocabulary"))
     return (
-        f"{worst}: needs {needed / 1e9:.1f} GB of {forecaster.card.name}'s {limit / 1e9:.1f} GB: {remedy} "
+        f"{worst}: needs {size(needed)} of {forecaster.card.name}'s {size(limit)}: {remedy} "
         f"(`distill plan` shows more; --preflight false tries all the same{assumed})"
     )
 
@@ -147,7 +147,7 @@ def _hold_to(limit: int, device: torch.device) -> None:
     """Let torch's allocator have what it would have on a card of that size, less driver's and context's part."""
     total = torch.cuda.get_device_properties(device).total_memory
     if limit > total:
-        raise UserError(f"memory_limit: {limit / 1e9:.1f} GB is more than this card's {total / 1e9:.1f} GB")
+        raise UserError(f"memory_limit: {size(limit)} is more than this card's {size(total)}")
     torch.cuda.set_per_process_memory_fraction(max(limit - CONTEXT_BYTES - DRIVER_BYTES, 0) / total, device)
 
 

@@ -29,7 +29,7 @@ from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher, open_samples
 from distill.forecast.preflight import Preflight
 from distill.models import devices
-from distill.system import interrupt, ledger
+from distill.system import interrupt, ledger, units
 from distill.system.locks import cannot_write, sole_writer
 from distill.system.progress import Progress, be_quiet, say
 from distill.system.units import parse_size
@@ -125,7 +125,7 @@ def _within_budget(
     if cache.max_size is not None:
         size = calibration.check_size(scheme, manifest, cache.max_size)
         tokens = manifest.samples * manifest.sequence_length
-        say(f"cache: forecast {size * tokens / 1e9:,.3f} GB, {size:.1f} bytes for each of {tokens:,} tokens")
+        say(f"cache: forecast {units.size(size * tokens)}, {size:.1f} bytes for each of {tokens:,} tokens")
     return experiment
 
 
@@ -206,6 +206,6 @@ def _summarise(folders: Folders, part: Part | None) -> None:
     size, positions = sum(entry.bytes for entry in entries), sum(entry.positions for entry in entries)
     kept = sum(entry.entries for entry in entries)
     say(
-        f"cache: {_name(folders, part)}, {positions:,} positions, {size / 1e6:,.1f} MB, "
+        f"cache: {_name(folders, part)}, {positions:,} positions, {units.size(size)}, "
         f"{size / max(positions, 1):.1f} bytes and {kept / max(positions, 1):.1f} entries a position"
     )

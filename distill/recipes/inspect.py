@@ -23,6 +23,7 @@ from distill.losses.divergences import forward_kl
 from distill.models import checkpoints
 from distill.models.language_model import Head, hidden_states
 from distill.models.tokenizers import load_folder_tokenizer
+from distill.system import units
 from distill.system.progress import say
 from distill.targets.hidden import HiddenTargets
 from distill.targets.next_token import next_ids
@@ -71,7 +72,7 @@ def _describe(folder: Path) -> None:
     say(f"vocabulary       {manifest.vocab_size:,} tokens")
     say(f"shards           {len(journal)} of {manifest.shards}")
     say(f"positions        {sum(entry.positions for entry in entries):,}")
-    say(f"size             {size / 1e6:,.2f} MB, {size / positions:.1f} bytes a position")
+    say(f"size             {units.size(size)}, {size / positions:.1f} bytes a position")
     say(f"entries          {sum(entry.entries for entry in entries) / positions:.1f} a position")
     for name, value in sorted(manifest.fingerprints.items()):
         say(f"{name:<16} {value}")

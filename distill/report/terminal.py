@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill.system import units
+
 MODELS = ("teacher", "before", "student", "control")
 
 
@@ -89,5 +91,5 @@ def _cost(cost: dict[str, Any]) -> Any:
     for name in names:
         speeds = [cost[name][phase].get(size) for phase in ("prefill", "decode") for size in sizes]
         shown = [f"{speed:,.0f}" if speed else "out of memory" for speed in speeds]
-        table.add_row(name, *shown, f"{cost[name]['bytes_on_disk'] / 1e6:,.0f} MB")
+        table.add_row(name, *shown, units.size(cost[name]["bytes_on_disk"]))
     return table

@@ -25,7 +25,7 @@ def test_what_cannot_fit_is_refused_before_it_begins(world: Any, distill: Any, t
     """A limit below what the libraries alone take on a CPU: nothing helps, and nothing is made."""
     file = world.write(tmp_path / "experiment.yaml", preflight=True)
     refused = distill("cache-teacher", file, "--memory_limit", "100MB")
-    refused.refused("cache-teacher: needs", "0.1 GB", "smaller models", "distill plan")
+    refused.refused("cache-teacher: needs", "100 MB", "smaller models", "distill plan")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
     distill("cache-teacher", file, "--memory_limit", "12 potatoes").refused("memory_limit", "12GiB")
     distill("cache-teacher", file, "--memory_limit", "100MB", "--preflight", "false").done()
@@ -53,7 +53,7 @@ def test_the_advice_of_a_refusal_is_followed_and_it_runs(
     monkeypatch.setattr("distill.forecast.preflight.held_memory", lambda: 1_000_000_000)
     limit = "1250MB"
     refused = distill("run", large_steps, "--memory_limit", limit)
-    refused.refused("train-student: needs", "1.2 GB", "--train.batch_size")
+    refused.refused("train-student: needs", "1.25 GB", "--train.batch_size")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
     found = re.search(r"give (--.*?) \(`distill plan`", refused.err)
     assert found is not None

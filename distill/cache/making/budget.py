@@ -19,6 +19,7 @@ from distill.cache.making.extract import extract
 from distill.cache.making.predict import TeacherModule
 from distill.errors import UserError
 from distill.models.language_model import hidden_states
+from distill.system import units
 from distill.system.units import parse_size
 from distill.targets.schemes import AnyScheme, VarOpt
 
@@ -114,6 +115,6 @@ class Calibration:
         if fits > 0:
             advice.append(f"give --cache.max_samples {fits}")
         raise UserError(
-            f"cache.max_size: the forecast is {size * tokens / 1e9:,.3f} GB ({size:.1f} bytes for each of "
+            f"cache.max_size: the forecast is {units.size(size * tokens)} ({size:.1f} bytes for each of "
             f"{tokens:,} tokens), over {max_size}: {', or '.join(advice)}"
         )

@@ -17,6 +17,7 @@ from distill.recipes.doctor.findings import Finding, judge
 from distill.recipes.doctor.probes import Probes
 from distill.system.progress import say
 from distill.system.quiet import quiet
+from distill.system.units import size
 
 T = TypeVar("T")
 
@@ -142,11 +143,11 @@ def _machine_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"torch         {software['torch']}, {build}"
     if host:
         yield f"processor     {host['processor']}, {host['cores']} cores, {host['threads']} threads"
-        yield f"memory        {_gb(host['memory_bytes'])}, {_gb(host['free_bytes'])} free"
+        yield f"memory        {size(host['memory_bytes'])}, {size(host['free_bytes'])} free"
     if device.get("is_cuda"):
         more = f", one of {device['count']}" if device["count"] > 1 else ""
         yield f"card          {device['name']}{more}, compute capability {device['capability']}"
-        yield f"card's memory {_gb(device['memory_bytes'])}, {_gb(device['free_bytes'])} free"
+        yield f"card's memory {size(device['memory_bytes'])}, {size(device['free_bytes'])} free"
         yield f"bfloat16      {'yes' if device['bf16'] else 'no'}"
     elif device:
         yield "card          none that torch can use"
@@ -158,8 +159,8 @@ def _machine_lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts.get("eight_bit_optimizer"):
         yield "8-bit AdamW   tried: works"
     if facts["disk"]:
-        speeds = [f"{name} {facts['disk'][key] / 1e6:,.0f} MB/s" for name, key in _SPEEDS if key in facts["disk"]]
-        yield f"disk          {', '.join([_gb(facts['disk']['free_bytes']) + ' free here', *speeds])}"
+        speeds = [f"{name} {size(facts['disk'][key])}/s" for name, key in _SPEEDS if key in facts["disk"]]
+        yield f"disk          {', '.join([size(facts['disk']['free_bytes']) + ' free here', *speeds])}"
     if facts["packages"]:
         packages = facts["packages"]
         there = [f"{name} {version}" for name, version in packages.items() if version and name in machine.OPTIONAL]
@@ -171,21 +172,17 @@ def _machine_lines(facts: dict[str, Any]) -> Iterator[str]:
 _SPEEDS = (("writes", "write_bytes_per_s"), ("reads", "read_bytes_per_s"))
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
-
-
 def _capacity_lines(facts: dict[str, Any]) -> Iterator[str]:
     can = facts["can"]
     if can is None:
         return
-    yield f"largest llama-like models in {_gb(can['budget_bytes'])} ({can['method']}):"
+    yield f"largest llama-like models in {size(can['budget_bytes'])} ({can['method']}):"
     for row in can["largest"]:
         if row["parameters"]:
-            size = f"{row['parameters'] / 1e9:6.2f} B parameters ({row['layers']} layers of {row['width']:,})"
+            largest = f"{row['parameters'] / 1e9:6.2f} B parameters ({row['layers']} layers of {row['width']:,})"
         else:
-            size = "  none"
-        yield f"  {row['way']:<36} {size}, {row['bytes_a_parameter']:.2f} bytes a parameter"
+            largest = "  none"
+        yield f"  {row['way']:<36} {largest}, {row['bytes_a_parameter']:.2f} bytes a parameter"
 
 
 def _finding_lines(findings: list[Finding]) -> Iterator[str]:

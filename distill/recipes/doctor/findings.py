@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill.recipes.doctor.probes import REQUIRED
+from distill.system.units import size
 
 LITTLE_DISK, SLOW_DISK = 5e9, 50e6
 WORST_WEIGHT, WORST_PRODUCT = 0.15, 0.02
@@ -74,7 +75,7 @@ def _of_card(facts: dict[str, Any]) -> Iterator[Finding]:
     if held > max(0.1 * device["memory_bytes"], 1e9):
         yield Finding(
             "note",
-            f"{held / 1e9:.1f} GB of the card are taken by other programs",
+            f"{size(held)} of the card are taken by other programs",
             f"end them (nvidia-smi lists them), or plan with --card {int(device['free_bytes'] / 2**30)}GiB",
         )
 
@@ -106,9 +107,9 @@ def _of_disk(facts: dict[str, Any]) -> Iterator[Finding]:
     if disk["free_bytes"] < LITTLE_DISK:
         yield Finding(
             "wrong",
-            f"only {disk['free_bytes'] / 1e9:.1f} GB are free here",
+            f"only {size(disk['free_bytes'])} are free here",
             "make room, or put run_dir and cache.dir on another disk; caches take gigabytes",
         )
     slowest = min(disk.get("write_bytes_per_s", SLOW_DISK), disk.get("read_bytes_per_s", SLOW_DISK))
     if slowest < SLOW_DISK:
-        yield Finding("note", f"this disk moves {slowest / 1e6:.0f} MB/s", "put run_dir and cache.dir on a faster one")
+        yield Finding("note", f"this disk moves {size(slowest)}/s", "put run_dir and cache.dir on a faster one")

@@ -93,7 +93,7 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
         ({"four_bit": {"weight_error": 0.9, "product_error": 0.0}}, ["compute wrongly", "quantization none"]),
         ({"four_bit": {"weight_error": 0.09, "product_error": 0.5}}, ["compute wrongly"]),
         ({"eight_bit_optimizer": broken}, ["8-bit optimiser", "adamw_8bit"]),
-        ({"disk": {"free_bytes": 1e9}}, ["only 1.0 GB", "run_dir"]),
+        ({"disk": {"free_bytes": 1e9}}, ["only 1 GB", "run_dir"]),
         ({"disk": broken}, ["folder cannot be written"]),
         ({"packages": {"torch": "2", "peft": None, "wandb": None}}, ["missing: peft", "pip install peft"]),
         ({"device": broken}, ["does not answer"]),
