@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from distill.cache.format.head import load_head
@@ -68,32 +69,11 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     if not pending:
         return 0
     with Preflight(experiment, "train-student", following):
-        _train(experiment, storage, train, held_out, pending, deadline)
+        vocabulary = _vocabulary(experiment, storage, train, held_out)
+        for training in pending:
+            with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
+                training.fit(held_out, vocabulary, deadline)
     return 0
-
-
-def _train(
-    experiment: Experiment,
-    storage: Storage,
-    train: CacheReader,
-    held_out: CacheReader,
-    pending: list[_Training],
-    deadline: float | None,
-) -> None:
-    config = experiment.train
-    vocabulary = _vocabulary(experiment, storage, train, held_out)
-    for training in pending:
-        data = CacheDataModule(
-            train,
-            held_out if len(held_out) else None,
-            step_samples=config.batch_size * config.accumulate_grad_batches,
-            batch_size=config.batch_size,
-            seed=training.role.seed,
-            num_workers=config.num_workers,
-            vocabulary=vocabulary,
-        )
-        with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
-            training.run(data, deadline)
 
 
 def _vocabulary(
@@ -123,27 +103,47 @@ class _Training:
     """The training of one role, from existing checkpoints to the finished folder."""
 
     data: CacheDataModule
+    held_out: MeasureHeldOut
 
     def __init__(self, experiment: Experiment, folders: Folders, train: CacheReader, role: Role) -> None:
         self.experiment, self.folders, self.role = experiment, folders, role
         self.place = Place.of(experiment)
-        self.manifest = train.manifest
+        self.train, self.manifest = train, train.manifest
         self.checkpoints = folders.checkpoints(role.name)
+        self.best = self.checkpoints / BEST
         self.settings = training_settings(experiment, role, self.manifest)
 
-    def run(self, data: CacheDataModule, deadline: float | None) -> None:
-        """Train. Raises Interrupted on a request to stop, or at the deadline."""
-        self.data, name = data, self.role.name
-        folder = self.folders.model(name)
+    def fit(self, held_out: CacheReader, vocabulary: Vocabulary | None, deadline: float | None) -> None:
+        """Train, and save the student. Raises Interrupted when asked to stop, or at the deadline."""
+        config, name = self.experiment.train, self.role.name
+        self.data = CacheDataModule(
+            self.train,
+            held_out if len(held_out) else None,
+            step_samples=config.batch_size * config.accumulate_grad_batches,
+            batch_size=config.batch_size,
+            seed=self.role.seed,
+            num_workers=config.num_workers,
+            vocabulary=vocabulary,
+        )
         resume_from = self._checkpoint_to_resume()
         student, options = self._student()
         if is_first_process():
             settings.write(self.checkpoints, self.settings)
         started = time.monotonic()
         with ledger.phase(self.folders.run, "train-student"):
-            student = self._fit(student, resume_from, deadline)
-            self._save(student, folder, options)
-        say(f"{name}: {folder} after {time.monotonic() - started:,.0f} s")
+            module = make_module(
+                self.experiment, self.place, self.role, student, self._vocab_size(), self._teacher_head()
+            )
+            progress = Progress(f"train {name}", total=0, unit="steps")
+            trainer = self._trainer(progress, deadline)
+            fit = partial(trainer.fit, module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
+            with progress, interrupt.deferred():
+                run_together(trainer, fit)  # from here Lightning calls `DistillationModule.training_step`
+            leave_if_not_first(trainer)
+            if module.non_finite.skipped:
+                say(f"{name}: {module.non_finite.skipped} of {module.steps_begun} steps were left out (not finite)")
+            self._save(self._handed_over(student), options)
+        say(f"{name}: {self.folders.model(name)} after {time.monotonic() - started:,.0f} s")
 
     def is_done(self) -> bool:
         """Tell whether the model is finished. Raises UserError if the folder holds another one."""
@@ -203,15 +203,12 @@ class _Training:
     def _vocab_size(self) -> int:
         return len(self.data.vocabulary) if self.data.vocabulary else self.manifest.vocab_size
 
-    def _fit(self, student: Any, resume_from: Path | None, deadline: float | None) -> Any:
-        """Return the trained student, in the first process; the others end here."""
+    def _trainer(self, progress: Progress, deadline: float | None) -> pl.Trainer:
         config, name = self.experiment.train, self.role.name
-        progress = Progress(f"train {name}", total=0, unit="steps")
-        best = self.checkpoints / BEST
-        held_out = MeasureHeldOut(
-            self.data, config.validate_every_steps, self.role.monitor, best, config.early_stopping
+        self.held_out = MeasureHeldOut(
+            self.data, config.validate_every_steps, self.role.monitor, self.best, config.early_stopping
         )
-        trainer = make_trainer(
+        return make_trainer(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
@@ -225,23 +222,21 @@ class _Training:
             ),
             callbacks=[
                 ShowProgress(progress),
-                *make_callbacks(config.callbacks),  # before what writes checkpoints, which hold their states
-                held_out,
+                *make_callbacks(config.callbacks),  # before the one that writes checkpoints, which hold their states
+                self.held_out,
                 KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
             ],
         )
-        module = make_module(self.experiment, self.place, self.role, student, self._vocab_size(), self._teacher_head())
-        with progress, interrupt.deferred():
-            fit = partial(trainer.fit, module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
-            run_together(trainer, fit)
-        leave_if_not_first(trainer)
-        if module.non_finite.skipped:
-            say(f"{name}: {module.non_finite.skipped} of {module.steps_begun} steps were left out (not finite)")
-        if config.early_stopping is not None and is_whole(best):
-            say(f"{name}: the weights of the lowest {self.role.monitor}, {held_out.lowest:.4f}")
-            return self._with_weights_of(best)
-        if config.early_stopping is not None:
-            say(f"{name}: {best} is damaged or was never written: these are the weights of the last step, not the best")
+
+    def _handed_over(self, student: Any) -> Any:
+        """Return the student with the weights that the training is for: those of the best step, or of the last."""
+        name = self.role.name
+        if self.experiment.train.early_stopping is not None:
+            if is_whole(self.best):
+                say(f"{name}: the weights of the lowest {self.role.monitor}, {self.held_out.lowest:.4f}")
+                return self._with_weights_of(self.best)
+            damaged = f"{self.best} is damaged or was never written"
+            say(f"{name}: {damaged}: these are the weights of the last step, not the best")
         return self._with_weights_of(newest(self.checkpoints)) if is_sharded(student) else student
 
     def _with_weights_of(self, checkpoint: Path | None) -> Any:
@@ -260,7 +255,7 @@ class _Training:
         head = load_head(self.data.train.storage.folder)
         return head if self.data.vocabulary is None else trim_head(head, self.data.vocabulary)
 
-    def _save(self, student: Any, folder: Path, options: dict[str, Any]) -> None:
+    def _save(self, student: Any, options: dict[str, Any]) -> None:
         tokenizer = load_folder_tokenizer(checked_tokenizer(self.data.train.storage.folder))
         vocabulary = self.data.vocabulary
         if vocabulary is not None:
@@ -271,5 +266,5 @@ class _Training:
             if vocabulary is not None:
                 vocabulary.save(new)
 
-        class_path = self.experiment.student.class_path
+        folder, class_path = self.folders.model(self.role.name), self.experiment.student.class_path
         save_language_model(student, folder, class_path, options, tokenizer, write_more=write_more)
