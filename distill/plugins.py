@@ -1,4 +1,4 @@
-"""Plug-ins: a teacher or student found by name (built-in, `package.module:Class`, `file.py:Class`), and built."""
+"""Plug-ins, found by name (built-in, `package.module:Class`, `file.py:Class`), with checked options, and built."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def save_teacher(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command said and how it ended."""
+    """A command's output and exit status."""
 
     status: int
     out: str
@@ -212,7 +212,7 @@ def tiny_model() -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
-    """What a command does to its process is undone: signal handlers, imports, warnings, log levels, environment."""
+    """Undo a command's effects on its process: signal handlers, imports, warnings, log levels, environment."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
     path, environment = [*sys.path], dict(os.environ)

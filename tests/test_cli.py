@@ -34,7 +34,7 @@ Call = tuple[str, Experiment, tuple[str, ...]]
 
 @pytest.fixture
 def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """What the recipes were called with, instead of their work."""
+    """Return the arguments that the recipes were called with, instead of their work."""
     called: list[Call] = []
 
     class Recipe:

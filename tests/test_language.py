@@ -138,6 +138,21 @@ def test_only_rooms_that_need_it_are_exempt() -> None:
     assert sorted(NOT_YET - bad) == [], "take these rooms out of NOT_YET"
 
 
+CLAUSES = words("what whatever whether how of those which whichever where whose who why")
+
+
+@pytest.mark.parametrize("folder", ["configs", "tests"])
+def test_docstrings_elsewhere_begin_with_no_free_clause(folder: str) -> None:
+    """Tests say in a sentence what they show; they begin as they like, but not with a clause."""
+    bad = [
+        f"{path.relative_to(ROOT)}: {name or kind}: {text}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for kind, name, text in docstrings(path.read_text(encoding="utf-8"))
+        if text.split()[0].lower() in CLAUSES
+    ]
+    assert bad == []
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [

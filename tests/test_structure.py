@@ -84,7 +84,7 @@ def room(module: str) -> str:
 
 
 def wrong_import(module: str, target: str) -> str | None:
-    """Why `module` may not import `target`, or None when it may."""
+    """Return the reason why `module` may not import `target`, or None if it may."""
     home, away = module.split(".")[0], target.split(".")[0]
     if away not in PACKAGES:
         return None
@@ -173,7 +173,7 @@ def assigned(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
 
 
 def first_line_fault(source: str) -> str | None:
-    """What is wrong with a file's first line, which says in one sentence what the file is for; None when nothing is."""
+    """Return the fault of a file's first line, which says in one sentence what the file is for, or None."""
     docstring = ast.get_docstring(ast.parse(source))
     if not docstring:
         return "has no docstring"

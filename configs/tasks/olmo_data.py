@@ -60,7 +60,7 @@ def copa_choices(doc: dict[str, Any]) -> list[str]:
 
 
 def winogrande_text(doc: dict[str, Any]) -> int:
-    """Which option is right: the options make two texts, before one and the same continuation."""
+    """Return the number of the right option: the options make two texts, before the same continuation."""
     return int(doc["answer"]) - 1
 
 

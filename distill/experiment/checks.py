@@ -46,8 +46,8 @@ def check_length(limit: int | None, name: str, sequence_length: int) -> None:
 def check_last_steps(experiment: Experiment) -> None:
     """Check before the first step of a run the needs of the last ones, such as installed packages.
 
-    Raises UserError for a logger or lm-eval that is not installed, for unknown benchmarks, and for settings of the
-    training that exclude one another.
+    Raises UserError for a logger or lm-eval that is not installed, for unknown callbacks and benchmarks, and for
+    settings of the training that exclude one another.
     """
     config = experiment.train
     check_installed(config.loggers)

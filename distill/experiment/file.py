@@ -115,7 +115,7 @@ def _in_a_section(key: str) -> str:
 
 
 def print_options() -> None:
-    """Print every key with its documentation, type and default."""
+    """Print every key with its documentation, type, limits and default."""
     for section in dataclasses.fields(Experiment):
         kind = _section(section)
         if kind is None:

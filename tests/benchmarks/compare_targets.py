@@ -183,7 +183,7 @@ def run_step(work: Path, command: str, name: str, options: list[str]) -> None:
 
 
 def comparison(work: Path, rows: list[Row], options: argparse.Namespace) -> dict[str, Any]:
-    """What the evaluations measured, with what it took."""
+    """Return the evaluations' results beside their costs."""
     evaluations = {row.name: read(work / "runs" / row.folder / "evaluation.json") for row in rows}
     any_one = evaluations[rows[0].name]
     for name in ("teacher", "before"):

@@ -105,7 +105,7 @@ class Storm:
         signal.alarm(0)
 
     def _read(self) -> list[str]:
-        """What a run that touches everything gets."""
+        """Return the results of a run that touches everything."""
         outcomes = []
         for split in SPLITS:
             try:

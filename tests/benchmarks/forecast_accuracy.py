@@ -55,7 +55,7 @@ from students.lora import LoraLanguageModel, add_adapters
 VOCABULARY = 16_384
 STEP = StepShape(samples=4, length=128)
 RUNS = 10
-"""Of each batch and step: the shortest is taken, as in a calibration."""
+"""Runs of each batch and step. The shortest counts, as in a calibration."""
 SCHEME = schemes.make("varopt", threshold=0.02)
 TEACHER_BATCH = {"batch_size": 4, "length": 128}
 TEACHER_VOCABULARY = 49_152
@@ -124,7 +124,7 @@ TEACHERS = {"teacher bf16": "none", "teacher nf4": "nf4", "teacher int8": "int8"
 
 @dataclass(frozen=True)
 class Levers:
-    """What is turned on."""
+    """Levers that are turned on."""
 
     checkpointing: bool = False
     accumulate: int = 1
@@ -143,7 +143,7 @@ LEVERS = {
 
 
 def make_module(student: str, levers: Levers, samples: int = STEP.samples) -> DistillationModule:
-    """What a training would train, `samples` a step."""
+    """Make the module that a training would train, `samples` a step."""
     torch.manual_seed(0)
     model = STUDENTS[student]()
     if levers.checkpointing:

@@ -1,9 +1,9 @@
-"""What GGUF types cost a student: `python tests/benchmarks/gguf_perplexity.py RUN TEXT.jsonl`.
+"""Cost of GGUF types for a student: `python tests/benchmarks/gguf_perplexity.py RUN TEXT.jsonl`.
 
-RUN may be a model's folder too. It writes the student in each type, has llama.cpp (llama-cpp-python) read it in a
-process of its own, and prints a table: size, perplexity beside ours on the last `--tokens` tokens of TEXT.jsonl (field
-`text`) in windows of 512, texts cut into the same tokens, and how many tokens of five greedy continuations are our own
-best.
+RUN may be a model's folder too. The script writes the student in each type, has llama.cpp (llama-cpp-python) read it in
+a separate process, and prints a table: size, perplexity beside ours on the last `--tokens` tokens of TEXT.jsonl (field
+`text`) in windows of 512, texts cut into the same tokens, and the number of tokens of five greedy continuations that
+are our own best.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long `distill --help` takes: python tests/benchmarks/help_time.py prints the median of ten starts in seconds."""
+"""Time of `distill --help`: python tests/benchmarks/help_time.py prints the median of ten starts in seconds."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class Storm:
 
 
 def where(cache: Path) -> str:
-    """What a kill interrupted, as far as the files tell."""
+    """Return the work that a kill interrupted, as far as the files tell."""
     names = {str(path.relative_to(cache)) for path in cache.rglob("*")} if cache.exists() else set()
     lines = (cache / "journal.jsonl").read_bytes() if "journal.jsonl" in names else b""
     shards = sum(name.endswith(".safetensors") for name in names)

@@ -38,7 +38,7 @@ ENTRIES = 40
 
 @dataclass(frozen=True)
 class Levers:
-    """What can be turned on; the defaults are the table's first row."""
+    """Levers that can be turned on. The defaults are the table's first row."""
 
     precision: str = "bf16-mixed"
     optimizer: str = "adamw"

@@ -48,9 +48,9 @@ class Storm:
         self.problems: list[str] = []
         self.children = Children(folder, self.problems.append)
         self.signals: list[signal.Signals] = []
-        """Those to come: of each ten, six are SIGKILL."""
+        """Signals to come: of each ten, six are SIGKILL."""
         self.story: list[str] = []
-        """What happened to the training at hand."""
+        """Events of the training at hand."""
         assert distill_here("cache-teacher", str(self.file), "--run_dir", str(folder / "warm")) == 0
         assert distill_here(*self._command("warm", "--train.max_steps", "6")) == 0  # imports what is imported late
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -210,7 +210,7 @@ def half_written(run: Path) -> list[Path]:
 
 
 def where(run: Path) -> str:
-    """What a kill interrupted, as far as the files tell."""
+    """Return the work that a kill interrupted, as far as the files tell."""
     if (run / "student").exists():
         return "behind the end"
     if (run / ".student.new").exists():

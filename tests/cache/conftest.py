@@ -103,7 +103,7 @@ def assert_same() -> Callable[[Record, Record], None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """What `save_tokenizer` is given."""
+    """Return the tokenizer that `save_tokenizer` is given."""
     return Tokenizer()
 
 

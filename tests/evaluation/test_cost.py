@@ -1,4 +1,4 @@
-"""What a model costs: bytes as they are, the peak as allocators count it, and rates of a clock that we set."""
+"""Cost of a model: bytes as they are, the peak as allocators count it, and rates of a clock that we wind."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def walked(
 
 
 def measured(student: Tiny, teacher: Tiny, batch_size: int = 3, chunk_size: int = 4) -> dict[str, float]:
-    """What `reference` gives, as the walk measured it."""
+    """Return the values of `reference`, as the walk measured them."""
     found = walked(student, teacher, batch_size, chunk_size)
     summary = found.summary()
     names = ("nll", "kl", "reverse_kl", "jsd", "top1_agreement", "top5_agreement", "acceptance", "confidence_gap")

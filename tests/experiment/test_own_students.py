@@ -33,7 +33,7 @@ CASES = [*GRID.single_faults(), *GRID.random_faults(20, seed=1)]
 
 
 def make(source: str, folder: Path) -> None:
-    """What a command does with a student before it trains it."""
+    """Make a student and check it as a command does before it trains it."""
     (folder / "own.py").write_text(source)
     model = plugins.build(f"{folder}/own.py:Student", "student", {}, {"vocab_size": V})
     check_model(model, "student own.py:Student", V, True, trains=True)

@@ -133,7 +133,7 @@ def test_any_size_can_be_made_smaller() -> None:
 
 
 def test_a_card_without_bfloat16_is_not_told_to_use_it() -> None:
-    """Of what is left, nothing suffices."""
+    """Nothing else suffices there."""
     for card, fits in ((find_card("rtx-3060"), True), (find_card("rtx-2060-12gb"), False)):
         advice = advise(Rules(4_800, card=card), PLAIN, ("train-student",))
         assert advice.fits == fits == ("train.precision" in advice.changes)
@@ -163,7 +163,7 @@ def test_levers_keep_the_samples_of_a_step() -> None:
 
 
 def test_options_are_those_of_the_command_line(world: Any, tmp_path: Any) -> None:
-    """What is told can be given as it stands."""
+    """The advice can be given on the command line as it stands."""
     file = world.write(tmp_path / "experiment.yaml")
     changes = {
         "train.batch_size": 2,

@@ -33,7 +33,7 @@ def test_what_cannot_fit_is_refused_before_it_begins(world: Any, distill: Any, t
 
 @pytest.fixture
 def large_steps(world: Any, tmp_path: Path) -> str:
-    """Whose training takes hundreds of megabytes in one pass, and few in several."""
+    """Return an experiment whose training takes hundreds of megabytes in one pass, and few in several."""
     return world.write(
         tmp_path / "experiment.yaml",
         preflight=True,
@@ -117,7 +117,7 @@ def test_the_allocator_is_held_to_what_a_small_card_would_leave_it(monkeypatch: 
 def test_a_card_that_others_use_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free: float, is_said: bool
 ) -> None:
-    """What this process holds of it already is no other's, and its context is there already."""
+    """Memory that this process holds is not counted as others', and its context is there already."""
     forecast: Any = SimpleNamespace(
         phases={
             "cache-teacher": SimpleNamespace(needed_bytes=5_000_000_000, context_bytes=900_000_000),

@@ -1,4 +1,4 @@
-"""What is kept must have room where it is kept."""
+"""Disk space is needed where the files are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: the same results as on the CPU, and memory that stays with the chunk."""
+"""Tests that only a CUDA device can show: the same results as on the CPU, and memory that stays with the chunk."""
 
 from __future__ import annotations
 

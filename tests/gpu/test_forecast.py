@@ -98,7 +98,7 @@ def test_the_teacher_takes_what_was_forecast(benchmark: Any, quantization: str) 
 
 
 def test_a_limit_is_kept_by_the_allocator() -> None:
-    """What a card of this size would still give is given, and not more; a process of its own, for a limit stays."""
+    """A card of this size gives so much memory, and no more. The limit stays, so this is a separate process."""
     code = """
 import torch
 from distill.forecast import preflight

@@ -147,7 +147,7 @@ def test_a_rest_below_the_precision_of_one_counts_as_that() -> None:
 
 
 def test_the_mean_squared_logits() -> None:
-    """Of centred logits, whatever either side's shift."""
+    """The logits are centred, so a shift on either side changes nothing."""
     teacher_NV, student_NV = random_logits(0).float(), random_logits(1).requires_grad_()
     shift_N1 = torch.linspace(-9, 9, N, dtype=torch.float64)[:, None]
     t = teacher_NV.double() - teacher_NV.double().mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a training minimises: the mixture and its weights, names of the experiment file, refused combinations."""
+"""The objective of a training: the mixture and its weights, names of the experiment file, refused combinations."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_a_description_that_is_none_is_refused(content: bytes, asking: Any) -> N
 
 
 def test_a_description_tells_nothing_of_the_machine(tmp_path: Path, tokenizer: Any) -> None:
-    """What it leaves out of a path can be said again on loading."""
+    """The parts of a path that it leaves out can be given again on loading."""
     (tmp_path / "mine.py").write_text(
         "from students.compact import CompactDecoder\n"
         "def make(seen, **options):\n    open(seen[0]['file']).close()\n    return CompactDecoder(**options)"

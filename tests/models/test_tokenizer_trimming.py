@@ -42,7 +42,7 @@ def speeches() -> list[str]:
 
 TEXTS = speeches()
 CORPUS = TEXTS[:8]
-"""What the vocabulary is made for; the tokenizers learned from more."""
+"""Texts that the vocabulary is made for. The tokenizers learned from more."""
 
 
 def byte_level(ignore_merges: bool = False) -> Any:

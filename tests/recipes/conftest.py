@@ -105,7 +105,7 @@ def untouched(contents: Any) -> Callable[[Path], Any]:
 
 @dataclass(frozen=True)
 class Stopped:
-    """How a process ended that was sent a signal."""
+    """The end of a process that was sent a signal."""
 
     status: int
     out: str

@@ -107,7 +107,7 @@ def test_a_damaged_tokenizer_is_not_read(caches: Any, distill: Any, tmp_path: Pa
 
 
 def test_one_question_at_a_time(caches: Any, distill: Any) -> None:
-    """What would not be answered is not passed over."""
+    """Options that would get no answer are refused."""
     for options in (["--sample", "0", "--verify"], ["--sample=0", "--teacher", "x"], ["--verify", "--teacher", "x"]):
         distill("inspect", caches("varopt"), *options).refused("--sample, --teacher", "one at a time")
 

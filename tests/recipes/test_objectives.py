@@ -1,4 +1,4 @@
-"""What is minimised, through the commands: every divergence trains where it can be computed, or is refused."""
+"""Objectives through the commands: every divergence trains where it can be computed, or is refused."""
 
 from __future__ import annotations
 

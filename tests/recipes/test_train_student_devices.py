@@ -41,7 +41,7 @@ def two(strategy: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command in processes of its own ended, and what they all said."""
+    """The end of a command in separate processes, and their output."""
 
     status: int
     lines: list[str]

@@ -1,4 +1,4 @@
-"""Whatever ends a training, and whenever: continued, it makes the student that an undisturbed training makes."""
+"""A training may end in any way and at any time: continued, it makes the same student as an undisturbed one."""
 
 from __future__ import annotations
 

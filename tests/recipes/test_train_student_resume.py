@@ -230,7 +230,7 @@ def test_early_stopping_hands_over_the_best_weights(
 def test_less_memory_a_step_goes_on_with_the_same_training(
     train: Any, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What the messages about memory advise is taken by --resume; another number of samples a step is not."""
+    """The advice of the messages about memory works with --resume; another number of samples a step does not."""
     interrupt_at(monkeypatch, 7)
     assert train(*TWO_EPOCHS).status == 130
     train(*TWO_EPOCHS, "--train.batch_size", 1, "--resume").refused(

@@ -97,7 +97,7 @@ class Tab:
 
     @property
     def requests(self) -> list[str]:
-        """What was asked of the network or the disk, beside `data:`, which is in the page itself."""
+        """Return the requests to the network or the disk, except `data:`, which is in the page itself."""
         sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [each["request"]["url"] for each in sent if not each["request"]["url"].startswith("data:")]
 
@@ -154,7 +154,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Where the screenshots go."""
+    """Return the folder of the screenshots."""
     folder = Path(os.environ.get("REPORT_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return folder

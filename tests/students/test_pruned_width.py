@@ -176,7 +176,7 @@ def test_all_at_once_is_an_ordinary_folder(family: str, tmp_path: Path) -> None:
 
 
 def test_slices_are_the_rows_and_columns_that_were_chosen() -> None:
-    """Whatever is dropped: the student's weights are the teacher's, indexed by hand."""
+    """The student's weights are the teacher's, indexed by hand, in every case."""
     model = teacher_model("qwen3")
     hidden, neurons, groups = torch.tensor([1, 2, 9, 23]), torch.tensor([0, 19]), torch.tensor([0, 2])
     other = [torch.tensor([5, 6])] * LAYERS

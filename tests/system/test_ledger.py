@@ -1,4 +1,4 @@
-"""What a phase cost is noted however it ended, whole lines whoever else writes, and each phase has its own peak."""
+"""The cost of a phase is noted however it ends, in whole lines whoever else writes, and each phase has its own."""
 
 from __future__ import annotations
 

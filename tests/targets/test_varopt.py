@@ -55,7 +55,7 @@ def check_form(targets: SparseTargets, probs_NV: Tensor, threshold: float) -> No
 
 @dataclass(frozen=True)
 class Tally:
-    """How often each tail token was drawn, and how often it should have been."""
+    """Counts of each tail token's draws, and their expectation."""
 
     hits_V: Tensor
     expected_V: Tensor

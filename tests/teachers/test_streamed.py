@@ -108,7 +108,7 @@ def test_a_checkpoint_in_many_files(folder: Any, tiny_model: Any, tmp_path: Path
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each tensor has been read."""
+    """Count the reads of each tensor."""
     counted: Counter[str] = Counter()
     read = Tensors.read
 

@@ -129,7 +129,7 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
 
 @pytest.fixture
 def trackio(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a Trackio that is not there is told."""
+    """Stand in for Trackio, and keep its calls."""
     told: list[Any] = []
     module: Any = ModuleType("trackio")
     module.init = lambda **arguments: told.append(("init", arguments))

@@ -183,7 +183,7 @@ def test_the_gradient_of_samples_is_unbiased(
 def test_the_loss_of_samples_reads_about_the_kl_over_the_kept_tokens(
     probs_NV: Tensor, entropy_N: Tensor, vocabulary: Vocabulary, text: Tensor, student_NK: Tensor
 ) -> None:
-    """What the tail's dropped tokens took of the entropy is estimated: without that the loss would read far too low."""
+    """The entropy that the tail's dropped tokens took is estimated: without that the loss would read far too low."""
     p_NK, mass_N = conditional(probs_NV, vocabulary)
     expected = float((mass_N * kl(p_NK, student_NK)).mean())
     batches = [make_batch(varopt(probs_NV, 0.1, uniforms(seed)), entropy_N, text) for seed in range(20)]

@@ -1,4 +1,4 @@
-"""Whatever ends a writer, and whenever: what was finished is kept, and the cache becomes the undisturbed one."""
+"""A writer may end in any way and at any time: finished shards are kept, and the cache becomes the undisturbed one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def end_at(last: int) -> None:
 
 
 def check_reader(folder: Path, packed: list[bytes], whole: bool) -> None:
-    """Who reads now gets the message that the cache is not finished, or the data; finished shards are whole."""
+    """A reader gets the message that the cache is not finished, or the data; finished shards are whole."""
     if whole:
         for split in ("held_out", "train"):
             reader = CacheReader(folder, split)

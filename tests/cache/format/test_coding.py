@@ -106,7 +106,7 @@ def check_unbiased(weights_NK: NDArray, exact_N: NDArray, atoms_N: NDArray, thre
 
 @pytest.mark.parametrize(("exact", "threshold"), [(100, 0.01), (120, 0.005), (900, 0.001), (5000, 0.0002)])
 def test_hundreds_of_equal_weights_never_go_negative(exact: int, threshold: float) -> None:
-    """Where all roundings upwards would leave less than nothing, the row is rounded down instead."""
+    """If rounding all weights up would leave less than nothing, the row is rounded down instead."""
     weights_NK, exact_N, atoms_N = targets_of(equal_weights(exact, threshold, tail_tokens=10**5), threshold)
     for seed in range(20):
         uniform_NK = np.random.default_rng(seed).random(weights_NK.shape) * (0.01 if seed % 2 else 1)

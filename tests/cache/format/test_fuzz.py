@@ -63,7 +63,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, make_manifest: Any, records_
 
 @pytest.fixture(scope="module")
 def data(whole: Path) -> dict[int, bytes]:
-    """What is in it: each sample's record."""
+    """Return each sample's record."""
     return dict(read_all(whole))
 
 

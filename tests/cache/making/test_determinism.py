@@ -140,7 +140,7 @@ def test_shard_sizes_hold_the_same_samples(tmp_path: Path, manifest_of: Any) -> 
 
 @pytest.mark.filterwarnings("ignore")
 def test_another_seed_makes_another_cache(tmp_path: Path, manifest_of: Any) -> None:
-    """What the tests above would find if the numbers depended on anything but seed and content."""
+    """The tests above would find this difference if the numbers depended on anything but seed and content."""
     for seed in (0, 1):
         make_cache(tmp_path / str(seed), manifest_of(seed=seed), batch_size=3)
     zero, one = samples_of(tmp_path / "0"), samples_of(tmp_path / "1")

@@ -43,7 +43,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, folder: Path) -> Iterato
 
 @pytest.fixture(autouse=True)
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where local copies go."""
+    """Return the folder of local copies."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "distill"
 

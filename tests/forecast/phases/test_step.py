@@ -104,7 +104,7 @@ def test_on_cuda_attention_makes_no_scores(maker: Maker) -> None:
 
 
 def test_offloaded_activations_are_not_on_the_card(maker: Maker) -> None:
-    """Those of a mebibyte or more."""
+    """Activations of a mebibyte or more are offloaded."""
     levers = {"micro_batch": 1, "chunk_size": 8192}
     plain, offloaded = (
         simulate_step(maker(**levers, **more), StepShape(1, 8192, 5), precision="bf16-mixed", device="cuda")

@@ -81,7 +81,7 @@ def test_every_scheme_is_simulated(scheme: Any) -> None:
 
 
 def test_a_configuration_is_enough(folder: str) -> None:
-    """Of a teacher in 4 bits and as it is, and of students made of a checkpoint."""
+    """A configuration suffices for a teacher in 4 bits and unquantised, and for students made of a checkpoint."""
     plain = simulated(lambda: load_teacher(folder, "none", "bfloat16"))
     four_bits = simulated(lambda: load_teacher(folder, "nf4", "bfloat16"))
     eight_bits = simulated(lambda: load_teacher(folder, "int8", "bfloat16"))

@@ -1,4 +1,4 @@
-"""What is alike and simulated once, or twice, leaves peak and work as they are."""
+"""Repetitions that are simulated once or twice leave peak and work unchanged."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What an evaluation found, without the file that it was asked by."""
+    """Return an evaluation's results, without the experiment file."""
     return {key: value for key, value in read(folder).items() if key != "experiment"}
 
 

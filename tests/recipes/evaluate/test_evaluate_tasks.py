@@ -73,7 +73,7 @@ def read(arguments: list[Any]) -> dict[str, Any]:
 
 
 def lm_eval_scores(folder: Path, tasks: Path, task: str) -> dict[str, Any]:
-    """What lm-eval says itself, with its own model of a folder."""
+    """Return lm-eval's own scores, with its own model of a folder."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -108,7 +108,7 @@ def test_the_exported_student_scores_the_same_in_lm_eval_itself(
 
 
 def test_a_task_is_measured_once_for_each_model(arguments: list[Any], distill: Any, tmp_path: Path) -> None:
-    """What took hours is not thrown away: taken out and asked for again, or looked at quickly in between."""
+    """Hours of work are not thrown away when a task is removed and asked for again, or after a quick look."""
     before = read(arguments)
     fewer = distill("evaluate", *arguments, "--evaluate.tasks", "[which, which]").done()
     assert "nothing to do" in fewer.out and set(read(arguments)["benchmarks"]["student"]) == {"which"}

@@ -143,7 +143,7 @@ class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 
 
 class Watch(pl.Callback):
-    """What happened in the steps."""
+    """A record of the steps."""
 
     def __init__(self) -> None:
         kinds = ("loss", "norm", "gradient", "seed of passes", "seed of rounding", "micro_batch")

@@ -135,7 +135,7 @@ def size(value: Any) -> int:
 
 
 def moved(rounding: str, steps: int = 400, name: str = "adamw") -> Tensor:
-    """How far weights of 1 have come in steps of 1/4096 each; the neighbours of 1 in bfloat16 are 1/256 away."""
+    """Return the distance that weights of 1 have come in steps of 1/4096 each; bfloat16's next are 1/256 away."""
     layer = nn.Linear(4096, 1, bias=False).to(torch.bfloat16)
     nn.init.ones_(layer.weight)
     optimizer = make(layer, name, rounding, learning_rate=1 / 4096, weight_decay=0.0)

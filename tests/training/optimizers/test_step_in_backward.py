@@ -84,7 +84,7 @@ def test_the_weights_are_the_plain_optimisers(name: str, rounding: str, recomput
 
 
 def test_gradients_are_freed_while_backward_runs() -> None:
-    """When the first block's gradient comes, the others' are gone."""
+    """The other blocks' gradients are gone when the first block's comes."""
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(5)])
     alive: list[int] = []
 
