@@ -222,13 +222,13 @@ def _four_bits(experiment: Experiment) -> list[Keys]:
     return [{"teacher.quantization": "nf4"}] if experiment.teacher.quantization != "nf4" else []
 
 
-def _streamed(experiment: Experiment) -> list[Keys]:
-    """Unquantised weights that are read anew for every batch: the larger that is, the less the reading costs."""
-    teacher, cache = experiment.teacher, experiment.cache
-    if teacher.class_path not in ("huggingface", plugins.BUILT_IN["teacher"]["huggingface"]):
+def _layer_by_layer(experiment: Experiment) -> list[Keys]:
+    """Read unquantised weights anew for every batch: the larger that is, the less the reading costs."""
+    class_path = plugins.declared(experiment.teacher.class_path, "teacher", "layer_by_layer")
+    if class_path is None:
         return []
-    sizes = [size for size in (64, 32, 16, 8) if size <= cache.shard_samples]  # no batch straddles shards
-    common = {"teacher.class_path": "streamed", "teacher.quantization": "none", "teacher.options.micro_batch": 1}
+    sizes = [size for size in (64, 32, 16, 8) if size <= experiment.cache.shard_samples]  # no batch straddles shards
+    common = {"teacher.class_path": class_path, "teacher.quantization": "none", "teacher.options.micro_batch": 1}
     return [{**common, "cache.batch_size": size, "evaluate.batch_size": size} for size in sizes]
 
 
@@ -259,14 +259,14 @@ def _levers(card: Card) -> dict[Phase, list[Lever]]:
             _halved("cache.batch_size"),
             _halved("cache.chunk_size", SMALLEST_CHUNK),
             _four_bits,
-            _streamed,
+            _layer_by_layer,
             length,
         ],
         "evaluate": [
             _halved("evaluate.batch_size"),
             loss_chunk,
             _four_bits,
-            _streamed,
+            _layer_by_layer,
             lambda experiment: _student_in(half, experiment),
             length,
         ],

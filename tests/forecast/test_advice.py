@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,13 +142,14 @@ def test_a_card_without_bfloat16_is_not_told_to_use_it() -> None:
         assert held == ("bfloat16" if fits else "float16")
 
 
-def test_a_teacher_larger_than_the_card_is_streamed_in_large_batches() -> None:
+def test_a_teacher_larger_than_the_card_is_streamed_in_large_batches(tmp_path: Path) -> None:
     advice = advise(Rules(4_500), PLAIN, ("cache-teacher",))
     assert advice.fits
     assert advice.changes["teacher.class_path"] == "streamed" and advice.changes["teacher.quantization"] == "none"
     assert advice.changes["cache.batch_size"] > 8 and advice.experiment.teacher.options == {"micro_batch": 1}
     assert "--teacher.options.micro_batch 1" in as_options(advice.changes)
-    own = apply(PLAIN, {"teacher.class_path": "mine.py:Teacher"})
+    (tmp_path / "mine.py").write_text("from torch.nn import Module as Teacher")  # which declares nothing
+    own = apply(PLAIN, {"teacher.class_path": f"{tmp_path / 'mine.py'}:Teacher"})
     assert not advise(Rules(4_500), own, ("cache-teacher",)).fits
 
 

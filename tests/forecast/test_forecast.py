@@ -18,11 +18,11 @@ from distill.experiment.file import load_experiment
 from distill.experiment.place import Place
 from distill.experiment.student import make_student
 from distill.forecast import sizes
-from distill.forecast.advice import apply
+from distill.forecast.advice import advise, apply
 from distill.forecast.forecast import Forecaster
 from distill.forecast.machine.cards import find_card
 from distill.forecast.models import Models
-from distill.forecast.phases.simulator import PHASES
+from distill.forecast.phases.simulator import PHASES, Simulator
 from distill.forecast.simulation.fake import without_memory
 
 CARD = find_card("12GiB")
@@ -197,3 +197,63 @@ def test_a_card_without_bfloat16_is_told_to_one_who_asks_for_it(
     asked = experiment(train={"precision": "bf16-mixed"})
     notes = Forecaster(find_card(card)).forecast(asked, ("train-student",)).notes
     assert any("has no bfloat16: take 16-mixed" in note for note in notes) == is_told
+
+
+STRANGER = """
+from distill.models.checkpoints import load_config, resolve
+from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, shape_of
+from distill.models.shapes import declare
+import torch
+
+
+def shape(model, layers):
+    config = load_config(resolve(model))
+    config.num_hidden_layers = layers
+    return HuggingFaceLanguageModel(shape_of(config, torch.float32))
+
+
+@declare(without_weights=shape)
+def first_layers(model: str, layers: int, vocab_size: int):
+    raise RuntimeError("it looks at weights")
+
+
+class Adapted(HuggingFaceLanguageModel):
+    def merged(self):
+        return HuggingFaceLanguageModel(self.model).half()
+
+
+def adapted(model: str):
+    return Adapted(load_pretrained(resolve(model), torch.float32))
+
+
+@declare(layer_by_layer="streamed")
+def load(model: str, quantization: str, compute_dtype: str):
+    made = HuggingFaceLanguageModel(load_pretrained(resolve(model), getattr(torch, compute_dtype)))
+    made.bytes_read = 10**12
+    return made.eval().requires_grad_(False)
+"""
+
+
+def test_a_plug_in_from_a_file_is_equal_to_a_built_in(
+    experiment: Callable[..., Experiment], bare: str, tmp_path: Path
+) -> None:
+    """Shapes without weights, what is merged, bytes a batch reads, and the teacher that goes layer by layer."""
+    (tmp_path / "mine.py").write_text(STRANGER)
+
+    def student(name: str, **options: Any) -> dict[str, Any]:
+        return {"class_path": f"{tmp_path / 'mine.py'}:{name}", "options": {"model": bare, **options}}
+
+    few, built_in = student("first_layers", layers=2), {"class_path": "pruned", "options": {"layers": 2}}
+    assert peaks(experiment(teacher={"model": bare}, student=few), PHASES[1:]) == peaks(
+        experiment(teacher={"model": bare}, student=built_in), PHASES[1:]
+    )
+    with Simulator(CARD) as simulator:
+        asked = experiment(teacher={"model": bare}, student=student("adapted"))
+        assert simulator.pieces(asked, "evaluate", [])[1].sizes["bytes"] > 0
+        teacher = {"model": bare, "quantization": "none", "class_path": f"{tmp_path / 'mine.py'}:load"}
+        slow = experiment(teacher=teacher)
+        notes: list[str] = []
+        assert simulator.pieces(slow, "cache-teacher", notes)[0].seconds >= 100
+    assert any("every batch reads" in note for note in notes)
+    changed = advise(Forecaster(replace(CARD, memory_bytes=1)), slow, PHASES[:1]).experiment
+    assert changed.teacher.class_path == "streamed" and changed.teacher.options["micro_batch"] == 1
