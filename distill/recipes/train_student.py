@@ -45,6 +45,7 @@ from distill.training.parallel import is_sharded
 from distill.training.trainer import make_trainer
 from distill.training.user_callbacks import check_callbacks, make_callbacks
 from distill.training.vocabulary import count_tokens, trim_batch
+from distill.training.watch import ProbeAgain, WarnOfFirstLoss
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
@@ -222,6 +223,7 @@ class _Training:
             ),
             callbacks=[
                 ShowProgress(progress),
+                *self._watch(),
                 *make_callbacks(config.callbacks),  # before the one that writes checkpoints, which hold their states
                 self.held_out,
                 KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
@@ -238,6 +240,18 @@ class _Training:
             damaged = f"{self.best} is damaged or was never written"
             say(f"{name}: {damaged}: these are the weights of the last step, not the best")
         return self._with_weights_of(newest(self.checkpoints)) if is_sharded(student) else student
+
+    def _watch(self) -> list[pl.Callback]:
+        """Return the looks that are taken once, before anything is measured or kept."""
+        config, manifest, loss = self.experiment.train, self.manifest, self.experiment.loss
+        name, vocab_size = f"student {self.experiment.student.class_path}", self._vocab_size()
+        looks: list[pl.Callback] = [
+            ProbeAgain(name, vocab_size, manifest.pack, manifest.sequence_length, config.validate_every_steps)
+        ]
+        is_nats = loss.divergence == "forward_kl" and manifest.temperature == 1 and not loss.feature_weight
+        if is_nats or self.role.alpha == 1:
+            looks.append(WarnOfFirstLoss(name, vocab_size))
+        return looks
 
     def _with_weights_of(self, checkpoint: Path | None) -> Any:
         """Return a student with the weights of a checkpoint."""

@@ -11,6 +11,7 @@ import jinja2
 
 from distill import __version__
 from distill.errors import UserError
+from distill.losses.plausibility import implausible
 from distill.report import benchmarks, fidelity, provenance, speed
 from distill.report.contents import Continuation, Page, Prompt, Section
 from distill.report.facts import LIMIT, RunFacts
@@ -81,7 +82,17 @@ def run_page(facts: RunFacts) -> Page:
         *provenance.seed_section(facts),
         *provenance.setup_section(facts),
     ]
-    return Page(facts.name, _subtitle(facts), verdict(facts), [], sections)
+    return Page(facts.name, _subtitle(facts), verdict(facts), _warnings(facts), sections)
+
+
+def _warnings(facts: RunFacts) -> list[str]:
+    """Return what a reader must know before any figure: students that are too good to be true."""
+    nlls = {name: facts.of("fidelity", name).get("nll") for name in ("teacher", "student", "control")}
+    teacher = nlls.pop("teacher")
+    doubts = [
+        implausible(name, nll, teacher) for name, nll in nlls.items() if isinstance(nll, float) and teacher is not None
+    ]
+    return [doubt[0].upper() + doubt[1:] + "." for doubt in doubts if doubt]
 
 
 def _subtitle(facts: RunFacts) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill.losses.plausibility import implausible
 from distill.system import units
 
 MODELS = ("teacher", "before", "student", "control")
@@ -15,7 +16,10 @@ def print_tables(result: dict[str, Any]) -> None:
 
     console = Console(width=None if Console().is_terminal else 110)
     console.print(_fidelity(result))
-    text = result["text"]
+    text, found = result["text"], result["fidelity"]
+    for name in found.keys() - {"teacher"}:
+        if doubt := implausible(name, found[name]["nll"], found["teacher"]["nll"]):
+            console.print(f"{doubt}", soft_wrap=True)
     if "dropped_mass" in text:
         console.print(
             f"over the tokens that the students have: {text['dropped_mass']:.2%} of the teacher's probability is on "

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from distill.losses.plausibility import implausible
 from distill.system.progress import say
 from distill.training.data import CacheDataModule
 
@@ -49,6 +50,10 @@ class MeasureHeldOut(pl.Callback):
             return
         kl, loss = values["held_out_kl"], values["held_out_loss"]
         say(f"step {self.measured}: held-out KL {kl:.4f}, loss {loss:.4f} nats")
+        if module.objective.temperature == 1 and (
+            doubt := implausible("student", values["held_out_nll"], values["teacher_nll"])
+        ):
+            say(f"step {self.measured}: {doubt}")
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self.measured)
         self.waited += 1

@@ -21,7 +21,7 @@ from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.features import feature_distance
 from distill.losses.fused import fused_loss
 from distill.losses.objective import Mixture
-from distill.models.language_model import Head, split_output
+from distill.models.language_model import Head, hidden_states, split_output
 from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
 from distill.targets.hidden import HiddenTargets
@@ -234,18 +234,25 @@ class DistillationModule(pl.LightningModule):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return `held_out_kl` (forward KL) and `held_out_loss` in nats, means over all positions; empty without."""
-        divergences = Mixture(0, self.objective.temperature), self.objective
-        sums = torch.zeros(3)
+        """Return means over all positions, in nats: `held_out_kl` (forward KL), `held_out_loss` (the objective), and
+        the text's nll, the student's and (at the cache's temperature) its teacher's. Nothing without positions."""
+        divergences = Mixture(0, self.objective.temperature), self.objective, Mixture(1)
+        sums = torch.zeros(5)
         was_training = self.student.training
         self.student.eval()
         with self.trainer.precision_plugin.val_step_context():
-            for micro_batch in (micro_batch for batch in batches for micro_batch in self._micro_batches(batch)):
-                losses = [self._losses(micro_batch.to(self.device), one)[0].float().cpu() for one in divergences]
-                sums += torch.stack([*losses, micro_batch.loss_mask_BL.sum().float()])
+            for on_host in (micro_batch for batch in batches for micro_batch in self._micro_batches(batch)):
+                micro_batch = on_host.to(self.device)
+                hidden_BLD = hidden_states(self.student, micro_batch.input_ids_BL, micro_batch.position_ids_BL)
+                hidden_ND, target = hidden_BLD[micro_batch.loss_mask_BL], self._target(micro_batch)
+                head = self.student.head.with_rows(self.vocab_size)
+                losses = [fused_loss(hidden_ND, head, target, one, self.chunk_size).float() for one in divergences]
+                counts = on_host.surprisal_N.sum(), on_host.loss_mask_BL.sum().float()
+                sums += torch.stack([*(loss.cpu() for loss in losses), *counts])
         self.student.train(was_training)
-        kl, loss, positions = self._summed(sums).tolist()
-        return {"held_out_kl": kl / positions, "held_out_loss": loss / positions} if positions else {}
+        *totals, positions = self._summed(sums).tolist()
+        names = "held_out_kl", "held_out_loss", "held_out_nll", "teacher_nll"
+        return {name: total / positions for name, total in zip(names, totals, strict=True)} if positions else {}
 
     def configure_model(self) -> None:
         """Shard the weights if the strategy asks for it (fsdp). Lightning calls this before each use."""

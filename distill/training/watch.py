@@ -1,0 +1,72 @@
+"""Looks at a training that are taken once: its first loss, and a probe for leaks when the weights have moved."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+
+from distill.errors import UserError
+from distill.models.isolation import find_fault
+from distill.system.progress import say
+
+PROBE_LENGTH = 256
+"""Tokens of a probe's row at most: six such rows fit where a step's passes do."""
+TOO_HIGH = 1.5
+"""Shares of ln V (V tokens) above which a first loss is no start."""
+
+
+class ProbeAgain(pl.Callback):
+    """A second probe of the student, at the first validation: a branch that began at zero takes part now.
+
+    Place it before what measures and keeps the best weights. Raises UserError when the student breaks the contract.
+
+    Args:
+        name: the student's, for the message.
+        pack: documents share rows.
+        length: tokens of a sample.
+        every_steps: optimiser steps between two validations.
+    """
+
+    def __init__(self, name: str, vocab_size: int, pack: bool, length: int, every_steps: int) -> None:
+        self.name, self.vocab_size, self.pack, self.every_steps = name, vocab_size, pack, every_steps
+        self.length = min(length, PROBE_LENGTH)
+        self.is_done = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self.is_done and pl_module.steps_begun % self.every_steps == 0:
+            self._probe(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not self.is_done:
+            self._probe(trainer, pl_module)
+
+    def _probe(self, trainer: pl.Trainer, module: Any) -> None:
+        with trainer.precision_plugin.val_step_context():
+            # All devices make the same passes: under fsdp each pass gathers weights from all of them.
+            fault = find_fault(
+                module.student, self.vocab_size, module.device, pack=self.pack, length=self.length, perturb=False
+            )
+        if fault is not None:
+            raise UserError(f"step {module.steps_begun}: {self.name}: {fault.value}")
+        self.is_done = True
+
+
+class WarnOfFirstLoss(pl.Callback):
+    """A line when the loss of the very first step is worse than that of a student that knows nothing, ln V."""
+
+    def __init__(self, name: str, vocab_size: int) -> None:
+        self.name, self.uniform = name, math.log(vocab_size)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        metrics = trainer.callback_metrics
+        if pl_module.steps_begun != 1 or "loss" not in metrics:
+            return
+        loss = float(metrics["loss"]) - float(metrics.get("auxiliary_loss", 0.0))
+        if loss > TOO_HIGH * self.uniform:
+            say(
+                f"{self.name}: the first loss is {loss:.1f} nats, where a student that knows nothing has "
+                f"{self.uniform:.1f} (ln of the number of tokens): its logits begin too large, and the first steps go "
+                "into that (a fresh one whose embedding is its head too: begin with a std of 0.02 there)"
+            )
