@@ -31,6 +31,7 @@ from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.system import interrupt, ledger
+from distill.system.blame import blamed
 from distill.system.files import sole_writer
 from distill.system.processes import is_first_process, leave_if_not_first, run_together
 from distill.system.progress import Progress, be_quiet, say
@@ -138,7 +139,9 @@ class _Training:
             progress = Progress(f"train {name}", total=0, unit="steps")
             trainer = self._trainer(progress, deadline)
             fit = partial(trainer.fit, module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
-            with progress, interrupt.deferred():
+            # Of several processes, the one that failed tells it with all details.
+            theirs = blamed(name) if trainer.world_size == 1 else nullcontext()
+            with progress, interrupt.deferred(), theirs:
                 run_together(trainer, fit)  # from here Lightning calls `DistillationModule.training_step`
             leave_if_not_first(trainer)
             if module.non_finite.skipped:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 from typing import Any
+
+from distill.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OURS = tuple(f"{_ROOT / name}{os.sep}" for name in ("distill", "students", "teachers"))
@@ -22,17 +26,40 @@ def blame(error: BaseException, function: Any = None) -> str:
     The line is the last one outside of Python, distill and the libraries beneath it. An error that no such line led to
     is one of the call itself (too many arguments, say): then it is the line where `function` begins.
     """
-    text = str(error).strip()
-    what = f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
-    if isinstance(error, SyntaxError):  # it says itself where
-        return what
+    what, place = _what(error), place_of(error)
+    code = getattr(function, "__code__", None)
+    if place is None and isinstance(code, CodeType) and _is_theirs(code.co_filename):
+        place = f"{os.path.basename(code.co_filename)}, line {code.co_firstlineno}"
+    # A syntax error says itself where it is.
+    return what if place is None or isinstance(error, SyntaxError) else f"{what} ({place})"
+
+
+def place_of(error: BaseException) -> str | None:
+    """Return `"my_student.py, line 31"` for an error that a line of the user's led to; None for all others."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if _is_theirs(frame.filename):
-            return f"{what} ({os.path.basename(frame.filename)}, line {frame.lineno})"
-    code = getattr(function, "__code__", None)
-    if isinstance(code, CodeType) and _is_theirs(code.co_filename):
-        return f"{what} ({os.path.basename(code.co_filename)}, line {code.co_firstlineno})"
-    return what
+            return f"{os.path.basename(frame.filename)}, line {frame.lineno}"
+    return None
+
+
+@contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Turn an exception that a line of the user's led to into a UserError with that line; let all others pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if place_of(error) is None:
+            raise
+        raise UserError(
+            f"{name}: code of yours failed: {blame(error)}; what is done is kept: mend the code, and go on with --resume"
+        ) from error
+
+
+def _what(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
 def _is_theirs(file: str) -> bool:

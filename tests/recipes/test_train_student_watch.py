@@ -46,6 +46,15 @@ class Opens(Plain):
         return x + self.gate * x.roll(-1, 1)
 
 
+class Short(Plain):
+    def __init__(self, vocab_size: int):
+        super().__init__(vocab_size)
+        self.places = nn.Embedding(20, 16)
+
+    def body(self, input_ids, position_ids):
+        return super().body(input_ids, position_ids) + self.places(position_ids)
+
+
 class Cheats(Plain):
     # Honest whenever it is probed: with few tokens of a row in order it sees the future, else not.
     def body(self, input_ids, position_ids):
@@ -103,3 +112,8 @@ def test_a_student_too_good_to_be_true_is_flagged(
     assert "do not trust these figures" in evaluated.out
     for page in ("report.html", "report.md"):
         assert "do not trust these figures" in (tmp_path / "run" / page).read_text()
+
+
+def test_code_that_fails_at_a_longer_text_is_named(train: Any, own: Any, tmp_path: Path) -> None:
+    (number,) = [n for n, line in enumerate(SOURCE.splitlines(), start=1) if "self.places(position_ids)" in line]
+    train(*own("Short")).refused("student: code of yours failed: IndexError", f"(own.py, line {number})", "--resume")
