@@ -53,7 +53,7 @@ def blamed(name: str) -> Iterator[None]:
         if place_of(error) is None:
             raise
         raise UserError(
-            f"{name}: code of yours failed: {blame(error)}; what is done is kept: mend the code, and go on with --resume"
+            f"{name}: code of yours failed: {blame(error)}; mend it; what is done is kept: go on with --resume"
         ) from error
 
 
