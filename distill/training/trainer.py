@@ -24,7 +24,7 @@ def make_trainer(
     loggers: list[Logger],
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
-    """Make a Trainer that fits. Accumulation and clipping are the module's; the held-out measurement is a callback's.
+    """Make a Trainer that fits. README.md says which of its parts are off, and why.
 
     `precision`: Lightning's bf16-true would cast the batch too, including the targets' weights, and make bfloat16 the
     default type inside a step. Only the weights should be bfloat16, so cast the student.

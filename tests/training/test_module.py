@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from distill.cache.format.records import Record
@@ -23,6 +25,21 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=0)
+
+
+class Seen(pl.Callback):
+    """Notes all that a step logs."""
+
+    def __init__(self, seen: dict[str, float]) -> None:
+        self.seen = seen
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        self.seen.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture
+def seen() -> dict[str, float]:
+    return {}
 
 
 def naive_losses(student: Any, batch: Batch) -> Tensor:
@@ -121,6 +138,22 @@ def test_bf16_mixed_is_near(run: Run) -> None:
     expected, found = run(2, 2), run(2, 2, trainer={"precision": "bf16-mixed"})
     check_same(found, expected, tolerance=0.03)
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+def test_float16_clips_and_logs_the_gradient_without_its_scale(
+    run: Run, make_student: Callable[[], nn.Module], seen: dict[str, float]
+) -> None:
+    """The gradient is clipped while it is scaled: the step of length 1 times the gradient is as long as the clip."""
+    begin = make_student().state_dict()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    settings = {"callbacks": [Seen(seen)], "max_steps": 1}
+    run(2, 2, trainer=settings)
+    expected = seen["gradient_norm"]
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+    end = run(2, 2, gradient_clip=expected / 10, trainer={**settings, "plugins": plugins})
+    assert scaler.get_scale() == 2.0**10 and seen["gradient_norm"] == pytest.approx(expected, rel=0.02)
+    way = torch.cat([(end[name] - begin[name]).flatten() for name in begin]).norm().item()
+    assert way == pytest.approx(expected / 10, rel=0.02)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10])
