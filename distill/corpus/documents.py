@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 
 from distill.corpus.reading import Source
 from distill.errors import UserError, did_you_mean
@@ -58,6 +59,16 @@ def corpus_fingerprint(documents: datasets.Dataset) -> str:
     for batch in documents.select_columns(["digest"]).iter(batch_size=4096):
         digest.update(b"".join(batch["digest"]))
     return digest.hexdigest()
+
+
+def document_hashes(documents: datasets.Dataset) -> np.ndarray:
+    """Return int64 `[documents]`: the first 8 bytes of each digest, little-endian; 0 for an empty document."""
+    first = b"".join(
+        digest[:8].ljust(8, b"\0")
+        for batch in documents.select_columns(["digest"]).iter(batch_size=4096)
+        for digest in batch["digest"]
+    )
+    return np.frombuffer(first, dtype="<i8").astype(np.int64)
 
 
 def _documents(sources: Sequence[Source], text_field: str, messages_field: str) -> Iterator[dict[str, Any]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from distill.corpus.documents import corpus_fingerprint, load_documents
+from distill.corpus.documents import corpus_fingerprint, document_hashes, load_documents
 from distill.corpus.encoding import encode
 from distill.corpus.packing import Samples
 from distill.corpus.reading import find_sources
 from distill.corpus.splitting import check_sides, split_rows
 from distill.errors import UserError
+from distill.system.files import last_part
 from distill.system.quiet import quiet_datasets
 
 
@@ -31,6 +33,8 @@ class SampleSets:
     """Documents left out because they hold nothing but white space, or no message."""
     unlearnable_documents: int = 0
     """Documents left out because no position in them carries loss: conversations without an answer, single tokens."""
+    sources: tuple[str, ...] = ()
+    """Names of the files (below the corpus's folder) or of the data set, by the number that samples give."""
 
 
 def open_corpus(
@@ -75,11 +79,26 @@ def open_corpus(
     train_rows, held_rows = train_rows[learnable[train_rows]], held_rows[learnable[held_rows]]
     check_sides(path, train_rows, held_rows, held_out)
     train, held = (
-        Samples(encoded, rows, sequence_length=sequence_length, pack=pack, pad_token_id=_pad_token_id(tokenizer))
+        Samples(
+            encoded,
+            rows,
+            hashes=document_hashes(documents),
+            sources=_numbers(documents, "source"),
+            sequence_length=sequence_length,
+            pack=pack,
+            pad_token_id=_pad_token_id(tokenizer),
+        )
         for rows in (train_rows, held_rows)
     )
     unlearnable = len(shares) - empty - train.documents - held.documents
-    return SampleSets(train, held, corpus_fingerprint(documents), empty, unlearnable)
+    names = tuple(_name_below(path, source.label) for source in sources)
+    return SampleSets(train, held, corpus_fingerprint(documents), empty, unlearnable, names)
+
+
+def _name_below(path: str, label: str) -> str:
+    """Return a source's name as it is on every machine: below the corpus's folder, or the last part of its path."""
+    root = Path(path).expanduser()
+    return Path(label).relative_to(root).as_posix() if root.is_dir() else last_part(label) if root.exists() else label
 
 
 def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:

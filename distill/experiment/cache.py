@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from distill.cache.format import token_order
+from distill.cache.format.checks import printable
 from distill.cache.format.folder import Manifest, differences
+from distill.cache.format.manifest import MOST_SOURCES
 from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
@@ -42,8 +44,11 @@ def with_budgeted_threshold(experiment: Experiment, found: Manifest) -> Experime
 
 
 def make_token_order(experiment: Experiment, teacher: Teacher, samples: SampleSets) -> TokenOrder:
-    """Make the order of the tokens in the experiment's cache: by their frequency in its training samples."""
-    count = min(len(samples.train), experiment.cache.max_samples or len(samples.train))
+    """Make the order of the tokens in the experiment's cache: by their frequency in its first training shard.
+
+    So it does not depend on how many samples there are.
+    """
+    count = min(len(samples.train), experiment.cache.shard_samples)
     return TokenOrder.by_frequency(token_counts(samples.train, count, teacher.vocab_size))
 
 
@@ -67,7 +72,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
         sequence_length=corpus.sequence_length,
         pack=corpus.pack,
         shard_samples=cache.shard_samples,
-        splits={"held_out": [0, held_out], "train": [held_out, held_out + train]},
+        splits={"held_out": held_out, "train": train},
         fingerprints={
             **teacher.fingerprints,
             "corpus": samples.fingerprint,
@@ -76,6 +81,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
         | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {}),
+        sources=[printable(name) for name in samples.sources[:MOST_SOURCES]],
     )
 
 
@@ -96,16 +102,14 @@ def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -
     """Raise UserError if the experiment asks for a cache other than `found`, as far as its own settings tell."""
     experiment = with_budgeted_threshold(experiment, found)
     scheme = make_scheme(experiment, found.scheme_parameters.get("size", 0))
-    expected = Manifest(
-        **{
-            **found.__dict__,
-            "scheme": scheme.name,
-            "scheme_parameters": schemes.parameters(scheme),
-            "temperature": experiment.cache.temperature,
-            "seed": experiment.cache.seed,
-            "sequence_length": experiment.corpus.sequence_length,
-            "pack": experiment.corpus.pack,
-        }
+    expected = replace(
+        found,
+        scheme=scheme.name,
+        scheme_parameters=schemes.parameters(scheme),
+        temperature=experiment.cache.temperature,
+        seed=experiment.cache.seed,
+        sequence_length=experiment.corpus.sequence_length,
+        pack=experiment.corpus.pack,
     )
     different = differences(expected, found)
     if different:

@@ -57,7 +57,7 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
     folder = Folders.of(experiment).cache
     if (folder / MANIFEST).is_file():
         splits = read_manifest(folder).splits
-        train, held_out = (splits[name][1] - splits[name][0] for name in ("train", "held_out"))
+        train, held_out = splits["train"], splits["held_out"]
         return Amount(train, held_out, experiment.evaluate.max_samples or held_out)
     total = _samples_in_files(experiment)
     evaluated = experiment.evaluate.max_samples

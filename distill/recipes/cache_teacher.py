@@ -9,7 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
-from distill.cache.format.folder import MANIFEST, Manifest, differences, read_journal, read_manifest
+from distill.cache.format import version1
+from distill.cache.format.folder import MANIFEST, SPLITS, Manifest, differences, read_journal, read_manifest
 from distill.cache.format.head import HEAD, save_head
 from distill.cache.format.part import Part
 from distill.cache.format.token_order import TokenOrder, save_order
@@ -20,6 +21,7 @@ from distill.cache.making.predict import TeacherModule
 from distill.cache.making.processes import ShardShares, make_trainer, predict
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.storage import is_url
+from distill.cache.reading.verify import shards_of
 from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.experiment.cache import make_manifest, make_token_order, with_budgeted_threshold
@@ -60,6 +62,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     experiment = _within_budget(experiment, folders, teacher, samples, order)
     manifest = make_manifest(experiment, teacher, samples, order)
     _describe(experiment, manifest, samples)
+    if _is_of_version_1(experiment, folders):
+        return _accept_version_1(folders, manifest)
     shards = part.shards(manifest.shards) if part else range(manifest.shards)
     # The process of rank 0 holds the folder for all of them, and opens it before they do.
     with sole_writer(folders.cache) if trainer.is_global_zero else contextlib.nullcontext():
@@ -84,6 +88,20 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
 
 def _is_begun(experiment: Experiment, folders: Folders) -> bool:
     return (folders.cache / MANIFEST).exists() and not experiment.cache.overwrite
+
+
+def _is_of_version_1(experiment: Experiment, folders: Folders) -> bool:
+    return _is_begun(experiment, folders) and read_manifest(folders.cache).version == version1.VERSION
+
+
+def _accept_version_1(folders: Folders, manifest: Manifest) -> int:
+    """Say that a finished cache of an earlier release is complete. Raises UserError for any other: it is only read."""
+    found = read_manifest(folders.cache)
+    shards = shards_of(folders.cache, found)
+    if differences(manifest, found) or any(shard not in read_journal(folders.cache, found) for shard in shards):
+        CacheWriter(folders.cache, manifest)  # which says what is the matter
+    say(f"cache: {folders.cache} is complete ({len(shards)} shards, format version {found.version}); nothing to do")
+    return 0
 
 
 def _check_budget_options(experiment: Experiment) -> None:
@@ -114,8 +132,7 @@ def _within_budget(
         return with_budgeted_threshold(experiment, read_manifest(folders.cache)) if begun else experiment
     manifest = make_manifest(experiment, teacher, samples, order)
     module = _teacher_module(experiment, teacher.load(), manifest)
-    start, stop = manifest.splits["train"]
-    calibration = Calibration(module, order, samples.train, stop - start, cache.batch_size, teacher.device)
+    calibration = Calibration(module, order, samples.train, manifest.splits["train"], cache.batch_size, teacher.device)
     scheme = manifest.make_scheme()
     if cache.bytes_per_token is not None:
         assert isinstance(scheme, VarOpt)
@@ -161,7 +178,7 @@ def _name(folders: Folders, part: Part | None) -> str:
 
 
 def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -> None:
-    train, held_out = (stop - start for start, stop in (manifest.splits["train"], manifest.splits["held_out"]))
+    train, held_out = manifest.splits["train"], manifest.splits["held_out"]
     teacher = experiment.teacher
     say(f"teacher: {teacher.model}, {manifest.fingerprints['quantization']}, {manifest.vocab_size:,} tokens")
     say(
@@ -185,7 +202,7 @@ def _predict(
     cache = experiment.cache
     splits = {"held_out": samples.held_out, "train": samples.train}
     numbered: ConcatDataset = ConcatDataset(
-        [Subset(splits[name], range(stop - start)) for name, (start, stop) in manifest.splits.items() if stop > start]
+        [Subset(splits[name], range(manifest.splits[name])) for name in SPLITS if manifest.splits[name]]
     )
     model = teacher.load()
     if trainer.is_global_zero and _lacks_head(folders, manifest):
@@ -197,8 +214,11 @@ def _predict(
     world = trainer.world_size
     title = f"cache-teacher, process 1 of {world}" if world > 1 else "cache-teacher"
     with Progress(title, total=0, unit="tokens") as progress, interrupt.deferred():
-        work = ShardShares(numbered, lambda: CacheWriter(folders.cache, manifest), shards, cache.batch_size, progress)
-        predict(trainer, module, work)
+
+        def open_writer() -> CacheWriter:
+            return CacheWriter(folders.cache, manifest, batch_size=cache.batch_size)
+
+        predict(trainer, module, ShardShares(numbered, open_writer, shards, progress))
 
 
 def _summarise(folders: Folders, part: Part | None) -> None:

@@ -67,8 +67,9 @@ def _describe(folder: Path) -> None:
     parameters = ", ".join(f"{name} {value}" for name, value in manifest.scheme_parameters.items())
     say(f"cache            {folder}")
     say(f"scheme           {manifest.scheme} ({parameters}), temperature {manifest.temperature}, seed {manifest.seed}")
-    for name, (start, stop) in sorted(manifest.splits.items()):
-        say(f"{name:<16} {stop - start:,} samples of {manifest.sequence_length} tokens")
+    say(f"format version   {manifest.version}")
+    for name, count in sorted(manifest.splits.items()):
+        say(f"{name:<16} {count:,} samples of {manifest.sequence_length} tokens")
     say(f"vocabulary       {manifest.vocab_size:,} tokens")
     say(f"shards           {len(journal)} of {manifest.shards}")
     say(f"positions        {sum(entry.positions for entry in entries):,}")
@@ -159,10 +160,10 @@ def _verify(folder: Path) -> int:
             raise
         say(str(error))
         return 1
-    for finding in report.findings[:_MOST_LINES]:
-        say(f"{finding.file} {finding.problem}: {finding.remedy}")
-    if len(report.findings) > _MOST_LINES:
-        say(f"... and {len(report.findings) - _MOST_LINES} more")
+    for problem in report.problems[:_MOST_LINES]:
+        say(f"{problem.file} {problem.problem}: {problem.remedy}")
+    if len(report.problems) > _MOST_LINES:
+        say(f"... and {len(report.problems) - _MOST_LINES} more")
     not_made = f", {report.to_do} not made yet" if report.to_do else ""
     say(f"verified: {report.whole} shards whole, {report.bad} not{not_made}")
-    return 1 if report.findings else 0
+    return 1 if report.problems else 0

@@ -214,9 +214,8 @@ def cache_facts(work: Path, scheme: str) -> dict[str, Any]:
     folder = work / "caches" / slug(scheme)
     manifest, entries = read_manifest(folder), read_journal(folder).values()
     positions = sum(entry.positions for entry in entries)
-    start, stop = manifest.splits["train"]
     return {
-        "train_tokens": (stop - start) * manifest.sequence_length,
+        "train_tokens": manifest.splits["train"] * manifest.sequence_length,
         "bytes_a_position": sum(entry.bytes for entry in entries) / positions,
         "entries_a_position": sum(entry.entries for entry in entries) / positions,
         "seconds": read(work / "done" / f"cache-teacher-{slug(scheme)}.json")["seconds"],

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from distill.cache.format.folder import Manifest, read_journal, shard_file
+from distill.cache.format.folder import Manifest, read_journal
 from distill.cache.format.records import Record
 from distill.cache.making.extract import extract
 from distill.cache.making.writer import CacheWriter
@@ -43,7 +43,7 @@ def manifest(samples: int, shard_samples: int) -> Manifest:
         sequence_length=LENGTH,
         pack=True,
         shard_samples=shard_samples,
-        splits={"held_out": [0, 0], "train": [0, samples]},
+        splits={"held_out": 0, "train": samples},
         fingerprints={"teacher_weights": "synthetic"},
         made_with={},
     )
@@ -105,7 +105,7 @@ class reused_encoding:
 def drop_from_memory(folder: Path) -> None:
     """Ask the system to forget what it holds of the shards."""
     for entry in read_journal(folder).values():
-        descriptor = os.open(folder / shard_file(entry.shard), os.O_RDONLY)
+        descriptor = os.open(folder / entry.file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.cache.format import coding
 from distill.cache.format.folder import Manifest
-from distill.cache.format.records import Record
+from distill.cache.format.records import Documents, Record
 from distill.targets import schemes
 from distill.targets.hidden import HiddenTargets
 from distill.targets.sparse import SparseTargets
@@ -38,7 +38,12 @@ def random_record(
     positions = int(mask_L.sum())
     entropy_N, surprisal_N = generator.integers(2**16, size=(2, positions), dtype=np.uint16)
     targets = random_targets(generator, scheme, ids_L, mask_L, vocabulary)
-    return Record(ids_L, (np.arange(length) - starts_L).astype(np.uint32), mask_L, targets, entropy_N, surprisal_N)
+    documents = None
+    if seed % 4:  # others are of samples that no corpus made
+        hashes = generator.integers(2**64, size=int(breaks_L.sum()), dtype=np.uint64)
+        documents = Documents(hashes, generator.integers(300, size=len(hashes), dtype=np.uint32))
+    positions_L = (np.arange(length) - starts_L).astype(np.uint32)
+    return Record(ids_L, positions_L, mask_L, targets, entropy_N, surprisal_N, documents)
 
 
 def random_targets(
@@ -89,7 +94,11 @@ def assert_same() -> Callable[[Record, Record], None]:
 
     def compare(one: Record, other: Record) -> None:
         assert type(one.targets) is type(other.targets)
-        ours, theirs = ({**vars(record), **vars(record.targets)} for record in (one, other))
+        assert (one.documents is None) == (other.documents is None)
+        ours, theirs = (
+            {**vars(record), **vars(record.targets), **(vars(record.documents) if record.documents else {})}
+            for record in (one, other)
+        )
         for field, value in ours.items():
             if isinstance(value, Tensor):
                 assert value.dtype == theirs[field].dtype
@@ -136,7 +145,7 @@ def make_manifest() -> Callable[..., Manifest]:
             "sequence_length": LENGTH,
             "pack": True,
             "shard_samples": shard_samples,
-            "splits": {"held_out": [0, 5], "train": [5, samples]},
+            "splits": {"held_out": 5, "train": samples - 5},
             "fingerprints": FINGERPRINTS,
             "made_with": {"torch": "2"},
         }

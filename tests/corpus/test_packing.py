@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from distill.corpus.encoding import FEATURES
 from distill.corpus.packing import Samples
 
+COLUMNS = ("input_ids", "position_ids", "loss_mask", "document_hash", "source")
 PAD = 9999
 
 
@@ -26,6 +28,12 @@ def encoded(lengths: list[int], seed: int = 0) -> datasets.Dataset:
     return datasets.concatenate_datasets(chunks)
 
 
+def make_samples(table: datasets.Dataset, rows: np.ndarray, **options: Any) -> Samples:
+    """Samples of documents whose hash is -1 - row, of source row % 3."""
+    every = np.arange(len(table))
+    return Samples(table, rows, hashes=-1 - every, sources=every % 3, pad_token_id=PAD, **options)
+
+
 def naive(table: datasets.Dataset, rows: np.ndarray, length: int, pack: bool) -> list[dict[str, list]]:
     """The specification, token by token: cut the stream (or each document), restart positions, pad on the right."""
     documents = [[(int(r), j) for j in range(len(table[int(r)]["input_ids"]))] for r in rows]
@@ -34,7 +42,7 @@ def naive(table: datasets.Dataset, rows: np.ndarray, length: int, pack: bool) ->
     for stream in streams:
         for begin in range(0, len(stream), length):
             cut = stream[begin : begin + length]
-            sample: dict[str, list] = {"input_ids": [], "position_ids": [], "loss_mask": []}
+            sample: dict[str, list] = {name: [] for name in COLUMNS}
             position = 0
             for i, (row, j) in enumerate(cut):
                 position = position + 1 if i and cut[i - 1][0] == row else 0
@@ -42,10 +50,14 @@ def naive(table: datasets.Dataset, rows: np.ndarray, length: int, pack: bool) ->
                 sample["input_ids"].append(table[row]["input_ids"][j])
                 sample["position_ids"].append(position)
                 sample["loss_mask"].append(table[row]["loss_mask"][j] and followed)
+                sample["document_hash"].append(-1 - row)
+                sample["source"].append(row % 3)
             padding = length - len(cut)
             sample["input_ids"] += [PAD] * padding
             sample["position_ids"] += list(range(padding))
             sample["loss_mask"] += [False] * padding
+            for name in ("document_hash", "source"):
+                sample[name] += [0] * padding
             samples.append(sample)
     return samples
 
@@ -67,7 +79,7 @@ CASES = [
 def test_equals_the_naive_program(lengths: list[int], sequence_length: int, pack: bool) -> None:
     table = encoded(lengths)
     rows = np.random.default_rng(1).permutation(len(lengths))
-    samples = Samples(table, rows, sequence_length=sequence_length, pack=pack, pad_token_id=PAD)
+    samples = make_samples(table, rows, sequence_length=sequence_length, pack=pack)
     expected = naive(table, rows, sequence_length, pack)
     assert len(samples) == len(expected)
     for i, sample in enumerate(expected):
@@ -83,13 +95,13 @@ def test_no_token_is_lost_or_doubled(pack: bool) -> None:
         lengths = random.integers(1, 30, size=random.integers(1, 12)).tolist()
         rows = random.permutation(len(lengths))[: random.integers(1, len(lengths) + 1)]
         table = encoded(lengths, trial)
-        samples = Samples(table, rows, sequence_length=int(random.integers(2, 20)), pack=pack, pad_token_id=PAD)
+        samples = make_samples(table, rows, sequence_length=int(random.integers(2, 20)), pack=pack)
         kept = [token for i in range(len(samples)) for token in samples[i]["input_ids"].tolist() if token != PAD]
         assert kept == [token for row in rows for token in table[int(row)]["input_ids"]]
 
 
 def test_types_and_indexing() -> None:
-    samples = Samples(encoded([5, 6]), np.arange(2), sequence_length=4, pack=True, pad_token_id=PAD)
+    samples = make_samples(encoded([5, 6]), np.arange(2), sequence_length=4, pack=True)
     assert [samples[0][key].dtype for key in ("input_ids", "position_ids", "loss_mask")] == [
         torch.int64,
         torch.int64,
@@ -102,17 +114,17 @@ def test_types_and_indexing() -> None:
 
 
 def test_a_batch_written_to_does_not_reach_the_table() -> None:
-    samples = Samples(encoded([8]), np.arange(1), sequence_length=4, pack=True, pad_token_id=PAD)
+    samples = make_samples(encoded([8]), np.arange(1), sequence_length=4, pack=True)
     samples[0]["input_ids"].fill_(-1)
     assert samples[0]["input_ids"].tolist() == [0, 1, 2, 3]
 
 
 def test_nothing_to_hold_is_no_sample() -> None:
     for pack in (True, False):
-        assert len(Samples(encoded([3]), np.arange(0), sequence_length=4, pack=pack, pad_token_id=PAD)) == 0
+        assert len(make_samples(encoded([3]), np.arange(0), sequence_length=4, pack=pack)) == 0
 
 
 def test_a_copy_for_a_worker_process_gives_the_same_samples() -> None:
-    samples = Samples(encoded([5, 6, 9]), np.array([2, 0, 1]), sequence_length=4, pack=False, pad_token_id=PAD)
+    samples = make_samples(encoded([5, 6, 9]), np.array([2, 0, 1]), sequence_length=4, pack=False)
     copy = pickle.loads(pickle.dumps(samples))
     assert all(torch.equal(copy[i][key], samples[i][key]) for i in range(len(samples)) for key in samples[i])

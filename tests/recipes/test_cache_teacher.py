@@ -48,11 +48,9 @@ def test_interrupted_by_ctrl_c_it_continues_to_the_same_bytes(
 def test_a_lost_shard_is_made_again(cache: Any, contents: Any, tmp_path: Path) -> None:
     cache().done()
     before = contents(tmp_path / "run/cache")
-    (tmp_path / "run/cache/shards/000001.safetensors").unlink()
+    (tmp_path / "run/cache/shards/train-000000.safetensors").unlink()
     assert "continuing" in cache().done().out
-    after = contents(tmp_path / "run/cache")
-    del before["journal.jsonl"], after["journal.jsonl"]  # which has a second line of that shard
-    assert before == after
+    assert contents(tmp_path / "run/cache") == before
 
 
 def test_a_second_start_does_nothing(cache: Any, untouched: Any, tmp_path: Path) -> None:
@@ -82,7 +80,7 @@ def test_the_tokenizer_lies_beside_the_cache(cache: Any, world: Any, tmp_path: P
         (["--corpus.held_out", "0.3"], ["fingerprints.packing"]),
         (["--teacher.quantization", "nf4"], ["fingerprints.quantization: expected nf4, float32, found none, float32"]),
         (["--teacher.compute_dtype", "bfloat16"], ["fingerprints.quantization: expected none, bfloat16"]),
-        (["--cache.max_samples", "17"], ["splits.train: expected [8, 25], found [8, 24]"]),
+        (["--cache.max_samples", "17"], ["splits.train: expected 17, found 16"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )

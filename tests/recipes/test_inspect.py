@@ -34,14 +34,16 @@ def test_a_whole_cache_is_verified(finished: Any, distill: Any) -> None:
 
 
 def test_a_flipped_bit_and_a_missing_shard_are_found(cache: Path, distill: Any) -> None:
-    flipped, missing = cache / "shards/000001.safetensors", cache / "shards/000003.safetensors"
+    flipped, missing = cache / "shards/train-000000.safetensors", cache / "shards/train-000002.safetensors"
     content = bytearray(flipped.read_bytes())
     content[-5] ^= 1
     flipped.write_bytes(content)
     missing.unlink()
     outcome = distill("inspect", cache, "--verify")
     assert outcome.status == 1
-    assert "000001.safetensors has changed" in outcome.out and "000003.safetensors is missing" in outcome.out
+    assert (
+        "train-000000.safetensors has changed" in outcome.out and "train-000002.safetensors is missing" in outcome.out
+    )
     assert "2 not" in outcome.out
 
 

@@ -216,11 +216,11 @@ def test_a_cache_of_other_settings_is_refused(train: Any, changed: list[str], wo
 
 def test_a_damaged_cache_is_refused_when_the_damage_is_met(finished: Any, train: Any, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(finished.cache, tmp_path / "cache"))
-    shard = cache / "shards/000003.safetensors"
+    shard = cache / "shards/train-000002.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
-    train("--cache.dir", cache).refused("000003.safetensors", "distill inspect", "--verify")
+    train("--cache.dir", cache).refused("train-000002.safetensors", "distill inspect", "--verify")
     assert not (tmp_path / "run/student").exists()
 
 

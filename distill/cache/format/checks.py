@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +47,8 @@ def whole(low: int, high: int) -> Check:
 
 
 def positive(value: Any) -> bool:
-    """A finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Tell whether this is a number above 0 that a float can hold."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def is_bool(value: Any) -> bool:
@@ -63,6 +63,11 @@ def is_text(value: Any) -> bool:
 def hexadecimal(digits: int) -> Check:
     """A text of so many hexadecimal digits."""
     return lambda value: is_text(value) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value) is not None
+
+
+def list_of_texts(most: int) -> Check:
+    """Return a check for a list of at most so many texts."""
+    return lambda value: type(value) is list and len(value) <= most and all(map(is_text, value))
 
 
 def texts(value: Any) -> bool:
@@ -82,8 +87,21 @@ def parameters(value: Any) -> bool:
     return type(value) is dict and all(name in _PARAMETERS and _PARAMETERS[name](value[name]) for name in value)
 
 
+def parameters_of_version_1(value: Any) -> bool:
+    """Tell whether these are parameters that a scheme of format version 1 could have."""
+    more = {"draws": whole(1, 2**10), "exponent": lambda value: positive(value) and value <= 100}
+    return type(value) is dict and all(
+        more[name](value[name]) if name in more else parameters({name: value[name]}) for name in value
+    )
+
+
+def sample_counts(value: Any) -> bool:
+    """Tell whether these are names with numbers of samples."""
+    return type(value) is dict and all(is_text(name) and whole(0, MOST_SAMPLES)(value[name]) for name in value)
+
+
 def sample_ranges(value: Any) -> bool:
-    """Names to [first sample, the one after the last]."""
+    """Tell whether these are names with `[first sample, the one after the last]`."""
     is_sample = whole(0, MOST_SAMPLES)
     return (
         type(value) is dict

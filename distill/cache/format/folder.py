@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from distill.cache.format.journal import JOURNAL, SHARDS, JournalEntry, read_journal, seal, shard_file
-from distill.cache.format.manifest import FORMAT, MANIFEST, VERSION, Manifest, differences, read_manifest
+from distill.cache.format.journal import JOURNAL, JournalEntry, read_journal, seal
+from distill.cache.format.manifest import (
+    FORMAT,
+    MANIFEST,
+    SHARDS,
+    SPLITS,
+    VERSION,
+    Manifest,
+    differences,
+    read_manifest,
+)
 
 PART = "part.json"
 """Which part of a cache a folder holds, where it is not all of it."""
@@ -18,6 +27,7 @@ __all__ = [
     "MANIFEST",
     "PART",
     "SHARDS",
+    "SPLITS",
     "TOKENIZER",
     "TOKEN_ORDER",
     "VERSION",
@@ -27,5 +37,4 @@ __all__ = [
     "read_journal",
     "read_manifest",
     "seal",
-    "shard_file",
 ]

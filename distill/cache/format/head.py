@@ -10,11 +10,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from distill.cache.format import checks
 from distill.errors import UserError
 from distill.models.language_model import Head
 from distill.system.files import write_durably
 
 HEAD = "head.safetensors"
+_VALUES: dict[str, checks.Check] = {
+    "scale": checks.positive,
+    "soft_cap": lambda value: value is None or checks.positive(value),
+}
 
 
 def save_head(folder: Path, head: Head) -> None:
@@ -39,10 +44,15 @@ def load_head(folder: Path) -> Head:
         raise UserError(f"{path}: missing: run `distill cache-teacher` again, it writes the head") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}): delete it and run `distill cache-teacher` again") from None
-    digest, _, transformation = metadata.get("head", "").partition(" ")
-    if "weight" not in tensors or digest != _sha256(tensors, transformation):
+    digest, _, text = metadata.get("head", "").partition(" ")
+    try:
+        transformation = checks.parse_object(text.encode())
+        is_whole = checks.wrong(transformation, _VALUES) is None and digest == _sha256(tensors, text)
+    except (ValueError, RuntimeError):  # another's JSON or tensors
+        is_whole = False
+    if "weight" not in tensors or not is_whole:
         raise UserError(f"{path}: has changed: delete it and run `distill cache-teacher` again")
-    return Head(tensors["weight"], tensors.get("bias"), **json.loads(transformation))
+    return Head(tensors["weight"], tensors.get("bias"), **transformation)
 
 
 def _sha256(tensors: dict[str, torch.Tensor], transformation: str) -> str:

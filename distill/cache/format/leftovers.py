@@ -11,7 +11,7 @@ from distill.cache.format.folder import JOURNAL, MANIFEST, PART, SHARDS, TOKEN_O
 from distill.cache.format.head import HEAD
 from distill.system.files import TEMPORARY
 
-SHARD_NAME = re.compile(r"\d{6,}\.safetensors")
+SHARD_NAME = re.compile(r"((held_out|train)-)?\d{6,}\.safetensors")
 
 
 def is_leftover(name: str) -> bool:

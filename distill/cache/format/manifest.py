@@ -1,31 +1,41 @@
-"""The manifest: what a cache is, and all that must agree before anything is read from it or added to it."""
+"""The manifest: all that must agree before anything is read from a cache or added to it, and where samples lie."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import re
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distill.cache.format import checks
+from distill.cache.format import checks, version1
 from distill.errors import UserError
 from distill.system.files import read_bounded
 from distill.targets import schemes
 
 FORMAT = "distill-cache"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-LIMIT = 2**20
-"""Bytes of a manifest."""
+LIMIT = 2**24
+"""Bytes of a manifest: most of them are names of the corpus's files."""
+SPLITS = ("held_out", "train")
+"""Parts of a cache's samples, in the order in which they are numbered."""
+SHARDS = "shards"
+MOST_SOURCES = 4096
+"""Sources that are listed by name."""
 _REMEDY = "restore it, or make the cache anew with --cache.overwrite true"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache is: everything that must agree before anything is read from it or added to it."""
+    """All that must agree before anything is read from a cache or added to it.
+
+    Samples are numbered through, held-out ones first, and so are shards; each shard holds samples of one split, and is
+    named by its split and its number there (version 1: by its number alone, and samples of two splits may share one).
+    """
 
     scheme: str
     scheme_parameters: dict[str, Any]
@@ -36,41 +46,103 @@ class Manifest:
     sequence_length: int
     pack: bool
     shard_samples: int
-    splits: dict[str, list[int]]
-    """First sample and the one after the last of `held_out` and `train`."""
+    splits: dict[str, int]
+    """Samples of `held_out` and `train`."""
     fingerprints: dict[str, str]
-    """teacher_config, teacher_weights, quantization, tokenizer, chat_template, corpus, packing."""
+    """teacher_config, teacher_weights, quantization, tokenizer, chat_template, corpus, packing, token_order."""
     made_with: dict[str, str]
     """Versions of the libraries that made it (for information: they are not compared)."""
+    sources: list[str] = field(default_factory=list)
+    """Names of the corpus's files, to which records refer by number (for information: they are not compared)."""
+    version: int = VERSION
+    """Of the format."""
 
     @property
     def samples(self) -> int:
-        return max(stop for _, stop in self.splits.values())
+        """Number of all samples."""
+        return sum(self.splits.values())
+
+    def split_range(self, split: str) -> range:
+        """Return the numbers of a split's samples."""
+        start = 0 if split == SPLITS[0] else self.splits[SPLITS[0]]
+        return range(start, start + self.splits[split])
 
     @property
     def shards(self) -> int:
-        return -(-self.samples // self.shard_samples)
+        """Number of all shards."""
+        if self.version == version1.VERSION:
+            return -(-self.samples // self.shard_samples)
+        return sum(map(self._shards_of, SPLITS))
+
+    def _shards_of(self, split: str) -> int:
+        return -(-self.splits[split] // self.shard_samples)
+
+    def _in_split(self, shard: int) -> tuple[str, int]:
+        """Return a shard's split and its number there."""
+        held_out = self._shards_of(SPLITS[0])
+        return (SPLITS[0], shard) if shard < held_out else (SPLITS[1], shard - held_out)
+
+    def shard_file(self, shard: int) -> str:
+        """Return the name of a shard inside the folder."""
+        if self.version == version1.VERSION:
+            return version1.shard_file(shard)
+        split, number = self._in_split(shard)
+        return f"{SHARDS}/{split}-{number:06d}.safetensors"
+
+    def shard_of_file(self, file: str) -> int | None:
+        """Return the shard of a name inside the folder, None for any other name."""
+        match = re.fullmatch(rf"{SHARDS}/(?:(held_out|train)-)?([0-9]{{6,9}})\.safetensors", file)
+        if match is None:
+            return None
+        shard = int(match[2]) + (self._shards_of(SPLITS[0]) if match[1] == SPLITS[1] else 0)
+        return shard if shard < self.shards and self.shard_file(shard) == file else None
 
     def shard_range(self, shard: int) -> range:
-        """The samples of a shard."""
-        start = shard * self.shard_samples
-        return range(start, min(start + self.shard_samples, self.samples))
+        """Return the numbers of a shard's samples."""
+        if self.version == version1.VERSION:
+            start, end = shard * self.shard_samples, self.samples
+        else:
+            split, number = self._in_split(shard)
+            start, end = self.split_range(split).start + number * self.shard_samples, self.split_range(split).stop
+        return range(start, min(start + self.shard_samples, end))
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Return the shard that holds a sample, and the sample's row in it."""
+        held_out = self.splits[SPLITS[0]]
+        if self.version == version1.VERSION or sample < held_out:
+            return divmod(sample, self.shard_samples)
+        shard, row = divmod(sample - held_out, self.shard_samples)
+        return self._shards_of(SPLITS[0]) + shard, row
 
     def make_scheme(self) -> schemes.AnyScheme:
+        """Make the scheme."""
         return schemes.make(self.scheme, **self.scheme_parameters)
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """Hash of all that two caches must have in common to be the same one; journal lines and records carry it."""
-        return _sha256({key: value for key, value in asdict(self).items() if key != "made_with"})
+        """Hash of what determines a cache's samples and targets; journal lines and records carry it.
+
+        It leaves out how many samples there are: the full shards of a smaller cache are those of a larger one.
+        """
+        if self.version == version1.VERSION:
+            content = version1.to_content(self)
+        else:
+            content = {key: value for key, value in asdict(self).items() if key not in ("splits", "sources")}
+        del content["made_with"]
+        return _sha256(content)
 
     def record_key(self, sample: int) -> int:
-        """What the checksum of a sample's record starts from: in another place or cache the record does not check."""
-        return zlib.crc32(struct.pack("<32sQ", bytes.fromhex(self.identity), sample))
+        """Return the number that a record's checksum starts from: elsewhere the record does not check."""
+        if self.version == version1.VERSION:
+            return version1.record_key(self.identity, sample)
+        held_out = self.splits[SPLITS[0]]
+        split, index = (SPLITS[0], sample) if sample < held_out else (SPLITS[1], sample - held_out)
+        return zlib.crc32(f"{self.identity} {split} {index}".encode())
 
     def to_json(self) -> str:
-        """The manifest's file, with a hash of the rest of it."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        """Return the manifest's file, with a hash of the rest of it."""
+        content = asdict(self) if self.version != version1.VERSION else version1.to_content(self)
+        content |= {"format": FORMAT, "version": self.version}
         return json.dumps({**content, "sha256": _sha256(content)}, indent=2, sort_keys=True) + "\n"
 
 
@@ -87,15 +159,16 @@ _VALUES: dict[str, checks.Check] = {
     "sequence_length": checks.whole(1, checks.MOST_TOKENS),
     "pack": checks.is_bool,
     "shard_samples": checks.whole(1, checks.MOST_SHARD_SAMPLES),
-    "splits": checks.sample_ranges,
+    "splits": checks.sample_counts,
     "fingerprints": checks.texts,
     "made_with": checks.texts,
+    "sources": checks.list_of_texts(MOST_SOURCES),
     "sha256": checks.hexadecimal(64),
 }
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a cache folder. Raises UserError when there is none or it is not one this version can read."""
+    """Return the manifest of a cache folder. Raises UserError when there is none, or none that can be read."""
     path = folder / MANIFEST
     try:
         text = read_bounded(path, LIMIT)
@@ -107,15 +180,21 @@ def read_manifest(folder: Path) -> Manifest:
     if content.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not the manifest of a cache of this program")
     version = content.pop("version", None)
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in (version1.VERSION, VERSION):
         raise UserError(
-            f"{path}: cache format version {checks.printable(version)}, this program reads version {VERSION}: "
+            f"{path}: cache format version {checks.printable(version)}, this program reads versions 1 and {VERSION}: "
             "use the release that made it, or make the cache anew"
         )
-    problem = checks.wrong(content, _VALUES)
+    values = _VALUES
+    if version == version1.VERSION:
+        values = {name: check for name, check in _VALUES.items() if name != "sources"}
+        values |= {"splits": checks.sample_ranges, "scheme_parameters": checks.parameters_of_version_1}
+    problem = checks.wrong(content, values)
     if not problem:
         content.pop("sha256")
-        manifest = Manifest(**content)
+        if version == version1.VERSION:
+            content = version1.from_content(content, str(folder))
+        manifest = Manifest(**content, version=version)
         problem = _impossible(manifest)
         # Compared as text, so that not even a blank can have changed.
         if not problem and manifest.to_json().encode() == text:
@@ -124,12 +203,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _impossible(manifest: Manifest) -> str | None:
-    """What cannot be true of a manifest whose values are each possible."""
+    """Return what cannot be true of a manifest whose values are each possible."""
+    if manifest.splits.keys() != set(SPLITS):
+        return f"splits: {checks.printable(', '.join(manifest.splits))} are not {' and '.join(SPLITS)}"
     if manifest.shards > checks.MOST_SHARDS:
         return f"{manifest.shards:,} shards are not possible"
     try:
         entries = manifest.make_scheme().most_entries
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, OverflowError):
         return f"scheme {manifest.scheme[:40]} with {checks.printable(manifest.scheme_parameters)} is not known"
     if manifest.sequence_length * entries > checks.MOST_PLACES:
         return f"{manifest.sequence_length:,} tokens of {entries:,} entries are not possible"
@@ -137,19 +218,24 @@ def _impossible(manifest: Manifest) -> str | None:
 
 
 def differences(expected: Manifest, found: Manifest) -> list[str]:
-    """What keeps two caches from being the same one, as `field: expected x, found y`."""
+    """Return what keeps two caches from being the same one, as `field: expected x, found y`.
+
+    A cache of version 1 is the same as one of version 2 that holds the same targets.
+    """
     ours, theirs = _flat(expected), _flat(found)
-    keys = sorted(ours.keys() | theirs.keys())
+    keys = ours.keys() | theirs.keys()
+    if expected.version != found.version:  # each version counts the tokens' order over other samples
+        keys -= {"version", "fingerprints.token_order"}
     return [
         f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
-        for key in keys
+        for key in sorted(keys)
         if ours.get(key) != theirs.get(key)
     ]
 
 
 def _flat(manifest: Manifest) -> dict[str, Any]:
     content = asdict(manifest)
-    content.pop("made_with")
+    del content["made_with"], content["sources"]
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})

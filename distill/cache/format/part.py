@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.cache.format import checks
 from distill.cache.format.folder import PART
 from distill.errors import UserError
+from distill.system.files import read_bounded
+
+_LIMIT = 2**10
+"""Bytes of a part's file."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,6 @@ def read_part(folder: Path) -> Part | None:
     if not path.exists():
         return None
     try:
-        return Part.parse(json.loads(path.read_text(encoding="utf-8"))["part"])
+        return Part.parse(checks.parse_object(read_bounded(path, _LIMIT))["part"])
     except (ValueError, KeyError, TypeError, OSError, UserError):
         raise UserError(f"{path}: damaged: delete it and run `distill cache-teacher` with --cache.part again") from None

@@ -6,9 +6,10 @@ Shapes: L sequence length, N positions with loss, D hidden size, K entries (padd
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,6 +25,16 @@ from distill.targets.sparse import SparseTargets
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Documents that a sample's positions come from, one for each time that its position ids begin anew."""
+
+    hashes: NDArray[np.uint64]
+    """The first 8 bytes of the sha256 of each one's content, little-endian; 0 where there is padding."""
+    sources: NDArray[np.uint32]
+    """The number of each one's source in the manifest's list."""
+
+
+@dataclass(frozen=True)
 class Record:
     """A sample with its targets."""
 
@@ -36,6 +47,8 @@ class Record:
     """The teacher's entropy, in steps of 1/64 nat."""
     surprisal_N: NDArray[np.uint16]
     """The teacher's negative log-probability of the true next token, in steps of 1/64 nat (at most 1,023 nats)."""
+    documents: Documents | None = None
+    """None where they are not known: a cache of format version 1, samples that no corpus made."""
 
     @property
     def entries(self) -> int:
@@ -46,7 +59,7 @@ class Record:
 def encode(record: Record, scheme: AnyScheme, key: int = 0) -> bytes:
     """Return the record as bytes; its checksum starts from `key`, so that it checks with the same key alone."""
     fields = encode_fields(record, scheme)
-    sizes = [(record.position_ids_L == 0).sum(), len(_runs(record.loss_mask_L)), *map(len, fields.values())]
+    sizes = [len(_document_lengths(record.position_ids_L)), len(_runs(record.loss_mask_L)), *map(len, fields.values())]
     body = write_sizes(map(int, sizes)) + b"".join(fields.values())
     return struct.pack("<I", zlib.crc32(body, key)) + body
 
@@ -64,21 +77,27 @@ def encode_fields(record: Record, scheme: AnyScheme) -> dict[str, bytes]:
         arrays += [*_target_fields(record.targets, scheme), record.entropy_N, record.surprisal_N]
         arrays += [*_token_fields(record.input_ids_L, record.loss_mask_L, record.targets)]
         fields = [*map(compress, arrays)]
-    return dict(zip(_field_names(scheme), fields, strict=True))
+    return dict(zip(_field_names(scheme), [*fields, *_document_fields(record)], strict=True))
 
 
-def decode(data: bytes, sequence_length: int, scheme: AnyScheme, key: int = 0) -> Record:
-    """Return the record that `encode` wrote. Raises DamagedRecord when a bit has changed, or the key is another."""
+def decode(
+    data: bytes, sequence_length: int, scheme: AnyScheme, key: int = 0, *, with_documents: bool = True
+) -> Record:
+    """Return the record that `encode` wrote. Raises DamagedRecord when a bit has changed, or the key is another.
+
+    `with_documents`: False for format version 1, whose records lack the last two fields.
+    """
     if len(data) < 4 or zlib.crc32(memoryview(data)[4:], key) != struct.unpack_from("<I", data)[0]:
         raise DamagedRecord("its checksum does not match")
     try:
-        return _read(data, sequence_length, scheme)
+        return _read(data, sequence_length, scheme, with_documents)
     except (IndexError, ValueError, OverflowError) as error:  # numbers that no writer wrote, though they check
         raise DamagedRecord(f"its numbers do not fit: {error}") from None
 
 
-def _read(data: bytes, sequence_length: int, scheme: AnyScheme) -> Record:
-    (documents, runs, *lengths), start = read_sizes(data, 4, 2 + len(_field_names(scheme)))
+def _read(data: bytes, sequence_length: int, scheme: AnyScheme, with_documents: bool) -> Record:
+    fields_written = len(_field_names(scheme)) - (0 if with_documents else 2)
+    (documents, runs, *lengths), start = read_sizes(data, 4, 2 + fields_written)
     if documents > sequence_length or runs > sequence_length + 1 or start + sum(lengths) != len(data):
         raise DamagedRecord("its sizes do not fit")
     ends = start + np.cumsum([0, *lengths])
@@ -94,21 +113,50 @@ def _read(data: bytes, sequence_length: int, scheme: AnyScheme) -> Record:
     if isinstance(scheme, Hidden):
         input_ids_L = decompress(next(fields), sequence_length, "u32")
         entropy_N, surprisal_N = (decompress(next(fields), positions, "u16") for _ in range(2))
-        hidden = _read_hidden(next(fields), positions, scheme)
-        return Record(input_ids_L, position_ids_L, loss_mask_L, hidden, entropy_N, surprisal_N)
-    targets = _read_targets(fields, positions, scheme)
-    entropy_N, surprisal_N = (decompress(next(fields), positions, "u16") for _ in range(2))
-    input_ids_L = _read_tokens(fields, loss_mask_L, targets)
-    return Record(input_ids_L, position_ids_L, loss_mask_L, targets, entropy_N, surprisal_N)
+        targets: SparseTargets | HiddenTargets = _read_hidden(next(fields), positions, scheme)
+    else:
+        targets = _read_targets(fields, positions, scheme)
+        entropy_N, surprisal_N = (decompress(next(fields), positions, "u16") for _ in range(2))
+        input_ids_L = _read_tokens(fields, loss_mask_L, targets)
+    from_documents = _read_documents(fields, documents) if with_documents else None
+    return Record(input_ids_L, position_ids_L, loss_mask_L, targets, entropy_N, surprisal_N, from_documents)
 
 
 def _field_names(scheme: AnyScheme) -> list[str]:
-    common = ["document lengths", "loss mask"]
+    common, last = ["document lengths", "loss mask"], ["document hashes", "document sources"]
     if isinstance(scheme, Hidden):
-        return [*common, "token ids", "entropy", "surprisal", "hidden states"]
+        return [*common, "token ids", "entropy", "surprisal", "hidden states", *last]
     ids = ["first exact id", "other exact ids", "first atom's id", "other atoms' ids"]
     codes = ["first exact code", "other exact codes", "atoms' code"]
-    return [*common, "exact entries", "atoms", *ids, *codes, "entropy", "surprisal", "next token's rank", "token ids"]
+    targets = ["exact entries", "atoms", *ids, *codes, "entropy", "surprisal", "next token's rank", "token ids"]
+    return [*common, *targets, *last]
+
+
+def _document_fields(record: Record) -> tuple[bytes, bytes]:
+    """Return hashes as they are, which nothing makes shorter, and sources in LEB128; nothing of unknown documents."""
+    if record.documents is None:
+        return b"", b""
+    assert len(record.documents.hashes) == len(_document_lengths(record.position_ids_L))
+    return record.documents.hashes.astype("<u8").tobytes(), write_sizes(record.documents.sources.tolist())
+
+
+def _read_documents(fields: Iterator[bytes], count: int) -> Documents | None:
+    hashes, sources = next(fields), next(fields)
+    if not hashes and not sources:
+        return None
+    numbers, end = read_sizes(sources, 0, count)
+    if len(hashes) != 8 * count or end != len(sources) or max(numbers, default=0) >= 2**32:
+        raise DamagedRecord("its documents do not fit")
+    return Documents(np.frombuffer(hashes, dtype="<u8").astype(np.uint64), np.array(numbers, dtype=np.uint32))
+
+
+def token_hash(samples: Iterable[Record]) -> str:
+    """Return the sha256 of samples' token ids, position ids (u32, little-endian) and loss masks (bytes 0 and 1)."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for column in (sample.input_ids_L.astype("<u4"), sample.position_ids_L.astype("<u4"), sample.loss_mask_L):
+            digest.update(column.tobytes())
+    return digest.hexdigest()
 
 
 def _read_hidden(data: bytes, positions: int, scheme: Hidden) -> HiddenTargets:

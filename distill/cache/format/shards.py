@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,18 +15,22 @@ from distill.cache.format.arrays import DamagedRecord
 from distill.system.files import open_regular
 
 _HEADER_LIMIT = 512
-"""Bytes; the two tensors of a shard take about 130."""
+"""Bytes; the two tensors of a shard take about 180."""
 
 
-def encode(records: list[bytes]) -> bytes:
-    """The file of these records, as safetensors would write tensors `offsets` (u64) and `records` (bytes)."""
+def encode(records: list[bytes], batch_size: int) -> bytes:
+    """Return the file of these records, as safetensors would write tensors `offsets` (u64) and `records` (bytes).
+
+    Its metadata says the batch size that the teacher had: another might move a target.
+    """
     offsets = np.cumsum([0, *map(len, records)], dtype="<u8")
-    return b"".join([_header(len(records), int(offsets[-1])), offsets.tobytes(), *records])
+    return b"".join([_header(len(records), int(offsets[-1]), batch_size), offsets.tobytes(), *records])
 
 
-def _header(samples: int, size: int) -> bytes:
+def _header(samples: int, size: int, batch_size: int | None) -> bytes:
     offsets_end = 8 * (samples + 1)
-    tensors = {
+    tensors: dict[str, Any] = {} if batch_size is None else {"__metadata__": {"batch_size": str(batch_size)}}
+    tensors |= {
         "offsets": {"dtype": "U64", "shape": [samples + 1], "data_offsets": [0, offsets_end]},
         "records": {"dtype": "U8", "shape": [size], "data_offsets": [offsets_end, offsets_end + size]},
     }
@@ -43,14 +49,21 @@ class ShardFile:
     def __init__(self, path: Path, samples: int) -> None:
         self.samples, self._file = samples, -1
         self._file = open_regular(path)
+        self.batch_size: int | None = None
+        """Samples of a forward pass of the teacher; None in a shard of format version 1."""
         self._start, self._size = self._read_header()
 
     def _read_header(self) -> tuple[int, int]:
-        """Where the offsets begin, and the size of all records. The header must be the one that follows from them."""
+        """Return where the offsets begin, and the size of all records. A header must be the one we would write."""
         length = os.fstat(self._file).st_size
         start = 8 + int.from_bytes(self._pread(8, 0), "little")
         size = length - start - 8 * (self.samples + 1)
-        if start > _HEADER_LIMIT or size < 0 or self._pread(start, 0) != _header(self.samples, size):
+        if start > _HEADER_LIMIT or size < 0:
+            raise DamagedRecord("the header of its file does not fit")
+        header = self._pread(start, 0)
+        if match := re.match(rb'\{"__metadata__":\{"batch_size":"([1-9][0-9]{0,8})"\}', header[8:]):
+            self.batch_size = int(match[1])
+        if header != _header(self.samples, size, self.batch_size):
             raise DamagedRecord("the header of its file does not fit")
         return start, size
 

@@ -110,7 +110,7 @@ class Calibration:
             affordable = math.floor(10 * limit / tokens) / 10
             if affordable >= self.bytes_per_token(replace(scheme, threshold=HIGHEST)):
                 advice.append(f"give --cache.bytes_per_token {affordable:.1f}")
-        held_out = manifest.splits["train"][0]
+        held_out = manifest.splits["held_out"]
         fits = int(_MARGIN * limit / (size * manifest.sequence_length)) - held_out
         if fits > 0:
             advice.append(f"give --cache.max_samples {fits}")

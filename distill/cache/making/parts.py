@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from distill.cache.format import journal
+from distill.cache.format import journal, version1
 from distill.cache.format.folder import (
     JOURNAL,
     MANIFEST,
@@ -56,7 +56,7 @@ def merge(parts: list[Storage], to: Path, advance: Callable[[int], None]) -> Non
         write_durably(to / relative, (parts[0].folder / relative).read_bytes())
     for shard in writer.missing():
         part, entry = owners[shard]
-        _copy_shard(part, entry, to)
+        _copy_shard(part, shard, entry, to)
         journal.append(to, writer.manifest, entry)
         advance(entry.bytes)
     seal(to)
@@ -80,6 +80,11 @@ def _check_target(to: Path, parts: list[Storage], manifest: Manifest) -> None:
 def whose_shards(parts: list[Storage]) -> dict[int, tuple[Storage, JournalEntry]]:
     """Each shard's part. Raises UserError when parts are of different caches, or have a gap or a shard twice."""
     manifest = read_manifest(parts[0].folder)
+    if manifest.version == version1.VERSION:
+        raise UserError(
+            f"{parts[0].name} is of format version 1, which this release reads but does not write: "
+            "join its parts with the release that made them"
+        )
     owners: dict[int, tuple[Storage, JournalEntry]] = {}
     twice: set[int] = set()
     for part in parts:
@@ -101,9 +106,9 @@ def whose_shards(parts: list[Storage]) -> dict[int, tuple[Storage, JournalEntry]
     return owners
 
 
-def _copy_shard(part: Storage, entry: JournalEntry, to: Path) -> None:
+def _copy_shard(part: Storage, shard: int, entry: JournalEntry, to: Path) -> None:
     try:
-        with part.shard(entry.shard).open("rb") as file:
+        with part.shard(shard).open("rb") as file:
             content = file.read(entry.bytes + 1)
     except OSError as error:
         raise UserError(f"{part.name}: {entry.file} cannot be read ({error.strerror})") from None

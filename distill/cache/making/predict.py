@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.cache.format.folder import Manifest
-from distill.cache.format.records import Record
+from distill.cache.format.records import Documents, Record
 from distill.cache.making.background import BackgroundWriter
 from distill.cache.making.extract import extract
 from distill.models.language_model import LanguageModel, hidden_states
@@ -27,12 +29,13 @@ Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 class ShardBatches:
     """Batch sampler: the samples of the given shards in order; a batch depends on its shard alone."""
 
-    def __init__(self, manifest: Manifest, shards: list[int], batch_size: int) -> None:
+    def __init__(self, manifest: Manifest, shards: list[int], batch_size: Callable[[int], int]) -> None:
+        """`batch_size` tells how many samples of a shard make a batch."""
         self.batches = [
-            list(samples[start : start + batch_size])
+            list(samples[start : start + batch_size(shard)])
             for shard in shards
             for samples in [manifest.shard_range(shard)]
-            for start in range(0, len(samples), batch_size)
+            for start in range(0, len(samples), batch_size(shard))
         ]
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -42,8 +45,14 @@ class ShardBatches:
         return len(self.batches)
 
 
-def shard_loader(samples: Dataset, manifest: Manifest, shards: list[int], batch_size: int) -> DataLoader:
-    """Loader of the samples of unfinished shards. `samples[i]` holds `input_ids`, `position_ids`, `loss_mask`."""
+def shard_loader(
+    samples: Dataset, manifest: Manifest, shards: list[int], batch_size: Callable[[int], int]
+) -> DataLoader:
+    """Return a loader of the samples of unfinished shards.
+
+    `samples[i]` holds `input_ids`, `position_ids`, `loss_mask`, and, where a corpus made it, `document_hash` and
+    `source` of each position.
+    """
     return DataLoader(samples, batch_sampler=ShardBatches(manifest, shards, batch_size))
 
 
@@ -108,7 +117,7 @@ class ShardWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        self._pending.extend(prediction)
+        self._pending += _with_documents(prediction, batch)
         assert self._shard is not None
         if len(self._pending) == len(self.writer.manifest.shard_range(self._shard)):
             self.writer.write(self._shard, self._pending)
@@ -118,3 +127,16 @@ class ShardWriter(BasePredictionWriter):
         size, positions = self.writer.bytes, self.writer.positions
         written = f"{size / positions:.1f} bytes/position" if positions else ""
         self.progress.advance(sum(len(record.input_ids_L) for record in prediction), written=written)
+
+
+def _with_documents(records: list[Record], batch: dict[str, Tensor]) -> list[Record]:
+    """Return a batch's records with the documents that their positions come from, where the batch knows them."""
+    if "document_hash" not in batch:
+        return records
+    hash_BL, source_BL = (batch[name].cpu().numpy() for name in ("document_hash", "source"))
+    made = []
+    for record, hash_L, source_L in zip(records, hash_BL, source_BL, strict=True):
+        starts = record.position_ids_L == 0
+        documents = Documents(hash_L[starts].view(np.uint64), source_L[starts].astype(np.uint32))
+        made.append(replace(record, documents=documents))
+    return made

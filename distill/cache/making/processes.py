@@ -44,7 +44,6 @@ class ShardShares(pl.LightningDataModule):
         samples: `samples[i]` holds `input_ids`, `position_ids`, `loss_mask` of the cache's sample i.
         open_writer: opens the cache; called when the process of rank 0 has done so already.
         shards: those to make, as far as they are missing.
-        batch_size: samples a forward pass.
         progress: told about this process's tokens.
     """
 
@@ -53,13 +52,11 @@ class ShardShares(pl.LightningDataModule):
         samples: Dataset,
         open_writer: Callable[[], CacheWriter],
         shards: range,
-        batch_size: int,
         progress: Progress,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
-        self.samples, self.open_writer, self.shards = samples, open_writer, shards
-        self.batch_size, self.progress = batch_size, progress
+        self.samples, self.open_writer, self.shards, self.progress = samples, open_writer, shards, progress
         self.background = contextlib.ExitStack()
         """Ends when this process's shards are on disk."""
 
@@ -84,7 +81,7 @@ class ShardShares(pl.LightningDataModule):
         self.progress.start(done * manifest.sequence_length)
 
     def predict_dataloader(self) -> DataLoader:
-        return shard_loader(self.samples, self._writer.manifest, self._mine, self.batch_size)
+        return shard_loader(self.samples, self._writer.manifest, self._mine, self._writer.batch_size)
 
     def teardown(self, stage: str) -> None:
         """When all have written what is theirs, the journal is put in order."""

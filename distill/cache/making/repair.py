@@ -6,11 +6,12 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from distill.cache.format import journal, records
+from distill.cache.format import journal, records, version1
 from distill.cache.format.arrays import DamagedRecord
-from distill.cache.format.folder import JOURNAL, JournalEntry, Manifest, read_manifest, shard_file
+from distill.cache.format.folder import JOURNAL, JournalEntry, Manifest, read_manifest
 from distill.cache.format.leftovers import remove_leftovers
 from distill.cache.format.shards import ShardFile, encode
+from distill.cache.format.token_order import load_order
 from distill.cache.reading.verify import shard_problem, side_problems
 from distill.errors import UserError
 from distill.system.files import read_bounded
@@ -24,6 +25,11 @@ def repair(folder: Path) -> list[str]:
     the journal is another cache's: then nothing is touched.
     """
     manifest = read_manifest(folder)
+    if manifest.version == version1.VERSION:
+        raise UserError(
+            f"{folder}: a cache of format version 1 is read, but no longer written: restore what is damaged "
+            "from a copy, repair it with the release that made it, or make the cache anew"
+        )
     with sole_writer(folder):
         lines = journal.scan_journal(folder, manifest)
         if lines.is_foreign:
@@ -39,20 +45,21 @@ def repair(folder: Path) -> list[str]:
 
 def _repair(folder: Path, manifest: Manifest, lines: journal.Journal) -> list[str]:
     said = [f"{JOURNAL}, line {number}: {problem}: dropped" for number, problem in lines.damaged.items()]
-    entries, dropped = dict(lines.entries), []
+    entries, dropped = {**lines.dropped, **lines.entries}, []
     for shard in range(manifest.shards):
-        problem = shard_problem(folder, shard, entries.get(shard))
+        file = manifest.shard_file(shard)
+        problem = shard_problem(folder / file, lines.entries.get(shard))
         if problem is None:
             continue
-        file = shard_file(shard)
-        if shard not in entries and (entry := recover(folder, shard, manifest)):
+        if shard not in lines.entries and (entry := recover(folder, shard, manifest)):
             entries[shard] = entry
             said.append(f"{file}: had no journal line, but is whole: taken back")
             continue
-        entries.pop(shard, None)
+        if shard in lines.entries:  # its line stays, for the batch size
+            entries[shard] = lines.entries[shard].dropped()
         dropped.append(folder / file)
         said.append(f"{file} {problem}: dropped")
-    # The journal first: a file without a line is made anew, a line without a file would be a mistake.
+    # The journal first: a file without a line is made anew, a line without its file would be a mistake.
     journal.rewrite(folder, manifest, entries)
     for path in dropped:
         path.unlink(missing_ok=True)
@@ -61,24 +68,32 @@ def _repair(folder: Path, manifest: Manifest, lines: journal.Journal) -> list[st
 
 
 def recover(folder: Path, shard: int, manifest: Manifest) -> JournalEntry | None:
-    """The journal line of a shard, from the shard itself; None when not every record in it is whole and its own."""
-    path, samples = folder / shard_file(shard), manifest.shard_range(shard)
+    """Return a shard's journal entry, from the shard itself; None when a record in it is not whole or not its own."""
+    file, numbers = manifest.shard_file(shard), manifest.shard_range(shard)
     scheme = manifest.make_scheme()
-    positions = entries = 0
     try:
-        with ShardFile(path, len(samples)) as file:
-            encoded = [file.record(row) for row in range(len(samples))]
-        content = read_bounded(path, path.stat().st_size)
-        for data, sample in zip(encoded, samples, strict=True):
-            record = records.decode(data, manifest.sequence_length, scheme, manifest.record_key(sample))
-            positions += int(record.loss_mask_L.sum())
-            entries += record.entries
-    except (DamagedRecord, OSError):
+        order = load_order(folder, manifest)
+        with ShardFile(folder / file, len(numbers)) as opened:
+            batch_size, encoded = opened.batch_size, [opened.record(row) for row in range(len(numbers))]
+        content = read_bounded(folder / file, (folder / file).stat().st_size)
+        if batch_size is None or content != encode(encoded, batch_size):
+            return None
+        samples = [
+            order.named(records.decode(data, manifest.sequence_length, scheme, manifest.record_key(number)))
+            for data, number in zip(encoded, numbers, strict=True)
+        ]
+    except (DamagedRecord, OSError, UserError):
         return None
-    if content != encode(encoded):
-        return None
-    digest = hashlib.sha256(content).hexdigest()
-    return JournalEntry(shard, shard_file(shard), len(content), digest, len(samples), positions, entries)
+    return JournalEntry(
+        file=file,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        samples=len(samples),
+        positions=int(sum(record.loss_mask_L.sum() for record in samples)),
+        entries=sum(record.entries for record in samples),
+        tokens=records.token_hash(samples),
+        batch_size=batch_size,
+    )
 
 
 def _repair_sides(folder: Path, manifest: Manifest) -> list[str]:

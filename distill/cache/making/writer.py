@@ -20,7 +20,6 @@ from distill.cache.format.folder import (
     read_journal,
     read_manifest,
     seal,
-    shard_file,
 )
 from distill.cache.format.head import HEAD
 from distill.cache.format.leftovers import SHARD_NAME, is_leftover, remove, remove_leftovers
@@ -35,12 +34,15 @@ from distill.system.locks import cannot_write
 class CacheWriter:
     """Adds shards to a cache folder, which it makes or, if it is the same cache, continues.
 
+    `batch_size` says how many samples the teacher reads in a forward pass. A shard that was there before and is to be
+    made again keeps the batch size that it had: another might move a target.
+
     Raises UserError when the folder holds another cache (unless `overwrite`), is not empty, is damaged, or cannot be
     written.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, overwrite: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, manifest: Manifest, overwrite: bool = False, batch_size: int = 1) -> None:
+        self.folder, self._batch_size = folder, batch_size
         try:
             self.manifest = self._open(manifest, overwrite)
         except OSError as error:
@@ -65,7 +67,7 @@ class CacheWriter:
             write_durably(path, manifest.to_json().encode())
         remove_leftovers(self.folder)
         found = read_manifest(self.folder)
-        self._heal_journal(found)
+        self._dropped = self._heal_journal(found)
         return found
 
     def _readable(self) -> bool:
@@ -76,17 +78,30 @@ class CacheWriter:
         return True
 
     def _check_same(self, manifest: Manifest) -> None:
-        different = differences(manifest, read_manifest(self.folder))
+        found = read_manifest(self.folder)
+        different = differences(manifest, found)
+        if found.version != manifest.version and not different:
+            raise UserError(
+                f"cache {self.folder} was begun by an earlier release, in format version {found.version}, which this "
+                "one reads but does not write: finish it with that release, or begin anew with --cache.overwrite true"
+            )
         if different:
             raise UserError(
                 f"cache {self.folder} was made from something else ({'; '.join(different)}): "
                 "point --cache.dir elsewhere, or pass --cache.overwrite true"
             )
 
-    def _heal_journal(self, manifest: Manifest) -> None:
-        """What a kill left undone in the journal: a torn line goes, and so do those whose shard is not there."""
-        entries = read_journal(self.folder, manifest)
-        journal.rewrite(self.folder, manifest, {shard: entry for shard, entry in entries.items() if self._has(entry)})
+    def _heal_journal(self, manifest: Manifest) -> dict[int, JournalEntry]:
+        """Drop what a kill left undone in the journal, a torn line, and entries whose shard is gone; return these."""
+        found = journal.read_whole(self.folder, manifest)
+        there = {shard: entry for shard, entry in found.entries.items() if self._has(entry)}
+        gone = {shard: entry.dropped() for shard, entry in found.entries.items() if shard not in there}
+        journal.rewrite(self.folder, manifest, {**found.dropped, **gone, **there})
+        return {**found.dropped, **gone}
+
+    def batch_size(self, shard: int) -> int:
+        """Return how many samples of a shard the teacher is to read in a forward pass."""
+        return self._dropped[shard].batch_size if shard in self._dropped else self._batch_size
 
     def _has(self, entry: JournalEntry) -> bool:
         path = self.folder / entry.file
@@ -112,16 +127,18 @@ class CacheWriter:
             [
                 records.encode(self.order.ranked(record), self.scheme, self.manifest.record_key(number))
                 for number, record in zip(numbers, samples, strict=True)
-            ]
+            ],
+            self.batch_size(shard),
         )
         entry = JournalEntry(
-            shard=shard,
-            file=shard_file(shard),
+            file=self.manifest.shard_file(shard),
             bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             samples=len(samples),
             positions=int(sum(record.loss_mask_L.sum() for record in samples)),
             entries=sum(record.entries for record in samples),
+            tokens=records.token_hash(samples),
+            batch_size=self.batch_size(shard),
         )
         try:
             write_durably(self.folder / entry.file, content)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from distill.cache.format import records
+from distill.cache.format import records, version1
 from distill.cache.format.arrays import DamagedRecord
-from distill.cache.format.folder import read_journal, read_manifest, shard_file
+from distill.cache.format.folder import read_journal, read_manifest
 from distill.cache.format.part import read_part
 from distill.cache.format.records import Record
 from distill.cache.format.shards import ShardFile
@@ -34,24 +34,27 @@ class CacheReader(Dataset[Record]):
         self.storage = open_storage(location) if isinstance(location, (str, Path)) else location
         self.manifest = read_manifest(self.storage.folder)
         self.scheme = self.manifest.make_scheme()
-        self.start, self.stop = self.manifest.splits[split]
+        self._numbers = self.manifest.split_range(split)
         check_finished(self.storage)
         self.order = load_order(self.storage.folder, self.manifest)
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        sample, manifest = self.start + index, self.manifest
-        shard, row = divmod(sample, manifest.shard_samples)
+        sample, manifest = self._numbers[index], self.manifest
+        shard, row = manifest.place(sample)
         try:
             data, key = self._bytes(shard, row), manifest.record_key(sample)
-            return self.order.named(records.decode(data, manifest.sequence_length, self.scheme, key))
+            has_documents = manifest.version != version1.VERSION
+            return self.order.named(
+                records.decode(data, manifest.sequence_length, self.scheme, key, with_documents=has_documents)
+            )
         except (DamagedRecord, OSError) as error:
             raise UserError(
-                f"cache {self.storage.name}: {shard_file(shard)}, sample {row} cannot be read ({error}): "
+                f"cache {self.storage.name}: {manifest.shard_file(shard)}, sample {row} cannot be read ({error}): "
                 f"run `distill inspect {self.storage.folder} --verify`"
             ) from None
 

@@ -109,5 +109,20 @@ def alternatives(reader: CacheReader, index: int, tokenizer: Any, most: int = 4)
     return lines
 
 
+def document_lines(reader: CacheReader, index: int) -> list[str]:
+    """Return a line for each document of a sample: its first token there, its hash, its source; none if not known."""
+    record = reader[index]
+    if record.documents is None:
+        return []
+    lines, names = [], reader.manifest.sources
+    starts = np.flatnonzero(record.position_ids_L == 0)
+    for start, value, source in zip(starts, record.documents.hashes, record.documents.sources, strict=True):
+        name = names[source] if source < len(names) else f"source {source}"
+        # The sha256 begins with these digits.
+        text = f"document {int(value).to_bytes(8, 'little').hex()} of {name}" if value else "padding"
+        lines.append(f"from token {start}: {text}")
+    return lines
+
+
 def _shown(tokenizer: Any, token: int) -> str:
     return repr(tokenizer.decode([token]))

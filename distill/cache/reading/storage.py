@@ -7,12 +7,13 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import fsspec
 
-from distill.cache.format.folder import JOURNAL, MANIFEST, SHARDS, read_journal, shard_file
+from distill.cache.format.folder import JOURNAL, MANIFEST, SHARDS, Manifest, read_journal, read_manifest
 from distill.errors import UserError
 from distill.system.files import TEMPORARY
 
@@ -49,8 +50,13 @@ class FolderStorage:
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = str(folder), folder
 
+    @cached_property
+    def _manifest(self) -> Manifest:
+        return read_manifest(self.folder)
+
     def shard(self, number: int) -> Path:
-        return self.folder / shard_file(number)
+        """Return the file of a shard."""
+        return self.folder / self._manifest.shard_file(number)
 
 
 class UrlStorage:
@@ -73,7 +79,8 @@ class UrlStorage:
         self._copy_beside_shards(filesystem)
         # 40 bytes a shard are all that is kept of the journal.
         self._hashes, self._sizes = bytearray(), array("Q")
-        for shard, entry in sorted(read_journal(self.folder).items()):
+        self._manifest = read_manifest(self.folder)
+        for shard, entry in sorted(read_journal(self.folder, self._manifest).items()):
             if shard != len(self._sizes):
                 break  # an unfinished cache: who reads it says so
             self._hashes += bytes.fromhex(entry.sha256)
@@ -91,7 +98,7 @@ class UrlStorage:
             os.utime(path)  # used just now
         except FileNotFoundError:
             self._make_room(self._sizes[number])
-            self._download(shard_file(number), path, self._sizes[number], digest)
+            self._download(self._manifest.shard_file(number), path, self._sizes[number], digest)
         return path
 
     def _download(self, file: str, path: Path, size: int, digest: bytearray) -> None:

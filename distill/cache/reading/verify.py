@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.cache.format import journal
+from distill.cache.format import journal, version1
 from distill.cache.format.checks import printable
 from distill.cache.format.folder import (
     JOURNAL,
@@ -18,7 +18,6 @@ from distill.cache.format.folder import (
     JournalEntry,
     Manifest,
     read_manifest,
-    shard_file,
 )
 from distill.cache.format.head import HEAD, load_head
 from distill.cache.format.part import read_part
@@ -29,7 +28,7 @@ from distill.system.files import TEMPORARY, sha256_of
 
 
 @dataclass(frozen=True)
-class Finding:
+class Problem:
     """One thing that is not as it was written."""
 
     file: str
@@ -42,7 +41,7 @@ class Finding:
 class Report:
     """What `verify` found."""
 
-    findings: list[Finding]
+    problems: list[Problem]
     whole: int
     """Shards that are as they were written."""
     bad: int
@@ -55,40 +54,42 @@ def verify(folder: Path) -> Report:
     """Read all of a cache and compare every hash. Raises UserError when its manifest cannot be read."""
     manifest = read_manifest(folder)
     lines = journal.scan_journal(folder, manifest)
-    repair = f"run `distill inspect {folder} --repair`"
-    again = "run `distill cache-teacher` again"
-    findings = list(_journal_findings(lines, repair, again))
+    repair, again = f"run `distill inspect {folder} --repair`", "run `distill cache-teacher` again"
+    if manifest.version == version1.VERSION:
+        repair = again = "restore it from a copy, or make the cache anew (format version 1 is only read)"
+    problems = list(_journal_problems(lines, repair, again))
     expected = shards_of(folder, manifest)
     bad = whole = 0
     for shard in sorted({*expected, *lines.entries}):
-        problem = shard_problem(folder, shard, lines.entries.get(shard))
+        file = manifest.shard_file(shard)
+        problem = shard_problem(folder / file, lines.entries.get(shard))
         if shard not in expected:
-            findings.append(Finding(shard_file(shard), "is not of this part of the cache", "start the part anew"))
+            problems.append(Problem(file, "is not of this part of the cache", "start the part anew"))
         elif problem:
-            findings.append(Finding(shard_file(shard), problem, repair))
+            problems.append(Problem(file, problem, repair))
             bad += 1
         elif shard in lines.entries:
             whole += 1
     to_do = len(expected) - whole - bad
     if to_do:
-        findings.append(Finding(JOURNAL, f"not finished, {to_do} shards to go", f"{again}, it continues"))
+        problems.append(Problem(JOURNAL, f"not finished, {to_do} shards to go", f"{again}, it continues"))
     for name, problem in side_problems(folder, manifest).items():
-        findings.append(Finding(name, problem, f"{repair}, then `distill cache-teacher`"))
+        problems.append(Problem(name, problem, f"{repair}, then `distill cache-teacher`"))
     for name in _strangers(folder, manifest, {*expected, *lines.entries}):
         if name.endswith(TEMPORARY):
-            findings.append(Finding(name, "was left half written", f"{again}, it is removed then"))
+            problems.append(Problem(name, "was left half written", f"{again}, it is removed then"))
         else:
-            findings.append(Finding(name, "is not part of the cache", "move it elsewhere"))
-    return Report(findings, whole, bad, to_do)
+            problems.append(Problem(name, "is not part of the cache", "move it elsewhere"))
+    return Report(problems, whole, bad, to_do)
 
 
-def _journal_findings(lines: journal.Journal, repair: str, again: str) -> Iterator[Finding]:
+def _journal_problems(lines: journal.Journal, repair: str, again: str) -> Iterator[Problem]:
     for number, problem in lines.damaged.items():
-        yield Finding(f"{JOURNAL}, line {number}", problem, repair)
+        yield Problem(f"{JOURNAL}, line {number}", problem, repair)
     if lines.is_torn:
-        yield Finding(JOURNAL, "its last line has no end", f"{again}, it is made anew")
+        yield Problem(JOURNAL, "its last line has no end", f"{again}, it is made anew")
     elif not lines.damaged and not lines.is_sealed:
-        yield Finding(JOURNAL, "its lines are not in the order of the shards", f"{again}, it puts them in order")
+        yield Problem(JOURNAL, "its lines are not in the order of the shards", f"{again}, it puts them in order")
 
 
 def shards_of(folder: Path, manifest: Manifest) -> range:
@@ -97,9 +98,8 @@ def shards_of(folder: Path, manifest: Manifest) -> range:
     return part.shards(manifest.shards) if part else range(manifest.shards)
 
 
-def shard_problem(folder: Path, shard: int, entry: JournalEntry | None) -> str | None:
-    """What is wrong with a shard's file; None: it is what its line says, or neither is there yet."""
-    path = folder / shard_file(shard)
+def shard_problem(path: Path, entry: JournalEntry | None) -> str | None:
+    """Return what is wrong with a shard's file, None where it is what its line says or neither is there yet."""
     if entry is None:
         return "has no journal line" if path.exists() else None
     try:
@@ -135,7 +135,5 @@ def _strangers(folder: Path, manifest: Manifest, shards: set[int]) -> Iterator[s
         if path.name not in known:
             yield printable(path.name)
     for path in sorted((folder / SHARDS).iterdir()) if (folder / SHARDS).is_dir() else []:
-        number = path.name[:18].removesuffix(".safetensors")
-        is_shard = number.isascii() and number.isdecimal() and int(number) in shards
-        if not is_shard or shard_file(int(number)) != f"{SHARDS}/{path.name}":
+        if manifest.shard_of_file(f"{SHARDS}/{path.name}") not in shards:
             yield printable(f"{SHARDS}/{path.name}")

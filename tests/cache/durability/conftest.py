@@ -27,7 +27,7 @@ def records_of(manifest: Manifest, records_of: Any) -> Callable[[Manifest, int],
 
 
 @pytest.fixture
-def packed(manifest: Manifest, records_of: Any) -> list[bytes]:
+def encoded(manifest: Manifest, records_of: Any) -> list[bytes]:
     """The records of all samples as bytes."""
     records = [record for shard in range(manifest.shards) for record in records_of(manifest, shard)]
     scheme = manifest.make_scheme()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from distill.cache.format.folder import Manifest, read_journal, read_manifest, seal, shard_file
+from distill.cache.format.folder import Manifest, read_journal, read_manifest, seal
 from distill.cache.format.records import encode
 from distill.cache.format.shards import ShardFile
 from distill.cache.format.tokenizer_files import save_tokenizer
@@ -64,34 +64,35 @@ def end_at(last: int) -> None:
         setattr(os, name, ending(name))
 
 
-def check_reader(folder: Path, packed: list[bytes], whole: bool) -> None:
+def check_reader(folder: Path, encoded: list[bytes], whole: bool) -> None:
     """A reader gets the message that the cache is not finished, or the data; finished shards are whole."""
     if whole:
         for split in ("held_out", "train"):
             reader = CacheReader(folder, split)
-            for index in range(len(reader)):
-                key = reader.manifest.record_key(reader.start + index)
-                assert encode(reader[index], reader.scheme, key) == packed[reader.start + index]
+            for index, number in enumerate(reader.manifest.split_range(split)):
+                key = reader.manifest.record_key(number)
+                assert encode(reader[index], reader.scheme, key) == encoded[number]
     else:
         with pytest.raises(UserError, match=r"no cache here|is not finished"):
             CacheReader(folder, "train")
-    for shard in read_journal(folder) if (folder / "manifest.json").exists() else ():
-        samples = read_manifest(folder).shard_range(shard)
-        with ShardFile(folder / shard_file(shard), len(samples)) as file:
-            assert [file.record(row) for row in range(len(samples))] == packed[samples.start : samples.stop]
+    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else None
+    for shard in read_journal(folder) if manifest else ():
+        samples = manifest.shard_range(shard)
+        with ShardFile(folder / manifest.shard_file(shard), len(samples)) as file:
+            assert [file.record(row) for row in range(len(samples))] == encoded[samples.start : samples.stop]
 
 
 def test_a_crash_at_any_step_heals_and_no_reader_sees_half_a_shard(
-    tmp_path: Path, finish: Any, undisturbed: Any, manifest: Manifest, packed: list[bytes], contents: Any
+    tmp_path: Path, finish: Any, undisturbed: Any, manifest: Manifest, encoded: list[bytes], contents: Any
 ) -> None:
     folder, seen = tmp_path / "cache", 0
     for _ in crashes(lambda: finish(folder)):
         names = contents(folder) if folder.exists() else {}
         whole = names.get("journal.jsonl", b"").count(b"\n") == manifest.shards
-        check_reader(folder, packed, whole)
+        check_reader(folder, encoded, whole)
         finish(folder)
         assert contents(folder) == undisturbed
-        check_reader(folder, packed, whole=True)
+        check_reader(folder, encoded, whole=True)
         shutil.rmtree(folder)
         seen += 1
     assert seen > 30  # or the crashes were not where the writing is
@@ -157,7 +158,7 @@ def test_everything_is_synced_before_something_relies_on_it(
         for name in ("write", "fsync", "replace"):
             patch.setattr(os, name, logged(name))
         writer.write(1, records)
-    half = "000001.safetensors.tmp"
+    half = "held_out-000001.safetensors.tmp"
     shard = [("write", half), ("fsync", half), ("replace", half), ("fsync", "shards")]
     assert calls == [*shard, ("write", "journal.jsonl"), ("fsync", "journal.jsonl")]
 
@@ -171,7 +172,7 @@ def test_a_journal_line_that_is_cut_anywhere_is_made_again(
     last = journal[:-1].rfind(b"\n") + 1
     for end in [*range(last, len(journal), 40), len(journal) - 1]:
         (folder / "journal.jsonl").write_bytes(journal[:end])
-        with pytest.raises(UserError, match="1 of 3 shards to go"):
+        with pytest.raises(UserError, match="1 of 4 shards to go"):
             CacheReader(folder, "train")
         finish(folder)
         assert contents(folder) == undisturbed

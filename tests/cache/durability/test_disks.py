@@ -61,7 +61,7 @@ def test_other_errors_of_a_disk_say_what_they_are(
     monkeypatch.setattr(files, "_write_all", broken)
     with pytest.raises(UserError, match=os.strerror(code)):
         writer.write(0, records_of(manifest, 0))
-    assert writer.missing() == [0, 1, 2]
+    assert writer.missing() == [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")

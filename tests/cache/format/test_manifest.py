@@ -40,12 +40,12 @@ def rewrite(cache: Path, **changes: Any) -> None:
         {"vocab_size": 2**60},
         {"vocab_size": -1},
         {"splits": {}},
-        {"splits": {"train": [0, 10**18]}},
-        {"splits": {"train": [0, 2**39]}},
-        {"splits": {"train": [5, 2]}},
-        {"splits": {"train": [0]}},
+        {"splits": {"held_out": 0, "train": 10**18}},
+        {"splits": {"held_out": 0, "train": 2**39}},
+        {"splits": {"held_out": -1, "train": 2}},
+        {"splits": {"train": 3}},
         {"splits": [0, 14]},
-        {"splits": {"train": [True, 14]}},
+        {"splits": {"held_out": True, "train": 14}},
         {"scheme": "magic"},
         {"scheme": ["varopt"]},
         {"scheme": "\x1b[2Jvaropt"},
@@ -74,8 +74,8 @@ def test_an_impossible_manifest_is_refused_in_one_line(changes: dict[str, Any], 
 
 
 def test_another_format_version_says_so(cache: Path) -> None:
-    for version in (2, 99, "2", None):
+    for version in (3, 99, "2", None):
         content = json.loads((cache / "manifest.json").read_text())
         (cache / "manifest.json").write_text(json.dumps({**content, "version": version}))
-        with pytest.raises(UserError, match=f"format version {version}, this program reads version 1"):
+        with pytest.raises(UserError, match=f"format version {version}, this program reads versions 1 and 2"):
             CacheReader(cache, "train")

@@ -239,10 +239,10 @@ def test_written_as_ranks_and_read_as_tokens(
     folder: Path, manifest: Manifest, records_of: Callable[[Manifest, int], list[Record]], assert_same: Any
 ) -> None:
     expected = [record for shard in range(manifest.shards) for record in records_of(manifest, shard)]
-    for split, (start, stop) in manifest.splits.items():
+    for split in manifest.splits:
         reader = CacheReader(folder, split)
-        for index in range(stop - start):
-            assert_same(reader[index], expected[start + index])
+        for index, number in enumerate(manifest.split_range(split)):
+            assert_same(reader[index], expected[number])
 
 
 def test_a_rank_beyond_the_vocabulary_is_refused_by_the_reader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def real(world: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The experiment file of a finished cache of 24 samples in three shards."""
+    """The experiment file of a finished cache of 24 samples in three shards of eight."""
     cache = {"max_samples": 16, "threshold": 0.01}
     file: str = world.write(tmp_path_factory.mktemp("real") / "experiment.yaml", cache=cache)
     distill("cache-teacher", file).done()
@@ -53,9 +54,15 @@ def test_a_cache_holds_what_the_corpus_and_the_teacher_say(real: str, assert_sam
     assert len(reader) == 16
     for index, record in enumerate(direct):
         assert reader[index].input_ids_L.tolist() == samples[index]["input_ids"].tolist()
-        assert_same(reader[index], record)
+        assert_same(replace(reader[index], documents=None), record)
+        documents = reader[index].documents
+        assert documents is not None
+        hash_L = documents.hashes.repeat(np.diff([*np.flatnonzero(record.position_ids_L == 0), 48])).view(np.int64)
+        assert hash_L.tolist() == samples[index]["document_hash"].tolist() and not documents.sources.any()
+    assert manifest.sources == ["corpus.jsonl"]
 
-    counts_V = token_counts(samples, 16, manifest.vocab_size)
+    # The order is that of the first training shard, however many there are.
+    counts_V = token_counts(samples, 8, manifest.vocab_size)
     assert (np.diff(counts_V[reader.order.tokens_V]) <= 0).all() and not reader.order.is_by_id
 
 

@@ -126,7 +126,7 @@ def test_a_threshold_is_chosen_kept_and_accepted_by_training(world: Any, distill
     assert "nothing to do" in distill("cache-teacher", file).done().out
     assert "nothing to do" in distill("cache-teacher", file, "--cache.overwrite", "true").done().out
     assert untouched(folder) == before
-    (folder / "shards" / "000002.safetensors").unlink()
+    (folder / "shards" / "train-000001.safetensors").unlink()
     continued = distill("cache-teacher", file).done().out
     assert "continuing" in continued and "takes about" not in continued
     assert read_manifest(folder).scheme_parameters["threshold"] == threshold

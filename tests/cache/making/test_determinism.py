@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from distill.cache.format.part import Part
 from distill.cache.making.parts import claim_part, merge
 from distill.cache.making.predict import TeacherModule
 from distill.cache.making.processes import ShardShares, make_trainer, predict
+from distill.cache.making.repair import repair
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import FolderStorage
@@ -86,8 +88,11 @@ def make_cache(
     scheme = manifest.make_scheme()
     module = TeacherModule(ExactTeacher(**teacher), VOCABULARY, scheme, seed=manifest.seed, chunk_size=7)
     only = range(manifest.shards) if shards is None else shards
-    work = ShardShares(RandomSamples(), lambda: CacheWriter(folder, manifest), only, batch_size, Progress("", 0, ""))
-    predict(trainer, module, work)
+
+    def open_writer() -> CacheWriter:
+        return CacheWriter(folder, manifest, batch_size=batch_size)
+
+    predict(trainer, module, ShardShares(RandomSamples(), open_writer, only, Progress("", 0, "")))
 
 
 @pytest.fixture
@@ -98,17 +103,20 @@ def manifest_of(make_manifest: Callable[..., Manifest]) -> Callable[..., Manifes
 def samples_of(folder: Path) -> list[dict[str, Any]]:
     """All numbers of all samples."""
     return [
-        {**vars(record), "targets": None, **vars(record.targets)}
+        {name: value for name, value in {**vars(record), **vars(record.targets)}.items() if name != "targets"}
         for split in ("held_out", "train")
         for reader in [CacheReader(folder, split)]
         for record in (reader[index] for index in range(len(reader)))
     ]
 
 
+def same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(np.array_equal(one, other))
+
+
 def equal(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     return len(one) == len(other) and all(
-        a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
-        for a, b in zip(one, other, strict=True)
+        a.keys() == b.keys() and all(same(a[key], b[key]) for key in a) for a, b in zip(one, other, strict=True)
     )
 
 
@@ -122,11 +130,55 @@ SCHEMES = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_batch_sizes_make_the_same_bytes(tmp_path: Path, manifest_of: Any, scheme: str, contents: Any) -> None:
+def test_batch_sizes_make_the_same_samples(tmp_path: Path, manifest_of: Any, scheme: str) -> None:
+    """Whole numbers have no rounding. The batch size is written down with each shard."""
     manifest = manifest_of(scheme=scheme, scheme_parameters=SCHEMES[scheme])
+    made = []
     for batch_size in (1, 3, 8):
         make_cache(tmp_path / str(batch_size), manifest, batch_size)
-    assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "8")
+        made.append(samples_of(tmp_path / str(batch_size)))
+        assert {entry.batch_size for entry in read_journal(tmp_path / str(batch_size)).values()} == {batch_size}
+    assert equal(made[0], made[1]) and equal(made[0], made[2])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_shard_that_is_made_again_has_its_batch_size_again(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
+    """Whoever took it away, a repair or a user; shards that were never there get the new one."""
+    manifest, folder = manifest_of(), tmp_path / "cache"
+    make_cache(folder, manifest, 3)
+    before = contents(folder)
+    for number, file in enumerate((manifest.shard_file(1), manifest.shard_file(3))):
+        path = folder / file
+        if number:
+            path.write_bytes(b"damaged")
+            assert f"{file} has changed: dropped" in repair(folder)
+        else:
+            path.unlink()
+        assert not path.exists()
+        make_cache(folder, manifest, 8)
+        assert contents(folder) == before
+    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "journal.jsonl").write_bytes(b"".join(lines[:-1]))
+    (folder / manifest.shard_file(manifest.shards - 1)).unlink()
+    make_cache(folder, manifest, 8)
+    sizes = [entry.batch_size for _, entry in sorted(read_journal(folder).items())]
+    assert sizes == [3] * (manifest.shards - 1) + [8]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_full_shards_of_a_smaller_cache_are_those_of_a_larger_one(tmp_path: Path, make_manifest: Any) -> None:
+    """The number of samples that are asked for changes nothing of what the source determines."""
+    smaller, larger = make_manifest(SAMPLES - 6), make_manifest(SAMPLES)
+    for name, manifest in (("smaller", smaller), ("larger", larger)):
+        make_cache(tmp_path / name, manifest, 3)
+    assert smaller.identity == larger.identity
+    lines = {name: (tmp_path / name / "journal.jsonl").read_bytes().splitlines() for name in ("smaller", "larger")}
+    full = [shard for shard in range(smaller.shards) if smaller.shard_range(shard) == larger.shard_range(shard)]
+    assert len(full) >= 3
+    for shard in full:
+        file = smaller.shard_file(shard)
+        assert (tmp_path / "smaller" / file).read_bytes() == (tmp_path / "larger" / file).read_bytes()
+        assert lines["smaller"][shard] == lines["larger"][shard]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -144,7 +196,7 @@ def test_another_seed_makes_another_cache(tmp_path: Path, manifest_of: Any) -> N
     for seed in (0, 1):
         make_cache(tmp_path / str(seed), manifest_of(seed=seed), batch_size=3)
     zero, one = samples_of(tmp_path / "0"), samples_of(tmp_path / "1")
-    assert not any(np.array_equal(a["ids_T"], b["ids_T"]) for a, b in zip(zero, one, strict=True))
+    assert not any(torch.equal(a["ids_T"], b["ids_T"]) for a, b in zip(zero, one, strict=True))
     assert all(np.array_equal(a["input_ids_L"], b["input_ids_L"]) for a, b in zip(zero, one, strict=True))
 
 
@@ -152,8 +204,8 @@ def test_another_seed_makes_another_cache(tmp_path: Path, manifest_of: Any) -> N
 def test_order_of_work_and_restarts_make_the_same_bytes(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
     manifest = manifest_of()
     make_cache(tmp_path / "straight", manifest, batch_size=3)
-    for shard, batch_size in zip((4, 1, 5, 0, 2, 3), (1, 2, 3, 8, 1, 4), strict=True):
-        make_cache(tmp_path / "jumping", manifest, batch_size, range(shard, shard + 1))
+    for shard in (4, 1, 6, 0, 2, 3, 5):
+        make_cache(tmp_path / "jumping", manifest, 3, range(shard, shard + 1))
     assert contents(tmp_path / "jumping") == contents(tmp_path / "straight")
 
 
@@ -162,10 +214,10 @@ def test_parts_make_the_same_bytes(tmp_path: Path, manifest_of: Any, contents: A
     manifest = manifest_of()
     make_cache(tmp_path / "whole", manifest, batch_size=3)
     parts = [(Part(number, 3), tmp_path / f"part{number}") for number in (1, 2, 3)]
-    for (part, folder), batch_size in zip(parts, (1, 3, 8), strict=True):
+    for part, folder in parts:
         CacheWriter(folder, manifest)
         claim_part(folder, part)
-        make_cache(folder, manifest, batch_size, part.shards(manifest.shards))
+        make_cache(folder, manifest, 3, part.shards(manifest.shards))
     merge([FolderStorage(folder) for _, folder in parts], tmp_path / "joined", lambda _: None)
     assert contents(tmp_path / "joined") == contents(tmp_path / "whole")
 
@@ -196,7 +248,7 @@ print("made", flush=True)
 def start(tmp_path: Path, folder: Path, manifest: Manifest, **options: Any) -> subprocess.Popen[str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    content = json.dumps({"folder": str(folder), "manifest": vars(manifest), **options})
+    content = json.dumps({"folder": str(folder), "manifest": asdict(manifest), **options})
     root = Path(__file__).resolve().parents[3]
     return subprocess.Popen(
         [sys.executable, script, __file__, content],
@@ -222,7 +274,7 @@ def test_processes_make_the_same_bytes(
 ) -> None:
     """One shard for two processes, of which one has nothing to do, and twelve for four."""
     manifest = manifest_of(shard_samples=shard_samples)
-    make_cache(tmp_path / "one", manifest, batch_size=8)
+    make_cache(tmp_path / "one", manifest, batch_size=3)
     process = start(tmp_path, tmp_path / "several", manifest, batch_size=3, devices=devices)
     output = end(process)
     assert process.returncode == 0, output

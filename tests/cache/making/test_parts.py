@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.cache.format.folder import Manifest, shard_file
+from distill.cache.format.folder import Manifest
 from distill.cache.format.part import Part, read_part
 from distill.cache.format.records import Record
 from distill.cache.making.parts import claim_part, merge
@@ -20,6 +20,13 @@ from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import FolderStorage
 from distill.errors import UserError
+
+
+def shard_file(shard: int, held_out: int = 2) -> str:
+    """Return the name of a shard of a cache with so many shards of held-out samples."""
+    split, number = ("held_out", shard) if shard < held_out else ("train", shard - held_out)
+    return f"shards/{split}-{number:06d}.safetensors"
+
 
 RecordsOf = Callable[[Manifest, int], list[Record]]
 MakePart = Callable[..., Path]
@@ -161,13 +168,13 @@ def test_a_changed_shard_is_refused_and_leaves_the_target_unfinished(
     content = path.read_bytes()
     for changed in (content[:-1], content + b"\0", content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]):
         path.write_bytes(changed)
-        with pytest.raises(UserError, match=r"part-2-of-2: shards/000005.safetensors has changed"):
+        with pytest.raises(UserError, match=r"part-2-of-2: shards/train-000003.safetensors has changed"):
             join(parts, tmp_path / "joined")
         assert not (tmp_path / "joined" / shard_file(5)).exists()
         with pytest.raises(UserError, match="not finished"):
             CacheReader(tmp_path / "joined", "train")
     path.unlink()
-    with pytest.raises(UserError, match=r"shards/000005.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"shards/train-000003.safetensors cannot be read"):
         join(parts, tmp_path / "joined")
     path.write_bytes(content)
     join(parts, tmp_path / "joined")

@@ -14,22 +14,24 @@ from distill.cache.making.predict import ShardBatches, shard_loader
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 100])
 def test_batches_stay_in_their_shard(make_manifest: Callable[..., Manifest], batch_size: int) -> None:
     manifest = make_manifest(samples=25, shard_samples=4)
-    batches = list(ShardBatches(manifest, [*range(manifest.shards)], batch_size))
+    batches = list(ShardBatches(manifest, [*range(manifest.shards)], lambda shard: batch_size))
     assert [sample for batch in batches for sample in batch] == [*range(25)]
     assert all(1 <= len(batch) <= batch_size for batch in batches)
-    assert all(len({sample // 4 for sample in batch}) == 1 for batch in batches)
-    assert len(ShardBatches(manifest, [*range(manifest.shards)], batch_size)) == len(batches)
+    assert all(len({manifest.place(sample)[0] for sample in batch}) == 1 for batch in batches)
+    assert len(ShardBatches(manifest, [*range(manifest.shards)], lambda shard: batch_size)) == len(batches)
 
 
 @pytest.mark.parametrize("shards", [[], [3], [6], [1, 4, 6], [2, 3, 4, 5, 6]])
 def test_a_resumed_run_makes_the_same_batches(make_manifest: Callable[..., Manifest], shards: list[int]) -> None:
     """The teacher's sums depend on the shape of a batch: other batches would be other bytes."""
     manifest = make_manifest(samples=25, shard_samples=4)
-    every = list(ShardBatches(manifest, [*range(manifest.shards)], 3))
-    assert list(ShardBatches(manifest, shards, 3)) == [batch for batch in every if batch[0] // 4 in shards]
+    every = list(ShardBatches(manifest, [*range(manifest.shards)], lambda shard: 3))
+    assert list(ShardBatches(manifest, shards, lambda shard: 3)) == [
+        batch for batch in every if manifest.place(batch[0])[0] in shards
+    ]
 
 
 def test_the_loader_loads_these_batches(make_manifest: Callable[..., Manifest]) -> None:
-    loader = shard_loader(range(25), make_manifest(), [1, 6], 3)  # type: ignore[arg-type]
+    loader = shard_loader(range(25), make_manifest(), [0, 6], lambda shard: shard + 3)  # type: ignore[arg-type]
     assert isinstance(loader, DataLoader)
-    assert [batch.tolist() for batch in loader] == [[4, 5, 6], [7], [24]]
+    assert [batch.tolist() for batch in loader] == [[0, 1, 2], [3], [21, 22, 23, 24]]

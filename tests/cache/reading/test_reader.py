@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distill.cache.format.folder import MANIFEST, Manifest, shard_file
+from distill.cache.format.folder import MANIFEST, Manifest
 from distill.cache.format.records import Record
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
+
+
+def shard_file(shard: int, held_out: int = 2) -> str:
+    """Return the name of a shard of a cache with so many shards of held-out samples."""
+    split, number = ("held_out", shard) if shard < held_out else ("train", shard - held_out)
+    return f"shards/{split}-{number:06d}.safetensors"
+
 
 RecordsOf = Callable[[Manifest, int], list[Record]]
 
@@ -158,7 +165,7 @@ def test_a_folder_without_a_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "format version 2, this program reads version 1"),
+        ({"version": 3}, "format version 3, this program reads versions 1 and 2"),
         ({"version": None}, "format version None"),
         ({"format": "webpack"}, "not the manifest of a cache"),
         ({"seed": "zero"}, "manifest.json"),
@@ -201,7 +208,7 @@ def test_a_damaged_shard_is_refused_or_harmless(tmp_path: Path, cache: Path, wri
     """A bit changed anywhere in the file, its header too."""
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
-    path, rows = folder / shard_file(3), range(7, 11)  # samples 12 to 15
+    path, rows = folder / shard_file(3), range(4, 8)  # training samples 4 to 7
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
@@ -217,10 +224,10 @@ def test_a_truncated_or_missing_shard_is_refused(tmp_path: Path, cache: Path, wr
     whole = path.read_bytes()
     for length in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert check_damage(folder, written, range(7, 11)) >= 1
+        assert check_damage(folder, written, range(4, 8)) >= 1
     path.unlink()
-    assert check_damage(folder, written, range(7, 11)) == 4
-    assert check_damage(folder, written, range(0, 7)) == 0
+    assert check_damage(folder, written, range(4, 8)) == 4
+    assert check_damage(folder, written, range(0, 4)) == 0
 
 
 def test_records_in_each_others_place_are_refused(tmp_path: Path, cache: Path) -> None:

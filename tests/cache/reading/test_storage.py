@@ -12,12 +12,18 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from distill.cache.format.folder import Manifest, shard_file
+from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Record
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import UrlStorage, is_url, open_storage
 from distill.errors import UserError
+
+
+def shard_file(shard: int, held_out: int = 2) -> str:
+    """Return the name of a shard of a cache with so many shards of held-out samples."""
+    split, number = ("held_out", shard) if shard < held_out else ("train", shard - held_out)
+    return f"shards/{split}-{number:06d}.safetensors"
 
 
 @pytest.fixture
@@ -75,11 +81,11 @@ def test_only_the_shards_in_use_are_copied_and_only_once(url: str, copies: Path)
     reader = CacheReader(url, "train")
     assert shards_in(copies) == []
     reader[0]
-    assert shards_in(copies) == ["000001"]
-    copy = next(copies.rglob("shards/000001*"))
+    assert shards_in(copies) == ["000002"]
+    copy = next(copies.rglob("shards/000002*"))
     inode = copy.stat().st_ino
     CacheReader(url, "train")[1]  # in a later run too
-    assert shards_in(copies) == ["000001"] and copy.stat().st_ino == inode
+    assert shards_in(copies) == ["000002"] and copy.stat().st_ino == inode
 
 
 def test_a_folder_is_used_in_place(folder: Path, copies: Path) -> None:
@@ -90,7 +96,7 @@ def test_a_folder_is_used_in_place(folder: Path, copies: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "longer", "flipped", "missing"])
 def test_a_copy_that_is_not_what_the_journal_says_is_not_used(url: str, copies: Path, damage: str) -> None:
     filesystem, root = fsspec.core.url_to_fs(url)
-    path = f"{root}/{shard_file(2)}"
+    path = f"{root}/{shard_file(3)}"
     content = filesystem.cat_file(path)
     changed = {"cut": content[:-1], "longer": content + b"\0", "flipped": content[:-1] + bytes([content[-1] ^ 1])}
     if damage == "missing":
@@ -99,22 +105,22 @@ def test_a_copy_that_is_not_what_the_journal_says_is_not_used(url: str, copies: 
         filesystem.pipe_file(path, changed[damage])
     reader = CacheReader(url, "train")
     reader[0]
-    message = "000002.safetensors: is missing" if damage == "missing" else "000002.safetensors is not what its journal"
+    message = "train-000001.safetensors" + (": is missing" if damage == "missing" else " is not what its journal")
     with pytest.raises(UserError, match=message):
-        reader[3]
-    assert shards_in(copies) == ["000001"]
+        reader[4]
+    assert shards_in(copies) == ["000002"]
     filesystem.pipe_file(path, content)
-    reader[3]
+    reader[4]
 
 
 def test_copies_used_longest_ago_make_room(url: str, folder: Path, copies: Path) -> None:
     largest = max(path.stat().st_size for path in (folder / "shards").iterdir())
     reader = CacheReader(UrlStorage(url, local_copy_bytes=3 * largest), "train")
-    for index in (0, 3, 7, 1):  # shards 1, 2, 3, and 1 again
+    for index in (0, 4, 8, 1):  # shards 2, 3, 4, and 2 again
         reader[index]
-    assert shards_in(copies) == ["000001", "000002", "000003"]
-    reader[11]  # shard 4
-    assert shards_in(copies) == ["000001", "000003", "000004"]
+    assert shards_in(copies) == ["000002", "000003", "000004"]
+    reader[12]  # shard 5
+    assert shards_in(copies) == ["000002", "000004", "000005"]
 
 
 def test_room_for_less_than_one_shard_still_reads(url: str, folder: Path, copies: Path) -> None:

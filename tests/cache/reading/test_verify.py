@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from distill.cache.format.folder import Manifest, read_journal, shard_file
+from distill.cache.format.folder import Manifest, read_journal
 from distill.cache.format.head import HEAD, load_head, save_head
 from distill.cache.format.tokenizer_files import checked_tokenizer, save_tokenizer
 from distill.cache.making.repair import repair
@@ -25,6 +25,13 @@ from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.verify import verify
 from distill.errors import UserError
 from distill.models.language_model import Head
+
+
+def shard_file(shard: int, held_out: int = 2) -> str:
+    """Return the name of a shard of a cache with so many shards of held-out samples."""
+    split, number = ("held_out", shard) if shard < held_out else ("train", shard - held_out)
+    return f"shards/{split}-{number:06d}.safetensors"
+
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -53,7 +60,7 @@ def cache(tmp_path: Path, finish: Any) -> Path:
 
 
 def found(folder: Path) -> dict[str, str]:
-    return {finding.file: finding.problem for finding in verify(folder).findings}
+    return {problem.file: problem.problem for problem in verify(folder).problems}
 
 
 def flip(path: Path, place: int = -1, bit: int = 0) -> None:
@@ -62,10 +69,10 @@ def flip(path: Path, place: int = -1, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_cache_has_no_findings_and_nothing_to_repair(cache: Path, contents: Any) -> None:
+def test_a_whole_cache_has_no_problems_and_nothing_to_repair(cache: Path, contents: Any) -> None:
     before = contents(cache)
     report = verify(cache)
-    assert (report.findings, report.whole, report.bad, report.to_do) == ([], 4, 0, 0)
+    assert (report.problems, report.whole, report.bad, report.to_do) == ([], 5, 0, 0)
     assert repair(cache) == [] and contents(cache) == before
 
 
@@ -84,7 +91,7 @@ def test_each_finding_names_file_and_remedy(cache: Path) -> None:
         "shards/000002.safetensors.tmp": "was left half written",
         "tokenizer/tokenizer.json": "has changed",
     }
-    remedies = {finding.file: finding.remedy for finding in verify(cache).findings}
+    remedies = {problem.file: problem.remedy for problem in verify(cache).problems}
     assert "--repair" in remedies[shard_file(1)] and "move" in remedies["notes"]
 
 
@@ -94,8 +101,8 @@ def test_an_unfinished_cache_is_not_whole(tmp_path: Path, make_manifest: Any, re
     save_tokenizer(tmp_path, tokenizer)
     writer.write(0, records_of(manifest, 0))
     report = verify(tmp_path)
-    assert (report.whole, report.bad, report.to_do) == (1, 0, 3)
-    assert found(tmp_path) == {"journal.jsonl": "not finished, 3 shards to go"}
+    assert (report.whole, report.bad, report.to_do) == (1, 0, 4)
+    assert found(tmp_path) == {"journal.jsonl": "not finished, 4 shards to go"}
 
 
 @pytest.mark.parametrize("how", ["changed", "cut", "missing", "line", "lines", "no journal"])
@@ -176,10 +183,10 @@ def test_an_exchanged_manifest_is_found_and_costs_no_shard(
 def test_shards_of_another_cache_or_in_another_place_are_not_read(cache: Path, finish: Any, tmp_path: Path) -> None:
     """Not even where the reader does not compare a shard's hash: each record knows whose it is."""
     finish(tmp_path / "other", seed=1)
-    for source in (tmp_path / "other" / shard_file(1), cache / shard_file(0)):
-        shutil.copy(source, cache / shard_file(1))
-        assert found(cache) == {shard_file(1): "has changed"}
-        reader = CacheReader(cache, "held_out")
+    for source in (tmp_path / "other" / shard_file(3), cache / shard_file(2)):
+        shutil.copy(source, cache / shard_file(3))
+        assert found(cache) == {shard_file(3): "has changed"}
+        reader = CacheReader(cache, "train")
         assert len(reader[0].input_ids_L)
         with pytest.raises(UserError, match="checksum"):
             reader[4]
@@ -248,20 +255,20 @@ def test_what_is_no_plain_file_is_refused_and_does_not_hang(cache: Path) -> None
             (cache / name).unlink()
             put(cache / name)
             with contextlib.suppress(UserError):
-                assert verify(cache).findings
+                assert verify(cache).problems
             touch = checked_tokenizer if "tokenizer" in name else lambda folder: CacheReader(folder, "held_out")[0]
             with pytest.raises(UserError):
                 touch(cache)
             (cache / name).rmdir() if (cache / name).is_dir() else (cache / name).unlink()
             (cache / name).write_bytes(content)
-    assert verify(cache).findings == []
+    assert verify(cache).problems == []
 
 
 def test_a_link_to_the_same_content_is_good(cache: Path, tmp_path: Path) -> None:
     """Downloads from a hub are folders of links."""
     shutil.move(cache / shard_file(0), tmp_path / "blob")
     (cache / shard_file(0)).symlink_to(tmp_path / "blob")
-    assert verify(cache).findings == []
+    assert verify(cache).problems == []
 
 
 # The head of a cache of hidden states.
@@ -289,7 +296,7 @@ def test_the_head_is_the_same_bytes_each_time_and_no_bit_of_it_can_change(tmp_pa
 
 
 def test_the_command_verifies_and_repairs(cache: Path, distill: Any) -> None:
-    assert "4 shards whole, 0 not" in distill("inspect", cache, "--verify").done().out
+    assert "5 shards whole, 0 not" in distill("inspect", cache, "--verify").done().out
     assert "nothing to repair" in distill("inspect", cache, "--repair").done().out
     flip(cache / shard_file(2))
     outcome = distill("inspect", cache, "--verify")
