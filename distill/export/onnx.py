@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class OnnxFormat:
     """The class of a student that is no built-in."""
 
     def __post_init__(self) -> None:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime reads it once, when it is imported
         for library in _LIBRARIES:
             try:
                 importlib.import_module(library)
@@ -60,6 +62,7 @@ class OnnxFormat:
         with quiet(prints=True):  # the exporter tells of every step, and of libraries that it can do without
             forward = _HuggingFaceForward(model) if isinstance(model, HuggingFaceLanguageModel) else _Forward(model)
             program = _translated(_traced(forward, model.head.weight_VD.shape[0], _sizes(source), str(source)))
+            _forget_the_way(program.model)
             program.save(str(folder / FILE), external_data=size > ONE_FILE)
         save_tokenizer(load_folder_tokenizer(source), folder)
         for name in ("config.json", "generation_config.json"):
@@ -151,6 +154,22 @@ def _traced(forward: torch.nn.Module, vocabulary: int, sizes: list[tuple[int, in
     except Exception as error:  # the tracer runs the model's code, which may raise anything
         reason = first_line(error).partition(" For more information")[0]
         raise UserError(f"{name}: torch.export cannot trace this model for ONNX: {reason}") from error
+
+
+def _forget_the_way(model: Any) -> None:
+    """Remove the exporter's notes: for each node the Python lines it came from, with the paths of this machine."""
+    for part in (model, model.graph, *model.functions.values()):
+        part.doc_string = None
+        part.metadata_props.clear()
+    for graph in (model.graph, *model.functions.values()):
+        values = [*graph.inputs, *getattr(graph, "initializers", {}).values()]
+        for node in graph.all_nodes():
+            node.doc_string = None
+            node.metadata_props.clear()
+            values += node.outputs
+        for value in values:
+            value.doc_string = None
+            value.metadata_props.clear()
 
 
 def _translated(program: Any) -> Any:

@@ -12,7 +12,7 @@ from distill.errors import UserError
 from distill.report.curves import Curves, read_curves
 from distill.report.schema import COST_LINE, EVALUATION, FORECAST, checked
 from distill.system import ledger
-from distill.system.files import read_bounded
+from distill.system.files import names_only, read_bounded
 
 LIMIT = 256 << 20
 """Largest size in bytes of a file that could be ours."""
@@ -38,6 +38,8 @@ class RunFacts:
         if not run.is_dir():
             raise UserError(f"{run}: no such folder: give the run_dir of an experiment")
         evaluation = _read_object(run / "evaluation.json", EVALUATION)
+        if "experiment" in evaluation:  # for others to read: a path says more about a machine than about a run
+            evaluation["experiment"] = names_only(evaluation["experiment"])
         facts = cls(
             run,
             evaluation,

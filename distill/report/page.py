@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from distill.report.facts import LIMIT, RunFacts
 from distill.report.markdown import model_card
 from distill.report.metrics import model_name
 from distill.report.verdict import verdict
-from distill.system.files import names_only, read_bounded, write_durably
+from distill.system.files import read_bounded, write_durably
 from distill.system.progress import say
 
 GENERATOR = f"distill {__version__}"
@@ -38,7 +37,7 @@ def write_report(run: Path) -> tuple[Path, Path]:
     if _is_changed(markdown):
         say(f"report: {markdown} was changed by hand and is kept; remove it to have it written anew")
     else:
-        card = model_card(run_page(_of_no_machine(facts)), facts, GENERATOR).encode("utf-8", "replace")
+        card = model_card(page, facts, GENERATOR).encode("utf-8", "replace")
         write_durably(markdown, card + _seal(card))
     return html, markdown
 
@@ -58,14 +57,6 @@ def _is_changed(markdown: Path) -> bool:
         raise UserError(f"{markdown}: cannot be read ({error.strerror}): remove it to have it written anew") from None
     above = content[: -len(_seal(b""))]
     return content != above + _seal(above)
-
-
-def _of_no_machine(facts: RunFacts) -> RunFacts:
-    """Return the facts for others to read: paths in the experiment are cut to the names at their ends."""
-    experiment = names_only(facts.section("experiment"))
-    return dataclasses.replace(
-        facts, evaluation={**facts.evaluation, **({"experiment": experiment} if experiment else {})}
-    )
 
 
 def run_page(facts: RunFacts) -> Page:

@@ -72,6 +72,7 @@ def quiet_command() -> None:
     """Silence the libraries for a whole command: their progress and warnings would bury ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|bitsandbytes)\b.*")
     quiet_for_good(
         "lightning.pytorch.utilities.rank_zero",

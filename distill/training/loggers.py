@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from distill.errors import UserError
-from distill.system.files import make_folder
+from distill.system.files import make_folder, names_only
 from distill.system.processes import is_first_process
 
 PROJECT = "distill"
@@ -31,7 +31,7 @@ def make_loggers(names: Iterable[str], folder: Path, run_name: str, settings: di
         names: of tensorboard, csv, wandb, mlflow, trackio.
         folder: folder of the files.
         run_name: the services' name for this training.
-        settings: settings of the experiment, nested; noted as hyperparameters.
+        settings: settings of the experiment, nested; noted as hyperparameters, paths by their last parts.
 
     Raises UserError if one is not installed or cannot begin.
     """
@@ -40,7 +40,7 @@ def make_loggers(names: Iterable[str], folder: Path, run_name: str, settings: di
     names = sorted(dict.fromkeys(names), key=lambda name: name != "csv")  # csv first, or it warns of others' files
     check_installed(names)
     make_folder(folder)
-    return [_begun(name, folder, run_name, settings) for name in names]
+    return [_begun(name, folder, run_name, names_only(settings)) for name in names]
 
 
 def check_installed(names: Iterable[str]) -> None:

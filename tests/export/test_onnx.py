@@ -60,6 +60,8 @@ def test_logits_equal_ours_at_sizes_that_were_not_traced(
     padded = answers(folder, [ids[:9], ids[:4] + [0] * 5])
     torch.testing.assert_close(padded[1, :4], our_logits(model, [ids[:4]])[0], rtol=0, atol=1e-3)
     assert (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file()
+    content = (folder / "model.onnx").read_bytes()
+    assert not [word for word in (b".py", b"stack_trace", torch.__path__[0].encode()) if word in content]
 
 
 def test_a_student_of_ones_own_and_another_one(compact: Path, custom_student: Any, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from distill.recipes.evaluate.results import Results
 from distill.report.page import write_report
 from distill.report.terminal import print_tables
 from distill.system import interrupt, ledger
-from distill.system.files import sole_writer
+from distill.system.files import names_only, sole_writer
 from distill.system.progress import say
 
 
@@ -51,7 +51,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
                 _measure(subject, results)
     result = results.view()
     asked = replace(experiment, train=replace(experiment.train, resume=False))  # resuming changes no result
-    result |= {**_derived(result), "experiment": asdict(asked)}
+    result |= {**_derived(result), "experiment": names_only(asdict(asked))}
     is_new = results.write(result)
     print_tables(result)
     if is_new or not folders.report.exists():
