@@ -34,7 +34,7 @@ class EpochPermutation(Sampler[int]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        assert seen % (batch_size * world) == 0, "an epoch is left between two micro-batches"
+        assert seen % (batch_size * world) == 0, "an epoch is left between two steps"
         self.size, self.seed, self.epoch = size, seed, first_epoch
         self.first_epoch, self.seen = first_epoch, seen
         self.batch_size, self.rank, self.world = batch_size, rank, world

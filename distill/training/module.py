@@ -1,4 +1,4 @@
-"""The student under Lightning: one batch is one optimiser step, made in as many passes as the memory allows.
+"""One optimiser step of a student under Lightning: count, passes, sum over devices, guard, clip, update.
 
 Shapes: B batch, L sequence length, N positions with loss, D hidden size.
 """

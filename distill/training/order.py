@@ -1,10 +1,10 @@
 """The order of an epoch without a table: a keyed permutation computed place by place, and each process's share of it.
 
-With `world` processes and micro-batches of `batch_size` samples, the epoch's places 0 … size - 1 are cut into rounds of
-world * batch_size. In a round every process takes its own batch_size places. The places left at the end are dealt out
-one by one, so that every sample is seen once and every process has equally many micro-batches. A process that gets none
-of the last places is given the sentinel NOTHING: a micro-batch that counts no position. (Torch's DistributedSampler
-would see some samples twice there.)
+With `world` processes and batches of `batch_size` samples, the epoch's places 0 … size - 1 are cut into steps of
+world * batch_size. In a step every process takes its own batch_size places. The places left at the end are dealt out
+one by one, so that every sample is seen once and every process has equally many batches. A process that gets none
+of the last places is given the sentinel NOTHING: a batch that counts no position. (Torch's DistributedSampler would
+see some samples twice there.)
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def batches_of(size: int, batch_size: int, world: int) -> int:
-    """Return the number of micro-batches of each process in an epoch."""
+    """Return the number of batches of each process in an epoch."""
     return -(-size // (batch_size * world))
 
 
 def share(size: int, batch_size: int, rank: int, world: int, seen: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Yield the places of each micro-batch of process `rank`, after the first `seen` (whole rounds), or NOTHING."""
+    """Yield the places of each batch of process `rank`, after the first `seen` (whole steps), or NOTHING."""
     for start in range(seen, size, batch_size * world):
         left = size - start
         if left >= batch_size * world:
