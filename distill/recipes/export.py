@@ -13,7 +13,7 @@ from distill.export.card import write_card
 from distill.export.format import find_format
 from distill.system.progress import say
 from distill.system.staging import new_folder
-from distill.system.units import size
+from distill.system.units import duration, size
 
 
 def main(run: str, to: str, format: str, type: str | None, with_code: bool, class_path: str | None = None) -> int:
@@ -34,5 +34,5 @@ def main(run: str, to: str, format: str, type: str | None, with_code: bool, clas
     except (OSError, SafetensorError) as error:
         raise UserError(f"{to}: cannot be written: {error}") from None
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    say(f"export: {folder} is complete, {size(written)}, in {time.monotonic() - began:,.1f} s")
+    say(f"export: {folder} is complete, {size(written)}, in {duration(time.monotonic() - began)}")
     return 0

@@ -7,6 +7,8 @@ import sys
 import time
 from types import TracebackType
 
+from distill.system.units import duration
+
 LINE_SECONDS = 15.0
 """Seconds between two log lines if there is no terminal."""
 
@@ -99,11 +101,11 @@ class Progress:
     def _line(self) -> None:
         self._last_line = time.monotonic()
         rate = self.rate()
-        left = f"{(self.total - self.done) / rate:,.0f}" if rate else "?"
+        left = duration((self.total - self.done) / rate) if rate else "?"
         share = 100 * self.done // max(self.total, 1)
         say(
             f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share} %), "
-            f"{_shown(rate)} {self.unit}/s, {left} s left  {self._values}".rstrip()
+            f"{_shown(rate)} {self.unit}/s, {left} left  {self._values}".rstrip()
         )
 
 

@@ -47,7 +47,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(clock: Clock, capsys: p
             bar.advance(2, loss="1.5")
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 10
-        assert lines[0] == "train: 20 of 1,000 steps (2 %), 1.33 steps/s, 735 s left  loss 1.5"
+        assert lines[0] == "train: 20 of 1,000 steps (2 %), 1.33 steps/s, 12 min 15 s left  loss 1.5"
     assert len(capsys.readouterr().out.splitlines()) == 1  # how it ended
 
 
@@ -57,7 +57,7 @@ def test_work_that_is_quick_leaves_one_line_and_none_leaves_none(
     with Progress("cache", total=4, unit="tokens") as bar:
         clock.now += 0.5
         bar.advance(4)
-    assert capsys.readouterr().out == "cache: 4 of 4 tokens (100 %), 8.00 tokens/s, 0 s left\n"
+    assert capsys.readouterr().out == "cache: 4 of 4 tokens (100 %), 8.00 tokens/s, 0.0 s left\n"
     with Progress("cache", total=4, unit="tokens", done=4):
         pass
     assert capsys.readouterr().out == ""
@@ -79,7 +79,7 @@ def test_before_the_first_unit_the_remaining_time_is_unknown(clock: Clock, capsy
     with Progress("train", total=10, unit="steps") as bar:
         clock.now += LINE_SECONDS
         bar.advance(0)
-        assert capsys.readouterr().out == "train: 0 of 10 steps (0 %), 0.00 steps/s, ? s left\n"
+        assert capsys.readouterr().out == "train: 0 of 10 steps (0 %), 0.00 steps/s, ? left\n"
 
 
 def test_in_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
