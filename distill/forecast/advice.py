@@ -1,4 +1,4 @@
-"""What makes an experiment fit: its levers of memory, tried from the cheapest to the dearest."""
+"""Advice that makes an experiment fit: its levers of memory, tried from the cheapest to the dearest."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Keys = dict[str, Any]
 """Changed keys of the experiment file and their new values, such as `{"train.batch_size": 2}`."""
 
 Lever = Callable[[Experiment], list[Keys]]
-"""The changes that it can make to an experiment, from the weakest to the strongest; none: it is pulled already."""
+"""Function that returns the changes it can make, from the weakest to the strongest; none if it is pulled already."""
 
 SHORTEST, SMALLEST_CHUNK = 256, 64
 
 
 class Forecasts(Protocol):
-    """What `distill.forecast.forecast.Forecaster` offers."""
+    """Interface of `distill.forecast.forecast.Forecaster`."""
 
     card: Card
     limit_bytes: int
@@ -39,10 +39,10 @@ class Step:
     """One change, made after those before it."""
 
     phase: Phase
-    """For whose sake."""
+    """Phase that needed the change."""
     keys: Keys
     needed_bytes: int
-    """Of the device, in that phase, from then on."""
+    """Bytes of the device in that phase, from this change on."""
     time_factor: float
     """Time for each token in that phase, of what it was before this change."""
 
@@ -62,7 +62,7 @@ class Advice:
 
 
 def advise(forecaster: Forecasts, experiment: Experiment, phases: tuple[Phase, ...]) -> Advice:
-    """What makes all `phases` fit, or the strongest of all levers when nothing does.
+    """Return the changes that make all `phases` fit, or the strongest of all levers if none suffice.
 
     Levers are pulled from the cheapest to the dearest, each to its end, until a phase fits; then each is let go as far
     as it still fits, the dearest first.
@@ -89,7 +89,7 @@ class _Pulled:
 
     phase: Phase
     settings: list[Keys]
-    """From none to the strongest."""
+    """Changes from none to the strongest."""
     at: int
 
     @property
@@ -106,7 +106,7 @@ class _Search:
         self.pulled: list[_Pulled] = []
 
     def changed(self, count: int | None = None) -> Experiment:
-        """The experiment after the first `count` levers, by default all."""
+        """Return the experiment after the first `count` levers, by default all."""
         experiment = self.experiment
         for pulled in self.pulled[:count]:
             experiment = apply(experiment, pulled.keys)
@@ -116,7 +116,7 @@ class _Search:
         return self.forecaster.needed_bytes(self.changed(count), phase)
 
     def pull(self, phase: Phase, lever: Lever) -> None:
-        """To its end, if that helps; what does not fit this student or teacher does not."""
+        """Pull a lever to its end, if that helps. One that does not suit this student or teacher does not."""
         before, settings = self.needed(phase), lever(self.changed())
         if not settings:
             return
@@ -129,7 +129,7 @@ class _Search:
             self.pulled.pop()
 
     def let_go(self, pulled: _Pulled) -> None:
-        """To the weakest setting with which all phases still fit."""
+        """Go back to the weakest setting with which all phases still fit."""
         settings = range(pulled.at + 1)
         pulled.at = bisect_left(settings, True, key=lambda at: self._fits(pulled, at))
 
@@ -150,7 +150,7 @@ class _Search:
 
 
 def _seconds(forecaster: Forecasts, experiment: Experiment, phase: Phase) -> float:
-    """For each token."""
+    """Return the seconds a token takes."""
     pieces: list[Piece] = forecaster.simulator.pieces(experiment, phase, [])
     train = experiment.train
     samples = {
@@ -162,7 +162,7 @@ def _seconds(forecaster: Forecasts, experiment: Experiment, phase: Phase) -> flo
 
 
 def apply(experiment: Experiment, keys: Keys) -> Experiment:
-    """The experiment with other values of some keys, of any section and of a section's free options."""
+    """Return the experiment with other values of some keys, of any section and of a section's free options."""
     for key, value in keys.items():
         section, name, *option = key.split(".")
         own = getattr(experiment, section)
@@ -173,13 +173,13 @@ def apply(experiment: Experiment, keys: Keys) -> Experiment:
 
 
 def as_options(keys: Keys) -> str:
-    """As they are given on the command line."""
+    """Return the changes as the command line takes them."""
     values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in keys.items()}
     return " ".join(f"--{key} {value}" for key, value in values.items())
 
 
 def _halves(value: int, least: int = 1) -> list[int]:
-    """Half of it, rounded down, and so on; none below `least`."""
+    """Return half of it, rounded down, half of that, and so on; none below `least`."""
     found = []
     while value // 2 >= least:
         value //= 2
@@ -188,7 +188,7 @@ def _halves(value: int, least: int = 1) -> list[int]:
 
 
 def _micro_batch(experiment: Experiment) -> list[Keys]:
-    """Smaller passes, as many more of them: the same optimiser step."""
+    """Make smaller passes, and as many more of them: the same optimiser step."""
     train = experiment.train
     if train.step_in_backward:  # which updates after one pass
         return []
@@ -241,7 +241,7 @@ def _halved(key: str, least: int = 1) -> Lever:
 
 
 def _levers(card: Card) -> dict[Phase, list[Lever]]:
-    """Of a phase, from the cheapest to the dearest."""
+    """Return each phase's levers, from the cheapest to the dearest."""
     loss_chunk = _halved("loss.chunk_size", SMALLEST_CHUNK)
     length = _halved("corpus.sequence_length", SHORTEST)
     has_bf16 = card.has_bf16 or not card.is_cuda

@@ -1,4 +1,4 @@
-"""Whether an experiment fits a card, how long it takes and what it leaves on disk, before any weight is loaded."""
+"""Forecast of an experiment on a card: memory, time and disk, before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes
 from distill.system.units import size
 
 CONTEXT_BYTES = int(0.6 * GIB)
-"""What a process takes of a card beside torch's allocator: the CUDA context and the loaded kernels of torch, cuBLAS and
-bitsandbytes, 0.3 to 0.6 GiB depending on card and driver (`nvidia-smi` less `torch.cuda.memory_reserved`)."""
+"""Memory of a card that a process takes beside torch's allocator: the CUDA context and the kernels of torch, cuBLAS
+and bitsandbytes, 0.3 to 0.6 GiB depending on card and driver (`nvidia-smi` less `torch.cuda.memory_reserved`)."""
 DRIVER_BYTES = int(0.25 * GIB)
-"""What a driver keeps of the memory that is printed on the box: a 12 GiB card offers 11.75 GiB. A card of this machine
+"""Memory that a driver keeps of what is printed on the box: a 12 GiB card offers 11.75 GiB. A card of this machine
 says itself what it has."""
 MARGIN_BYTES = int(0.7e9)
 """Less to spare than that is said."""
@@ -29,58 +29,58 @@ up), and freed pieces do not always suit what comes next. Five per cent is usual
 LIBRARIES_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.9 * GIB)}
 """Resident memory of a process that has imported everything, and on CUDA has begun to use it."""
 WORKER_BYTES = int(0.4 * GIB)
-"""Of a process that reads the cache (`train.num_workers`)."""
+"""Host memory of a process that reads the cache (`train.num_workers`)."""
 LARGEST_TENSORS_BYTES = 2 * GIB
 """Host memory while a checkpoint is read tensor by tensor to a device: the largest tensor, twice, is below that."""
 
 
 @dataclass(frozen=True)
 class PhaseForecast:
-    """What one phase takes."""
+    """Needs of one phase."""
 
     phase: Phase
     peak_bytes: int
     """Largest number of bytes in use on the device at one time."""
     parts: dict[str, int]
-    """What the peak is made of; they sum to it."""
+    """Bytes at the peak by their kind; they sum to it."""
     context_bytes: int
     """Driver, CUDA context and libraries on the device."""
     fragmentation_bytes: int
     host_bytes: int
     """Host memory, roughly. On a CPU it is `needed_bytes`."""
     seconds: float | None
-    """None: the amount of text is not known."""
+    """Seconds of the whole phase. None means that the amount of text is not known."""
     seconds_each: float
-    """Of a batch, or of an optimiser step."""
+    """Seconds of a batch, or of an optimiser step."""
     count: int | None
     """Batches, or optimiser steps of all trainings."""
 
     @property
     def needed_bytes(self) -> int:
-        """Of the device, all in all."""
+        """Bytes of the device, all in all."""
         return self.peak_bytes + self.context_bytes + self.fragmentation_bytes
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an experiment takes on a card."""
+    """Needs of an experiment on a card."""
 
     card: Card
     limit_bytes: int
     """Device memory that may be used."""
     phases: dict[Phase, PhaseForecast]
-    """Those that could be simulated."""
+    """Phases that could be simulated."""
     failures: list[str]
-    """Why the others could not."""
+    """Reasons why the others could not."""
     disk: dict[str, int | None]
     """Bytes of `cache`, `checkpoints` and `student`; None: the amount of text is not known."""
     free_disk_bytes: int
-    """Where the run's folder is, or will be."""
+    """Free bytes on the disk of the run's folder."""
     notes: list[str] = field(default_factory=list)
-    """What was assumed."""
+    """Assumptions that were made."""
 
     def spare_bytes(self, phase: Phase) -> int:
-        """What is left on the device at the phase's peak; below 0: it does not fit."""
+        """Return the bytes left on the device at the phase's peak; below 0 it does not fit."""
         return self.limit_bytes - self.phases[phase].needed_bytes
 
     @property
@@ -98,7 +98,9 @@ class Forecaster:
         process_bytes: int = 0,
         simulator: Simulator | None = None,
     ) -> None:
-        """`limit_bytes`: use no more of the card's memory; default: all of it.
+        """Set the limits.
+
+        `limit_bytes`: use no more of the card's memory; default: all of it.
 
         `process_bytes`: what the process that the phases will run in holds already, on the host.
         `simulator`: one that knows some of the phases already.
@@ -109,7 +111,7 @@ class Forecaster:
         self.process_bytes = max(process_bytes, LIBRARIES_BYTES[kind]) if kind == "cpu" else LIBRARIES_BYTES[kind]
 
     def forecast(self, experiment: Experiment, phases: tuple[Phase, ...] = PHASES) -> Forecast:
-        """The forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
+        """Return the forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
         notes: list[str] = []
         failures: list[str] = []
         found: dict[Phase, list[Piece]] = {}
@@ -138,7 +140,7 @@ class Forecaster:
         return Forecast(self.card, self.limit_bytes, made, failures, disk, free, notes)
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
-        """Device memory that a phase needs."""
+        """Return the device memory that a phase needs."""
         peak = max(piece.simulation.peak_bytes for piece in self.simulator.pieces(experiment, phase, []))
         return peak + round(FRAGMENTATION * peak) + self._context_bytes()
 
@@ -202,7 +204,7 @@ class Forecaster:
 
 
 def _left_out(train: TrainConfig) -> list[str]:
-    """What the forecast of a training does not know."""
+    """Return what the forecast of a training leaves out."""
     found = []
     if train.strategy == "fsdp":
         found.append("train.strategy fsdp: forecast as if each device had the whole student")
@@ -220,7 +222,7 @@ def _is_here(card: Card) -> bool:
 def _time(
     experiment: Experiment, phase: Phase, pieces: list[Piece], amount: Amount
 ) -> tuple[float | None, float, int | None]:
-    """Seconds of a phase, of one of its batches or steps, and their number."""
+    """Return the seconds of a phase, those of one of its batches or steps, and their number."""
     train = experiment.train
     if phase == "cache-teacher":
         processes = experiment.cache.devices * experiment.cache.num_nodes
@@ -243,13 +245,13 @@ def _time(
 
 
 def _step_samples(experiment: Experiment) -> int:
-    """Of an optimiser step, on all devices."""
+    """Return the samples of an optimiser step on all devices."""
     train = experiment.train
     return train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
 
 
 def _steps(experiment: Experiment, amount: Amount) -> int | None:
-    """Optimiser steps of a training; None: the amount of text is not known."""
+    """Return the optimiser steps of a training, or None if the amount of text is not known."""
     train = experiment.train
     if amount.train is None:
         return train.max_steps
@@ -258,7 +260,7 @@ def _steps(experiment: Experiment, amount: Amount) -> int | None:
 
 
 def _student_bytes(experiment: Experiment, sizes: dict[str, int]) -> int:
-    """Of the finished folder: the weights as they were trained; adapters merged into all weights."""
+    """Return the bytes of the finished folder: the weights as trained, or all weights with adapters merged."""
     if sizes["trained_parameters"] == sizes["parameters"]:
         return sizes["bytes"]
     each = 4 if experiment.student.options.get("export_dtype", "float32") == "float32" else 2

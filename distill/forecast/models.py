@@ -32,7 +32,7 @@ class Models:
     """An experiment's models, as far as their shapes tell; made among fake tensors, which the caller provides."""
 
     def __init__(self, experiment: Experiment, card: Card, notes: list[str]) -> None:
-        """`notes`: what had to be assumed is added to it."""
+        """Find the teacher; assumptions are added to `notes`."""
         self.experiment, self.notes = experiment, notes
         published = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, published, ignore_errors=True)
@@ -61,7 +61,7 @@ class Models:
         return make_module(self.experiment, self.place, role, student, self.vocab_size, head)
 
     def _vocab_size(self) -> int:
-        """Tokens of the teacher's tokenizer: its own, a finished cache's word for it, or what is published."""
+        """Return the tokens of the teacher's tokenizer: its own, those of a finished cache, or the published number."""
         teacher, facts = self.experiment.teacher, published_models().get(self.experiment.teacher.model)
         cache = Folders.of(self.experiment).cache
         if (cache / MANIFEST).is_file():
@@ -83,7 +83,7 @@ class Models:
         return rows
 
     def note(self, text: str) -> None:
-        """Something that was assumed, told once."""
+        """Add an assumption, once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -116,7 +116,7 @@ def _finder(folder: Path, notes: list[str]) -> Find:
 
 
 def size_of(model: nn.Module) -> dict[str, int]:
-    """Parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as they are kept.
+    """Return parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as kept.
 
     `bytes_read`: of a streamed teacher, from disk for every batch.
     """

@@ -1,4 +1,4 @@
-"""Before a phase: whether it fits. While it runs: no more memory than allowed. After it: was the forecast right."""
+"""Guard of a phase: it must fit before it runs, keeps to its memory, and is compared with its forecast after that."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Preflight:
     """
 
     def __init__(self, experiment: Experiment, phase: Phase, following: tuple[Phase, ...] = ()) -> None:
-        """`following`: phases that the same command runs next, which must fit as well."""
+        """Prepare; `following`: phases that the same command runs next, which must fit as well."""
         self.experiment, self.phase, self.phases = experiment, phase, (phase, *following)
         self.folders = Folders.of(experiment)
         self.device = pick_device(experiment.train.accelerator)
@@ -80,11 +80,11 @@ class Preflight:
             self._compare(self.expected)
 
     def _lines(self) -> list[dict[str, Any]]:
-        """What this phase has cost so far, an entry an invocation."""
+        """Return what this phase has cost so far, an entry an invocation."""
         return [line for line in ledger.read(self.folders.run) if line["phase"] == self.phase]
 
     def _compare(self, forecast: Forecast) -> None:
-        """Rows of what is known of both; those of other phases stay."""
+        """Write rows of what is known of both; those of other phases stay."""
         expected, lines = forecast.phases[self.phase], self._lines()[len(self._earlier) :]
         rows: list[tuple[str, str, float | None, float | None]] = []
         if self.device.type == "cuda":
@@ -110,7 +110,7 @@ class Preflight:
 
 @functools.lru_cache(maxsize=1)
 def _simulator(card: Card) -> Simulator:
-    """One for all phases of a command: none is simulated twice."""
+    """Return one simulator for all phases of a command: none is simulated twice."""
     return Simulator(card)
 
 
@@ -129,7 +129,7 @@ def _refusal(experiment: Experiment, forecast: Forecast, forecaster: Forecaster)
 
 
 def _say_what_others_hold(forecast: Forecast, device: torch.device) -> None:
-    """A desktop or another training may leave too little of a card that is large enough."""
+    """Tell if a desktop or another training leaves too little of a card that is large enough."""
     if not forecast.phases:
         return
     free, total = torch.cuda.mem_get_info(device)  # it creates the context, whose part is taken from here on

@@ -13,17 +13,17 @@ FOLDER = Path(__file__).parent / "architectures"
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of a model on the hub."""
+    """Facts of a model on the hub."""
 
     names: tuple[str, ...]
     """Hub names that share the architecture."""
     tokens: int
-    """Of its tokenizer: the highest id plus one."""
+    """Tokens of its tokenizer: the highest id plus one."""
     parameters: int
     config: dict[str, Any]
-    """What its `config.json` says of shapes."""
+    """Shapes, from its `config.json`."""
     sentencepiece_tokens: int | None = None
-    """Of its SentencePiece `tokenizer.model` alone, where that has fewer."""
+    """Tokens of its SentencePiece `tokenizer.model` alone, if that has fewer."""
 
     def write_config(self, folder: Path) -> Path:
         """Make `folder` a checkpoint without weights."""
@@ -34,7 +34,7 @@ class Published:
 
 @functools.cache
 def published_models() -> dict[str, Published]:
-    """All of them, by each of their hub names."""
+    """Return all models, by each of their hub names."""
     found = {}
     for file in sorted(FOLDER.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How much an experiment reads, writes and keeps: samples, tokens, the cache, checkpoints, the student's folder."""
+"""Sizes of what an experiment reads, writes and keeps: samples, tokens, cache, checkpoints, the student's folder."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _SCALARS = 8
 _SHARD = 600
 """Bytes a shard beside its records: header, offsets of the samples, journal line."""
 BYTES_A_TOKEN_OF_TEXT = 4.0
-"""Of English text and today's tokenizers, where a file's samples have not been counted."""
+"""Bytes of English text a token of today's tokenizers, for files whose samples have not been counted."""
 _COMPRESSION = 3.0
 
 
 def memory_limit(experiment: Experiment) -> int | None:
-    """Bytes of device memory that may be used; None: all. Raises UserError for what is no size."""
+    """Return the bytes of device memory that may be used, or None for all. Raises UserError if it is no size."""
     return None if experiment.memory_limit is None else parse_size(experiment.memory_limit, "memory_limit")
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much text an experiment has; None: not known before the corpus is read."""
+    """Amount of text of an experiment. None means that it is not known before the corpus is read."""
 
     train: int | None
     """Training samples in the cache."""
@@ -52,7 +52,7 @@ class Amount:
 
 
 def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
-    """Samples of a cache that was begun, else as many as are allowed, or as the corpus's files hold by their size."""
+    """Count the samples of a cache that was begun, else estimate them by the corpus's files, within the limits."""
     cache, corpus = experiment.cache, experiment.corpus
     folder = Folders.of(experiment).cache
     if (folder / MANIFEST).is_file():
@@ -81,7 +81,7 @@ def _samples_in_files(experiment: Experiment) -> int | None:
 
 
 def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) -> float:
-    """Of the cache: as its finished shards have it, else as its budget asks, else by the measured tables."""
+    """Return the cache's bytes a token: of finished shards, else as its budget asks, else by the measured tables."""
     cache, folder = experiment.cache, Folders.of(experiment).cache
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
@@ -100,7 +100,7 @@ def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) ->
 
 
 def _between(table: dict[float, float], at: float) -> float:
-    """A straight line between neighbours on logarithmic scales; beyond the ends it goes on as the last ones do."""
+    """Estimate by a line between neighbours on logarithmic scales; beyond the ends the last line goes on."""
     if len(table) == 1:
         return sum(value * at / place for place, value in table.items())
     places, values = (np.log(np.array(column)) for column in zip(*sorted(table.items()), strict=True))
@@ -111,7 +111,7 @@ def _between(table: dict[float, float], at: float) -> float:
 
 
 def cache_bytes(experiment: Experiment, each: float, samples: int | None) -> int | None:
-    """The whole cache."""
+    """Return the bytes of the whole cache."""
     if samples is None:
         return None
     shards = -(-samples // experiment.cache.shard_samples)
@@ -119,14 +119,14 @@ def cache_bytes(experiment: Experiment, each: float, samples: int | None) -> int
 
 
 def moment_bytes(experiment: Experiment, trained_parameters: int, trained_bytes: int) -> int:
-    """Both of AdamW's moments (and a compensation): on disk, in whichever memory they were."""
+    """Return the bytes of both of AdamW's moments (and a compensation) on disk."""
     each = {"adamw": 2.0 * trained_bytes / max(trained_parameters, 1), "adamw_4bit": 1 + 8 / 128}
     held = trained_parameters * each.get(experiment.train.optimizer, 2 + 8 / 256)
     return round(held + (2 * trained_parameters if experiment.train.rounding == "kahan" else 0))
 
 
 def disk_notes(needs: dict[str, tuple[Path, int]]) -> list[str]:
-    """For each disk that lacks room: what is to lie in which folder, in bytes, is more than what is free there."""
+    """Return a line for each disk that lacks room; `needs` has folders, and the bytes that are to lie in them."""
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for folder, needed in needs.values():
         disks[_nearest(folder).stat().st_dev].append((folder, needed))
@@ -138,10 +138,10 @@ def disk_notes(needs: dict[str, tuple[Path, int]]) -> list[str]:
 
 
 def free_bytes(folder: Path) -> int:
-    """On the disk where `folder` is, or would be."""
+    """Return the free bytes on the disk where `folder` is, or would be."""
     return shutil.disk_usage(_nearest(folder)).free
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the one above it that is there."""
+    """Return the folder, or the one above it that exists."""
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())

@@ -1,4 +1,4 @@
-"""How much of a card's peak rates programs reach: by default, and as it was measured on this machine."""
+"""Shares of a card's peak rates that programs reach: by default, and as measured on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FRESH = 3.0
 """A processor's program gets new memory page by page from the system, empty; the least squares over all rows of
 tests/benchmarks/forecast_accuracy.py. A card's allocator has it already."""
 _SHARE_OF_FLOAT64 = 1 / 32
-"""Of float32's rate, as on GeForce cards; nothing of weight is computed in it."""
+"""Share of float32's rate, as on GeForce cards; nothing of weight is computed in it."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Efficiency:
     """Shares of a card's peak rates that programs reach."""
 
     matmul: Mapping[str, float]
-    """Of `half_flops` (bfloat16, float16) and `fp32_flops` (float32), by the type's name."""
+    """Shares of `half_flops` (bfloat16, float16) and `fp32_flops` (float32), by the type's name."""
     bandwidth: float
-    """Of `bandwidth_bytes_per_s`."""
+    """Share of `bandwidth_bytes_per_s`."""
     launch: float
     """Seconds that the program takes from one kernel to the next."""
     reading: float = 1e9
     """Bytes a second read from disk, of a streamed teacher's weights; the default is an assumption."""
     is_measured: bool = False
-    """Whether on this machine; else these are the defaults."""
+    """True if measured on this machine; else these are the defaults."""
 
 
 DEFAULTS: dict[DeviceKind, Efficiency] = {
@@ -54,7 +54,7 @@ DEFAULTS: dict[DeviceKind, Efficiency] = {
 
 
 def speed(card: Card, efficiency: Efficiency | None = None) -> Speed:
-    """What a card does in practice; `efficiency` is by default this machine's, where it was measured on such a device.
+    """Return what a card does in practice; `efficiency` is by default this machine's, if measured on such a device.
 
     On cards without bfloat16 its place is taken by float16: the simulation stands in the one for the other.
     """
@@ -75,17 +75,17 @@ def speed(card: Card, efficiency: Efficiency | None = None) -> Speed:
 
 
 def kind_of(card: Card) -> DeviceKind:
-    """Under which of the two a card's efficiency is kept."""
+    """Return the kind of device under which a card's efficiency is kept."""
     return "cuda" if card.is_cuda else "cpu"
 
 
 def find(device: DeviceKind) -> Efficiency:
-    """What was measured on this machine, else the defaults."""
+    """Return what was measured on this machine, else the defaults."""
     return load(device) or DEFAULTS[device]
 
 
 def identity(device: DeviceKind) -> dict[str, Any]:
-    """What a calibration holds for."""
+    """Return what a calibration holds for."""
     found: dict[str, Any] = {
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
@@ -98,7 +98,7 @@ def identity(device: DeviceKind) -> dict[str, Any]:
 
 
 def file() -> Path:
-    """`distill/calibration.json` in the user's cache folder."""
+    """Return the path of `distill/calibration.json` in the user's cache folder."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG base directory specification: a relative path is to be ignored.
     return (folder if folder.is_absolute() else Path.home() / ".cache") / "distill" / "calibration.json"
@@ -112,7 +112,7 @@ def save(device: DeviceKind, efficiency: Efficiency) -> Path:
 
 
 def load(device: DeviceKind) -> Efficiency | None:
-    """What was saved; None when there is none, when it is another machine's, and when it cannot be read."""
+    """Return what was saved; None if there is none, if it is another machine's, or if it cannot be read."""
     entry = _read().get(device)
     if not isinstance(entry, dict) or entry.get("identity") != identity(device):
         return None

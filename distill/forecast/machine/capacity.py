@@ -1,4 +1,4 @@
-"""How large a teacher and a student a device can take: bytes a parameter, measured in simulations of a small llama.
+"""Largest teachers and students that a device can take: bytes a parameter, from simulations of a small llama.
 
 Simulated is a model of width 512 at three sizes; from these follow the bytes that a parameter of the layers and one of
 the vocabulary cost. What a pass holds beside them is kept in proportion to the width: a quarter as many tokens, a
@@ -45,12 +45,12 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of all layers, with a quarter as many keys as queries."""
+        """Parameters of all layers, with a quarter as many keys as queries."""
         return self.layers * (self.width * self.width * 5 // 2 + 3 * self.width * self.inner)
 
     @property
     def vocabulary_parameters(self) -> int:
-        """Of embedding and head; models below two thousand wide have one for both."""
+        """Parameters of embedding and head; models below two thousand wide have one for both."""
         return self.width * self.vocab_size * (1 if self.width < 2048 else 2)
 
     @property
@@ -82,7 +82,7 @@ SHAPES = tuple(
         (16_384, 53_248, 126, 128_256),
     )
 )
-"""From 20 M to 400 B parameters, near those of released models."""
+"""Models from 20 M to 400 B parameters, near released ones."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What a way takes."""
+    """Memory that a way takes."""
 
     base: float
     """Bytes of a model of no size."""
@@ -129,15 +129,15 @@ class Cost:
     streamed: bool = False
 
     def bytes_of(self, shape: Shape) -> float:
-        """The forecast peak of a model."""
+        """Return the forecast peak of a model."""
         here = replace(shape, layers=min(shape.layers, 1)) if self.streamed else shape
         return self.base + self.layers * here.layer_parameters + self.vocabulary * shape.vocabulary_parameters
 
 
 def largest(cost: Cost, budget: float) -> Shape | None:
-    """The model with most parameters in `budget` bytes: one of `SHAPES` with all its layers or at least half of them.
+    """Return the model with most parameters in `budget` bytes: one of `SHAPES` with at least half of its layers.
 
-    None when not even the smallest fits.
+    Returns None if not even the smallest fits.
     """
     return max(_fitting(cost, budget), key=lambda shape: shape.parameters, default=None)
 
@@ -151,7 +151,7 @@ def _fitting(cost: Cost, budget: float) -> Iterator[Shape]:
 
 
 def cost_of(way: Way, device: DeviceKind) -> Cost:
-    """Bytes a parameter, from the peaks of three simulations: a small model, one of more and one of wider layers."""
+    """Return bytes a parameter, from three simulations: a small model, one of more and one of wider layers."""
     small = Shape(_WIDTH, 1408, _LAYERS, _VOCABULARY)
     larger = replace(small, inner=2 * small.inner) if way.streamed else replace(small, layers=2 * _LAYERS)
     wide = replace(small, vocab_size=2 * _VOCABULARY)
@@ -232,7 +232,7 @@ def _student(shape: Shape, way: Way, chunk: int) -> DistillationModule:
 
 
 def table(device: DeviceKind, budget: float, ways: Sequence[Way] = WAYS) -> list[dict[str, Any]]:
-    """For each way its largest model in `budget` bytes (parameters 0: none), and the bytes a parameter of layers."""
+    """Return each way's largest model in `budget` bytes (0 parameters: none), and the bytes a parameter of layers."""
     rows = []
     for way in ways:
         cost = cost_of(way, device)

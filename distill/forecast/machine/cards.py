@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """What a device can do at most; what it does in practice is `distill.forecast.machine.calibration`'s subject."""
+    """Peak rates of a device; `distill.forecast.machine.calibration` knows what it does in practice."""
 
     name: str
     memory_bytes: int
@@ -29,7 +29,7 @@ class Card:
     fp32_flops: float
     """Plain float32, without TF32."""
     has_bf16: bool
-    """In hardware; elsewhere float16 has to do (`16-mixed`)."""
+    """True if the hardware computes in bfloat16; elsewhere float16 has to do (`16-mixed`)."""
     source: str
     is_cuda: bool = True
 
@@ -108,11 +108,11 @@ CARDS = tuple(
 
 _TYPICAL = ("GTX 1660", "RTX 4060", "RTX 3080", "RTX 2080 Ti", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 3090", "RTX 5090")
 _TYPICAL_LARGE = ("A100 40GB", "RTX A6000", "A100 80GB")
-"""Which card's speed a mere size is given, from the smallest to the largest: of each size one that many have."""
+"""Cards whose speed a mere size is given, from the smallest to the largest: of each size one that many have."""
 
 
 def find_card(name: str) -> Card:
-    """A card of the table (`rtx-3060`, `RTX 3060`, `rtx 3080 12gb`), or a size (`12GiB`, `8gb`) at a typical speed.
+    """Return a card of the table (`rtx-3060`, `RTX 3060`, `rtx 3080 12gb`), or a size (`12GiB`, `8gb`).
 
     Sizes are as on the box, where a 12 GB card has 12 GiB; of several sizes of a card the first, smallest one is meant
     when none is given. The typical speed is that of the largest of a few widespread cards that has no more memory; its
@@ -147,7 +147,7 @@ def _of_size(gib: float, asked: str) -> Card:
 
 
 def _split(name: str) -> tuple[str, float | None]:
-    """`NVIDIA GeForce RTX 3080 12GB` → (`rtx3080`, 12); `16 GiB` → (``, 16); `rtx-3060` → (`rtx3060`, None)."""
+    """Split `NVIDIA GeForce RTX 3080 12GB` → (`rtx3080`, 12); `16 GiB` → (``, 16); `rtx-3060` → (`rtx3060`, None)."""
     words = re.sub(r"\b(nvidia|geforce|tesla|gpu|hbm\d\w*|sxm\d?)\b", "", name.lower())
     size = re.search(r"(\d+(?:\.\d+)?)\s*(?:gi?b|g)\b", words)
     base = words if size is None else words[: size.start()] + words[size.end() :]
@@ -159,7 +159,7 @@ def _compact(name: str) -> str:
 
 
 def _matching(base: str, size: float | None) -> list[Card]:
-    """Cards of that name and about that size: some of it may be its error correction's."""
+    """Return cards of that name and about that size: some of it may be its error correction's."""
     return [
         card
         for card in CARDS
@@ -168,7 +168,7 @@ def _matching(base: str, size: float | None) -> list[Card]:
 
 
 def this_machine(device: str | None = None) -> Card:
-    """The CUDA device of this machine with its real memory, else (or with `device="cpu"`) the processor and its memory.
+    """Return the CUDA device of this machine with its real memory, else (or for "cpu") the processor and its memory.
 
     A card that the table does not know has the rates that its multiprocessors and clocks give.
     """
@@ -179,7 +179,7 @@ def this_machine(device: str | None = None) -> Card:
 
 
 def of_properties(properties: Any, has_bf16: bool) -> Card:
-    """The card of torch's device properties: the table's of that name and nearest memory, with its real memory."""
+    """Return the card of torch's device properties: the table's of that name and nearest memory, with its real one."""
     name, memory = str(properties.name), int(properties.total_memory)
     base = _split(name)[0]
     # The name of a part of a card (MIG), or of a laptop's, is no card's name.
@@ -207,7 +207,7 @@ _A_CLOCK: dict[tuple[int, int], tuple[int, int]] = {
 
 
 def _estimated(properties: Any, has_bf16: bool) -> Card:
-    """Rates from clocks. Where torch does not tell a clock, 1.5 GHz and 300 GB/s stand in, which is modest."""
+    """Estimate rates from clocks. If torch does not tell a clock, 1.5 GHz and 300 GB/s stand in, which is modest."""
     capability = (int(properties.major), int(properties.minor))
     known = [entry for entry in sorted(_A_CLOCK) if entry <= capability]
     half, single = _A_CLOCK[known[-1]] if known else (128, 128)
@@ -233,7 +233,7 @@ _CPU_CLOCK, _CPU_BANDWIDTH = 2.5e9, 20e9
 
 
 def _processor() -> Card:
-    """Modest figures for the threads that torch uses; a calibration puts the real ones in their place."""
+    """Return modest rates for the threads that torch uses; a calibration puts the real ones in their place."""
     threads = torch.get_num_threads()
     lanes = _LANES.get(torch.backends.cpu.get_cpu_capability(), 4)
     rate = threads * _CPU_CLOCK * lanes * 4  # two units, each a multiplication and an addition a clock

@@ -1,4 +1,4 @@
-"""How fast a disk is, tried with a file that is gone at once."""
+"""Speed of a disk, tried with a file that is gone at once."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 MOST_BYTES = 256 << 20
-"""Of the file."""
+"""Largest size of the file."""
 _PIECE = 4 << 20
 _LONGEST = 4.0
 """Seconds of writing after which a slow disk is known to be one."""
 
 
 def time_disk(folder: Path) -> tuple[float, float] | None:
-    """Bytes a second written and read in `folder`; None where there is no room to try. Raises OSError.
+    """Time writing and reading in `folder`; returns bytes a second, or None without room to try. Raises OSError.
 
     The file has no name, so that not even a crash leaves it; it takes at most 256 MB and a tenth of what is free.
     """

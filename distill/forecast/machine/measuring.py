@@ -1,4 +1,4 @@
-"""How fast this machine is: kernels and real work are timed, and the forecast of the work is set right.
+"""Measurement of this machine's speed: kernels and real work are timed, and the forecast of the work is set right.
 
 Matrix products are timed alone. A training step of a tiny model, which is mostly starting kernels, tells how long that
 takes. What is left is moving: its rate is the one by which training steps of a larger model, in float32 and in 16 bits,
@@ -42,7 +42,7 @@ from distill.training.module import DistillationModule
 _FURTHEST, _ROUNDS = 64.0, 8
 """Factor by which a number may be off what it was taken for, and how often both are set right in turn."""
 _RUNS = 10
-"""Of each piece of work; the shortest counts, for what disturbs a run makes it longer, never shorter."""
+"""Runs of each piece of work; the shortest counts, for a disturbance makes a run longer, never shorter."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def calibrate(
 
 
 def fit(card: Card, efficiency: Efficiency, tiny: Timed, others: Sequence[Timed]) -> Efficiency:
-    """With the launch by which the tiny work is forecast right, and the bandwidth by which the others are on average.
+    """Fit the launch, by which the tiny work is forecast right, and the bandwidth, by which the others are on average.
 
     The average is that of ratios, geometric.
     """
@@ -85,7 +85,7 @@ def fit(card: Card, efficiency: Efficiency, tiny: Timed, others: Sequence[Timed]
 def _set_right(
     card: Card, efficiency: Efficiency, name: Literal["launch", "bandwidth"], works: Sequence[Timed]
 ) -> Efficiency:
-    """One number changed, by bisection of its logarithm."""
+    """Change one number, by bisection of its logarithm."""
     usual = getattr(DEFAULTS[kind_of(card)], name)
     low, high = math.log(usual / _FURTHEST), math.log(usual * _FURTHEST)
     is_rate = name == "bandwidth"
@@ -102,7 +102,7 @@ def _with(efficiency: Efficiency, name: Literal["launch", "bandwidth"], value: f
 
 
 def _precisions(card: Card) -> tuple[str, ...]:
-    """Those that one trains in here."""
+    """Return the precisions of trainings here."""
     if not card.is_cuda:
         return "32-true", "bf16-mixed"
     return ("bf16-mixed",) if card.has_bf16 else ("16-mixed",)
@@ -124,19 +124,19 @@ _LARGER: dict[DeviceKind, _Model] = {
 
 
 class _Pace:
-    """Does pieces of work and times them."""
+    """Clock that does pieces of work and times them."""
 
     def __init__(self, device: DeviceKind, clock: Callable[[], float]) -> None:
         self.device, self.clock = device, clock
 
     def now(self) -> float:
-        """Seconds, when all that was started is done."""
+        """Return the clock's seconds when all that was started is done."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return self.clock()
 
     def products(self, dtype: torch.dtype) -> float:
-        """FLOP/s over a square product, a tall one as of tokens and a weight, and a small one as of a head's."""
+        """Return FLOP/s over a square product, a tall one as of tokens and a weight, and a small one as of a head's."""
         n = 512 if self.device == "cpu" else 4096
         flops = seconds = 0.0
         for rows, inner, columns in ((n, n, n), (4 * n, n // 2, n // 2), (n // 4, n // 4, n // 4)):
@@ -147,7 +147,7 @@ class _Pace:
         return flops / seconds
 
     def seconds(self, run: Callable[[], object], budget: float = 0.4) -> float:
-        """Of a run: the best of five series, which together take about the budget."""
+        """Return the seconds of a run: the best of five series, which together take about the budget."""
         run()
         start = self.now()
         run()
@@ -161,7 +161,7 @@ class _Pace:
         return max(best, 1e-9)
 
     def step(self, model: _Model, precision: str) -> Timed:
-        """An optimiser step in two passes."""
+        """Time an optimiser step in two passes."""
         make, clock = partial(_module, model), _Clock(self)
         work = simulate_step(make, model.shape, precision=precision, device=self.device).work
         batch = make_batch(model.shape, model.vocab_size)

@@ -35,7 +35,7 @@ def simulate_likelihood(
     documents: int = 1,
     device: DeviceKind = "cpu",
 ) -> Simulation:
-    """Memory and work of one batch of held-out samples that the teacher reads; a copy of its head is among it."""
+    """Simulate one batch of held-out samples that the teacher reads; a copy of its head is among it."""
     rows, tracker = _rows(batch_size, length, documents), Tracker(device)
     with without_memory(device) as values:
         samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
@@ -63,7 +63,7 @@ def simulate_fidelity(
     documents: int = 1,
     device: DeviceKind = "cpu",
 ) -> Simulation:
-    """Memory and work of one batch of held-out samples; the teacher has left its head and its hidden states."""
+    """Simulate one batch of held-out samples; the teacher has left its head and its hidden states."""
     rows, tracker = _rows(batch_size, length, documents), Tracker(device)
     with without_memory(device) as values:
         samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""What a batch of the teacher, a step of the student and a batch of the evaluation take: each simulated once."""
+"""Simulation of a teacher's batch, a student's step and an evaluation's batch, each once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PHASES: tuple[Phase, ...] = ("cache-teacher", "train-student", "evaluate")
 PASSES = 2
 """Passes that are simulated of a step with more: from the second on each is like the one before."""
 DOCUMENTS = 2
-"""In a packed sample: the mask that keeps them apart is as large for any number."""
+"""Documents in a packed sample: the mask that keeps them apart is as large for any number."""
 
 
 class NoForecast(UserError):
@@ -46,9 +46,9 @@ class Piece:
     what: str
     simulation: Simulation
     seconds: float
-    """Of a batch, or of a whole optimiser step."""
+    """Seconds of a batch, or of a whole optimiser step."""
     sizes: dict[str, int]
-    """Of the model that was made, as `size_of` tells."""
+    """Sizes of the model, from `size_of`."""
     loading_bytes: int = 0
     """Host memory while a model is loaded, where that is more than the largest tensor at a time."""
 
@@ -132,7 +132,7 @@ class _Pace:
         return [self._teacher_piece(models, simulation, sizes)]
 
     def _teacher_piece(self, models: Models, simulation: Simulation, sizes: dict[str, int]) -> Piece:
-        """A batch of the teacher; a streamed one's weights are read while it computes."""
+        """Time a batch of the teacher; weights that each batch reads from disk are read while it computes."""
         seconds = max(self.speed.seconds(simulation.work), sizes["bytes_read"] / self.reading)
         if sizes["bytes_read"]:
             models.note(f"teacher: every batch reads {size(sizes['bytes_read'])}, at {size(self.reading)} a second")
@@ -196,7 +196,7 @@ _SIMULATE: dict[Phase, Callable[[_Pace, Models], list[Piece]]] = {
 
 
 def _measured(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, int]]:
-    """The same function, and the sizes of the model that it makes, once it has made one."""
+    """Return the same function, and the sizes of the model that it makes, once it has made one."""
     sizes: dict[str, int] = {}
 
     def made() -> Any:
@@ -208,14 +208,14 @@ def _measured(make: Callable[[], Any]) -> tuple[Callable[[], Any], dict[str, int
 
 
 def _trained(models: Models) -> Any:
-    """A student as it is loaded after its training: in the evaluation's type, what it trained merged into one model."""
+    """Make a student as it is loaded after its training: in the evaluation's type, with its adapters merged."""
     student = models.student()
     merged = getattr(student, "merged", None)
     return (student if merged is None else merged()).to(getattr(torch, models.experiment.evaluate.student_dtype))
 
 
 def _relevant(experiment: Experiment, phase: Phase) -> str:
-    """All that a phase's simulations depend on, and little else."""
+    """Describe what a phase's simulations depend on, and little else."""
     same = {"max_samples": None, "held_out_samples": 0, "overwrite": False, "shard_samples": 1}
     cache, evaluate = replace(experiment.cache, **same), None  # type: ignore[arg-type]
     train, loss, student = experiment.train, experiment.loss, experiment.student

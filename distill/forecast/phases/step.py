@@ -43,11 +43,11 @@ class StepShape:
     samples: int
     length: int
     entries: int = 40
-    """Of a sparse target, the longest of the step."""
+    """Entries of the step's longest sparse target."""
     hidden_size: int | None = None
-    """Of the teacher, where its hidden states are the targets."""
+    """Hidden size of the teacher, if its hidden states are the targets."""
     has_rest: bool = False
-    """Whether a target has a bucket for all other tokens (top_k)."""
+    """True if a target has a bucket for all other tokens (top_k)."""
     documents: int = 1
     """Packed into one sample."""
 
@@ -119,7 +119,7 @@ def run_steps(
     accelerator: str = "cpu",
     steps: int = STEPS,
 ) -> None:
-    """Some optimiser steps of Lightning's trainer as every training here uses it, on one batch again and again."""
+    """Run optimiser steps of Lightning's trainer, as every training here uses it, on one batch again and again."""
     trainer = make_trainer(
         accelerator=accelerator,
         devices=1,
@@ -136,7 +136,7 @@ def run_steps(
 
 
 def make_batch(shape: StepShape, vocab_size: int = 2) -> Batch:
-    """A step's samples, of which every position carries loss; real tensors."""
+    """Return a step's samples as real tensors; every position carries loss."""
     B, L, K = shape.samples, shape.length, shape.entries
     document = -(-L // shape.documents)
     positions_BL = (torch.arange(L) % document).repeat(B, 1)
@@ -167,7 +167,7 @@ class _Repeat:
 
 
 class _Watch(pl.Callback):
-    """Learns what is an optimiser's state and an update's work, and where the last step begins."""
+    """Callback that tags an optimiser's states, and counts the work of the last step and of its update."""
 
     def __init__(self, tracker: Tracker, blocks: AlikeBlocks, shortcuts: bool) -> None:
         self.tracker, self.blocks, self.shortcuts = tracker, blocks, shortcuts
@@ -230,7 +230,7 @@ def _watched_optimizer(
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A dataclass with all its tensors changed."""
+    """Return a dataclass with all its tensors changed."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):

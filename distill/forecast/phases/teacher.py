@@ -33,7 +33,7 @@ def simulate_teacher(
     device: DeviceKind = "cpu",
     alike_blocks_once: bool = True,
 ) -> Simulation:
-    """Memory and work of one batch of the teacher that `make_teacher` makes: body, head and targets.
+    """Simulate one batch of the teacher that `make_teacher` makes: body, head and targets.
 
     Every position carries loss and, under varopt, has as many entries as a target may have: all samples are alike, and
     two of them get their targets. `alike_blocks_once`: see `distill.forecast.simulation.blocks`; without it every
@@ -65,7 +65,7 @@ def run_tracked(
 
 
 def make_batch(batch_size: int, length: int, documents: int = 1, vocab_size: int = 2) -> dict[str, Tensor]:
-    """A batch as the corpus gives it; real tensors."""
+    """Return a batch as the corpus gives it, of real tensors."""
     document = -(-length // documents)
     return {
         "input_ids": torch.randint(vocab_size, (batch_size, length)),

@@ -32,31 +32,31 @@ class NotAlike(Exception):
 
 @dataclass
 class Forward:
-    """What a block did in its forward pass."""
+    """Record of a block's forward pass."""
 
     given: Any
-    """Its arguments, described."""
+    """Arguments, described."""
     made: Any
     work: Counter[Work]
     left: list[Storage]
-    """What it made that outlived it, less its results."""
+    """Storages that it made and that outlived it, less its results."""
     input: Storage | None
     keeps_input: bool | None = None
-    """Whether its input is kept for its backward pass; None: to be seen when the next block begins."""
+    """True if its input is kept for its backward pass. None means that the next block's beginning will show it."""
 
 
 @dataclass
 class Backward:
-    """What a block did in its backward pass."""
+    """Record of a block's backward pass."""
 
     work: Counter[Work]
     stays: list[bool]
-    """Of each storage in `Forward.left`, whether it is there still: weights cast under autocast are, until the end."""
+    """True for each storage of `Forward.left` that is still there: weights cast under autocast are, until the end."""
 
 
 @contextmanager
 def alike_once(model: nn.Module, tracker: Tracker) -> Iterator[AlikeBlocks]:
-    """While entered, some of the model's blocks are not run; may raise `NotAlike` from a backward pass."""
+    """Skip some of the model's blocks while entered; may raise `NotAlike` from a backward pass."""
     found = AlikeBlocks(model, tracker)
     forwards = [block.forward for block in found.blocks]
     for index, block in enumerate(found.blocks):
@@ -85,21 +85,21 @@ class AlikeBlocks:
         self.begin_step()
 
     def run_all(self) -> None:
-        """From now on every block is run."""
+        """Run every block from now on."""
         self._between = set()
 
     def begin_step(self) -> None:
-        """Another step; what the one before left behind goes."""
+        """Begin another step; what the one before left behind goes."""
         self._calls = [0] * len(self.blocks)
         self._staying: list[Storage] = []
 
     def end_step(self) -> None:
-        """What stayed to the end of a step ends here."""
+        """End a step, and what stayed to its end."""
         self.tracker.release(self._staying)
         self.begin_step()
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In a block's place: its forward, or what is known of it."""
+        """Run a block's forward, or repeat what is known of it."""
         place = self._kind[index], self._calls[index]
         self._calls[index] += 1
         living = set(self.tracker.living()) if self._unsettled else set()
@@ -162,7 +162,7 @@ class AlikeBlocks:
 
 
 class _Unrun(torch.autograd.Function):
-    """Gives tensors for the results of a block that is not run, and calls `backward` when it is its turn."""
+    """Function with tensors for the results of a block that is not run; it calls `backward` when it is its turn."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, keeps: bool, backward: Callable[[], None], made: list[_Described]) -> Any:
@@ -185,19 +185,19 @@ class _Described:
     requires_grad: bool
 
     def empty(self) -> Tensor:
-        """One like it."""
+        """Make one like it."""
         return torch.empty(self.shape, dtype=self.dtype)
 
 
 def _describe(leaf: Any) -> Any:
-    """A tensor by what matters of it, a plain value as it is, all else by its class."""
+    """Describe a tensor by what matters of it, a plain value as it is, all else by its class."""
     if isinstance(leaf, Tensor):
         return _Described(leaf.shape, leaf.dtype, leaf.requires_grad)
     return leaf if isinstance(leaf, (int, float, str, bool, type(None))) else type(leaf)
 
 
 def _kind(block: nn.Module) -> Any:
-    """Equal for blocks that do the same: their modules' classes and settings, their weights' sizes and types."""
+    """Return what is equal for blocks that do the same: modules' classes and settings, weights' sizes and types."""
     modules = tuple(
         (name, type(module).__qualname__, type(module).__module__, _settings(module))
         for name, module in block.named_modules()
@@ -210,13 +210,13 @@ def _kind(block: nn.Module) -> Any:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What it was given, but for what says which of the blocks it is; a `forward` of its own too (checkpointing)."""
+    """Return its settings, but for its number among the blocks; a `forward` of its own too (checkpointing)."""
     told = ((name, _told(value)) for name, value in sorted(vars(module).items()) if name not in _INDICES)
     return tuple(pair for pair in told if pair[1] is not None)
 
 
 def _told(value: Any) -> Any:
-    """Plain values as they are, functions by their names; None: it says nothing."""
+    """Describe plain values as they are and functions by their names; None for what says nothing."""
     if isinstance(value, (int, float, str, bool, torch.dtype)):
         return value
     if isinstance(value, (list, tuple, set, frozenset)):

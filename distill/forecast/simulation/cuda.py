@@ -62,14 +62,17 @@ def _attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Dropout needs no memory there; float32 with shared keys finds no other kernel than that with all L x L scores."""
+    """Compute attention as on CUDA, where dropout needs no memory.
+
+    Float32 with shared keys finds no other kernel there than that with all L x L scores.
+    """
     scores = kwargs.get("enable_gqa", False) and query_BHLE.dtype == torch.float32
     with sdpa_kernel([SDPBackend.MATH]) if scores else sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         return func(query_BHLE, key_BHLE, value_BHLE, attn_mask, 0.0, is_causal, **kwargs)
 
 
 def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """One kernel, in the wider of the two types; a float32 number a row is kept for its backward."""
+    """Run one kernel, in the wider of the two types; a float32 number a row is kept for its backward."""
     return _RMSNorm.apply(input, weight, len(normalized_shape))
 
 

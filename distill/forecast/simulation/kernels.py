@@ -1,4 +1,4 @@
-"""What kernels allocate for themselves while they run, on a CPU and on a CUDA device: no dispatch mode sees it.
+"""Memory that kernels take for themselves while they run, on a CPU and on a CUDA device: no dispatch mode sees it.
 
 Read off torch's and bitsandbytes' sources; tests/benchmarks/forecast_accuracy.py compares with what is really taken.
 """
@@ -20,7 +20,7 @@ CUBLAS_BYTES = 8_519_680
 
 
 def workspace(func: Any, args: Any, kwargs: Any, made: Any, device: DeviceKind) -> int:
-    """Bytes that a kernel takes beside its results, and gives back."""
+    """Return the bytes that a kernel takes beside its results, and gives back."""
     packet = func._overloadpacket
     if packet.__name__ == "gemm_4bit":
         return _dequantized(args)
@@ -38,14 +38,14 @@ times of teachers in bfloat16 and in 4 bits in tests/benchmarks/forecast_accurac
 
 
 def moved_in_workspace(func: Any, args: Any, size: int, device: DeviceKind) -> int:
-    """Bytes that a kernel moves beside its arguments and results: its workspace of `size` is written and read."""
+    """Return the bytes that a kernel moves beside arguments and results: it writes and reads a workspace of `size`."""
     if func._overloadpacket.__name__ == "gemm_4bit" and device == "cpu":
         return LOOKUP_BYTES * prod(args[2])
     return 2 * size
 
 
 def _casts(args: Any, made: Any) -> int:
-    """A CPU's pointwise kernel works in one type: what has another one is copied, and so is the result."""
+    """Return the copies of a CPU's pointwise kernel, which works in one type: arguments and results of another type."""
     tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
     if len(tensors) < 2 or len({tensor.dtype for tensor in tensors}) == 1 or not isinstance(made, Tensor):
         return 0
@@ -59,7 +59,7 @@ def _casts(args: Any, made: Any) -> int:
 
 
 def _dequantized(args: Any) -> int:
-    """The whole weight in the type of the input, and its scales twice in float32 (before and after their offset).
+    """Return the weight in the type of the input, and its scales twice in float32 (before and after their offset).
 
     On CUDA bitsandbytes' fused kernel does without where there are few rows, which a pass over a batch never has.
     """
@@ -68,24 +68,24 @@ def _dequantized(args: Any) -> int:
 
 
 def _whole(args: Any, made: Any, device: DeviceKind) -> int:
-    """As much again as goes in: `logsumexp` makes exp(x - max), `vecdot` the products."""
+    """Return as much again as goes in: `logsumexp` makes exp(x - max), `vecdot` the products."""
     return int(args[0].nbytes)
 
 
 def _attention_backward(args: Any, made: Any, device: DeviceKind) -> int:
-    """CUDA's flash kernel adds up the queries' gradient in float32, beside one number a row."""
+    """Return what CUDA's flash kernel needs to add up the queries' gradient in float32, beside one number a row."""
     grad_BHLE: Tensor = args[0]
     return 0 if device == "cpu" else 4 * grad_BHLE.numel() + 4 * grad_BHLE.numel() // grad_BHLE.shape[-1]
 
 
 def _masked_index(args: Any, made: Any, device: DeviceKind) -> int:
-    """A mask becomes positions: one int64 for each of its dimensions."""
+    """Return the positions that a mask becomes: one int64 for each of its dimensions."""
     masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
     return sum(8 * mask.dim() * made.shape[0] for mask in masks)
 
 
 def _sorted(args: Any, made: Any, device: DeviceKind) -> int:
-    """CUDA sorts in another buffer and carries int64 positions along."""
+    """Return the buffer in which CUDA sorts, with int64 positions beside."""
     return 0 if device == "cpu" else sum(result.nbytes for result in made)
 
 

@@ -1,4 +1,4 @@
-"""What a simulation finds, and how it tells what a tensor is."""
+"""Result of a simulation, and the tags that say what a tensor is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from distill.forecast.simulation.work import Work
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a training step, or a batch of the teacher, would take."""
+    """Memory and work of a training step, or of a batch."""
 
     peak_bytes: int
     """Largest number of bytes on the device at one time, the model among them."""
     parts: dict[Kind, int]
-    """What the peak is made of."""
+    """Bytes at the peak by their kind."""
     work: Counter[Work]
     """`Speed.seconds(work)` is its time."""
     update: Counter[Work] = field(default_factory=Counter)
@@ -49,7 +49,7 @@ def tag_model(tracker: Tracker, module: nn.Module) -> None:
 
 
 def all_tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested dataclasses, mappings, sequences and quantisation states."""
+    """Return all tensors in nested dataclasses, mappings, sequences and quantisation states."""
     if isinstance(value, Tensor):
         return [value]
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""What a program allocates and computes, kernel by kernel, on real tensors and on fake ones alike.
+"""Tracker of what a program allocates and computes, kernel by kernel, on real tensors and on fake ones alike.
 
 A storage counts from the kernel that makes it until nothing refers to it any more; views share their storage.
 """
@@ -62,7 +62,7 @@ class Peak:
 
 
 class Tracker(TorchDispatchMode):
-    """While entered, records every storage that a kernel makes, and every kernel's work.
+    """Mode that records every storage that a kernel makes, and every kernel's work, while it is entered.
 
     Storages that were there before are recorded when `tag` names them; those on the `host` are not counted.
     """
@@ -117,7 +117,7 @@ class Tracker(TorchDispatchMode):
         return made
 
     def _count(self, work: Work | None, moved: int) -> None:
-        """`moved` in its workspace, which a matrix product has filled before it begins to compute."""
+        """Count a kernel's work; `moved` in its workspace, which a matrix product fills before it begins to compute."""
         if work is not None and work.flops:
             self.work[work] += 1
             work = Work(None, 0, 0) if moved else None
@@ -144,16 +144,16 @@ class Tracker(TorchDispatchMode):
             self._events.append((-storage.bytes, storage))
 
     def living(self) -> list[Storage]:
-        """What exists now, in the order in which it was made."""
+        """Return what exists now, in the order in which it was made."""
         return [storage for _, storage in self._live.values()]
 
     def storage_of(self, tensor: Tensor) -> Storage | None:
-        """Whose bytes a tensor shows; None: they are not recorded."""
+        """Return the storage whose bytes a tensor shows, or None if it is not recorded."""
         found = self._live.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
 
     def peak(self) -> Peak:
-        """Over everything since the tracker was made, or since `forget`."""
+        """Return the peak of everything since the tracker was made, or since `forget`."""
         self._flush()
         now = most = 0
         at = -1
@@ -174,7 +174,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def loss(self) -> Iterator[None]:
-        """What is made inside belongs to head and loss."""
+        """Count what is made inside as head and loss."""
         before, self._in_loss = self._in_loss, True
         try:
             yield
@@ -183,7 +183,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def host(self) -> Iterator[None]:
-        """What is made inside lies in another memory than the device's."""
+        """Place what is made inside in another memory than the device's."""
         before, self._elsewhere = self._elsewhere, True
         try:
             yield
@@ -215,7 +215,7 @@ class Tracker(TorchDispatchMode):
             self._events.append((-storage.bytes, storage))
 
     def _notice_backward(self) -> None:
-        """What exists when a backward pass begins was kept for it."""
+        """Notice when a backward pass begins: what exists then was kept for it."""
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._in_backward:
             for _, storage in self._live.values():

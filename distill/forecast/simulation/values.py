@@ -29,7 +29,7 @@ class Values(TorchDispatchMode):
     """Answers what the program asks of fake tensors. To be entered after (above) `fake`."""
 
     def __init__(self, fake: FakeTensorMode, integer: int = 1) -> None:
-        """`integer`: what a whole number is taken to be that does not follow from the batch.
+        """Make the mode; `integer`: what a whole number is taken to be that does not follow from the batch.
 
         After `MOST_GUESSES` values of that kind what asks for another gets a RuntimeError.
         """
@@ -38,7 +38,7 @@ class Values(TorchDispatchMode):
         self._guesses = 0
 
     def known(self, real: Tensor) -> Tensor:
-        """A fake tensor that carries the values of a real one."""
+        """Return a fake tensor that carries the values of a real one."""
         return _with_value(self.fake.from_tensor(real), real)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ class Values(TorchDispatchMode):
         return made
 
     def _answer(self, func: Any, args: Any) -> Any:
-        """What is not known is true, or 1: finite, not empty, equal."""
+        """Answer with the value, or with true or 1 for what is not known: finite, not empty, equal."""
         values = [_value(tensor) for tensor in args]
         if all(value is not None for value in values):
             with unset_fake_temporarily():
@@ -74,7 +74,7 @@ class Values(TorchDispatchMode):
         return 1.0 if args[0].dtype.is_floating_point else self.integer
 
     def _places(self, index: Tensor | None) -> list[Tensor | None]:
-        """A mask as the positions where it holds."""
+        """Turn a mask into the positions where it holds."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
         with unset_fake_temporarily():
@@ -101,7 +101,7 @@ class Values(TorchDispatchMode):
 
 
 def has_own_dispatch(kind: Any) -> bool:
-    """Whether a class of tensors is made of other tensors, and tells torch what to do with those."""
+    """Tell if a class of tensors is made of other tensors, and tells torch what to do with those."""
     return kind is not FakeTensor and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 

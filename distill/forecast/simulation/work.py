@@ -16,35 +16,35 @@ aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """What one kernel does."""
+    """Work of one kernel."""
 
     dtype: torch.dtype | None
-    """Of a matrix product's inputs; None: the kernel is none."""
+    """Type of a matrix product's inputs. None means that the kernel is no product."""
     flops: int
-    """Of matrix products; others are bound by what they move."""
+    """Operations of matrix products; other kernels are bound by what they move."""
     bytes: int
     """Read and written."""
     fresh: int = 0
-    """Of these, written to memory that was just allocated."""
+    """Bytes among these that are written to memory just allocated."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does in a second, in practice."""
+    """Speed of a device in practice, per second."""
 
     flops: Mapping[torch.dtype, float]
-    """Of matrix products, by their type; one that is not here is as slow as the slowest."""
+    """Operations of matrix products by their type; one that is not here is as slow as the slowest."""
     bytes: float
     """Read and written by kernels that wait for nothing else."""
     launch: float = 0.0
     """Seconds that the program takes from one kernel to the next."""
     in_turn: bool = False
-    """Whether the program waits for its kernels, as on a processor; else it goes ahead of them."""
+    """True if the program waits for its kernels, as on a processor; else it goes ahead of them."""
     fresh: float = 1.0
-    """How many times as long a byte takes that is written to memory just allocated."""
+    """Factor by which a byte takes longer that is written to memory just allocated."""
 
     def seconds(self, work: Counter[Work]) -> float:
-        """For each kernel what takes longer, computing or moving; and starting it, after that or meanwhile."""
+        """Add up what takes longer of each kernel, computing or moving, and its start, after that or meanwhile."""
         total, slowest = 0.0, min(self.flops.values())
         for (dtype, flops, moved, fresh), count in work.items():
             computing = 0.0 if dtype is None else flops / self.flops.get(dtype, slowest)
@@ -54,7 +54,7 @@ class Speed:
 
 
 def tensors_in(*groups: Iterable[Any]) -> list[Tensor]:
-    """All tensors in what a kernel takes or makes: alone, in lists and in tuples."""
+    """Return all tensors in what a kernel takes or makes: alone, in lists and in tuples."""
     found: list[Tensor] = []
     for group in groups:
         for value in group:
@@ -66,7 +66,7 @@ def tensors_in(*groups: Iterable[Any]) -> list[Tensor]:
 
 
 def work_of(func: Any, args: Any, kwargs: Any, made: Any) -> Work | None:
-    """A kernel's work; None for a view, which does nothing."""
+    """Return a kernel's work, or None for a view, which does nothing."""
     if func.is_view or func in _FREE:
         return None
     given, results = tensors_in(args, kwargs.values()), tensors_in([made])
@@ -95,7 +95,7 @@ def _flops(func: Any, args: Any, kwargs: Any, made: Any) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of what is really there: an expanded tensor repeats itself."""
+    """Return the bytes that are really there: an expanded tensor repeats itself."""
     return min(prod(tensor.shape) * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -104,5 +104,5 @@ _FREE = {
     *(aten.new_empty_strided.default, aten.detach.default, aten._unsafe_view.default, aten._local_scalar_dense.default),
 }
 _PASSES = {aten.topk: 8}
-"""How often a kernel reads what it is given: a card selects digit by digit, a processor finds and sorts pairs."""
+"""Times that a kernel reads what it is given: a card selects digit by digit, a processor finds and sorts pairs."""
 _GATHERS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}
