@@ -9,6 +9,8 @@ import importlib
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from distill import __version__, folder_commands
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     Called without arguments, it reads those of the process.
     """
     try:
-        status = _dispatch(sys.argv[1:] if arguments is None else arguments)
+        status = _chosen(sys.argv[1:] if arguments is None else arguments)()
     except UserError as error:
         print(f"distill: {visible(str(error))}", file=sys.stderr)
         status = 2
@@ -56,7 +58,8 @@ def _imported(module: str) -> Any:
         gc.enable()
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _chosen(arguments: list[str]) -> Callable[[], int]:
+    """Return what the arguments ask for; called, it does that and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="distill",
         usage="distill COMMAND FILE [--section.key value ...]\n       distill COMMAND FOLDER [--option ...]",
@@ -74,17 +77,14 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"{command}: unknown command{did_you_mean(command, COMMANDS)}")
     if command in folder_commands.COMMANDS:
         quiet_command()
-        return folder_commands.run(command, rest)
+        return partial(folder_commands.run, command, rest)
     if any(argument in ("-h", "--help") for argument in rest):
-        try:
-            _print_options(command)
-            sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has ended; Python's own flush at the end must not fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return partial(_print_options, command)
     if not rest or rest[0].startswith("--"):
         raise UserError(f"{command}: which experiment file? For example: distill {command} configs/demo.yaml")
-    return _plan(rest[0], rest[1:]) if command == "plan" else _run_recipe(command, rest[0], rest[1:])
+    if command == "plan":
+        return partial(_plan, rest[0], rest[1:])
+    return partial(_run_recipe, command, rest[0], rest[1:])
 
 
 def plan_parser() -> argparse.ArgumentParser:
@@ -109,14 +109,19 @@ def _plan(path: str, rest: list[str]) -> int:
     return folder_commands.stoppable(work, "nothing was changed")
 
 
-def _print_options(command: str) -> None:
+def _print_options(command: str) -> int:
     from distill.experiment.file import print_options
 
-    print(f"distill {command} FILE [--section.key value ...]: {COMMANDS[command]}\n")
-    if command == "plan":
-        print("--card NAME  a card (rtx-3060) or a size (12GiB); default: the device of this machine")
-        print("--fit FILE   write the experiment with what makes it fit\n--json       print all as JSON\n")
-    print_options()
+    try:
+        print(f"distill {command} FILE [--section.key value ...]: {COMMANDS[command]}\n")
+        if command == "plan":
+            print("--card NAME  a card (rtx-3060) or a size (12GiB); default: the device of this machine")
+            print("--fit FILE   write the experiment with what makes it fit\n--json       print all as JSON\n")
+        print_options()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has ended; Python's own flush at the end must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _run_recipe(command: str, path: str, overrides: list[str]) -> int:

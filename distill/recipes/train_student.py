@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from distill.models.vocabulary import Vocabulary, trim_head
 from distill.system import interrupt, ledger
 from distill.system.blame import blamed
 from distill.system.files import sole_writer
-from distill.system.processes import is_first_process, leave_if_not_first, run_together
+from distill.system.processes import is_first_process, leave_if_not_first, together
 from distill.system.progress import Progress, be_quiet, say
 from distill.system.staging import recover
 from distill.system.units import parse_duration
@@ -138,11 +137,11 @@ class _Training:
             )
             progress = Progress(f"train {name}", total=0, unit="steps")
             trainer = self._trainer(progress, deadline)
-            fit = partial(trainer.fit, module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
             # Of several processes, the one that failed tells it with all details.
             theirs = blamed(name) if trainer.world_size == 1 else nullcontext()
-            with progress, interrupt.deferred(), theirs:
-                run_together(trainer, fit)  # from here Lightning calls `DistillationModule.training_step`
+            with progress, interrupt.deferred(), theirs, together(trainer):
+                # From here Lightning calls `DistillationModule.training_step`.
+                trainer.fit(module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
             leave_if_not_first(trainer)
             if module.non_finite.skipped:
                 say(f"{name}: {module.non_finite.skipped} of {module.steps_begun} steps were left out (not finite)")

@@ -28,15 +28,16 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
-def run_together(trainer: pl.Trainer, work: Callable[[], None]) -> None:
-    """Run `work` in every process of the Trainer. A failure of one, or a request to stop, ends all.
+@contextlib.contextmanager
+def together(trainer: pl.Trainer) -> Iterator[None]:
+    """Let every process of the Trainer do the work inside. A failure of one, or a request to stop, ends all.
 
-    If it was stopped, or if all failed, it returns (with the exception) in the process of rank 0 only; the others end
-    here. If only one of the others fails, that one reports, and ends the process of rank 0 with its status.
+    If it was stopped, or if all failed, the exception comes out in the process of rank 0 only; the others end here. If
+    only one of the others fails, that one reports, and ends the process of rank 0 with its status.
     """
     with _processes_of_its_own(trainer):
         try:
-            work()
+            yield
         except interrupt.Interrupted:
             leave_if_not_first(trainer)
             raise

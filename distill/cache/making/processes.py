@@ -14,7 +14,7 @@ from distill.cache.format.folder import seal
 from distill.cache.making.background import BackgroundWriter
 from distill.cache.making.predict import ShardWriter, TeacherModule, shard_loader
 from distill.cache.making.writer import CacheWriter
-from distill.system.processes import leave_if_not_first, run_together
+from distill.system.processes import leave_if_not_first, together
 from distill.system.progress import Progress
 
 _PATIENCE = timedelta(days=30)
@@ -97,10 +97,6 @@ class ShardShares(pl.LightningDataModule):
 
 def predict(trainer: pl.Trainer, module: TeacherModule, shares: ShardShares) -> None:
     """Make the shards; returns in the process of rank 0 only, the others end here. A failure of one ends all."""
-
-    def work() -> None:
-        with shares.background:
-            trainer.predict(module, datamodule=shares, return_predictions=False)
-
-    run_together(trainer, work)
+    with together(trainer), shares.background:
+        trainer.predict(module, datamodule=shares, return_predictions=False)
     leave_if_not_first(trainer)
