@@ -77,6 +77,11 @@ class Stop(pl.Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Failing(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        pl_module.no_such_thing
+
+
 class Odd(Shrink):
     def state_dict(self):
         return {"itself": Stop(1)}
@@ -122,6 +127,12 @@ def test_what_cannot_be_resumed_is_refused_when_it_would_be_saved(train: Any, ow
         "train.callbacks: Odd", "state_dict()", "numbers"
     )
     assert not list((tmp_path / "run/checkpoints/student").glob("step-*.ckpt"))
+
+
+def test_a_callback_that_fails_is_named_with_its_line(train: Any, own: str) -> None:
+    line = SOURCE[: SOURCE.index("no_such_thing")].count("\n") + 1
+    stopped = train("--train.callbacks", f"[{own}:Failing]")
+    stopped.refused("no_such_thing", f"own.py, line {line}")
 
 
 def test_a_wrong_callback_is_refused_before_the_teacher_reads(
