@@ -55,7 +55,7 @@ def test_a_strangers_student_trains_by_the_readmes_own_words(
     }
     command = [replaced.get(word, word) for word in command]
     assert command[0] == "train-student" and "my_student.py:Tiny" in command
-    distill(*command).done()
+    assert "the first loss is" not in distill(*command).done().out, "it begins as one that knows nothing"
     more = ["--evaluate.cost", "true", "--evaluate.texts", 1, "--evaluate.text_tokens", 8]
     distill("evaluate", *command[1:], *more).done()
     result = json.loads((tmp_path / "tiny/evaluation.json").read_text())

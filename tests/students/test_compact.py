@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,6 +70,19 @@ def test_logits_equal_llamas_with_the_same_weights(tie: bool) -> None:
             expected = as_llama(model, tie)(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).logits
             found = model.head(model.body(ids_BL, positions_BL))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 384, "layers": 8, "heads": 6}, {"hidden_size": 1024, "layers": 1}])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_fresh_one_begins_as_one_that_knows_nothing(sizes: dict[str, int], tie: bool) -> None:
+    tokens = 4_096
+    torch.manual_seed(0)
+    model = CompactDecoder(tokens, **{"heads": 8, **sizes}, tie_embeddings=tie)
+    ids_BL = torch.randint(0, tokens, (2, 64))
+    with torch.no_grad():
+        logits_BLV = model.head(model.body(ids_BL, torch.arange(64).expand(2, -1)))
+    loss = torch.nn.functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten())
+    assert float(loss) < 1.1 * math.log(tokens)
 
 
 def test_documents_are_isolated() -> None:
