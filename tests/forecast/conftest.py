@@ -41,6 +41,7 @@ def maker() -> Callable[..., Callable[[], DistillationModule]]:
         rounding: Any = "nearest",
         step_in_backward: bool = False,
         vocab_size: int = VOCABULARY,
+        device_type: str | None = None,
         **options: Any,
     ) -> Callable[[], DistillationModule]:
         def make_module() -> DistillationModule:
@@ -63,7 +64,6 @@ def maker() -> Callable[..., Callable[[], DistillationModule]]:
 
         def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
             settings: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-            device_type = "cuda" if optimizer.startswith("paged") else None
             made = make_optimizer(module, name=optimizer, rounding=rounding, device_type=device_type, **settings)
             return StepInBackward(made, module) if step_in_backward else made
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from distill.training.optimizers.step_in_backward import StepInBackward
+
 
 class Functions(TorchFunctionMode):
     """Attention, norms and copies as on a CUDA device."""
@@ -33,12 +35,12 @@ def optimizer_on_cuda(make: Callable[[nn.Module], torch.optim.Optimizer], module
     torch's optimisers take all parameters at once there, with a temporary as large as all of them.
     """
     optimizer = make(module)
-    if getattr(optimizer, "is_paged", False):
-        return _Paged(optimizer.param_groups)
     for group in optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = True
-    return optimizer
+    if isinstance(optimizer, StepInBackward) and getattr(optimizer.optimizer, "is_paged", False):
+        optimizer.optimizer = _Paged(optimizer.param_groups)
+    return _Paged(optimizer.param_groups) if getattr(optimizer, "is_paged", False) else optimizer
 
 
 class _Paged(torch.optim.Optimizer):

@@ -70,6 +70,8 @@ def work_of(func: Any, args: Any, kwargs: Any, made: Any) -> Work | None:
     if func.is_view or func in _FREE:
         return None
     given, results = tensors_in(args, kwargs.values()), tensors_in([made])
+    if func.namespace == "bitsandbytes" and not results:  # a fused update: it writes all but the gradient, given first
+        results = given[1:]
     written = sum(_bytes(tensor) for tensor in results)
     # Rows are picked out of what is given: only those are read.
     read = written if func in _GATHERS else sum(_bytes(tensor) for tensor in given)

@@ -50,7 +50,7 @@ def make_optimizer(
         from distill.training.optimizers.paged import PagedAdamW8bit
 
         return PagedAdamW8bit(groups, **settings)
-    if name == "adamw_8bit" and rounding == "nearest" and parameters[0].device.type == "cuda":
+    if name == "adamw_8bit" and rounding == "nearest" and device_type == "cuda":
         from distill.training.optimizers.fused import FusedAdamW8bit
 
         return FusedAdamW8bit(groups, **settings)

@@ -117,5 +117,22 @@ def test_on_cuda_the_optimizer_takes_all_weights_at_once(maker: Maker) -> None:
     shape = StepShape(samples=1, length=8, entries=5)
     weights = simulate_step(maker(micro_batch=1), shape, device="cuda").parts["weights"]
     assert simulate_step(maker(micro_batch=1), shape, device="cuda").parts["temporaries"] >= 0.9 * weights
-    paged = simulate_step(maker(micro_batch=1, optimizer="paged_adamw_8bit"), shape, device="cuda")
-    assert paged.parts["optimizer states"] == 0
+    for levers in ({}, {"step_in_backward": True}):
+        paged = maker(micro_batch=1, optimizer="paged_adamw_8bit", device_type="cuda", **levers)
+        assert simulate_step(paged, shape, device="cuda").parts["optimizer states"] == 0
+
+
+def test_on_cuda_an_update_in_8_bits_is_a_kernel_a_weight(maker: Maker) -> None:
+    """bitsandbytes' fused one: the bytes of our own chunks, in a fraction of the kernels."""
+    shape = StepShape(samples=1, length=8, entries=5)
+    ours, fused = (
+        simulate_step(maker(micro_batch=1, optimizer="adamw_8bit", device_type=device_type), shape, device="cuda")
+        for device_type in ("cpu", "cuda")
+    )
+    assert fused.parts["optimizer states"] == pytest.approx(
+        ours.parts["optimizer states"], abs=4096
+    )  # the codes' values
+    assert sum(fused.update.values()) < 0.2 * sum(ours.update.values())
+    weights = sum(parameter.numel() for parameter in maker()().parameters())
+    moved = sum(work.bytes * count for work, count in fused.update.items())
+    assert moved >= (4 + 2 * (4 + 2)) * weights  # the gradient is read, weight and moments are read and written
