@@ -15,7 +15,7 @@ from distill.cache.format.head import HEAD, save_head
 from distill.cache.format.part import Part
 from distill.cache.format.token_order import TokenOrder, save_order
 from distill.cache.format.tokenizer_files import save_tokenizer
-from distill.cache.making.budget import Calibration
+from distill.cache.making.budget import SizeProbe
 from distill.cache.making.parts import claim_part
 from distill.cache.making.predict import TeacherModule
 from distill.cache.making.processes import ShardShares, make_trainer, predict
@@ -122,9 +122,9 @@ def _check_budget_options(experiment: Experiment) -> None:
 def _within_budget(
     experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, order: TokenOrder
 ) -> Experiment:
-    """The experiment with the threshold that its budget asks for. Raises UserError when the cache would be too large.
+    """Return the experiment with the threshold of its budget. Raises UserError if the cache would be too large.
 
-    What an earlier start chose stays: the first samples are looked at only when the cache is begun.
+    An earlier start's choice stays: the first samples are measured only when the cache is begun.
     """
     cache = experiment.cache
     begun = _is_begun(experiment, folders)
@@ -132,15 +132,15 @@ def _within_budget(
         return with_budgeted_threshold(experiment, read_manifest(folders.cache)) if begun else experiment
     manifest = make_manifest(experiment, teacher, samples, order)
     module = _teacher_module(experiment, teacher.load(), manifest)
-    calibration = Calibration(module, order, samples.train, manifest.splits["train"], cache.batch_size, teacher.device)
+    probe = SizeProbe(module, order, samples.train, manifest.splits["train"], cache.batch_size, teacher.device)
     scheme = manifest.make_scheme()
     if cache.bytes_per_token is not None:
         assert isinstance(scheme, VarOpt)
-        scheme = calibration.threshold_for(cache.bytes_per_token, scheme)
+        scheme = probe.threshold_for(cache.bytes_per_token, scheme)
         say(f"cache: threshold {scheme.threshold:g} takes about {cache.bytes_per_token:g} bytes a token")
         experiment = replace(experiment, cache=replace(cache, threshold=scheme.threshold))
     if cache.max_size is not None:
-        size = calibration.check_size(scheme, manifest, cache.max_size)
+        size = probe.check_size(scheme, manifest, cache.max_size)
         tokens = manifest.samples * manifest.sequence_length
         say(f"cache: forecast {units.size(size * tokens)}, {size:.1f} bytes for each of {tokens:,} tokens")
     return experiment
@@ -158,12 +158,12 @@ def _teacher_module(experiment: Experiment, model: Any, manifest: Manifest) -> T
 
 
 def _lacks_head(folders: Folders, manifest: Manifest) -> bool:
-    """Whether hidden states are cached whose head is not there yet."""
+    """Tell whether hidden states are cached whose head is not there yet."""
     return manifest.scheme == "hidden" and not (folders.cache / HEAD).exists()
 
 
 def _is_finished(folders: Folders, manifest: Manifest, shards: range) -> bool:
-    """Whether the process of rank 0, on another machine, found nothing to do."""
+    """Tell whether the process of rank 0, on another machine, found nothing to do."""
     try:
         found = read_manifest(folders.cache)
     except UserError:

@@ -107,7 +107,7 @@ def _show_sample(folder: Path, number: int) -> int:
 
 
 def _compare(folder: Path, name: str) -> None:
-    """How far the KL that the targets estimate is from that of the dense distributions, if student = teacher."""
+    """Print the distance of the targets' KL from that of the dense distributions, if student = teacher."""
     import torch
 
     reader = CacheReader(folder, "train")

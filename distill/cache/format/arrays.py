@@ -21,7 +21,7 @@ class DamagedRecord(Exception):
 
 
 def compress(numbers: NDArray) -> bytes:
-    """One array; an empty one takes no bytes."""
+    """Compress one array. An empty one takes no bytes."""
     if not len(numbers):
         return b""
     # One page, however long: by itself pcodec begins a new one after 2^18 numbers.
@@ -31,9 +31,9 @@ def compress(numbers: NDArray) -> bytes:
 
 
 def decompress(data: bytes, count: int, dtype: str) -> NDArray:
-    """The array of `count` numbers (dtype in pcodec's names: u16, u32, i32) that `compress` made.
+    """Return the array of `count` numbers (dtype in pcodec's names: u16, u32, i32) that `compress` made.
 
-    Raises DamagedRecord when the bytes hold another number of them.
+    Raises DamagedRecord if the bytes hold another number of them.
     """
     values = np.empty(count, dtype=_NUMPY[dtype])
     if not count:
@@ -52,7 +52,7 @@ def decompress(data: bytes, count: int, dtype: str) -> NDArray:
 
 
 def write_sizes(sizes: Iterable[int]) -> bytes:
-    """Non-negative whole numbers in LEB128, seven bits a byte."""
+    """Write non-negative whole numbers in LEB128: seven bits a byte, the eighth says that another byte follows."""
     out = bytearray()
     for size in sizes:
         while size >= 0x80:
@@ -63,7 +63,7 @@ def write_sizes(sizes: Iterable[int]) -> bytes:
 
 
 def read_sizes(data: bytes, start: int, count: int) -> tuple[list[int], int]:
-    """`count` numbers from `start`, and where they end. Raises DamagedRecord when the data end before."""
+    """Return `count` numbers from `start`, and the place after them. Raises DamagedRecord if the data end before."""
     sizes = []
     for _ in range(count):
         size = shift = 0

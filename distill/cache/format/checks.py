@@ -12,16 +12,16 @@ MOST_SAMPLES = 2**40
 MOST_SHARDS = 2**20
 MOST_SHARD_SAMPLES = 2**20
 MOST_TOKENS = 2**24
-"""Of a sample."""
+"""Largest number of tokens in a sample."""
 MOST_VOCABULARY = 2**24
 MOST_PLACES = 2**26
-"""Of the padded targets of one sample (positions × entries): reading one takes some of 8 bytes a place."""
+"""Largest size of the padded targets of one sample (positions × entries): reading one takes some of 8 bytes a place."""
 
 Check = Callable[[Any], bool]
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for anything else, however odd."""
+    """Return a JSON object. Raises ValueError for anything else, however odd."""
     try:
         content = json.loads(text.decode("utf-8"), parse_constant=_refuse)
     except RecursionError:
@@ -36,13 +36,13 @@ def _refuse(constant: str) -> Any:
 
 
 def printable(value: Any) -> str:
-    """A stranger's value in a message: short, and without what moves a terminal's cursor."""
+    """Return a stranger's value for a message: short, and without characters that move a terminal's cursor."""
     text = str(value)[:80]
     return text if text.isprintable() else ascii(text)
 
 
 def whole(low: int, high: int) -> Check:
-    """A whole number from `low` to `high`."""
+    """Return a check for a whole number from `low` to `high`."""
     return lambda value: type(value) is int and low <= value <= high
 
 
@@ -56,12 +56,12 @@ def is_bool(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """A text that can be shown: nothing in it moves a terminal's cursor."""
+    """Tell whether this is a text that can be shown: nothing in it moves a terminal's cursor."""
     return type(value) is str and value.isprintable()
 
 
 def hexadecimal(digits: int) -> Check:
-    """A text of so many hexadecimal digits."""
+    """Return a check for a text of so many hexadecimal digits."""
     return lambda value: is_text(value) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value) is not None
 
 
@@ -71,7 +71,7 @@ def list_of_texts(most: int) -> Check:
 
 
 def texts(value: Any) -> bool:
-    """Names to texts."""
+    """Tell whether these are names with texts."""
     return type(value) is dict and all(is_text(text) for pair in value.items() for text in pair)
 
 
@@ -83,7 +83,7 @@ _PARAMETERS: dict[str, Check] = {
 
 
 def parameters(value: Any) -> bool:
-    """What a scheme can be made with."""
+    """Tell whether these are parameters that a scheme can have."""
     return type(value) is dict and all(name in _PARAMETERS and _PARAMETERS[name](value[name]) for name in value)
 
 
@@ -115,7 +115,7 @@ def sample_ranges(value: Any) -> bool:
 
 
 def wrong(content: dict[str, Any], expected: dict[str, Check]) -> str | None:
-    """What is wrong with the keys and values of an object, in a few words."""
+    """Return the fault in the keys and values of an object, in a few words, or None."""
     if content.keys() != expected.keys():
         return f"unexpected or missing keys: {printable(', '.join(sorted(content.keys() ^ expected.keys())))}"
     for key, is_good in expected.items():

@@ -1,4 +1,4 @@
-"""The folder's layout: manifest, journal, shard names. What writer and reader agree on."""
+"""The folder's layout, on which writer and reader agree: manifest, journal, shard names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.cache.format.manifest import (
 )
 
 PART = "part.json"
-"""Which part of a cache a folder holds, where it is not all of it."""
+"""File that says which part of a cache the folder holds, if it is not all of it."""
 TOKEN_ORDER = "token_order"
 """The order of the tokens in which records write their ids."""
 TOKENIZER = "tokenizer"

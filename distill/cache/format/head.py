@@ -23,7 +23,7 @@ _VALUES: dict[str, checks.Check] = {
 
 
 def save_head(folder: Path, head: Head) -> None:
-    """Write the head, cut to the real vocabulary, as it is (weights in their type, scale and soft cap)."""
+    """Write the head, cut to the real vocabulary, unchanged (weights in their type, scale and soft cap)."""
     tensors = {"weight": head.weight_VD.detach().cpu().contiguous()}
     if head.bias_V is not None:
         tensors["bias"] = head.bias_V.detach().cpu().contiguous()
@@ -34,7 +34,7 @@ def save_head(folder: Path, head: Head) -> None:
 
 
 def load_head(folder: Path) -> Head:
-    """The head that `save_head` wrote. Raises UserError when it is missing or has changed."""
+    """Load the head that `save_head` wrote. Raises UserError if it is missing or has changed."""
     path = folder / HEAD
     try:
         with safe_open(path, framework="pt") as file:

@@ -16,12 +16,12 @@ from distill.system.files import append_durably, open_regular, write_durably
 
 JOURNAL = "journal.jsonl"
 LINE_LIMIT = 512
-"""Bytes of a line, with its end."""
+"""Largest size of a line in bytes, with its end."""
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """One finished shard, or one that was dropped and is to be made again: its file is gone, and it has 0 bytes."""
+    """A finished shard, or one that was dropped and must be made again: its file is gone, and it has 0 bytes."""
 
     file: str
     bytes: int
@@ -32,11 +32,11 @@ class JournalEntry:
     tokens: str = ""
     """Hash of its samples' token ids, positions and masks (`token_hash`)."""
     batch_size: int = 0
-    """Samples of a forward pass of the teacher; made again, the shard gets the same."""
+    """Samples of a forward pass of the teacher. A shard that is made again gets the same."""
 
     @property
     def is_dropped(self) -> bool:
-        """True where the shard is to be made again."""
+        """True if the shard must be made again."""
         return self.bytes == 0
 
     def dropped(self) -> JournalEntry:
@@ -65,14 +65,14 @@ _VALUES_2 = {**_VALUES, "tokens": checks.hexadecimal(64), "batch_size": checks.w
 
 
 def cache_name(manifest: Manifest) -> str:
-    """Return what a line calls the cache that it belongs to."""
+    """Return a line's name for its cache."""
     return manifest.identity[:16]
 
 
 def read_journal(folder: Path, manifest: Manifest | None = None) -> dict[int, JournalEntry]:
-    """Return finished shards by number; a last line that was cut off by a power cut does not count.
+    """Return finished shards by number. A last line that was cut off by a power cut does not count.
 
-    Raises UserError when any other line is not what the writer wrote.
+    Raises UserError if any other line is not as the writer wrote it.
     """
     return read_whole(folder, manifest or read_manifest(folder)).entries
 
@@ -93,14 +93,14 @@ def append(folder: Path, manifest: Manifest, entry: JournalEntry) -> None:
 
 
 def rewrite(folder: Path, manifest: Manifest, entries: dict[int, JournalEntry]) -> None:
-    """Make these the journal, at once and in the order of the shards; nothing is done where they are already."""
+    """Replace the journal by these entries at once, in the order of the shards. An equal journal stays."""
     path, content = folder / JOURNAL, _sealed(entries, manifest)
     if not path.exists() or path.read_bytes() != content:
         write_durably(path, content)
 
 
 def seal(folder: Path) -> None:
-    """Put the lines in the order of the shards, so that it cannot be told in which order they were made."""
+    """Sort the lines in the order of the shards, so that the journal does not show in which order they were made."""
     manifest = read_manifest(folder)
     journal = read_whole(folder, manifest)
     rewrite(folder, manifest, {**journal.dropped, **journal.entries})
@@ -112,7 +112,7 @@ def _sealed(entries: dict[int, JournalEntry], manifest: Manifest) -> bytes:
 
 @dataclass(frozen=True)
 class Journal:
-    """The lines of a journal, and what is wrong with them."""
+    """The lines of a journal, and their faults."""
 
     entries: dict[int, JournalEntry]
     """Finished shards by number."""
@@ -121,17 +121,17 @@ class Journal:
     damaged: dict[int, str]
     """Reasons why a line does not count, by its number."""
     is_torn: bool
-    """The last line has no end: a kill or a power cut came while it was written."""
+    """True if the last line has no end: a kill or a power cut came while it was written."""
     is_foreign: bool
-    """There are whole lines of another cache: manifest or journal were exchanged."""
+    """True if there are whole lines of another cache: manifest or journal were exchanged."""
     is_sealed: bool
-    """It is what `seal` would write."""
+    """True if it is exactly what `seal` would write."""
 
 
 def scan_journal(folder: Path, manifest: Manifest) -> Journal:
-    """Return the journal with all that is wrong in it. Raises UserError when it is not readable at all.
+    """Return the journal with all faults in it. Raises UserError if it is not readable at all.
 
-    Whatever its size, little memory is taken: lines have a limit, and so has their number.
+    It takes little memory at any size: lines have a limit, and so has their number.
     """
     found = Journal({}, {}, {}, is_torn=False, is_foreign=False, is_sealed=False)
     whole: list[bytes] = []

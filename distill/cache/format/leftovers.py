@@ -1,4 +1,4 @@
-"""Remains of a killed writer in a cache's folder, and their removal."""
+"""Temporary files that a killed writer (`distill cache-teacher`) left in a cache's folder, and their removal."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SHARD_NAME = re.compile(r"((held_out|train)-)?\d{6,}\.safetensors")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether this is what a kill left half written: no other file is touched."""
+    """Tell whether a kill left this file half written. No other file is touched."""
     whole = name.removesuffix(TEMPORARY)
     ours = whole in (MANIFEST, JOURNAL, PART, TOKEN_ORDER, TOKENIZER, HEAD) or SHARD_NAME.fullmatch(whole) is not None
     return ours and whole != name
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Take away what kills left half written."""
+    """Remove the files that kills left half written."""
     remove(folder, is_leftover)
     remove(folder / SHARDS, is_leftover)
 

@@ -1,4 +1,4 @@
-"""A part of a cache: which of its shards a machine makes."""
+"""A part of a cache: the shards that one machine makes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.errors import UserError
 from distill.system.files import read_bounded
 
 _LIMIT = 2**10
-"""Bytes of a part's file."""
+"""Largest size of a part's file in bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Part:
 
     @classmethod
     def parse(cls, text: str) -> Part:
-        """From `3/8`. Raises UserError for anything else."""
+        """Parse `3/8`. Raises UserError for anything else."""
         match = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
         if not match or int(match[1]) > int(match[2]):
             raise UserError(f"cache.part: '{text}': give k/n with k from 1 to n, for example 3/8")
         return cls(int(match[1]), int(match[2]))
 
     def shards(self, total: int) -> range:
-        """Its shards among all: a contiguous range, as long as the others' to within one."""
+        """Return its shards among all: a contiguous range, as long as the others' to within one."""
         if self.count > total:
             raise UserError(
                 f"cache.part: {self}: the cache has only {total} shards: give at most {total} parts, "
@@ -44,7 +44,7 @@ class Part:
 
 
 def read_part(folder: Path) -> Part | None:
-    """Which part of a cache a folder holds; None: all of it. Raises UserError when that is not readable."""
+    """Return the part of a cache that a folder holds, None for all of it. Raises UserError if that is not readable."""
     path = folder / PART
     if not path.exists():
         return None

@@ -26,12 +26,12 @@ from distill.targets.sparse import SparseTargets
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents that a sample's positions come from, one for each time that its position ids begin anew."""
+    """Documents that a sample's positions come from, one for each place where its position ids begin anew."""
 
     hashes: NDArray[np.uint64]
-    """The first 8 bytes of the sha256 of each one's content, little-endian; 0 where there is padding."""
+    """First 8 bytes of the sha256 of each one's content, little-endian; 0 for padding."""
     sources: NDArray[np.uint32]
-    """The number of each one's source in the manifest's list."""
+    """Number of each one's source in the manifest's list."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Record:
     position_ids_L: NDArray[np.uint32]
     loss_mask_L: NDArray[np.bool_]
     targets: SparseTargets | HiddenTargets
-    """On the CPU; weights as `coding.round_weights` or `coding.decode` made them."""
+    """Targets on the CPU, with weights as `coding.round_weights` or `coding.decode` made them."""
     entropy_N: NDArray[np.uint16]
     """The teacher's entropy, in steps of 1/64 nat."""
     surprisal_N: NDArray[np.uint16]
     """The teacher's negative log-probability of the true next token, in steps of 1/64 nat (at most 1,023 nats)."""
     documents: Documents | None = None
-    """None where they are not known: a cache of format version 1, samples that no corpus made."""
+    """Documents of the positions. None if unknown: a cache of format version 1, samples that no corpus made."""
 
     @property
     def entries(self) -> int:
-        """Entries of all positions; none where nothing was left out of the distributions."""
+        """Entries of all positions; 0 if nothing was left out of the distributions."""
         return len(self.targets.ids_T) if isinstance(self.targets, SparseTargets) else 0
 
 
@@ -83,7 +83,7 @@ def encode_fields(record: Record, scheme: AnyScheme) -> dict[str, bytes]:
 def decode(
     data: bytes, sequence_length: int, scheme: AnyScheme, key: int = 0, *, with_documents: bool = True
 ) -> Record:
-    """Return the record that `encode` wrote. Raises DamagedRecord when a bit has changed, or the key is another.
+    """Return the record that `encode` wrote. Raises DamagedRecord if a bit has changed, or the key is another.
 
     `with_documents`: False for format version 1, whose records lack the last two fields.
     """
@@ -133,7 +133,7 @@ def _field_names(scheme: AnyScheme) -> list[str]:
 
 
 def _document_fields(record: Record) -> tuple[bytes, bytes]:
-    """Return hashes as they are, which nothing makes shorter, and sources in LEB128; nothing of unknown documents."""
+    """Return hashes unpacked, since nothing makes them shorter, and sources in LEB128; empty if unknown."""
     if record.documents is None:
         return b"", b""
     assert len(record.documents.hashes) == len(_document_lengths(record.position_ids_L))
@@ -172,7 +172,7 @@ def _document_lengths(position_ids_L: NDArray) -> NDArray[np.uint32]:
 
 
 def _runs(mask_L: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """Lengths of the runs of equal values, the first run being False (perhaps of length 0)."""
+    """Return the lengths of the runs of equal values, the first run being False (perhaps of length 0)."""
     changes = np.flatnonzero(np.diff(mask_L.astype(np.int8), prepend=0))
     return np.diff(np.concatenate([[0], changes, [len(mask_L)]])).astype(np.uint32)
 

@@ -50,7 +50,7 @@ class ShardFile:
         self.samples, self._file = samples, -1
         self._file = open_regular(path)
         self.batch_size: int | None = None
-        """Samples of a forward pass of the teacher; None in a shard of format version 1."""
+        """Samples of a forward pass of the teacher. None in a shard of format version 1."""
         self._start, self._size = self._read_header()
 
     def _read_header(self) -> tuple[int, int]:
@@ -68,7 +68,7 @@ class ShardFile:
         return start, size
 
     def record(self, row: int) -> bytes:
-        """The bytes of one record."""
+        """Return the bytes of one record."""
         assert 0 <= row < self.samples
         first, last = struct.unpack("<QQ", self._pread(16, self._start + 8 * row))
         is_whole = (row > 0 or first == 0) and (row < self.samples - 1 or last == self._size)

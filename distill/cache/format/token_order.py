@@ -28,7 +28,7 @@ from distill.targets.next_token import next_ids
 from distill.targets.sparse import SparseTargets
 
 FINGERPRINT = "token_order"
-"""Its name among the manifest's fingerprints; without it, tokens are in the order of their ids."""
+"""Name among the manifest's fingerprints. Without it, tokens are in the order of their ids."""
 
 _TOKENS = 2**20
 """Tokens that are counted: enough to tell frequent tokens from rare ones."""
@@ -50,25 +50,25 @@ class TokenOrder:
 
     @classmethod
     def by_frequency(cls, counts_V: NDArray[np.integer]) -> TokenOrder:
-        """Frequent tokens first; equally frequent ones by id, which in most vocabularies says how frequent they are."""
+        """Put frequent tokens first; equally frequent ones by id, which in most vocabularies follows frequency."""
         return cls(np.argsort(-counts_V.astype(np.int64), kind="stable").astype(np.uint32))
 
     @classmethod
     def by_id(cls, vocab_size: int) -> TokenOrder:
-        """The tokens as they are numbered."""
+        """Put the tokens in the order of their ids."""
         return cls(np.arange(vocab_size, dtype=np.uint32))
 
     @cached_property
     def is_by_id(self) -> bool:
-        """Whether ranks are ids."""
+        """True if ranks are ids."""
         return bool((np.diff(self.tokens_V.astype(np.int64)) > 0).all())
 
     def ranked(self, record: Record) -> Record:
-        """The record with ranks in the place of token ids: what is written."""
+        """Return the record with ranks in the place of token ids, as it is written."""
         return self._relabelled(record, self.ranks_V)
 
     def named(self, record: Record) -> Record:
-        """The record with token ids in the place of ranks. Raises DamagedRecord for a rank beyond the vocabulary."""
+        """Return the record with token ids in the place of ranks. Raises DamagedRecord for an impossible rank."""
         return self._relabelled(record, self.tokens_V)
 
     def _relabelled(self, record: Record, names_V: NDArray) -> Record:
@@ -86,14 +86,14 @@ class TokenOrder:
 
     def to_bytes(self) -> bytes:
         """Return the file: how many tokens are out of the order of their ids, and these tokens, compressed."""
-        # Behind the last rank that is out of order, the tokens that are left follow by id.
+        # After the last rank that is out of order, the remaining tokens follow by id.
         falls = np.flatnonzero(np.diff(self.tokens_V.astype(np.int64)) < 0)
         listed = int(falls[-1]) + 1 if len(falls) else 0
         return write_sizes([listed]) + compress(self.tokens_V[:listed])
 
     @classmethod
     def from_bytes(cls, data: bytes, vocab_size: int) -> TokenOrder:
-        """Raises DamagedRecord when this is no permutation of the vocabulary."""
+        """Read the order. Raises DamagedRecord if this is no permutation of the vocabulary."""
         (listed,), start = read_sizes(data, 0, 1)
         if listed > vocab_size:
             raise DamagedRecord("more tokens than the vocabulary has")
@@ -106,12 +106,12 @@ class TokenOrder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the file."""
+        """The sha256 of the file."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
 def token_counts(samples: Dataset[dict[str, Tensor]], count: int, vocab_size: int) -> NDArray[np.int64]:
-    """How often each token is to be learned in the first samples, at most `count` and about a million tokens."""
+    """Count how often each token is to be learned in the first samples, at most `count` and about a million tokens."""
     counts_V = np.zeros(vocab_size, dtype=np.int64)
     for index in range(count):
         sample = samples[index]
@@ -132,9 +132,9 @@ def _in_order(targets: SparseTargets) -> SparseTargets:
 
 
 def save_order(folder: Path, order: TokenOrder) -> None:
-    """Write the order beside the shards; one that is there and whole is left alone.
+    """Write the order beside the shards, unless a whole one is there.
 
-    Raises UserError when it cannot be written.
+    Raises UserError if it cannot be written.
     """
     path, content = folder / TOKEN_ORDER, order.to_bytes()
     try:
@@ -145,7 +145,7 @@ def save_order(folder: Path, order: TokenOrder) -> None:
 
 
 def load_order(folder: Path, manifest: Manifest) -> TokenOrder:
-    """The order of a cache. Raises UserError when it is missing or has changed."""
+    """Load the order of a cache. Raises UserError if it is missing or has changed."""
     expected = manifest.fingerprints.get(FINGERPRINT)
     if expected is None:
         return TokenOrder.by_id(manifest.vocab_size)

@@ -20,13 +20,13 @@ _AGAIN = "run `distill cache-teacher` again, it writes the tokenizer anew"
 
 
 class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+    """The one method that is needed of a Hugging Face tokenizer."""
 
     def save_pretrained(self, folder: Path, /) -> object: ...
 
 
 def save_tokenizer(cache: Path, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer, all of it or nothing; one that is there and whole is left alone."""
+    """Write the tokenizer, all of it or nothing, unless a whole one is there."""
     folder = cache / TOKENIZER
     if not tokenizer_problems(cache):
         return
@@ -50,7 +50,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # tokenizers' own errors have no class but this
+    except Exception as error:  # tokenizers' own errors have no other class
         code = errno.ENOSPC if f"os error {errno.ENOSPC}" in str(error) else errno.EIO
         raise OSError(code, str(error)) from error
     _forget_the_way(folder / "tokenizer_config.json")
@@ -64,7 +64,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _forget_the_way(config: Path) -> None:
-    """transformers notes how it found a tokenizer (offline, in a local folder), which is no part of what it is."""
+    """Remove transformers' notes about how it found the tokenizer (offline, in a local folder)."""
     if config.exists():
         content = json.loads(config.read_text(encoding="utf-8"))
         kept = {key: value for key, value in content.items() if key not in ("is_local", "local_files_only")}
@@ -72,7 +72,7 @@ def _forget_the_way(config: Path) -> None:
 
 
 def tokenizer_problems(cache: Path) -> dict[str, str]:
-    """What is wrong with the tokenizer's files, by name in the cache; nothing: each is what was written."""
+    """Return the faults of the tokenizer's files, by name in the cache; empty if each is as written."""
     folder = cache / TOKENIZER
     sums = f"{TOKENIZER}/{SUMS}"
     try:
@@ -103,7 +103,7 @@ def _matches(path: Path, digest: str) -> bool:
 
 
 def checked_tokenizer(cache: Path) -> Path:
-    """The tokenizer's folder. Raises UserError when a bit of it has changed."""
+    """Return the tokenizer's folder. Raises UserError if a bit of it has changed."""
     for name, problem in tokenizer_problems(cache).items():
         raise UserError(f"{cache / name} {problem}: {_AGAIN}")
     return cache / TOKENIZER

@@ -1,4 +1,4 @@
-"""A writer beside the teacher: shards are packed, hashed and synced in a thread while the next ones are computed."""
+"""A writer beside the teacher: a thread codes, hashes and syncs shards while the next ones are computed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from distill.cache.format.records import Record
 from distill.cache.making.writer import CacheWriter
 
 QUEUE_SHARDS = 2
-"""Finished shards that may wait to be written: they are all the memory this takes."""
+"""Largest number of finished shards that wait to be written. They are all the memory that this takes."""
 _POLL_SECONDS = 0.1
 
 
 class BackgroundWriter:
-    """Hands shards to a thread; use as a context manager, whose end waits until all of them are on disk.
+    """A thread that writes shards. Use it as a context manager; its end waits until all of them are on disk.
 
-    What goes wrong in the thread is raised by the next call here, or by the end of the context. When the context ends
-    with another error (an interruption, say), the shards handed over before are still written.
+    An error in the thread is raised by the next call here, or by the end of the context. If the context ends with
+    another error (an interruption, say), the shards handed over before are still written.
     """
 
     def __init__(self, writer: CacheWriter) -> None:
@@ -34,11 +34,11 @@ class BackgroundWriter:
         return self
 
     def write(self, shard: int, records: list[Record]) -> None:
-        """Hand over a shard; waits while the queue is full."""
+        """Hand over a shard, and wait while the queue is full."""
         self._put((shard, records))
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if anything did."""
+        """Raise the thread's error, if there is one."""
         if self._error:
             raise self._error
 

@@ -1,4 +1,4 @@
-"""How large a cache will be, and which threshold makes it as large as asked: measured on the first samples.
+"""Size of a cache before it is made, and the threshold for a wanted size: measured on the first samples.
 
 Shapes: B batch, L sequence length, D hidden size.
 """
@@ -24,16 +24,16 @@ from distill.system.units import parse_size
 from distill.targets.schemes import AnyScheme, VarOpt
 
 TOKENS = 4096
-"""Tokens of the samples that a calibration looks at."""
+"""Tokens of the samples that are measured."""
 
 LOWEST, HIGHEST = 0.002, 0.5
-"""Thresholds among which one is looked for."""
+"""Bounds of the search for a threshold."""
 
 _MARGIN = 0.95
-"""Share of the samples that would fit which is advised: with fewer samples the order of the tokens is another."""
+"""Share of the fitting number of samples that is advised, since fewer samples have another order of the tokens."""
 
 
-class Calibration:
+class SizeProbe:
     """The teacher's hidden states of the first samples, from which records of any scheme are made again."""
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class Calibration:
         batch_size: int,
         device: torch.device,
     ) -> None:
-        """Runs the teacher's body over at most `count` samples, up to `TOKENS` tokens."""
+        """Run the teacher's body over at most `count` samples, up to `TOKENS` tokens."""
         self.module, self.order = module, order
         length = len(samples[0]["input_ids"])
         chosen = Subset(samples, range(min(count, max(1, TOKENS // length))))
@@ -58,7 +58,7 @@ class Calibration:
         self.tokens = length * len(self._rows)
 
     def bytes_per_token(self, scheme: AnyScheme) -> float:
-        """Size of the samples' records under a scheme, divided by their tokens."""
+        """Return the size of the samples' records under a scheme, divided by their tokens."""
         module, head = self.module, self.module.teacher.head.with_rows(self.module.vocab_size)
         size = 0
         for row in self._rows:
@@ -79,9 +79,9 @@ class Calibration:
         return size / self.tokens
 
     def threshold_for(self, bytes_per_token: float, scheme: VarOpt) -> VarOpt:
-        """The scheme with the threshold, to three digits, at which the samples take about, and no more than, so much.
+        """Return the scheme with the threshold, to three digits, at which the samples take at most about so much.
 
-        Raises UserError when no threshold from 0.002 to 0.5 does.
+        Raises UserError if no threshold from 0.002 to 0.5 does.
         """
         at = {bound: self.bytes_per_token(replace(scheme, threshold=bound)) for bound in (LOWEST, HIGHEST)}
         if not at[HIGHEST] <= bytes_per_token <= at[LOWEST]:
@@ -99,14 +99,14 @@ class Calibration:
         return replace(scheme, threshold=high)
 
     def check_size(self, scheme: AnyScheme, manifest: Manifest, max_size: str) -> float:
-        """Bytes a token. Raises UserError when the forecast is over `max_size`, with what would fit."""
+        """Return bytes a token. Raises UserError if the forecast is over `max_size`, with a remedy."""
         size, limit = self.bytes_per_token(scheme), parse_size(max_size, "cache.max_size")
         tokens = manifest.samples * manifest.sequence_length
         if size * tokens <= limit:
             return size
         advice = [f"raise it to {math.ceil(size * tokens / 1e5) / 10:.1f}MB"]
         if isinstance(scheme, VarOpt):
-            # Rounded down, so that what is advised fits; not advised where no threshold makes records so small.
+            # The number is rounded down so that it fits. It is not advised if no threshold makes records so small.
             affordable = math.floor(10 * limit / tokens) / 10
             if affordable >= self.bytes_per_token(replace(scheme, threshold=HIGHEST)):
                 advice.append(f"give --cache.bytes_per_token {affordable:.1f}")

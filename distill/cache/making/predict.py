@@ -27,10 +27,10 @@ Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class ShardBatches:
-    """Batch sampler: the samples of the given shards in order; a batch depends on its shard alone."""
+    """A batch sampler: the samples of the given shards in order. A batch depends on its shard alone."""
 
     def __init__(self, manifest: Manifest, shards: list[int], batch_size: Callable[[int], int]) -> None:
-        """`batch_size` tells how many samples of a shard make a batch."""
+        """Set up the batches; `batch_size` tells how many samples of a shard make a batch."""
         self.batches = [
             list(samples[start : start + batch_size(shard)])
             for shard in shards
@@ -57,7 +57,7 @@ def shard_loader(
 
 
 class TeacherModule(pl.LightningModule):
-    """Samples to records: the body on the batch, then head and scheme sample by sample in chunks."""
+    """The teacher under Lightning, from samples to records: the body on the batch, then head and scheme in chunks."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class TeacherModule(pl.LightningModule):
         chunk_size: int = 256,
         each: Callable[[Iterator[Sample]], Iterator[Sample]] = iter,
     ) -> None:
-        """`each`: hook around the samples of a batch; a forecast leaves out those that are like earlier ones."""
+        """Set up the module; `each` is a hook around a batch's samples, by which a forecast leaves out repetitions."""
         super().__init__()
         self.teacher, self.vocab_size, self.scheme = teacher, vocab_size, scheme
         self.seed, self.temperature, self.chunk_size, self.each = seed, temperature, chunk_size, each
@@ -98,7 +98,7 @@ class TeacherModule(pl.LightningModule):
 
 
 class ShardWriter(BasePredictionWriter):
-    """Collects records and hands a shard over as soon as it is whole; stops when the writer could not go on."""
+    """A callback that collects records and hands a shard over as soon as it is whole; it stops if the writer fails."""
 
     def __init__(self, writer: BackgroundWriter, shards: list[int], progress: Progress) -> None:
         super().__init__(write_interval="batch")
@@ -130,7 +130,7 @@ class ShardWriter(BasePredictionWriter):
 
 
 def _with_documents(records: list[Record], batch: dict[str, Tensor]) -> list[Record]:
-    """Return a batch's records with the documents that their positions come from, where the batch knows them."""
+    """Return a batch's records with the documents that their positions come from, if the batch knows them."""
     if "document_hash" not in batch:
         return records
     hash_BL, source_BL = (batch[name].cpu().numpy() for name in ("document_hash", "source"))

@@ -1,4 +1,4 @@
-"""One cache made by several processes under Lightning's ddp: who makes which shards, and an end for all of them."""
+"""One cache made by several processes under Lightning's ddp: the shards of each, and a common end."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from distill.system.processes import leave_if_not_first, together
 from distill.system.progress import Progress
 
 _PATIENCE = timedelta(days=30)
-"""How long a process may wait for the others at the end: they do not work equally fast."""
+"""Longest time that a process waits for the others at the end, because they are not equally fast."""
 
 
 def make_trainer(accelerator: str, devices: int = 1, num_nodes: int = 1) -> pl.Trainer:
-    """A Trainer that predicts. Its `global_rank` is right at once, in whatever way the processes were started."""
+    """Make a Trainer that predicts. Its `global_rank` is right at once, however the processes were started."""
     return pl.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -38,13 +38,13 @@ def make_trainer(accelerator: str, devices: int = 1, num_nodes: int = 1) -> pl.T
 
 
 class ShardShares(pl.LightningDataModule):
-    """The samples of the shards that are to do, dealt out to the processes; each writes the shards that are its own.
+    """The samples of the unfinished shards, dealt out to the processes. Each writes its own shards.
 
     Args:
         samples: `samples[i]` holds `input_ids`, `position_ids`, `loss_mask` of the cache's sample i.
-        open_writer: opens the cache; called when the process of rank 0 has done so already.
-        shards: those to make, as far as they are missing.
-        progress: told about this process's tokens.
+        open_writer: opens the cache; called after the process of rank 0 has done so.
+        shards: shards to make, as far as they are missing.
+        progress: display of this process's tokens.
     """
 
     def __init__(
@@ -58,10 +58,13 @@ class ShardShares(pl.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
         self.samples, self.open_writer, self.shards, self.progress = samples, open_writer, shards, progress
         self.background = contextlib.ExitStack()
-        """Ends when this process's shards are on disk."""
+        """Context that ends when this process's shards are on disk."""
 
     def setup(self, stage: str) -> None:
-        """Before this, and before the first batch, Lightning waits for all processes: all see the same shards."""
+        """Open the cache and take this process's shards.
+
+        Lightning waits for all processes before this, and before the first batch, so all see the same missing shards.
+        """
         assert self.trainer is not None
         self._writer = self.open_writer()
         missing = [shard for shard in self._writer.missing() if shard in self.shards]
@@ -72,7 +75,7 @@ class ShardShares(pl.LightningDataModule):
         callbacks.append(ShardWriter(background, self._mine, self.progress))
 
     def _show_what_is_done(self, missing: int) -> None:
-        """A process shows its own share of the work, and as done the same share of what was there before."""
+        """Show this process's share of the work, and as done the same share of the shards that existed before."""
         assert self.trainer is not None
         manifest = self._writer.manifest
         to_do = sum(len(manifest.shard_range(shard)) for shard in self._mine)
@@ -84,7 +87,7 @@ class ShardShares(pl.LightningDataModule):
         return shard_loader(self.samples, self._writer.manifest, self._mine, self._writer.batch_size)
 
     def teardown(self, stage: str) -> None:
-        """When all have written what is theirs, the journal is put in order."""
+        """Put the journal in order when all processes have written their shards."""
         assert self.trainer is not None
         self.background.close()
         self.trainer.strategy.barrier("shards written")
@@ -96,7 +99,7 @@ class ShardShares(pl.LightningDataModule):
 
 
 def predict(trainer: pl.Trainer, module: TeacherModule, shares: ShardShares) -> None:
-    """Make the shards; returns in the process of rank 0 only, the others end here. A failure of one ends all."""
+    """Make the shards. It returns in the process of rank 0 only; the others end here. A failure of one ends all."""
     with together(trainer), shares.background:
         trainer.predict(module, datamodule=shares, return_predictions=False)
     leave_if_not_first(trainer)

@@ -1,4 +1,4 @@
-"""Records to a batch: token ids stacked, targets of all positions row after row.
+"""Batches made from records: token ids stacked, targets of all positions row after row.
 
 Shapes: B batch, L sequence length, N positions with loss in the batch.
 """
@@ -32,11 +32,11 @@ class Batch:
     """The teacher's negative log-probability of the true next token in nats."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
+        """Return the batch on another device."""
         return cast(Batch, _moved(self, device))
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Some of the samples, with their targets."""
+        """Return some of the samples, with their targets."""
         of_samples = slice(start, stop)
         begin, end = (int(self.loss_mask_BL[:row].sum()) for row in (start, stop))
         of_positions = slice(begin, end)
@@ -50,7 +50,7 @@ class Batch:
         )
 
     def without_loss(self) -> Batch:
-        """The samples, without the positions that carry loss."""
+        """Return the samples without the positions that carry loss."""
         none = slice(0, 0)
         return replace(
             self,
@@ -90,7 +90,7 @@ def _nats(steps: list[np.ndarray]) -> Tensor:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A dataclass of tensors (and of such dataclasses) on another device."""
+    """Move a dataclass of tensors (and of such dataclasses) to another device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if value is None:

@@ -23,11 +23,11 @@ _ATTEMPTS = 3
 class CacheReader(Dataset[Record]):
     """The samples of one split (`train` or `held_out`) of a finished cache, in a folder or at an fsspec URL.
 
-    Nothing is kept in memory or open but the manifest (and 40 bytes a shard for a URL): a sample is read from its
-    shard, which is opened for that moment only. So memory is the same at any size, and any number of threads, workers
-    and processes may read at once.
+    Only the manifest is kept in memory (and 40 bytes a shard for a URL), and nothing is kept open: a sample is read
+    from its shard, which is opened for that moment only. So memory is the same at any size, and any number of threads,
+    workers and processes may read at once.
 
-    Raises UserError when there is no cache, when it is not finished, or a sample in it is damaged.
+    Raises UserError if there is no cache, if it is not finished, or if a sample in it is damaged.
     """
 
     def __init__(self, location: Path | str | Storage, split: str) -> None:
@@ -64,7 +64,7 @@ class CacheReader(Dataset[Record]):
                 with ShardFile(self.storage.shard(shard), len(self.manifest.shard_range(shard))) as file:
                     return file.record(row)
             except FileNotFoundError:
-                # Another process made room for a copy of its own just then.
+                # Another process removed the copy just then, to make room for its own.
                 if isinstance(self.storage, FolderStorage) or attempt == _ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
@@ -75,7 +75,7 @@ class CacheReader(Dataset[Record]):
 
 
 def check_finished(storage: Storage) -> None:
-    """Raises UserError when shards are missing."""
+    """Raise UserError if shards are missing."""
     shards = read_manifest(storage.folder).shards
     missing = shards - len(read_journal(storage.folder))
     part = read_part(storage.folder)

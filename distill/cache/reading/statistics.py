@@ -26,17 +26,17 @@ class Statistics:
     positions: int
     bytes_by_field: dict[str, int]
     entropy: float
-    """The teacher's, in nats."""
+    """The teacher's entropy, in nats."""
     surprisal: float
     """The teacher's mean negative log-probability of the true next token, in nats."""
     exact_mass: float | None
-    """Mass that is kept exactly; None where all of it is (hidden states), or none (random draws)."""
+    """Mass that is kept exactly. None if all of it is (hidden states), or none (random draws)."""
     entries: dict[int, int]
     """Positions by their number of entries; empty for hidden states."""
 
 
 def gather(reader: CacheReader, most_samples: int = 256) -> Statistics:
-    """Statistics of at most `most_samples` samples."""
+    """Compute statistics of at most `most_samples` samples."""
     count = min(len(reader), most_samples)
     chosen = np.linspace(0, len(reader) - 1, count).round().astype(int) if count else []
     sizes: Counter[str] = Counter()
@@ -70,7 +70,7 @@ def gather(reader: CacheReader, most_samples: int = 256) -> Statistics:
 
 
 def histogram(entries: dict[int, int], bins: int = 8) -> list[tuple[str, float]]:
-    """Shares of the positions by number of entries, in at most `bins` ranges of equal width."""
+    """Return shares of the positions by number of entries, in at most `bins` ranges of equal width."""
     if not entries:
         return []
     low, high = min(entries), max(entries)
@@ -85,10 +85,10 @@ def histogram(entries: dict[int, int], bins: int = 8) -> list[tuple[str, float]]
 
 
 def alternatives(reader: CacheReader, index: int, tokenizer: Any, most: int = 4) -> list[str]:
-    """A line for each token of a sample: the token, what the teacher gave it, and what it thought likely instead.
+    """Return a line for each token of a sample: the token, its probability, and the teacher's likeliest tokens.
 
-    `p` is the teacher's probability of the token, `H` its entropy in nats; then its most probable tokens with their
-    weights. A token without numbers carries no loss. Hidden states hold no ids: there p and H are all.
+    `p` is the teacher's probability of the token, `H` its entropy in nats; then come its most probable tokens with
+    their weights. A token without numbers carries no loss. Hidden states hold no ids, so there p and H are all.
     """
     record = reader[index]
     batch = collate([record])

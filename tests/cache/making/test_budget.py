@@ -13,7 +13,7 @@ import pytest
 from distill.cache.format.manifest import read_manifest
 from distill.cache.format.records import encode
 from distill.cache.format.token_order import TokenOrder
-from distill.cache.making.budget import HIGHEST, LOWEST, Calibration
+from distill.cache.making.budget import HIGHEST, LOWEST, SizeProbe
 from distill.cache.making.predict import TeacherModule
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
@@ -26,7 +26,7 @@ from distill.targets.schemes import RandomDraws, VarOpt
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# The calibration itself.
+# The probe itself.
 
 
 class Bench:
@@ -40,7 +40,7 @@ class Bench:
         self.manifest = make_manifest(experiment, teacher, samples, self.order)
         scheme = self.manifest.make_scheme()
         module = TeacherModule(teacher.load(), teacher.vocab_size, scheme, seed=self.manifest.seed)
-        self.calibration = Calibration(module, self.order, samples.train, 10, 4, teacher.device)
+        self.probe = SizeProbe(module, self.order, samples.train, 10, 4, teacher.device)
 
 
 @pytest.fixture(scope="module")
@@ -49,39 +49,39 @@ def bench(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def test_it_looks_at_no_more_samples_than_there_are(bench: Bench) -> None:
-    assert bench.calibration.tokens == 10 * 48
+    assert bench.probe.tokens == 10 * 48
 
 
 def test_a_higher_threshold_makes_smaller_records(bench: Bench) -> None:
     thresholds = (LOWEST, 0.01, 0.02, 0.05, 0.2, HIGHEST)
-    sizes = [bench.calibration.bytes_per_token(VarOpt(threshold)) for threshold in thresholds]
+    sizes = [bench.probe.bytes_per_token(VarOpt(threshold)) for threshold in thresholds]
     assert all(one > other for one, other in pairwise(sizes)), sizes
 
 
 def test_the_chosen_threshold_takes_what_was_asked_and_no_more(bench: Bench) -> None:
-    sizes = [bench.calibration.bytes_per_token(VarOpt(bound)) for bound in (HIGHEST, LOWEST)]
+    sizes = [bench.probe.bytes_per_token(VarOpt(bound)) for bound in (HIGHEST, LOWEST)]
     for share in (0.0, 0.1, 0.3):
         asked = sizes[0] + share * (sizes[1] - sizes[0])
-        chosen = bench.calibration.threshold_for(asked, VarOpt(0.02))
+        chosen = bench.probe.threshold_for(asked, VarOpt(0.02))
         assert float(f"{chosen.threshold:.3g}") == chosen.threshold
-        assert 0.9 * asked <= bench.calibration.bytes_per_token(chosen) <= asked
+        assert 0.9 * asked <= bench.probe.bytes_per_token(chosen) <= asked
 
 
 def test_a_size_beyond_all_thresholds_is_refused(bench: Bench) -> None:
     for asked in (1.0, 1e4, float("nan")):
         with pytest.raises(UserError, match=r"cannot be had.*thresholds from 0.5 to 0.002 take \d+\.\d to \d+\.\d"):
-            bench.calibration.threshold_for(asked, VarOpt(0.02))
+            bench.probe.threshold_for(asked, VarOpt(0.02))
 
 
 def test_what_is_advised_depends_on_the_scheme_and_fits(bench: Bench) -> None:
-    calibration, manifest = bench.calibration, bench.manifest
+    probe, manifest = bench.probe, bench.manifest
     tokens = manifest.samples * manifest.sequence_length
-    size = calibration.bytes_per_token(VarOpt(0.01))
-    assert calibration.check_size(VarOpt(0.01), manifest, f"{size * tokens + 1:.0f}B") == size
+    size = probe.bytes_per_token(VarOpt(0.01))
+    assert probe.check_size(VarOpt(0.01), manifest, f"{size * tokens + 1:.0f}B") == size
 
     def advice(scheme: Any, share: float) -> str:
         with pytest.raises(UserError) as refused:
-            calibration.check_size(scheme, manifest, f"{share * tokens * calibration.bytes_per_token(scheme):.0f}B")
+            probe.check_size(scheme, manifest, f"{share * tokens * probe.bytes_per_token(scheme):.0f}B")
         return str(refused.value)
 
     assert "--cache.bytes_per_token" in advice(VarOpt(0.01), 0.6) and "--cache.max_samples" in advice(VarOpt(0.01), 0.6)
@@ -111,7 +111,7 @@ def nothing_was_written(folder: Path) -> bool:
 
 
 def test_a_threshold_is_chosen_kept_and_accepted_by_training(world: Any, distill: Any, tmp_path: Path) -> None:
-    """One experiment file from the calibration to the student, which need not know the threshold."""
+    """One experiment file from the probe to the student, which need not know the threshold."""
     budget = {"bytes_per_token": 30.0, "max_samples": 40, "held_out_samples": 8}
     file = world.write(tmp_path / "experiment.yaml", cache=budget, train={"max_steps": 1})
     said = distill("cache-teacher", file).done().out
