@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.checkpoints import nearest, resolve
+from distill.models.devices import DTYPES
 from distill.models.huggingface import (
     HuggingFaceLanguageModel,
     from_weights,
     shape_of,
 )
 from distill.models.language_model import check_rows
-from distill.models.quantization import DTYPES, full_weight, is_linear, is_quantized, is_transposed, load_quantized
+from distill.models.quantization import full_weight, is_linear, is_quantized, is_transposed, load_quantized
 from distill.models.shapes import finder
 
 NAME = "default"  # name of a layer's one adapter

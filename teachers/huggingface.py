@@ -7,7 +7,7 @@ import torch
 from distill.models import devices
 from distill.models.checkpoints import resolve
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.quantization import DTYPES, Quantization, load_quantized
+from distill.models.quantization import Quantization, load_quantized
 from distill.models.shapes import declare
 
 
@@ -30,6 +30,6 @@ def load_teacher(
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
     """Return the compute dtype. `auto` is bfloat16 on CUDA cards that have it, float16 on older ones, else float32."""
-    if name != "auto" and name not in DTYPES:
-        raise ValueError(f"compute_dtype '{name}' is unknown (known: auto, {', '.join(DTYPES)})")
-    return DTYPES[devices.compute_dtype(name, torch.device(device))]
+    if name != "auto" and name not in devices.DTYPES:
+        raise ValueError(f"compute_dtype '{name}' is unknown (known: auto, {', '.join(devices.DTYPES)})")
+    return devices.DTYPES[devices.compute_dtype(name, torch.device(device))]

@@ -6,6 +6,9 @@ import torch
 
 from distill.errors import UserError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types of weights and of computation, by their names in an experiment."""
+
 
 def pick_device(accelerator: str) -> torch.device:
     """Return the device of a Lightning accelerator name: auto, cpu, cuda (or gpu), mps."""

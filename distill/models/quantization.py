@@ -14,8 +14,6 @@ from distill.models.shapes import finder
 from distill.system.quiet import quiet_for_good
 
 Quantization = Literal["nf4", "int8", "none"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types of the weights that are not quantised, by name."""
 
 
 def load_quantized(

@@ -15,9 +15,8 @@ import torch
 from distill.errors import UserError, did_you_mean
 from distill.experiment.folders import finished_model
 from distill.models.chat_templates import TemplateError, render_with
-from distill.models.devices import compute_dtype, pick_device
+from distill.models.devices import DTYPES, compute_dtype, pick_device
 from distill.models.generation import HALF, context_length, decode_text, encode_prompt, ending_tokens, generate
-from distill.models.quantization import DTYPES
 from distill.models.tokenizers import load_folder_tokenizer, vocab_size
 from distill.plugins import load_language_model
 from distill.system.progress import say, visible

@@ -27,13 +27,16 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the versions of distill, Python and the installed packages that figures depend on."""
-    found = {"distill": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: version for package in _PACKAGES if (version := version_of(package)) is not None}
+    return {"distill": __version__, "python": platform.python_version(), **found}
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def machine(device: torch.device) -> dict[str, Any]:

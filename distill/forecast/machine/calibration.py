@@ -16,10 +16,10 @@ import torch
 from distill.forecast.machine.cards import Card, this_machine
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.work import Speed
+from distill.models.devices import DTYPES
 from distill.system.files import read_bounded, write_durably
 from distill.system.machine import processor_name
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _VERSION = 3
 _MOST_BYTES = 1 << 20
 _FRESH = 3.0

@@ -30,12 +30,13 @@ from distill.experiment.configuration import (
 from distill.experiment.place import Place
 from distill.experiment.student import make_student
 from distill.experiment.training import make_module, roles
-from distill.forecast.machine.calibration import DEFAULTS, DTYPES, Efficiency, kind_of, speed
+from distill.forecast.machine.calibration import DEFAULTS, Efficiency, kind_of, speed
 from distill.forecast.machine.cards import Card, this_machine
 from distill.forecast.machine.disk import time_disk
 from distill.forecast.phases.step import StepShape, make_batch, run_steps, simulate_step
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.work import Work
+from distill.models.devices import DTYPES
 from distill.system.quiet import quiet_transformers
 from distill.training.module import DistillationModule
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import platform
@@ -20,6 +19,7 @@ from distill.forecast.machine.calibration import Efficiency
 from distill.forecast.machine.cards import this_machine
 from distill.forecast.machine.disk import time_disk
 from distill.forecast.simulation.kernels import DeviceKind
+from distill.system.machine import version_of
 from distill.system.memory import available_memory
 
 REQUIRED = ("torch", "lightning", "transformers", "datasets", "bitsandbytes", "peft", "torchmetrics", "safetensors")
@@ -160,13 +160,7 @@ def disk(folder: Path) -> dict[str, float]:
 
 def packages() -> dict[str, str | None]:
     """Return the versions of required and optional packages. None means not installed."""
-    found: dict[str, str | None] = {}
-    for name in (*REQUIRED, *OPTIONAL):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: version_of(name) for name in (*REQUIRED, *OPTIONAL)}
 
 
 def _calibrate(kind: DeviceKind) -> Efficiency:
