@@ -130,6 +130,7 @@ class Levers:
     accumulate: int = 1
     precision: str = "bf16-mixed"
     optimizer: str = "adamw"
+    device_type: str | None = None
     offload: bool = False
 
 
@@ -155,7 +156,12 @@ def make_module(student: str, levers: Levers, samples: int = STEP.samples) -> Di
         chunk_size=128,
         micro_batch=samples // levers.accumulate,
         make_optimizer=partial(
-            make_optimizer, name=levers.optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95)
+            make_optimizer,
+            name=levers.optimizer,
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            device_type=levers.device_type,
         ),
         make_schedule=lambda total: Schedule("cosine", total, 0.0, 0.2, 0.1),
         gradient_clip=1.0,

@@ -65,7 +65,7 @@ def test_a_step_takes_what_was_forecast(benchmark: Any, student: str, lever: str
     shape = replace(SHAPE, documents=changes.pop("documents", 1))
     if student == "gpt2":
         shape = replace(shape, length=256)  # all that it reads
-    levers = replace(benchmark.Levers(), **changes)
+    levers = replace(benchmark.Levers(), device_type="cuda", **changes)
 
     def make_module() -> Any:
         return benchmark.make_module(student, levers, samples=shape.samples)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,77 +37,26 @@ class Card:
     is_cuda: bool = True
 
 
-# Documents that the table refers to. `cores`: fp32 = cores × 2 × boost clock, as NVIDIA's own figures are made.
-_GA102 = "NVIDIA Ampere GA102 GPU Architecture whitepaper V2"
-_AMPERE = "GeForce specification: cores, boost clock, memory; products twice fp32 as in NVIDIA's GA102 whitepaper"
-_ADA = "NVIDIA Ada GPU Architecture whitepaper, appendix A"
-_ADA_LATER = "GeForce specification: cores, boost clock, memory; products twice fp32 as in NVIDIA's Ada whitepaper"
-_BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A"
-_BLACKWELL_LATER = (
-    "GeForce specification: cores, boost clock, memory; products twice fp32 as in the Blackwell whitepaper"
-)
-_TURING = "NVIDIA Turing GPU Architecture whitepaper, appendix A (reference clocks)"
-_TURING_LATER = (
-    "GeForce specification: cores, boost clock, memory; products four times fp32 as in the Turing whitepaper"
-)
-_TU116 = "GeForce GTX 16 specification: no tensor cores, float16 at twice the rate of float32"
-_ECC = "; 1/16 of the memory holds its error correction"
+def _read_cards() -> Iterator[Card]:
+    """Read cards.csv. Its `TFLOP/s in products` are of bf16 or fp16 summed up in fp32.
+
+    GeForce cards from Turing on do that at half the rate that is often quoted, which is that of sums in fp16; fp32 is
+    cores × 2 × boost clock, as NVIDIA's own figures are made.
+    """
+    with open(Path(__file__).with_name("cards.csv"), encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield Card(
+                name=row["name"],
+                memory_bytes=int(float(row["GiB"]) * GIB),
+                bandwidth_bytes_per_s=float(row["GB/s"]) * 1e9,
+                half_flops=float(row["TFLOP/s in products"]) * 1e12,
+                fp32_flops=float(row["TFLOP/s in fp32"]) * 1e12,
+                has_bf16=row["bfloat16"] == "yes",
+                source=row["source"],
+            )
 
 
-# name, GiB, GB/s, TFLOP/s in products of bf16 or fp16 summed up in fp32, TFLOP/s in fp32, bf16, source. GeForce cards
-# from Turing on sum up in fp32 at half the rate that is often quoted, which is that of sums in fp16.
-_ROWS: tuple[tuple[str, float, float, float, float, bool, str], ...] = (
-    ("GTX 1660", 6, 192, 10.0, 5.0, False, _TU116),
-    ("GTX 1660 Super", 6, 336, 10.0, 5.0, False, _TU116),
-    ("GTX 1660 Ti", 6, 288, 10.9, 5.4, False, _TU116),
-    ("RTX 2060", 6, 336, 25.8, 6.5, False, _TURING_LATER),
-    ("RTX 2060 12GB", 12, 336, 28.7, 7.2, False, _TURING_LATER),
-    ("RTX 2070", 8, 448, 29.9, 7.5, False, _TURING),
-    ("RTX 2080", 8, 448, 40.3, 10.1, False, _TURING),
-    ("RTX 2080 Ti", 11, 616, 53.8, 13.4, False, _TURING),
-    ("RTX 3050", 8, 224, 18.2, 9.1, True, _AMPERE),
-    ("RTX 3060", 12, 360, 25.5, 12.7, True, _AMPERE),
-    ("RTX 3060 Ti", 8, 448, 32.4, 16.2, True, _AMPERE),
-    ("RTX 3070", 8, 448, 40.6, 20.3, True, _GA102),
-    ("RTX 3080", 10, 760, 59.5, 29.8, True, _GA102),
-    ("RTX 3080 12GB", 12, 912, 61.3, 30.6, True, _AMPERE),
-    ("RTX 3090", 24, 936, 71.0, 35.6, True, _GA102),
-    ("RTX 4060", 8, 272, 30.2, 15.1, True, _ADA_LATER),
-    ("RTX 4060 Ti", 8, 288, 44.1, 22.1, True, _ADA_LATER),
-    ("RTX 4060 Ti 16GB", 16, 288, 44.1, 22.1, True, _ADA_LATER),
-    ("RTX 4070", 12, 504, 58.3, 29.1, True, _ADA_LATER),
-    ("RTX 4070 Ti", 12, 504, 80.2, 40.1, True, _ADA_LATER),
-    ("RTX 4080", 16, 717, 97.5, 48.7, True, _ADA),
-    ("RTX 4090", 24, 1008, 165.2, 82.6, True, _ADA),
-    ("RTX 5060 Ti 16GB", 16, 448, 47.4, 23.7, True, _BLACKWELL_LATER),
-    ("RTX 5070", 12, 672, 61.7, 30.9, True, _BLACKWELL),
-    ("RTX 5080", 16, 960, 112.6, 56.3, True, _BLACKWELL),
-    ("RTX 5090", 32, 1792, 209.5, 104.8, True, _BLACKWELL),
-    ("RTX A6000", 48, 768, 154.8, 38.7, True, _GA102 + ", appendix C"),
-    ("P100", 16, 732, 18.7, 9.3, False, "NVIDIA Tesla P100 PCIe datasheet; no tensor cores"),
-    ("V100", 16, 900, 112.0, 14.0, False, "NVIDIA Tesla V100 datasheet, PCIe"),
-    ("V100 32GB", 32, 900, 112.0, 14.0, False, "NVIDIA Tesla V100 datasheet, PCIe"),
-    ("T4", 15, 320, 65.0, 8.1, False, "NVIDIA T4 datasheet" + _ECC),
-    ("A10", 22.5, 600, 125.0, 31.2, True, "NVIDIA A10 datasheet" + _ECC),
-    ("A100 40GB", 40, 1555, 312.0, 19.5, True, "NVIDIA A100 datasheet"),
-    ("A100 80GB", 80, 1935, 312.0, 19.5, True, "NVIDIA A100 datasheet, PCIe"),
-    ("L4", 22.5, 300, 121.0, 30.3, True, "NVIDIA L4 datasheet, half of its figure, which is with sparsity" + _ECC),
-    ("L40S", 45, 864, 362.0, 91.6, True, "NVIDIA L40S datasheet" + _ECC),
-    ("H100", 80, 3350, 989.0, 67.0, True, "NVIDIA H100 datasheet, SXM, half of its figure, which is with sparsity"),
-    (
-        "H100 PCIe",
-        80,
-        2000,
-        756.0,
-        51.0,
-        True,
-        "NVIDIA H100 datasheet, PCIe, half of its figure, which is with sparsity",
-    ),
-)
-CARDS = tuple(
-    Card(name, int(memory * GIB), bandwidth * 1e9, half * 1e12, fp32 * 1e12, has_bf16, source)
-    for name, memory, bandwidth, half, fp32, has_bf16, source in _ROWS
-)
+CARDS = tuple(_read_cards())
 
 _TYPICAL = ("GTX 1660", "RTX 4060", "RTX 3080", "RTX 2080 Ti", "RTX 3060", "RTX 4060 Ti 16GB", "RTX 3090", "RTX 5090")
 _TYPICAL_LARGE = ("A100 40GB", "RTX A6000", "A100 80GB")
