@@ -1,4 +1,4 @@
-"""Dimensions of published models, which ship with the package: a plan for them needs neither network nor checkpoint."""
+"""Dimensions of published models, which ship with the package, so that a plan needs neither network nor checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "architectures"
 
 @dataclass(frozen=True)
 class Published:
-    """Facts of a model on the hub."""
+    """Facts about a model on the hub."""
 
     names: tuple[str, ...]
     """Hub names that share the architecture."""
@@ -21,9 +21,9 @@ class Published:
     """Tokens of its tokenizer: the highest id plus one."""
     parameters: int
     config: dict[str, Any]
-    """Shapes, from its `config.json`."""
+    """Entries of its `config.json` that determine shapes."""
     sentencepiece_tokens: int | None = None
-    """Tokens of its SentencePiece `tokenizer.model` alone, if that has fewer."""
+    """Tokens of its SentencePiece `tokenizer.model` alone, if they are fewer."""
 
     def write_config(self, folder: Path) -> Path:
         """Make `folder` a checkpoint without weights."""
@@ -34,7 +34,7 @@ class Published:
 
 @functools.cache
 def published_models() -> dict[str, Published]:
-    """Return all models, by each of their hub names."""
+    """Return all published models, by each of their hub names."""
     found = {}
     for file in sorted(FOLDER.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))

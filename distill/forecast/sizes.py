@@ -1,4 +1,4 @@
-"""Sizes of what an experiment reads, writes and keeps: samples, tokens, cache, checkpoints, the student's folder."""
+"""Amounts that an experiment reads, writes and keeps: samples, tokens, the cache, checkpoints, the student's folder."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _VAROPT: dict[float, float] = {1 / 200: 78.2, 1 / 100: 50.8, 1 / 50: 33.2, 1 / 2
 _TOP_K: dict[float, float] = {12: 30.0, 32: 74.7, 64: 144.5, 128: 281.3}
 _RANDOM: dict[float, float] = {50: 33.8}
 _SCALARS = 8
-"""Bytes of what is stored beside hidden states: token, entropy, surprisal."""
+"""Bytes beside hidden states: token, entropy, surprisal."""
 _SHARD = 600
 """Bytes a shard beside its records: header, offsets of the samples, journal line."""
 BYTES_A_TOKEN_OF_TEXT = 4.0
-"""Bytes of English text a token of today's tokenizers, for files whose samples have not been counted."""
+"""Bytes a token of English text with today's tokenizers, if a file's samples have not been counted."""
 _COMPRESSION = 3.0
 
 
 def memory_limit(experiment: Experiment) -> int | None:
-    """Return the bytes of device memory that may be used, or None for all. Raises UserError if it is no size."""
+    """Return the bytes of device memory that may be used, None for all. Raises UserError if the text is not a size."""
     return None if experiment.memory_limit is None else parse_size(experiment.memory_limit, "memory_limit")
 
 
 @dataclass(frozen=True)
 class Amount:
-    """Amount of text of an experiment. None means that it is not known before the corpus is read."""
+    """The amount of text in an experiment. None means unknown before the corpus is read."""
 
     train: int | None
     """Training samples in the cache."""
     held_out: int
-    """Held-out samples in the cache, at most."""
+    """Largest number of held-out samples in the cache."""
     evaluated: int | None
     """Held-out samples that the evaluation reads."""
 
@@ -52,7 +52,7 @@ class Amount:
 
 
 def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
-    """Count the samples of a cache that was begun, else estimate them by the corpus's files, within the limits."""
+    """Return the samples of a cache that was begun, else the allowed number, or an estimate by the files' size."""
     cache, corpus = experiment.cache, experiment.corpus
     folder = Folders.of(experiment).cache
     if (folder / MANIFEST).is_file():
@@ -81,7 +81,7 @@ def _samples_in_files(experiment: Experiment) -> int | None:
 
 
 def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) -> float:
-    """Return the cache's bytes a token: of finished shards, else as its budget asks, else by the measured tables."""
+    """Return the cache's bytes a token: of its finished shards, else of its budget, else of the measured tables."""
     cache, folder = experiment.cache, Folders.of(experiment).cache
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
@@ -100,7 +100,7 @@ def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) ->
 
 
 def _between(table: dict[float, float], at: float) -> float:
-    """Estimate by a line between neighbours on logarithmic scales; beyond the ends the last line goes on."""
+    """Return the value at `at`, linear on logarithmic scales; beyond the ends the last slope continues."""
     if len(table) == 1:
         return sum(value * at / place for place, value in table.items())
     places, values = (np.log(np.array(column)) for column in zip(*sorted(table.items()), strict=True))
@@ -111,7 +111,7 @@ def _between(table: dict[float, float], at: float) -> float:
 
 
 def cache_bytes(experiment: Experiment, each: float, samples: int | None) -> int | None:
-    """Return the bytes of the whole cache."""
+    """Return the size of the whole cache."""
     if samples is None:
         return None
     shards = -(-samples // experiment.cache.shard_samples)
@@ -119,14 +119,14 @@ def cache_bytes(experiment: Experiment, each: float, samples: int | None) -> int
 
 
 def moment_bytes(experiment: Experiment, trained_parameters: int, trained_bytes: int) -> int:
-    """Return the bytes of both of AdamW's moments (and a compensation) on disk."""
+    """Return the size of both of AdamW's moments (and a compensation) on disk, wherever they are in memory."""
     each = {"adamw": 2.0 * trained_bytes / max(trained_parameters, 1), "adamw_4bit": 1 + 8 / 128}
     held = trained_parameters * each.get(experiment.train.optimizer, 2 + 8 / 256)
     return round(held + (2 * trained_parameters if experiment.train.rounding == "kahan" else 0))
 
 
 def disk_notes(needs: dict[str, tuple[Path, int]]) -> list[str]:
-    """Return a line for each disk that lacks room; `needs` has folders, and the bytes that are to lie in them."""
+    """Return a note for each disk that lacks room: folder, bytes needed, bytes free."""
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for folder, needed in needs.values():
         disks[_nearest(folder).stat().st_dev].append((folder, needed))
@@ -143,5 +143,5 @@ def free_bytes(folder: Path) -> int:
 
 
 def _nearest(folder: Path) -> Path:
-    """Return the folder, or the one above it that exists."""
+    """Return the folder, or the nearest one above it that exists."""
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())

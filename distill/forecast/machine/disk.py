@@ -1,4 +1,4 @@
-"""Speed of a disk, tried with a file that is gone at once."""
+"""Speed of a disk, measured with a file that is removed at once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MOST_BYTES = 256 << 20
 """Largest size of the file."""
 _PIECE = 4 << 20
 _LONGEST = 4.0
-"""Seconds of writing after which a slow disk is known to be one."""
+"""Seconds of writing after which a disk counts as slow."""
 
 
 def time_disk(folder: Path) -> tuple[float, float] | None:
-    """Time writing and reading in `folder`; returns bytes a second, or None without room to try. Raises OSError.
+    """Return bytes a second written and read in `folder`, or None if there is no room to try. Raises OSError.
 
-    The file has no name, so that not even a crash leaves it; it takes at most 256 MB and a tenth of what is free.
+    The file has no name, so that not even a crash leaves it. It takes at most 256 MB and a tenth of the free space.
     """
     pieces = min(MOST_BYTES, shutil.disk_usage(folder).free // 10) // _PIECE
     if not pieces:
@@ -31,7 +31,7 @@ def time_disk(folder: Path) -> tuple[float, float] | None:
             written += 1
         os.fsync(file.fileno())
         writing = time.perf_counter() - start
-        if hasattr(os, "posix_fadvise"):  # or memory would be read, not the disk
+        if hasattr(os, "posix_fadvise"):  # otherwise the read would come from memory, not from the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(0)
         start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Blocks that are alike, of which a simulation runs a few: for the others it is known by then what they do.
+"""A shortcut for equal blocks: a simulation runs a few of them, and repeats their memory and work for the others.
 
-Of a model's equal blocks the first two and the last are run. Those between take what the second took going forward and
-what the last took going backward. From block to block memory grows or shrinks by the same amount, so that it is highest
-at the ends of them, which are run.
+Of a model's equal blocks the first two and the last are run. The blocks between repeat the second one's forward and the
+last one's backward. From block to block memory grows or shrinks by the same amount, so it is highest at the first or
+the last of them, which are run.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from distill.forecast.simulation.work import Work, tensors_in
 from distill.training.activation_checkpointing import blocks
 
 Place = tuple[int, int]
-"""A kind of block, and how often it has been called in this step."""
+"""A kind of block, and the number of its calls so far in this step."""
 
 
 class NotAlike(Exception):
-    """The blocks run in such an order that what one does is not known when it is needed."""
+    """Raised when the blocks run in such an order that one's behaviour is unknown when it is needed."""
 
 
 @dataclass
 class Forward:
-    """Record of a block's forward pass."""
+    """A block's forward pass."""
 
     given: Any
-    """Arguments, described."""
+    """Arguments of the block, described."""
     made: Any
     work: Counter[Work]
     left: list[Storage]
-    """Storages that it made and that outlived it, less its results."""
+    """Storages that it made and that outlived it, without its results."""
     input: Storage | None
     keeps_input: bool | None = None
-    """True if its input is kept for its backward pass. None means that the next block's beginning will show it."""
+    """True if its input is kept for its backward pass. None until the next block begins, when this shows."""
 
 
 @dataclass
 class Backward:
-    """Record of a block's backward pass."""
+    """A block's backward pass."""
 
     work: Counter[Work]
     stays: list[bool]
-    """True for each storage of `Forward.left` that is still there: weights cast under autocast are, until the end."""
+    """Flags of the storages in `Forward.left`: True if one is still there (weights cast under autocast)."""
 
 
 @contextmanager
 def alike_once(model: nn.Module, tracker: Tracker) -> Iterator[AlikeBlocks]:
-    """Skip some of the model's blocks while entered; may raise `NotAlike` from a backward pass."""
+    """Skip some of the model's blocks inside. A backward pass may raise `NotAlike`."""
     found = AlikeBlocks(model, tracker)
     forwards = [block.forward for block in found.blocks]
     for index, block in enumerate(found.blocks):
@@ -69,7 +69,7 @@ def alike_once(model: nn.Module, tracker: Tracker) -> Iterator[AlikeBlocks]:
 
 
 class AlikeBlocks:
-    """The blocks of a model and what is known of them."""
+    """The blocks of a model, and the passes of those that were run."""
 
     def __init__(self, model: nn.Module, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -89,17 +89,17 @@ class AlikeBlocks:
         self._between = set()
 
     def begin_step(self) -> None:
-        """Begin another step; what the one before left behind goes."""
+        """Begin another step, and forget the storages that the step before left."""
         self._calls = [0] * len(self.blocks)
         self._staying: list[Storage] = []
 
     def end_step(self) -> None:
-        """End a step, and what stayed to its end."""
+        """Release the storages that stayed to the end of a step."""
         self.tracker.release(self._staying)
         self.begin_step()
 
     def run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a block's forward, or repeat what is known of it."""
+        """Run a block's forward, or repeat a known one in its place."""
         place = self._kind[index], self._calls[index]
         self._calls[index] += 1
         living = set(self.tracker.living()) if self._unsettled else set()
@@ -162,7 +162,7 @@ class AlikeBlocks:
 
 
 class _Unrun(torch.autograd.Function):
-    """Function with tensors for the results of a block that is not run; it calls `backward` when it is its turn."""
+    """Tensors for the results of a block that is not run. It calls `backward` when its turn comes."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, keeps: bool, backward: Callable[[], None], made: list[_Described]) -> Any:
@@ -178,26 +178,26 @@ class _Unrun(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Described:
-    """A tensor as far as it matters."""
+    """The shape, type and gradient flag of a tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
     requires_grad: bool
 
     def empty(self) -> Tensor:
-        """Make one like it."""
+        """Return an empty tensor like it."""
         return torch.empty(self.shape, dtype=self.dtype)
 
 
 def _describe(leaf: Any) -> Any:
-    """Describe a tensor by what matters of it, a plain value as it is, all else by its class."""
+    """Describe a tensor by its properties, a plain value by itself, all else by its class."""
     if isinstance(leaf, Tensor):
         return _Described(leaf.shape, leaf.dtype, leaf.requires_grad)
     return leaf if isinstance(leaf, (int, float, str, bool, type(None))) else type(leaf)
 
 
 def _kind(block: nn.Module) -> Any:
-    """Return what is equal for blocks that do the same: modules' classes and settings, weights' sizes and types."""
+    """Return a value that is equal for equal blocks: modules' classes and settings, weights' sizes and types."""
     modules = tuple(
         (name, type(module).__qualname__, type(module).__module__, _settings(module))
         for name, module in block.named_modules()
@@ -210,13 +210,13 @@ def _kind(block: nn.Module) -> Any:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Return its settings, but for its number among the blocks; a `forward` of its own too (checkpointing)."""
+    """Return a module's settings without its number among the blocks, but with its own `forward` (checkpointing)."""
     told = ((name, _told(value)) for name, value in sorted(vars(module).items()) if name not in _INDICES)
     return tuple(pair for pair in told if pair[1] is not None)
 
 
 def _told(value: Any) -> Any:
-    """Describe plain values as they are and functions by their names; None for what says nothing."""
+    """Return plain values unchanged, functions by their names, and None for anything else."""
     if isinstance(value, (int, float, str, bool, torch.dtype)):
         return value
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -14,7 +14,7 @@ from distill.training.optimizers.step_in_backward import StepInBackward
 
 
 class Functions(TorchFunctionMode):
-    """Attention, norms and copies as on a CUDA device."""
+    """A mode in which attention, norms and copies behave as on a CUDA device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -22,15 +22,15 @@ class Functions(TorchFunctionMode):
             return _attention(func, *args, **kwargs)
         if func in (torch.rms_norm, torch.nn.functional.rms_norm):
             return _rms_norm(*args, **kwargs)
-        if kwargs.get("non_blocking") and func is Tensor.to:  # from the host: a batch waits there, and activations may
+        if kwargs.get("non_blocking") and func is Tensor.to:  # from the host: a batch, or offloaded activations
             return args[0].clone()
-        if kwargs.get("non_blocking") and func is Tensor.copy_:  # to the host, meanwhile
+        if kwargs.get("non_blocking") and func is Tensor.copy_:  # to the host
             return args[0]
         return func(*args, **kwargs)
 
 
 def optimizer_on_cuda(make: Callable[[nn.Module], torch.optim.Optimizer], module: nn.Module) -> torch.optim.Optimizer:
-    """Make an optimiser that allocates what it does on a CUDA device.
+    """Make an optimiser that allocates as on a CUDA device.
 
     torch's optimisers take all parameters at once there, with a temporary as large as all of them.
     """
@@ -50,7 +50,7 @@ class _Paged(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def step(self, closure: Any = None) -> Any:
-        """Make nothing."""
+        """Do nothing."""
         return None if closure is None else closure()
 
 
@@ -64,17 +64,14 @@ def _attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Compute attention as on CUDA, where dropout needs no memory.
-
-    Float32 with shared keys finds no other kernel there than that with all L x L scores.
-    """
+    """Choose the kernel of a CUDA device: no memory for dropout; all L x L scores for shared float32 keys."""
     scores = kwargs.get("enable_gqa", False) and query_BHLE.dtype == torch.float32
     with sdpa_kernel([SDPBackend.MATH]) if scores else sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         return func(query_BHLE, key_BHLE, value_BHLE, attn_mask, 0.0, is_causal, **kwargs)
 
 
 def _rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """Run one kernel, in the wider of the two types; a float32 number a row is kept for its backward."""
+    """Run one kernel, in the wider of the two types. It keeps a float32 number a row for its backward."""
     return _RMSNorm.apply(input, weight, len(normalized_shape))
 
 

@@ -1,6 +1,6 @@
-"""World without memory: whatever makes a tensor inside makes a fake one, and programs run as if it were real.
+"""The mode without memory: all tensors made inside are fake, and programs run as if they were real.
 
-Fake tensors are on the CPU, for fake CUDA tensors need a CUDA build of torch; where a CUDA device works otherwise than
+Fake tensors are on the CPU, because fake CUDA tensors need a CUDA build of torch. If a CUDA device works otherwise than
 a CPU, `distill.forecast.simulation.cuda` takes the device's way.
 """
 
@@ -23,11 +23,11 @@ from distill.system import interrupt
 
 @contextmanager
 def without_memory(device: DeviceKind, integer: int = 1) -> Iterator[Values]:
-    """Give tensors made inside shapes and types and no memory; take those from outside as fake ones.
+    """Make tensors inside with shapes and types but no memory; tensors from outside count as fake ones.
 
-    Checkpoints are not read: a folder with nothing but a `config.json` will do (`distill.models.shapes`). `integer`:
-    see `Values`. Ctrl-C and SIGTERM wait for the next kernel, or the end: raised inside torch's fake mode, they leave
-    it broken, and come out as errors of other kinds.
+    Checkpoints are not read: a folder with nothing but a `config.json` suffices (`distill.models.shapes`). For
+    `integer` see `Values`. Ctrl-C and SIGTERM wait for the next kernel, or the end: raised inside torch's fake mode,
+    they leave it broken, and come out as errors of other kinds.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:

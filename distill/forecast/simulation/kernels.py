@@ -1,6 +1,7 @@
-"""Memory that kernels take for themselves while they run, on a CPU and on a CUDA device: no dispatch mode sees it.
+"""Memory that kernels allocate for themselves while they run, on a CPU and on a CUDA device, unseen by dispatch modes.
 
-Read off torch's and bitsandbytes' sources; tests/benchmarks/forecast_accuracy.py compares with what is really taken.
+The figures are read off torch's and bitsandbytes' sources. tests/benchmarks/forecast_accuracy.py compares them with
+real memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ DeviceKind = Literal["cpu", "cuda"]
 aten = torch.ops.aten
 
 CUBLAS_BYTES = 8_519_680
-"""cuBLAS' workspace, which torch takes from its allocator at the first product and keeps (32 MiB on Hopper)."""
+"""Size of cuBLAS' workspace, which torch takes from its allocator at the first product and keeps (32 MiB on Hopper)."""
 
 
 def workspace(func: Any, args: Any, kwargs: Any, made: Any, device: DeviceKind) -> int:
@@ -33,19 +34,20 @@ def workspace(func: Any, args: Any, kwargs: Any, made: Any, device: DeviceKind) 
 
 
 LOOKUP_BYTES = 16
-"""A processor dequantises weight by weight, each in the time in which it would move so many bytes (an estimate, by the
-times of teachers in bfloat16 and in 4 bits in tests/benchmarks/forecast_accuracy.py)."""
+"""Bytes that a processor could move in the time in which it dequantises one weight (an estimate, by the times of
+teachers in bfloat16 and in 4 bits in tests/benchmarks/forecast_accuracy.py).
+"""
 
 
 def moved_in_workspace(func: Any, args: Any, size: int, device: DeviceKind) -> int:
-    """Return the bytes that a kernel moves beside arguments and results: it writes and reads a workspace of `size`."""
+    """Return the bytes that a kernel moves beside arguments and results: it writes and reads its workspace."""
     if func._overloadpacket.__name__ == "gemm_4bit" and device == "cpu":
         return LOOKUP_BYTES * prod(args[2])
     return 2 * size
 
 
 def _casts(args: Any, made: Any) -> int:
-    """Return the copies of a CPU's pointwise kernel, which works in one type: arguments and results of another type."""
+    """Return a pointwise CPU kernel's copies: it works in one type, so tensors of other types are copied."""
     tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.dim()]
     if len(tensors) < 2 or len({tensor.dtype for tensor in tensors}) == 1 or not isinstance(made, Tensor):
         return 0
@@ -59,33 +61,34 @@ def _casts(args: Any, made: Any) -> int:
 
 
 def _dequantized(args: Any) -> int:
-    """Return the weight in the type of the input, and its scales twice in float32 (before and after their offset).
+    """Return the size of the whole weight in the type of the input, and of its scales twice in float32.
 
-    On CUDA bitsandbytes' fused kernel does without where there are few rows, which a pass over a batch never has.
+    The scales exist before and after their offset. On CUDA bitsandbytes' fused kernel needs no such memory for few
+    rows, which a pass over a batch never has.
     """
     given, weights, scales = args[0], prod(args[2]), prod(args[2]) // args[4]
     return weights * given.element_size() + 4 * scales
 
 
 def _whole(args: Any, made: Any, device: DeviceKind) -> int:
-    """Return as much again as goes in: `logsumexp` makes exp(x - max), `vecdot` the products."""
+    """Return the size of the argument: `logsumexp` makes exp(x - max), `vecdot` the products."""
     return int(args[0].nbytes)
 
 
 def _attention_backward(args: Any, made: Any, device: DeviceKind) -> int:
-    """Return what CUDA's flash kernel needs to add up the queries' gradient in float32, beside one number a row."""
+    """Return the memory of CUDA's flash kernel: the queries' gradient in float32, and one number a row."""
     grad_BHLE: Tensor = args[0]
     return 0 if device == "cpu" else 4 * grad_BHLE.numel() + 4 * grad_BHLE.numel() // grad_BHLE.shape[-1]
 
 
 def _masked_index(args: Any, made: Any, device: DeviceKind) -> int:
-    """Return the positions that a mask becomes: one int64 for each of its dimensions."""
+    """Return the size of a mask's positions: one int64 for each of its dimensions."""
     masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
     return sum(8 * mask.dim() * made.shape[0] for mask in masks)
 
 
 def _sorted(args: Any, made: Any, device: DeviceKind) -> int:
-    """Return the buffer in which CUDA sorts, with int64 positions beside."""
+    """Return the size of CUDA's second buffer, in which it sorts, and of the int64 positions."""
     return 0 if device == "cpu" else sum(result.nbytes for result in made)
 
 

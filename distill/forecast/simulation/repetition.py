@@ -1,4 +1,4 @@
-"""Work that a simulation would repeat without anything new: samples and chunks that are alike."""
+"""Shortcuts for work that a simulation would repeat: samples and chunks that are alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def first_two_alike(
 ) -> Iterator[T]:
     """Yield the first two of neighbouring items of one kind; count the work of the second for each further one.
 
-    What is done with each must leave no more behind than what is done with the second.
+    The work on an item must leave no more behind than the work on the second.
     """
     last: Hashable = object()
     times, work = 0, Counter[Work]()
@@ -33,16 +33,16 @@ def first_two_alike(
 
 
 class EachKindOnce:
-    """Walk of a `ChunkedAdamW` over one whole chunk of each size of its parameters, and over their rests.
+    """A walk of a `ChunkedAdamW` over one whole chunk of each size of its parameters, and over their rests.
 
     Equal chunks allocate the same and free it again: the peak is that of one, the work that of all. An update of 1 B
-    weights is 4,700 chunks of some 50 kernels each, minutes where every kernel is watched.
+    weights is 4,700 chunks of some 50 kernels each, which takes minutes if every kernel is watched.
     """
 
     def __init__(self, walk: Callable[[int], Iterable[slice]], tracker: Tracker) -> None:
         self.walk, self.tracker = walk, tracker
         self.seen: dict[int, Counter[Work]] = {}
-        """Work for a parameter, by its size; to be cleared before each step, for the first one makes the moments."""
+        """Work for a parameter, by its size. It is cleared before each step, since the first one makes the moments."""
 
     def __call__(self, count: int) -> Iterator[slice]:
         work = self.tracker.work

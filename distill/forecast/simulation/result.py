@@ -1,4 +1,4 @@
-"""Result of a simulation, and the tags that say what a tensor is."""
+"""The result of a simulation, and the kinds of a model's tensors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from distill.forecast.simulation.work import Work
 
 @dataclass(frozen=True)
 class Simulation:
-    """Memory and work of a training step, or of a batch."""
+    """Memory and work of a training step, or of a batch of the teacher."""
 
     peak_bytes: int
-    """Largest number of bytes on the device at one time, the model among them."""
+    """Largest number of bytes on the device at one time, including the model."""
     parts: dict[Kind, int]
-    """Bytes at the peak by their kind."""
+    """Bytes of each kind at the peak."""
     work: Counter[Work]
-    """`Speed.seconds(work)` is its time."""
+    """Work of all kernels. `Speed.seconds(work)` is its time."""
     update: Counter[Work] = field(default_factory=Counter)
-    """Part of `work` that is the optimiser's: a step of more passes has it once all the same."""
+    """Share of `work` that is the optimiser's. A step has it once, for any number of passes."""
 
     @property
     def flops(self) -> int:
@@ -32,7 +32,7 @@ class Simulation:
 
     @property
     def bytes_moved(self) -> int:
-        """Read and written by all kernels."""
+        """Bytes read and written by all kernels."""
         return sum(work.bytes * count for work, count in self.work.items())
 
 

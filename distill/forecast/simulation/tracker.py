@@ -1,6 +1,6 @@
-"""Tracker of what a program allocates and computes, kernel by kernel, on real tensors and on fake ones alike.
+"""A tracker of a program's allocations and work, kernel by kernel, on real tensors and on fake ones alike.
 
-A storage counts from the kernel that makes it until nothing refers to it any more; views share their storage.
+A storage counts from the kernel that makes it until nothing refers to it any more. Views share their storage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
 GRANULES = {"cpu": 64, "cuda": 512}
-"""Bytes of which an allocation takes a multiple."""
+"""Bytes whose multiple each allocation takes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -62,9 +62,9 @@ class Peak:
 
 
 class Tracker(TorchDispatchMode):
-    """Mode that records every storage that a kernel makes, and every kernel's work, while it is entered.
+    """A mode that records every storage that a kernel makes, and every kernel's work.
 
-    Storages that were there before are recorded when `tag` names them; those on the `host` are not counted.
+    Storages that existed before are recorded when `tag` names them. Those on the `host` are not counted.
     """
 
     def __init__(self, device: DeviceKind) -> None:
@@ -73,7 +73,7 @@ class Tracker(TorchDispatchMode):
         self.current = 0
         """Bytes that exist now."""
         self.work: Counter[Work] = Counter()
-        """Every kernel since `work` was last cleared."""
+        """Work of every kernel since it was last cleared."""
         self._events: list[tuple[int, Storage]] = []
         self._live: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._held: dict[Storage, None] = {}
@@ -86,8 +86,8 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(has_own_dispatch(kind) for kind in types):
-            return NotImplemented  # a tensor made of tensors comes back with those
-        if func is torch.ops.prim.device.default:  # asked of fake tensors more often than all else together
+            return NotImplemented  # a tensor made of tensors calls again with those
+        if func is torch.ops.prim.device.default:  # fake tensors get this call more often than all others together
             return args[0].fake_device
         kwargs = kwargs or {}
         if func.namespace == "prim":
@@ -103,8 +103,8 @@ class Tracker(TorchDispatchMode):
                 self._note(tensor, None)
         is_sum = func is torch.ops.aten.add.Tensor and self._in_backward and not torch.is_grad_enabled()
         if is_sum and made.numel() and not self._elsewhere:
-            # Autograd adds gradients up in place, but for fake tensors and under modes such as this one: the sum
-            # counts from when what was added up is gone, or from the next kernel on.
+            # Autograd sums gradients in place, but not for fake tensors and not under modes such as this one. So the
+            # sum counts from the death of its arguments, or from the next kernel on.
             self._late = self._events.pop()
         extra = self._rounded(workspace(func, args, kwargs, made, self.device))
         if extra and not self._elsewhere:
@@ -117,7 +117,7 @@ class Tracker(TorchDispatchMode):
         return made
 
     def _count(self, work: Work | None, moved: int) -> None:
-        """Count a kernel's work; `moved` in its workspace, which a matrix product fills before it begins to compute."""
+        """Count a kernel's work. `moved` bytes go to its workspace, which a matrix product fills before it begins."""
         if work is not None and work.flops:
             self.work[work] += 1
             work = Work(None, 0, 0) if moved else None
@@ -125,7 +125,7 @@ class Tracker(TorchDispatchMode):
             self.work[work._replace(bytes=work.bytes + moved, fresh=work.fresh + moved // 2)] += 1
 
     def tag(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Say what tensors are; what is not known yet is counted from now on."""
+        """Set the kind of tensors. Storages unknown so far are counted from now on."""
         for tensor in tensors:
             self._note(tensor, kind)
 
@@ -137,23 +137,23 @@ class Tracker(TorchDispatchMode):
             self._events.append((storage.bytes, storage))
 
     def release(self, storages: Iterable[Storage]) -> None:
-        """End what `hold` began."""
+        """Stop counting what `hold` began to count."""
         for storage in storages:
             del self._held[storage]
             self.current -= storage.bytes
             self._events.append((-storage.bytes, storage))
 
     def living(self) -> list[Storage]:
-        """Return what exists now, in the order in which it was made."""
+        """Return the storages that exist now, in the order in which they were made."""
         return [storage for _, storage in self._live.values()]
 
     def storage_of(self, tensor: Tensor) -> Storage | None:
-        """Return the storage whose bytes a tensor shows, or None if it is not recorded."""
+        """Return a tensor's storage, or None if it is not recorded."""
         found = self._live.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
 
     def peak(self) -> Peak:
-        """Return the peak of everything since the tracker was made, or since `forget`."""
+        """Return the peak since the tracker was made, or since `forget`."""
         self._flush()
         now = most = 0
         at = -1
@@ -167,14 +167,14 @@ class Tracker(TorchDispatchMode):
         return Peak(most, parts)
 
     def forget(self) -> None:
-        """Forget what is dead: the peak is that of what exists now and what comes."""
+        """Forget dead storages: the peak is then that of the living ones and the later ones."""
         living = [*self._held, *(storage for _, storage in self._live.values() if storage.bytes)]
         self._events = [(storage.bytes, storage) for storage in living]
         self.work.clear()
 
     @contextmanager
     def loss(self) -> Iterator[None]:
-        """Count what is made inside as head and loss."""
+        """Count storages made inside as head and loss."""
         before, self._in_loss = self._in_loss, True
         try:
             yield
@@ -183,7 +183,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def host(self) -> Iterator[None]:
-        """Place what is made inside in another memory than the device's."""
+        """Count storages made inside as another memory than the device's."""
         before, self._elsewhere = self._elsewhere, True
         try:
             yield
@@ -199,7 +199,7 @@ class Tracker(TorchDispatchMode):
             if kind is not None:
                 self._live[key][1].kind = kind
             return
-        # Inside backward only what is computed anew, under checkpointing, asks for gradients.
+        # Inside backward only recomputed tensors (activation checkpointing) want gradients.
         recomputed = self._in_backward and torch.is_grad_enabled()
         size = 0 if self._elsewhere else self._rounded(owner.nbytes())
         storage = Storage(size, kind, self._in_loss, recomputed)
@@ -215,7 +215,7 @@ class Tracker(TorchDispatchMode):
             self._events.append((-storage.bytes, storage))
 
     def _notice_backward(self) -> None:
-        """Notice when a backward pass begins: what exists then was kept for it."""
+        """Mark the storages that exist when a backward pass begins as kept for it."""
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._in_backward:
             for _, storage in self._live.values():

@@ -1,6 +1,6 @@
-"""Values of small fake tensors: what follows from a batch is computed, what follows from weights is taken to be fine.
+"""Values of small fake tensors: those that follow from a batch are computed, those that follow from weights assumed.
 
-A fake tensor has no values, yet a step asks for some: how many positions a pass has, whether documents are packed,
+A fake tensor has no values, yet a step asks for some: the number of positions in a pass, whether documents are packed,
 whether the loss is finite. Tensors that come from the batch alone (ids, positions, masks) carry their values along.
 """
 
@@ -20,18 +20,18 @@ from distill.system import interrupt
 
 aten = torch.ops.aten
 LARGEST = 2**22
-"""Values of a tensor that are still carried along."""
+"""Largest number of values of a tensor that carries them along."""
 MOST_GUESSES = 10_000
-"""Unknown values that a program may ask for. One that asks for more waits, in a loop, for what never comes."""
+"""Largest number of unknown values that a program may ask for. One that asks for more is in an endless loop."""
 
 
 class Values(TorchDispatchMode):
-    """Answers what the program asks of fake tensors. To be entered after (above) `fake`."""
+    """A mode that answers the program's questions to fake tensors. It is entered after (above) `fake`."""
 
     def __init__(self, fake: FakeTensorMode, integer: int = 1) -> None:
-        """Make the mode; `integer`: what a whole number is taken to be that does not follow from the batch.
+        """Set up the mode; `integer` is the assumed value of a whole number that does not follow from the batch.
 
-        After `MOST_GUESSES` values of that kind what asks for another gets a RuntimeError.
+        After `MOST_GUESSES` such values, the next question gets a RuntimeError.
         """
         super().__init__()
         self.fake, self.integer = fake, integer
@@ -44,7 +44,7 @@ class Values(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(has_own_dispatch(kind) for kind in types):
             return NotImplemented
-        interrupt.stop_if_asked()  # here an exception is as good as one of torch's own
+        interrupt.stop_if_asked()  # an exception is safe here, as one of torch's own is
         kwargs = kwargs or {}
         if func in (aten._local_scalar_dense.default, aten.equal.default):
             return self._answer(func, args)
@@ -61,7 +61,7 @@ class Values(TorchDispatchMode):
         return made
 
     def _answer(self, func: Any, args: Any) -> Any:
-        """Answer with the value, or with true or 1 for what is not known: finite, not empty, equal."""
+        """Return an answer. Unknown values are true, or 1: finite, not empty, equal."""
         values = [_value(tensor) for tensor in args]
         if all(value is not None for value in values):
             with unset_fake_temporarily():
@@ -74,7 +74,7 @@ class Values(TorchDispatchMode):
         return 1.0 if args[0].dtype.is_floating_point else self.integer
 
     def _places(self, index: Tensor | None) -> list[Tensor | None]:
-        """Turn a mask into the positions where it holds."""
+        """Return a mask as the positions where it is True."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
         with unset_fake_temporarily():
@@ -82,18 +82,18 @@ class Values(TorchDispatchMode):
         return [self.known(place) for place in places]
 
     def _follow(self, func: Any, args: Any, kwargs: Any, made: Any) -> None:
-        """Compute the result's values too, where all that goes in is known; forget those of what is changed else."""
+        """Compute the result's values too if all arguments are known; else forget the values of changed tensors."""
         given, results = tensors_in(args, kwargs.values()), tensors_in([made])
         if not _is_determined(given, results) or any(tensor.numel() > LARGEST for tensor in results):
             named = zip(func._schema.arguments, args, strict=False)
             changed = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
             for tensor in (*results, *tensors_in(changed)):
                 _with_value(tensor, None)
-            if func._overloadpacket is aten.any:  # nothing is out of its place: torch's trunc_normal_ asks till then
+            if func._overloadpacket is aten.any:  # False: torch's trunc_normal_ repeats until none is outside
                 with unset_fake_temporarily():
                     _with_value(made, torch.zeros(made.shape, dtype=torch.bool))
             return
-        with unset_fake_temporarily():  # what is changed in place changes its values in place
+        with unset_fake_temporarily():  # an in-place kernel changes the known values in place too
             values = func(*tree_map_only(Tensor, _value, args), **tree_map_only(Tensor, _value, kwargs))
         for result, value in zip(tree_leaves(made), tree_leaves(values), strict=True):
             if isinstance(result, Tensor):
@@ -101,15 +101,15 @@ class Values(TorchDispatchMode):
 
 
 def has_own_dispatch(kind: Any) -> bool:
-    """Tell if a class of tensors is made of other tensors, and tells torch what to do with those."""
+    """Tell whether a class of tensors is made of other tensors, and handles torch's calls itself."""
     return kind is not FakeTensor and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 class Methods(TorchFunctionMode):
-    """Methods of fake tensors: `numpy()` gives the values where they are known, else zeros; a deep copy is a clone.
+    """Methods of fake tensors: `numpy()` gives the values if known, else zeros; a deep copy is a clone.
 
-    `requires_grad_` is the last call before `nn.Module.to` swaps a parameter for a new one, which torch refuses where
-    the fake mode's memo has weak references to them: the memo is emptied.
+    `requires_grad_` is the last call before `nn.Module.to` swaps a parameter for a new one. torch refuses that if the
+    fake mode's memo has weak references to them, so the memo is emptied.
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:

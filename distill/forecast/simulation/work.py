@@ -1,4 +1,4 @@
-"""A kernel's work, and how long a card takes for it: floating-point operations and bytes moved."""
+"""A kernel's work, and a card's time for it: floating-point operations and bytes moved."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """Work of one kernel."""
+    """The work of one kernel."""
 
     dtype: torch.dtype | None
-    """Type of a matrix product's inputs. None means that the kernel is no product."""
+    """Type of a matrix product's inputs. None means that the kernel is no matrix product."""
     flops: int
-    """Operations of matrix products; other kernels are bound by what they move."""
+    """Floating-point operations of matrix products. Other kernels are bound by the bytes they move."""
     bytes: int
-    """Read and written."""
+    """Bytes read and written."""
     fresh: int = 0
     """Bytes among these that are written to memory just allocated."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of a device in practice, per second."""
+    """The work that a device really does in a second."""
 
     flops: Mapping[torch.dtype, float]
-    """Operations of matrix products by their type; one that is not here is as slow as the slowest."""
+    """Rate of matrix products, by their type. A missing type is as slow as the slowest."""
     bytes: float
-    """Read and written by kernels that wait for nothing else."""
+    """Bytes read and written by kernels that wait for nothing else."""
     launch: float = 0.0
     """Seconds that the program takes from one kernel to the next."""
     in_turn: bool = False
-    """True if the program waits for its kernels, as on a processor; else it goes ahead of them."""
+    """True if the program waits for its kernels, as on a processor; otherwise it runs ahead of them."""
     fresh: float = 1.0
-    """Factor by which a byte takes longer that is written to memory just allocated."""
+    """Ratio of the times of a byte written to memory just allocated and another byte."""
 
     def seconds(self, work: Counter[Work]) -> float:
-        """Add up what takes longer of each kernel, computing or moving, and its start, after that or meanwhile."""
+        """Return the time: for each kernel the longer of computing and moving, and its launch, after or meanwhile."""
         total, slowest = 0.0, min(self.flops.values())
         for (dtype, flops, moved, fresh), count in work.items():
             computing = 0.0 if dtype is None else flops / self.flops.get(dtype, slowest)
@@ -54,7 +54,7 @@ class Speed:
 
 
 def tensors_in(*groups: Iterable[Any]) -> list[Tensor]:
-    """Return all tensors in what a kernel takes or makes: alone, in lists and in tuples."""
+    """Return all tensors among a kernel's arguments or results: alone, in lists and in tuples."""
     found: list[Tensor] = []
     for group in groups:
         for value in group:
@@ -73,7 +73,7 @@ def work_of(func: Any, args: Any, kwargs: Any, made: Any) -> Work | None:
     if func.namespace == "bitsandbytes" and not results:  # a fused update: it writes all but the gradient, given first
         results = given[1:]
     written = sum(_bytes(tensor) for tensor in results)
-    # Rows are picked out of what is given: only those are read.
+    # These kernels pick rows out of their arguments, and only these rows are read.
     read = written if func in _GATHERS else sum(_bytes(tensor) for tensor in given)
     moved = _PASSES.get(func._overloadpacket, 1) * read + written
     flops = _flops(func, args, kwargs, made)
@@ -97,7 +97,7 @@ def _flops(func: Any, args: Any, kwargs: Any, made: Any) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Return the bytes that are really there: an expanded tensor repeats itself."""
+    """Return the bytes that are really there, because an expanded tensor repeats itself."""
     return min(prod(tensor.shape) * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
@@ -106,5 +106,5 @@ _FREE = {
     *(aten.new_empty_strided.default, aten.detach.default, aten._unsafe_view.default, aten._local_scalar_dense.default),
 }
 _PASSES = {aten.topk: 8}
-"""Times that a kernel reads what it is given: a card selects digit by digit, a processor finds and sorts pairs."""
+"""Number of times that a kernel reads its arguments: a card selects digit by digit, a processor sorts pairs."""
 _GATHERS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}
