@@ -54,7 +54,7 @@ class CacheWriter:
         path = self.folder / MANIFEST
         if path.exists():
             # What is wrong with the old manifest is of no interest to someone who wants it gone.
-            if overwrite and (not self._readable() or differences(manifest, read_manifest(self.folder))):
+            if overwrite and not self._holds(manifest):
                 _clear(self.folder)
                 write_durably(path, manifest.to_json().encode())
             else:
@@ -70,12 +70,13 @@ class CacheWriter:
         self._dropped = self._heal_journal(found)
         return found
 
-    def _readable(self) -> bool:
+    def _holds(self, manifest: Manifest) -> bool:
+        """Tell whether the folder holds a cache of this manifest, in the format that is written."""
         try:
-            read_manifest(self.folder)
+            found = read_manifest(self.folder)
         except UserError:
             return False
-        return True
+        return found.version == manifest.version and not differences(manifest, found)
 
     def _check_same(self, manifest: Manifest) -> None:
         found = read_manifest(self.folder)

@@ -59,7 +59,7 @@ def distributions(draw: st.DrawFn) -> tuple[NDArray[np.float64], float]:
 
 
 @given(rows=distributions(), seed=st.integers(0, 2**32), extreme=st.sampled_from([None, 0.0, LAST_UNIFORM]))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 def test_rows_sum_to_one_and_are_not_negative(
     rows: tuple[NDArray[np.float64], float], seed: int, extreme: float | None
 ) -> None:
@@ -78,7 +78,7 @@ def test_rows_sum_to_one_and_are_not_negative(
 
 
 @given(rows=distributions(), seed=st.integers(0, 2**32))
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 def test_the_mean_over_roundings_is_the_weight(rows: tuple[NDArray[np.float64], float], seed: int) -> None:
     """Every entry, the one that takes the rest too, within 5 standard errors over 2,000 roundings."""
     probs_NV, threshold = rows
@@ -218,7 +218,7 @@ def code_of(value: float, uniform: float) -> int:
 
 
 @given(value=probabilities, uniform=st.floats(0, LAST_UNIFORM))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 def test_a_code_is_one_of_the_two_neighbours(value: float, uniform: float) -> None:
     decoded = float(VALUES[code_of(value, uniform)])
     assert value / 1.02 * (1 - 1e-6) <= decoded <= value * 1.02 * (1 + 1e-6)
@@ -226,7 +226,7 @@ def test_a_code_is_one_of_the_two_neighbours(value: float, uniform: float) -> No
 
 
 @given(value=probabilities)
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 def test_unbiased_over_a_grid_of_uniforms(value: float) -> None:
     """Over equally spaced uniforms the mean misses by at most one step's share of the grid: no chance involved."""
     grid = (np.arange(1000) + 0.5) / 1000
@@ -243,7 +243,7 @@ def test_unbiased_over_random_uniforms() -> None:
 
 
 @given(one=probabilities, other=probabilities, uniform=st.floats(0, LAST_UNIFORM))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 def test_a_larger_value_has_no_larger_code(one: float, other: float, uniform: float) -> None:
     small, large = sorted((one, other))
     assert code_of(small, uniform) >= code_of(large, uniform)

@@ -7,18 +7,22 @@ import hashlib
 import json
 import shutil
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
-from distill.cache.format import records
+from distill.cache.format import head, records
 from distill.cache.format.arrays import DamagedRecord, decompress, read_sizes
 from distill.cache.format.folder import read_manifest
+from distill.cache.format.part import read_part
 from distill.cache.format.records import Record
 from distill.cache.format.shards import ShardFile, encode
 from distill.cache.format.tokenizer_files import tokenizer_problems
@@ -225,3 +229,51 @@ def test_no_header_can_claim_memory(cache: Path, data: dict[int, bytes]) -> None
             path.write_bytes(original[:place] + struct.pack("<Q", size) + original[place + 8 :])
             read = dict(read_all(cache))
             assert read.items() < data.items()
+
+
+HUGE = ["1" * 300, "1" * 5000, "-" + "9" * 400, "1e999", "NaN", "[" * 20_000 + "]" * 20_000, '"\\ud800"', str(2**64)]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=range(len(HUGE)))
+def test_no_value_in_a_json_file_of_a_cache_is_more_than_damage(cache: Path, value: str) -> None:
+    """Numbers of thousands of digits, nesting, lone surrogates: in the manifest, the journal and a part's file."""
+    line = (cache / "journal.jsonl").read_text().splitlines(keepends=True)
+    changed = line[0].replace(f'"positions": {json.loads(line[0])["positions"]}', f'"positions": {value}')
+    assert changed != line[0]
+    (cache / "journal.jsonl").write_text(changed + "".join(line[1:]), encoding="utf-8")
+    problems = {problem.file for problem in verify(cache).problems}
+    assert "journal.jsonl, line 1" in problems
+    with pytest.raises(UserError, match=r"journal.jsonl, line 1: damaged"):
+        CacheReader(cache, "train")
+    (cache / "part.json").write_text(f'{{"part": {value}}}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"part.json: damaged"):
+        read_part(cache)
+    text = (cache / "manifest.json").read_text()
+    (cache / "manifest.json").write_text(text.replace('"seed": 0', f'"seed": {value}'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"manifest.json: (not readable|damaged)"):
+        read_manifest(cache)
+
+
+def test_a_journal_of_any_length_is_read_in_little_memory(cache: Path) -> None:
+    """A line of 50 MB and a million short ones: each is damage, and what is whole before them counts."""
+    whole = (cache / "journal.jsonl").read_bytes()
+    for rest in (b"x" * 50_000_000, b"{}\n" * 1_000_000, b"x" * 50_000_000 + b"\n" + whole[: whole.index(b"\n") + 1]):
+        (cache / "journal.jsonl").write_bytes(whole + rest)
+        tracemalloc.start()
+        report = verify(cache)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**25  # of which the manifest may take half
+        assert any(problem.file.startswith("journal.jsonl") for problem in report.problems)
+        assert (report.bad, report.to_do) == (0, 0)
+
+
+def test_a_head_with_the_right_hash_and_odd_numbers_is_damage(tmp_path: Path) -> None:
+    """The hash is the file's own: whoever writes the file can make it fit."""
+    tensors = {"weight": torch.ones(3, 2)}
+    for scale in ("1e999", "1" * 400, "NaN", "[]", "["):
+        text = f'{{"scale": {scale}, "soft_cap": null}}'
+        metadata = {"head": f"{head._sha256(tensors, text)} {text}"}
+        (tmp_path / "head.safetensors").write_bytes(save(tensors, metadata=metadata))
+        with pytest.raises(UserError, match="has changed"):
+            head.load_head(tmp_path)

@@ -35,7 +35,7 @@ all_schemes = pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.n
     vocabulary=st.sampled_from([100, 2**18]),
     share=st.sampled_from([0.0, 0.03, 0.5, 1.0]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 def test_what_is_encoded_comes_back(
     make_record: MakeRecord,
     assert_same: Any,

@@ -56,7 +56,7 @@ def back(order: TokenOrder) -> TokenOrder:
 @example([0])
 @example([1, 0])
 @example([0, 2, 1])
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 def test_any_order_comes_back(tokens: list[int]) -> None:
     order = TokenOrder(np.array(tokens, dtype=np.uint32))
     again = back(order)
@@ -109,7 +109,7 @@ def test_malformed_bytes_are_damage_and_take_no_memory(data: bytes) -> None:
 
 
 @given(data=st.one_of(st.binary(max_size=40), st.integers(0, 8 * len(GOOD) - 1)))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 def test_changed_bytes_are_damage_or_an_order(data: bytes | int) -> None:
     """Nothing else is raised, and nothing that is no permutation is returned; the hash tells apart those that are."""
     if isinstance(data, int):
