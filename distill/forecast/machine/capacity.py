@@ -7,29 +7,27 @@ sixteenth as many positions with logits. So a model 2,048 wide is taken to be pa
 
 from __future__ import annotations
 
+import json
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from distill import plugins
-from distill.forecast.phases.step import StepShape, simulate_step
-from distill.forecast.phases.teacher import simulate_teacher
+from distill.experiment.configuration import (
+    CacheConfig,
+    CorpusConfig,
+    Experiment,
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from distill.forecast.machine.calibration import DEFAULTS
+from distill.forecast.machine.cards import find_card, this_machine
+from distill.forecast.phases.simulator import simulate
 from distill.forecast.simulation.kernels import DeviceKind
-from distill.losses.objective import Mixture
-from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.quantization import quantize_linears
-from distill.system.quiet import quiet_transformers
-from distill.targets import schemes
-from distill.training.activation_checkpointing import checkpoint_blocks
-from distill.training.module import DistillationModule
-from distill.training.optimizers.adamw import make_optimizer
-from distill.training.optimizers.schedule import Schedule
 
 _WIDTH, _LAYERS, _VOCABULARY = 512, 2, 4096
 
@@ -91,18 +89,20 @@ class Way:
 
     name: str
     role: Literal["teacher", "student"]
+    teacher: str = "huggingface"
+    """Class path of the teacher."""
     streamed: bool = False
     """One layer is on the device at a time."""
     quantization: Literal["nf4", "none"] = "none"
-    precision: str = "32-true"
-    optimizer: str = "adamw"
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     checkpointing: bool = False
 
 
 WAYS = (
     Way("teacher in NF4", "teacher", quantization="nf4"),
     Way("teacher in bfloat16", "teacher"),
-    Way("teacher in bfloat16, streamed", "teacher", streamed=True),
+    Way("teacher in bfloat16, streamed", "teacher", teacher="streamed", streamed=True),
     Way("student, plain AdamW, 32-true", "student"),
     Way("student, bf16-mixed, checkpointing", "student", precision="bf16-mixed", checkpointing=True),
     Way(
@@ -165,70 +165,37 @@ def cost_of(way: Way, device: DeviceKind) -> Cost:
 
 
 def _peak(way: Way, shape: Shape, device: DeviceKind) -> int:
-    tokens, chunk = shape.width // 4, shape.width // 16
-    with quiet_transformers():
-        if way.role == "teacher":
-            return simulate_teacher(
-                partial(_teacher, shape, way),
+    """Return the peak of a phase of an experiment with such a model, as any experiment's is forecast."""
+    card = find_card("rtx-3060") if device == "cuda" else this_machine("cpu")
+    config = {
+        "model_type": "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.width // 64,
+        "num_key_value_heads": shape.width // 256,
+        "tie_word_embeddings": False,
+    }
+    chunk = shape.width // 16
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        experiment = Experiment(
+            CorpusConfig("", sequence_length=shape.width // 4, pack=False),
+            TeacherConfig(folder, way.quantization, "bfloat16", class_path=way.teacher),
+            StudentConfig("huggingface", {"config": config}),
+            CacheConfig(batch_size=1, chunk_size=chunk),
+            LossConfig(chunk_size=chunk),
+            TrainConfig(
                 batch_size=1,
-                length=tokens,
-                vocab_size=shape.vocab_size,
-                scheme=schemes.make("varopt", threshold=0.02),
-                chunk_size=chunk,
-                device=device,
-            ).peak_bytes
-        step = StepShape(samples=1, length=tokens)
-        make = partial(_student, shape, way, chunk)
-        return simulate_step(make, step, precision=way.precision, device=device).peak_bytes
-
-
-def _config(shape: Shape) -> Any:
-    import transformers
-
-    return transformers.LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.width // 64,
-        num_key_value_heads=shape.width // 256,
-    )
-
-
-def _model(shape: Shape, dtype: torch.dtype) -> Any:
-    import transformers
-
-    return transformers.AutoModelForCausalLM.from_config(_config(shape), dtype=dtype, trust_remote_code=False)
-
-
-def _teacher(shape: Shape, way: Way) -> nn.Module:
-    if way.streamed:
-        with tempfile.TemporaryDirectory() as folder:
-            _config(shape).save_pretrained(folder)
-            given = {"model": folder, "compute_dtype": "bfloat16"}
-            return plugins.build("streamed", "teacher", given, {})
-    model = _model(shape, torch.bfloat16)
-    if way.quantization == "nf4":
-        quantize_linears(model, "nf4", torch.bfloat16, "cpu")
-    return HuggingFaceLanguageModel(model).eval().requires_grad_(False)
-
-
-def _student(shape: Shape, way: Way, chunk: int) -> DistillationModule:
-    student = HuggingFaceLanguageModel(_model(shape, torch.bfloat16 if way.precision == "bf16-true" else torch.float32))
-    if way.checkpointing:
-        checkpoint_blocks(student)
-    return DistillationModule(
-        student,
-        vocab_size=shape.vocab_size,
-        objective=Mixture(0.0),
-        chunk_size=chunk,
-        micro_batch=1,
-        make_optimizer=partial(
-            make_optimizer, name=way.optimizer, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95)
-        ),
-        make_schedule=lambda total: Schedule("cosine", total, 0.0, 0.2, 0.1),
-        gradient_clip=1.0,
-    )
+                precision=way.precision,
+                optimizer=way.optimizer,
+                activation_checkpointing=way.checkpointing,
+            ),
+        )
+        phase = "cache-teacher" if way.role == "teacher" else "train-student"
+        pieces, _ = simulate(card, DEFAULTS[device], experiment, phase)
+    return pieces[0].simulation.peak_bytes
 
 
 def table(device: DeviceKind, budget: float, ways: Sequence[Way] = WAYS) -> list[dict[str, Any]]:
