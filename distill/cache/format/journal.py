@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distill.cache.format import checks, version1
 from distill.cache.format.manifest import Manifest, read_manifest
+from distill.cache.format.records import Record, token_hash
 from distill.errors import UserError
 from distill.system.files import append_durably, open_regular, write_durably
 
@@ -33,6 +35,20 @@ class JournalEntry:
     """Hash of its samples' token ids, positions and masks (`token_hash`)."""
     batch_size: int = 0
     """Samples of a forward pass of the teacher. A shard that is made again gets the same."""
+
+    @classmethod
+    def of(cls, file: str, content: builtins.bytes, samples: Sequence[Record], batch_size: int) -> JournalEntry:
+        """Return the entry of a shard with this content, which holds the `samples`."""
+        return cls(
+            file=file,
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            samples=len(samples),
+            positions=int(sum(record.loss_mask_L.sum() for record in samples)),
+            entries=sum(record.entries for record in samples),
+            tokens=token_hash(samples),
+            batch_size=batch_size,
+        )
 
     @property
     def is_dropped(self) -> bool:

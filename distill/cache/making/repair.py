@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -84,16 +83,7 @@ def recover(folder: Path, shard: int, manifest: Manifest) -> JournalEntry | None
         ]
     except (DamagedRecord, OSError, UserError):
         return None
-    return JournalEntry(
-        file=file,
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        samples=len(samples),
-        positions=int(sum(record.loss_mask_L.sum() for record in samples)),
-        entries=sum(record.entries for record in samples),
-        tokens=records.token_hash(samples),
-        batch_size=batch_size,
-    )
+    return JournalEntry.of(file, content, samples, batch_size)
 
 
 def _repair_sides(folder: Path, manifest: Manifest) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -131,16 +130,7 @@ class CacheWriter:
             ],
             self.batch_size(shard),
         )
-        entry = JournalEntry(
-            file=self.manifest.shard_file(shard),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            samples=len(samples),
-            positions=int(sum(record.loss_mask_L.sum() for record in samples)),
-            entries=sum(record.entries for record in samples),
-            tokens=records.token_hash(samples),
-            batch_size=self.batch_size(shard),
-        )
+        entry = JournalEntry.of(self.manifest.shard_file(shard), content, samples, self.batch_size(shard))
         try:
             write_durably(self.folder / entry.file, content)
             journal.append(self.folder, self.manifest, entry)

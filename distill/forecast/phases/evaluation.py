@@ -5,12 +5,12 @@ Shapes: N positions of a batch, V vocabulary, D the teacher's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.evaluation.fidelity import Each, TeacherStates, student_fidelity, teacher_likelihood, teacher_states
 from distill.forecast.phases.teacher import make_batch
@@ -36,18 +36,15 @@ def simulate_likelihood(
     device: DeviceKind = "cpu",
 ) -> Simulation:
     """Simulate one batch of held-out samples that the teacher reads; a copy of its head is among it."""
-    rows, tracker = _rows(batch_size, length, documents), Tracker(device)
-    with without_memory(device) as values:
-        samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
-        with tracker:
-            teacher: Any = make_teacher()
-            tag_model(tracker, teacher)
-            tracker.forget()
-            with alike_once(teacher, tracker):
-                states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
-            tracker.tag([states.head.weight_VD], "weights")
-            teacher_likelihood(states, samples, batch_size, chunk_size, _CPU, each=_equal_chunks_twice(tracker))
-            peak = tracker.peak()
+    with _held_out(batch_size, length, documents, device) as (samples, tracker):
+        teacher: Any = make_teacher()
+        tag_model(tracker, teacher)
+        tracker.forget()
+        with alike_once(teacher, tracker):
+            states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
+        tracker.tag([states.head.weight_VD], "weights")
+        teacher_likelihood(states, samples, batch_size, chunk_size, _CPU, each=_equal_chunks_twice(tracker))
+        peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
 
 
@@ -64,28 +61,31 @@ def simulate_fidelity(
     device: DeviceKind = "cpu",
 ) -> Simulation:
     """Simulate one batch of held-out samples; the teacher has left its head and its hidden states."""
-    rows, tracker = _rows(batch_size, length, documents), Tracker(device)
-    with without_memory(device) as values:
-        samples: Any = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
-        with tracker:
-            student: Any = make_student().eval()
-            tag_model(tracker, student)
-            head = Head(torch.empty(vocab_size, teacher_hidden_size, dtype=teacher_dtype))
-            tracker.tag([head.weight_VD], "weights")
-            with tracker.host() if device == "cuda" else nullcontext():  # the device has the chunk in hand alone
-                hidden_ND = torch.empty(batch_size * length, teacher_hidden_size, dtype=teacher_dtype)
-            tracker.forget()
-            states = TeacherStates([hidden_ND], head)
-            each = _equal_chunks_twice(tracker)
-            with alike_once(student, tracker):
-                student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None, each=each)
-            peak = tracker.peak()
+    with _held_out(batch_size, length, documents, device) as (samples, tracker):
+        student: Any = make_student().eval()
+        tag_model(tracker, student)
+        head = Head(torch.empty(vocab_size, teacher_hidden_size, dtype=teacher_dtype))
+        tracker.tag([head.weight_VD], "weights")
+        with tracker.host() if device == "cuda" else nullcontext():  # the device has the chunk in hand alone
+            hidden_ND = torch.empty(batch_size * length, teacher_hidden_size, dtype=teacher_dtype)
+        tracker.forget()
+        states = TeacherStates([hidden_ND], head)
+        each = _equal_chunks_twice(tracker)
+        with alike_once(student, tracker):
+            student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None, each=each)
+        peak = tracker.peak()
     return Simulation(peak.bytes, peak.parts, tracker.work.copy())
 
 
-def _rows(batch_size: int, length: int, documents: int) -> list[dict[str, Tensor]]:
-    batch = make_batch(batch_size, length, documents)
-    return [{name: tensor[row].clone() for name, tensor in batch.items()} for row in range(batch_size)]
+@contextmanager
+def _held_out(batch_size: int, length: int, documents: int, device: DeviceKind) -> Iterator[tuple[Any, Tracker]]:
+    """Yield a batch of samples without memory, and the tracker of all that happens inside."""
+    batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
+    rows = [{name: tensor[row].clone() for name, tensor in batch.items()} for row in range(batch_size)]
+    with without_memory(device) as values:
+        samples = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
+        with tracker:
+            yield samples, tracker
 
 
 def _equal_chunks_twice(tracker: Tracker) -> Each:
