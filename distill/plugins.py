@@ -163,10 +163,12 @@ def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        if reference not in BUILT_IN[kind] and finder() is None:  # a stranger's constructor may fail in any way
+        meant = isinstance(error, (ValueError, TypeError))
+        # A stranger's constructor may fail in any way; without memory, also in ways that it does not on a device.
+        if reference not in BUILT_IN[kind] and (meant or finder() is None):
             called = factory.__init__ if inspect.isclass(factory) else factory
             raise UserError(f"{name}: its constructor failed: {blame(error, called)}") from error
-        if isinstance(error, (ValueError, TypeError)):
+        if meant:
             raise UserError(f"{name}: {error}") from error
         raise
     check_members(model, name)
