@@ -61,7 +61,8 @@ def finished_model(run: str | Path) -> Path:
 
 
 def make_run_folder(folders: Folders) -> None:
-    """Make the run folder. Raises UserError if it cannot be written."""
+    """Make the run folder. Raises UserError if it cannot be written, or if a link in it leads out of it."""
+    _check_links(folders.run)
     try:
         folders.run.mkdir(parents=True, exist_ok=True)
         probe = folders.run / f".writable-{os.getpid()}"
@@ -69,6 +70,20 @@ def make_run_folder(folders: Folders) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"run_dir {folders.run}: cannot be written ({error.strerror}): choose another") from None
+
+
+def _check_links(run: Path) -> None:
+    """Raise UserError for a link through which something would be written elsewhere. A cache is checked on opening."""
+    for place, below, files in os.walk(run):
+        for name in (*below, *files):
+            path = Path(place, name)
+            if path.is_symlink() and not is_inside(path, run):
+                raise UserError(
+                    f"{path}: is a link out of the run folder and is not followed: remove it"
+                    + (" and give --cache.dir" if name == "cache" else "")
+                )
+        if Path(place) == run and "cache" in below:
+            below.remove("cache")  # may hold a million shards
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

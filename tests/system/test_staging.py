@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distill.errors import UserError
-from distill.system.staging import new_folder
+from distill.system.staging import new_folder, recover, replaced_folder
 
 
 def test_it_has_its_name_when_all_is_done(tmp_path: Path) -> None:
@@ -56,7 +57,8 @@ def test_what_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 FILL = """
 import sys
 from pathlib import Path
-from distill.system.staging import new_folder
+from typing import Any
+from distill.system.staging import new_folder, recover, replaced_folder
 
 with new_folder(Path(sys.argv[1])) as new:
     (new / "half").mkdir()
@@ -80,3 +82,16 @@ def test_a_killed_process_leaves_no_name_and_its_remains_go(tmp_path: Path) -> N
     with new_folder(folder) as new:
         assert list(new.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("way", [new_folder, replaced_folder])
+def test_a_link_in_the_place_of_the_growing_folder_is_not_followed(way: Any, tmp_path: Path) -> None:
+    """Whoever sends a folder could send it along, and what it leads to would be emptied."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis").touch()
+    for name in (".out.new", ".out.old"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    with way(tmp_path / "out") as new:
+        (new / "file").touch()
+    recover(tmp_path / "other")
+    assert (tmp_path / "mine/thesis").exists() and (tmp_path / "out/file").exists()

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill.cache.format import checks, version1
 from distill.errors import UserError
-from distill.system.files import read_bounded
+from distill.system.files import is_inside, read_bounded
 from distill.targets import schemes
 
 FORMAT = "distill-cache"
@@ -170,6 +170,7 @@ _VALUES: dict[str, checks.Check] = {
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a cache folder. Raises UserError when there is none, or none that can be read."""
     path = folder / MANIFEST
+    _check_files(folder)
     try:
         text = read_bounded(path, LIMIT)
         content = checks.parse_object(text)
@@ -200,6 +201,18 @@ def read_manifest(folder: Path) -> Manifest:
         if not problem and manifest.to_json().encode() == text:
             return manifest
     raise UserError(f"{path}: damaged ({problem or 'its hash does not match'}): {_REMEDY}")
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError for a link out of the folder, and for what is neither a file nor a folder.
+
+    Nothing outside a cache is read, copied or deleted. Shards are looked at one by one when they are used.
+    """
+    for path in [*folder.glob("*"), *folder.glob("tokenizer/*")]:
+        if path.is_symlink() and not is_inside(path, folder):
+            raise UserError(f"{path}: is a link out of the cache and is not followed: move what it names here")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is no plain file: remove it")
 
 
 def _impossible(manifest: Manifest) -> str | None:

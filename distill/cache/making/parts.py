@@ -25,7 +25,7 @@ from distill.cache.format.token_order import load_order
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.storage import Storage
 from distill.errors import UserError
-from distill.system.files import TEMPORARY, write_durably
+from distill.system.files import TEMPORARY, is_inside, write_durably
 
 
 def claim_part(folder: Path, part: Part | None) -> None:
@@ -124,7 +124,11 @@ def _copy_shard(part: Storage, shard: int, entry: JournalEntry, to: Path) -> Non
 def _beside_shards(folder: Path) -> list[Path]:
     """Tokenizer and whatever else a cache holds beside what merging makes itself."""
     made = {MANIFEST, JOURNAL, PART}
-    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in found:
+        if path.is_symlink() and not is_inside(path, folder):
+            raise UserError(f"{path}: is a link out of the cache and is not copied: remove it, or copy the file there")
+    files = (path.relative_to(folder) for path in found)
     return [path for path in files if path.parts[0] not in {SHARDS, *made} and path.suffix != TEMPORARY]
 
 

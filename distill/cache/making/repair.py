@@ -11,7 +11,7 @@ from distill.cache.format.folder import JOURNAL, JournalEntry, Manifest, read_ma
 from distill.cache.format.leftovers import remove_leftovers
 from distill.cache.format.shards import ShardFile, encode
 from distill.cache.format.token_order import load_order
-from distill.cache.reading.verify import shard_problem, side_problems
+from distill.cache.reading.verify import NO_LINE, shard_problem, side_problems
 from distill.errors import UserError
 from distill.system.files import read_bounded
 from distill.system.locks import cannot_write, sole_writer
@@ -50,7 +50,7 @@ def _repair(folder: Path, manifest: Manifest, lines: journal.Journal) -> list[st
         problem = shard_problem(folder / file, lines.entries.get(shard))
         if problem is None:
             continue
-        if shard not in lines.entries and (entry := recover(folder, shard, manifest)):
+        if problem == NO_LINE and (entry := recover(folder, shard, manifest)):
             entries[shard] = entry
             said.append(f"{file}: had no journal line, but is whole: taken back")
             continue

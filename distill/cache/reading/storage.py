@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from array import array
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from distill.cache.format.folder import JOURNAL, MANIFEST, SHARDS, Manifest, read_journal, read_manifest
+from distill.cache.format.folder import (
+    JOURNAL,
+    MANIFEST,
+    PART,
+    SHARDS,
+    TOKEN_ORDER,
+    TOKENIZER,
+    Manifest,
+    read_journal,
+    read_manifest,
+)
+from distill.cache.format.head import HEAD
 from distill.errors import UserError
-from distill.system.files import TEMPORARY
+from distill.system.files import TEMPORARY, is_inside
 
 LOCAL_COPY_BYTES = 100 * 10**9
 """Room for the local copies of a URL's shards, unless told otherwise."""
 
 _PIECE = 1 << 20
+_MOST_BESIDE = 2**34
+"""Bytes of a file beside the shards; the largest is the head of a teacher."""
 
 
 class Storage(Protocol):
@@ -55,8 +70,11 @@ class FolderStorage:
         return read_manifest(self.folder)
 
     def shard(self, number: int) -> Path:
-        """Return the file of a shard."""
-        return self.folder / self._manifest.shard_file(number)
+        """Return the file of a shard. Raises UserError for a link out of the cache."""
+        path = self.folder / self._manifest.shard_file(number)
+        if path.is_symlink() and not is_inside(path, self.folder):
+            raise UserError(f"{path}: is a link out of the cache and is not followed: copy the shard here")
+        return path
 
 
 class UrlStorage:
@@ -72,7 +90,9 @@ class UrlStorage:
         self.name, self.limit = url, local_copy_bytes
         with self._explained():
             filesystem, self._root = fsspec.core.url_to_fs(url)
-            manifest = filesystem.cat_file(f"{self._root}/{MANIFEST}")
+            content = io.BytesIO()
+            self._copy(filesystem, f"{self._root}/{MANIFEST}", content)
+            manifest = content.getvalue()
         # Another manifest is another cache: nothing of the one before is taken for it.
         key = hashlib.sha256(url.encode() + b"\n" + manifest).hexdigest()[:16]
         self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / key
@@ -109,6 +129,7 @@ class UrlStorage:
         with self._explained(file):
             # Asked for anew in each process: connections do not survive a fork, and fsspec knows that.
             filesystem, root = fsspec.core.url_to_fs(self.name)
+            self._check(filesystem, f"{root}/{file}")
             with filesystem.open(f"{root}/{file}", "rb") as source, temporary.open("wb") as copy:
                 while piece := source.read(min(_PIECE, left)):
                     found.update(piece)
@@ -145,17 +166,38 @@ class UrlStorage:
                 # The journal may have grown; all else belongs to the manifest.
                 if str(relative) == JOURNAL or not target.exists():
                     temporary = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY}")
-                    filesystem.get_file(source, str(temporary))
+                    with temporary.open("wb") as copy:
+                        self._copy(filesystem, source, copy)
                     temporary.replace(target)
+
+    def _copy(self, filesystem: Any, source: str, target: BinaryIO) -> None:
+        """Copy a file that lies beside the shards. Raises UserError if it is too large, a link out, or no file."""
+        self._check(filesystem, source)
+        left = _MOST_BESIDE
+        with filesystem.open(source, "rb") as file:
+            while piece := file.read(_PIECE):
+                target.write(piece)
+                left -= len(piece)
+                if left < 0:
+                    raise UserError(f"{source}: larger than a file of a cache beside its shards may be: not copied")
+
+    def _check(self, filesystem: Any, source: str) -> None:
+        """Raise UserError for a link that leads out of the cache, and for what is no plain file."""
+        if isinstance(filesystem, LocalFileSystem):
+            path = Path(source)
+            if path.exists() and not (path.is_file() and is_inside(path, Path(self._root))):
+                raise UserError(f"{source}: is no plain file of this cache, and is not copied")
 
     def _beside_shards(self, filesystem: Any) -> Iterator[tuple[str, PurePosixPath]]:
         with self._explained():
             top = filesystem.ls(self._root, detail=True)
             for entry in top:
                 name = PurePosixPath(entry["name"]).name
-                if entry["type"] == "file":
+                if name not in (MANIFEST, JOURNAL, TOKEN_ORDER, HEAD, PART, TOKENIZER):
+                    continue
+                if entry["type"] != "directory":
                     yield entry["name"], PurePosixPath(name)
-                elif name != SHARDS:
+                else:
                     for file in filesystem.find(entry["name"]):
                         relative = PurePosixPath(name) / PurePosixPath(file).relative_to(PurePosixPath(entry["name"]))
                         if ".." in relative.parts:

@@ -24,7 +24,9 @@ from distill.cache.format.part import read_part
 from distill.cache.format.token_order import FINGERPRINT, load_order
 from distill.cache.format.tokenizer_files import tokenizer_problems
 from distill.errors import UserError
-from distill.system.files import TEMPORARY, sha256_of
+from distill.system.files import TEMPORARY, is_inside, sha256_of
+
+NO_LINE = "has no journal line"
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,10 @@ def shards_of(folder: Path, manifest: Manifest) -> range:
 
 def shard_problem(path: Path, entry: JournalEntry | None) -> str | None:
     """Return what is wrong with a shard's file, None where it is what its line says or neither is there yet."""
+    if not is_inside(path, path.parents[1]):
+        return "is a link out of the cache"
     if entry is None:
-        return "has no journal line" if path.exists() else None
+        return NO_LINE if path.exists() else None
     try:
         # The size first: an absurdly long file would take long to read.
         return None if path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256 else "has changed"

@@ -131,6 +131,9 @@ def test_overwriting_deletes_nothing_that_is_not_the_caches(
     for path in (folder / "notes.txt", folder / "draft.tmp", elsewhere / "000000.safetensors"):
         path.write_text("mine")
     (folder / "shards").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link out of the cache"):
+        CacheWriter(folder, make_manifest(seed=2), overwrite=True)
+    (folder / "shards").unlink()
     CacheWriter(folder, make_manifest(seed=2), overwrite=True)
     assert contents(elsewhere) == {"000000.safetensors": b"mine"}
     assert (folder / "notes.txt").exists() and (folder / "draft.tmp").exists()

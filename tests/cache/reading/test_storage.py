@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader
 from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Record
 from distill.cache.making.writer import CacheWriter
+from distill.cache.reading import storage
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import UrlStorage, is_url, open_storage
 from distill.errors import UserError
@@ -146,8 +149,8 @@ def test_a_cache_made_anew_at_the_same_url_is_not_mixed_up(
 
 def test_workers_share_the_copies(url: str, folder: Path, copies: Path) -> None:
     """Two processes that read all shards at once, with room for a few: each gets what it asked for."""
-    storage = UrlStorage(url, local_copy_bytes=3 * (folder / shard_file(0)).stat().st_size)
-    reader, here = CacheReader(storage, "train"), CacheReader(folder, "train")
+    local = UrlStorage(url, local_copy_bytes=3 * (folder / shard_file(0)).stat().st_size)
+    reader, here = CacheReader(local, "train"), CacheReader(folder, "train")
     loader = DataLoader(reader, batch_size=1, num_workers=2, collate_fn=lambda records: records[0], shuffle=False)
     for _ in range(2):
         assert all(same(record, here[index]) for index, record in enumerate(loader))
@@ -189,3 +192,34 @@ def test_copies_may_vanish_between_two_reads(url: str, copies: Path) -> None:
     first = reader[0]
     shutil.rmtree(copies)
     assert same(reader[0], first)
+
+
+@pytest.mark.parametrize("make", [lambda path, secret: path.symlink_to(secret), lambda path, _: os.mkfifo(path)])
+@pytest.mark.parametrize("name", ["manifest.json", "journal.jsonl", "tokenizer/x.json", shard_file(0)])
+def test_links_out_of_a_url_and_pipes_are_not_copied(
+    make: Any, name: str, tmp_path: Path, folder: Path, copies: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "bucket/one")
+    path = tmp_path / "bucket/one" / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "secret").write_bytes(path.read_bytes() if path.exists() else b"mine")
+    path.unlink(missing_ok=True)
+    make(path, tmp_path / "secret")
+    with pytest.raises(UserError, match="no plain file of this cache"):
+        CacheReader(f"file://{tmp_path}/bucket/one", "held_out")[0]
+    assert not [copy for copy in copies.rglob(path.name) if copy.is_file()]
+
+
+def test_only_files_of_a_cache_are_copied(url: str, copies: Path) -> None:
+    filesystem, root = fsspec.core.url_to_fs(url)
+    for name in ("video.mp4", "notes/readme"):
+        filesystem.makedirs(f"{root}/notes", exist_ok=True)
+        filesystem.pipe_file(f"{root}/{name}", b"x" * 100)
+    CacheReader(url, "train")[0]
+    assert not [path for path in copies.rglob("*") if path.name in ("video.mp4", "readme")]
+
+
+def test_a_file_without_end_is_not_copied(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_MOST_BESIDE", 10)
+    with pytest.raises(UserError, match="larger than a file of a cache"):
+        CacheReader(url, "train")

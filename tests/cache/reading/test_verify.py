@@ -19,9 +19,11 @@ import torch
 from distill.cache.format.folder import Manifest, read_journal
 from distill.cache.format.head import HEAD, load_head, save_head
 from distill.cache.format.tokenizer_files import checked_tokenizer, save_tokenizer
+from distill.cache.making.parts import merge
 from distill.cache.making.repair import repair
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.storage import FolderStorage
 from distill.cache.reading.verify import verify
 from distill.errors import UserError
 from distill.models.language_model import Head
@@ -31,6 +33,14 @@ def shard_file(shard: int, held_out: int = 2) -> str:
     """Return the name of a shard of a cache with so many shards of held-out samples."""
     split, number = ("held_out", shard) if shard < held_out else ("train", shard - held_out)
     return f"shards/{split}-{number:06d}.safetensors"
+
+
+def join(folder: Path) -> None:
+    merge([FolderStorage(folder)], folder.with_name("to"), lambda _: None)
+
+
+def open_reader(folder: Path) -> CacheReader:
+    return CacheReader(folder, "held_out")
 
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -264,11 +274,57 @@ def test_what_is_no_plain_file_is_refused_and_does_not_hang(cache: Path) -> None
     assert verify(cache).problems == []
 
 
-def test_a_link_to_the_same_content_is_good(cache: Path, tmp_path: Path) -> None:
-    """Downloads from a hub are folders of links."""
-    shutil.move(cache / shard_file(0), tmp_path / "blob")
-    (cache / shard_file(0)).symlink_to(tmp_path / "blob")
-    assert verify(cache).problems == []
+def test_a_download_from_a_hub_is_good(cache: Path, tmp_path: Path) -> None:
+    """It is a folder of links to blobs."""
+    snapshot, blobs = tmp_path / "datasets--a--b/snapshots/1234", tmp_path / "datasets--a--b/blobs"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    shutil.move(cache, snapshot)
+    for number, path in enumerate(path for path in sorted(snapshot.rglob("*")) if path.is_file()):
+        shutil.move(path, blobs / str(number))
+        path.symlink_to(os.path.relpath(blobs / str(number), path.parent))
+    assert verify(snapshot).problems == []
+    assert len(CacheReader(snapshot, "held_out")[0].input_ids_L)
+
+
+@pytest.mark.parametrize("name", ["shards", "tokenizer", "manifest.json", "journal.jsonl", "tokenizer/tokenizer.json"])
+def test_a_link_out_of_the_cache_is_not_followed(name: str, cache: Path, tmp_path: Path, contents: Any) -> None:
+    """Repair would delete what it leads to, and a merge would copy it."""
+    shutil.move(cache / name, tmp_path / "elsewhere")
+    (cache / name).symlink_to(tmp_path / "elsewhere")
+    for path in cache.rglob("*.safetensors"):
+        flip(path)
+    before = contents(tmp_path / "elsewhere") if (tmp_path / "elsewhere").is_dir() else None
+    for way in (
+        verify,
+        repair,
+        open_reader,
+        lambda folder: merge([FolderStorage(folder)], tmp_path / "to", lambda _: None),
+    ):
+        with pytest.raises(UserError, match="is a link out of the cache"):
+            way(cache)
+    assert before is None or contents(tmp_path / "elsewhere") == before
+
+
+def test_a_shard_that_is_a_link_out_is_dropped_and_not_what_it_names(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes((cache / shard_file(0)).read_bytes())
+    (cache / shard_file(0)).unlink()
+    (cache / shard_file(0)).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link out of the cache"):
+        CacheReader(cache, "held_out")[0]
+    with pytest.raises(UserError, match="is a link out of the cache"):
+        join(cache)
+    assert [found.problem for found in verify(cache).problems] == ["is a link out of the cache"]
+    assert len(repair(cache)) == 1 and (tmp_path / "mine").exists() and not (cache / shard_file(0)).is_symlink()
+
+
+def test_files_beside_the_shards_are_copied_but_not_what_links_name(cache: Path, tmp_path: Path) -> None:
+    (cache / "notes").mkdir()
+    (tmp_path / "secret").write_text("mine")
+    (cache / "notes/readme").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="notes/readme: is a link out of the cache"):
+        join(cache)
+    assert not any(path.name == "readme" for path in (tmp_path / "to").rglob("*"))
 
 
 # The head of a cache of hidden states.
