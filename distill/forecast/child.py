@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -21,16 +22,17 @@ T = TypeVar("T")
 class Child(Generic[P, T]):
     """One process that answers calls of a function in turn, until it is closed.
 
-    It is a fork, which has imported everything already. Where this process uses CUDA, which no fork can, or the system
-    cannot fork, it starts from nothing. It sees no CUDA device, and ends with this process.
+    It is a fork, which has imported everything already. Where CUDA is, which does not survive a fork, or the system
+    cannot fork, it starts from nothing and takes some seconds more. It sees no CUDA device, and ends with this process.
     """
 
     def __init__(self, function: Callable[P, T], method: str | None = None) -> None:
-        can_fork = sys.platform == "linux" and not torch.cuda.is_initialized()
+        can_fork = sys.platform == "linux" and not torch.cuda.is_available()
         context: Any = multiprocessing.get_context(method or ("fork" if can_fork else "spawn"))
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._connection, function), daemon=True)
-        self._process.start()
+        with _as_a_child_has_it():
+            self._process.start()
         theirs.close()  # so that it is closed when the child ends
         self.close = weakref.finalize(self, _end, self._process, self._connection)
         """Ends the child, whatever it does."""
@@ -48,6 +50,23 @@ class Child(Generic[P, T]):
         return cast(T, result)
 
 
+@contextlib.contextmanager
+def _as_a_child_has_it() -> Iterator[None]:
+    """Hide CUDA devices and Ctrl-C for what is started inside, which has both before it imports anything.
+
+    Ctrl-C reaches the parent too, which closes the child. What CUDA has in this process it has read already.
+    """
+    visible = os.environ.get(_VISIBLE)
+    os.environ[_VISIBLE] = ""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if sys.platform != "win32" else []
+    try:
+        yield
+    finally:
+        os.environ.pop(_VISIBLE) if visible is None else os.environ.update({_VISIBLE: visible})
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _end(process: Any, connection: Connection) -> None:
     process.kill()
     process.join()
@@ -55,11 +74,9 @@ def _end(process: Any, connection: Connection) -> None:
 
 
 def _serve(connection: Connection, parents: Connection, function: Callable[..., Any]) -> None:
-    """Answer until the parent is gone. Ctrl-C, which reaches both, is the parent's: it closes this child."""
+    """Answer until the parent is gone."""
     parents.close()  # else it would never be closed
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     with contextlib.suppress(EOFError, ConnectionError):
         while True:

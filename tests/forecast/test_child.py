@@ -50,7 +50,7 @@ from distill.forecast.child import Child
 from distill.system import interrupt
 
 interrupt.install()
-child = Child(time.sleep)
+child = Child(time.sleep, {method!r})
 child(0)
 try:
     print("begun", flush=True)
@@ -63,11 +63,17 @@ except interrupt.Interrupted:
 
 
 @pytest.mark.parametrize(
-    ("signum", "seconds"), [(signal.SIGINT, 60), (signal.SIGTERM, 60), (signal.SIGKILL, 0)], ids=["INT", "TERM", "KILL"]
+    ("signum", "seconds", "method"),
+    [
+        (signal.SIGINT, 60, "fork"),
+        (signal.SIGINT, 60, "spawn"),
+        (signal.SIGTERM, 60, "fork"),
+        (signal.SIGKILL, 0, "fork"),
+    ],
 )
-def test_however_the_program_is_stopped_its_child_ends(signum: signal.Signals, seconds: float) -> None:
+def test_however_the_program_is_stopped_its_child_ends(signum: signal.Signals, seconds: float, method: str) -> None:
     """Ctrl-C reaches both, as in a terminal; nothing is printed."""
-    command = [sys.executable, "-c", PROGRAM.format(seconds=seconds)]
+    command = [sys.executable, "-c", PROGRAM.format(seconds=seconds, method=method)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as program:
         assert program.stdout is not None and program.stderr is not None
         assert program.stdout.readline() == b"begun\n"
