@@ -36,7 +36,7 @@ class Forecasts(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One change, made after those before it."""
+    """One change, made after the earlier ones."""
 
     phase: Phase
     """Phase that needed the change."""
@@ -44,7 +44,7 @@ class Step:
     needed_bytes: int
     """Bytes of the device in that phase, from this change on."""
     time_factor: float
-    """Time for each token in that phase, of what it was before this change."""
+    """Ratio of the times for each token in that phase, after and before this change."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Advice:
 
     @property
     def changes(self) -> Keys:
-        """All of them, each key with its last value."""
+        """All changes, each key with its last value."""
         return {key: value for step in self.steps for key, value in step.keys.items()}
 
 

@@ -19,19 +19,21 @@ CONTEXT_BYTES = int(0.6 * GIB)
 """Memory of a card that a process takes beside torch's allocator: the CUDA context and the kernels of torch, cuBLAS
 and bitsandbytes, 0.3 to 0.6 GiB depending on card and driver (`nvidia-smi` less `torch.cuda.memory_reserved`)."""
 DRIVER_BYTES = int(0.25 * GIB)
-"""Memory that a driver keeps of what is printed on the box: a 12 GiB card offers 11.75 GiB. A card of this machine
-says itself what it has."""
+"""Memory that a driver keeps for itself: a card sold with 12 GiB offers 11.75 GiB. A card of this machine reports the
+memory that it really has.
+"""
 MARGIN_BYTES = int(0.7e9)
-"""Less to spare than that is said."""
+"""Spare memory below which a note is printed."""
 FRAGMENTATION = 0.05
-"""Share of the peak that the allocator holds without using it: it takes memory in blocks of 2 MiB (20 MiB from 1 MiB
-up), and freed pieces do not always suit what comes next. Five per cent is usual where all steps have one shape."""
+"""Share of the peak that the allocator holds without using it: it takes memory in pieces of 2 MiB (20 MiB from 1 MiB
+up), and freed pieces do not always suit later tensors. Five per cent is usual if all steps have one shape.
+"""
 LIBRARIES_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.9 * GIB)}
 """Resident memory of a process that has imported everything, and on CUDA has begun to use it."""
 WORKER_BYTES = int(0.4 * GIB)
 """Host memory of a process that reads the cache (`train.num_workers`)."""
 LARGEST_TENSORS_BYTES = 2 * GIB
-"""Host memory while a checkpoint is read tensor by tensor to a device: the largest tensor, twice, is below that."""
+"""Host memory while a checkpoint is read tensor by tensor to a device: twice the largest tensor is below that."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Forecast:
     failures: list[str]
     """Reasons why the others could not."""
     disk: dict[str, int | None]
-    """Bytes of `cache`, `checkpoints` and `student`; None: the amount of text is not known."""
+    """Bytes of `cache`, `checkpoints` and `student`. None means that the amount of text is not known."""
     free_disk_bytes: int
     """Free bytes on the disk of the run's folder."""
     notes: list[str] = field(default_factory=list)
@@ -89,7 +91,7 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts experiments, and changed ones, on one card."""
+    """A forecaster of experiments, and changed ones, on one card."""
 
     def __init__(
         self,
@@ -101,8 +103,7 @@ class Forecaster:
         """Set the limits.
 
         `limit_bytes`: use no more of the card's memory; default: all of it.
-
-        `process_bytes`: what the process that the phases will run in holds already, on the host.
+        `process_bytes`: host memory that the process already holds in which the phases will run.
         `simulator`: one that knows some of the phases already.
         """
         self.card, self.simulator = card, simulator or Simulator(card)
@@ -178,7 +179,7 @@ class Forecaster:
             return max(needed, self.process_bytes + loading) + states
         if phase == "train-student":
             sizes = pieces[0].sizes
-            # The student is made in host memory, all of it, before it moves: in float32, but for a frozen base.
+            # The whole student is made in host memory before it moves: in float32, except for a frozen base.
             made = sizes["bytes"] if sizes["trained_parameters"] < sizes["parameters"] else 4 * sizes["parameters"]
             return self.process_bytes + made + WORKER_BYTES * experiment.train.num_workers
         students = 4 * pieces[1].sizes["parameters"] if phase == "evaluate" else 0
@@ -204,7 +205,7 @@ class Forecaster:
 
 
 def _left_out(train: TrainConfig) -> list[str]:
-    """Return what the forecast of a training leaves out."""
+    """Return notes on the memory and time that the forecast of a training leaves out."""
     found = []
     if train.strategy == "fsdp":
         found.append("train.strategy fsdp: forecast as if each device had the whole student")
@@ -237,7 +238,7 @@ def _time(
         each, steps = pieces[0].seconds, _steps(experiment, amount)
         if steps is None:
             return None, each, None
-        # A held-out sample is read forward alone, about a third of a training sample's work.
+        # A held-out sample needs only a forward pass, about a third of a training sample's work.
         held_out = (steps // train.validate_every_steps + 1) * amount.held_out / _step_samples(experiment) / 3
         trainings = len(roles(experiment))
         return trainings * (steps + held_out) * each, each, trainings * steps

@@ -29,7 +29,7 @@ from distill.training.module import DistillationModule
 
 
 class Models:
-    """An experiment's models, as far as their shapes tell; made among fake tensors, which the caller provides."""
+    """An experiment's models, as far as their shapes tell, made among fake tensors, which the caller provides."""
 
     def __init__(self, experiment: Experiment, card: Card, notes: list[str]) -> None:
         """Find the teacher; assumptions are added to `notes`."""
@@ -89,7 +89,7 @@ class Models:
 
 
 def _finder(folder: Path, notes: list[str]) -> Find:
-    """Return what finds this machine's files of a hub name, its published architecture, or else its `config.json`."""
+    """Return a function that finds the configuration of a hub name: on this machine, published here, or on the hub."""
 
     def find(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
         import huggingface_hub
@@ -118,7 +118,7 @@ def _finder(folder: Path, notes: list[str]) -> Find:
 def size_of(model: nn.Module) -> dict[str, int]:
     """Return parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as kept.
 
-    `bytes_read`: of a streamed teacher, from disk for every batch.
+    `bytes_read` is the number that a streamed teacher reads from disk for every batch.
     """
     weights = list(model.parameters())
     packed = [weight for weight in weights if not weight.is_floating_point()]

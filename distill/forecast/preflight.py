@@ -1,4 +1,4 @@
-"""Guard of a phase: it must fit before it runs, keeps to its memory, and is compared with its forecast after that."""
+"""Guard of a phase: it must fit before it runs, keeps to `memory_limit`, and is compared with its forecast."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ FILE = "forecast.json"
 class Preflight:
     """A phase that is about to begin. `with Preflight(…):` runs it, if it fits.
 
-    Within, on a CUDA device, torch's allocator keeps to `memory_limit`. At the end forecast and measured are said and
-    kept in the run's forecast.json.
+    Inside, on a CUDA device, torch's allocator keeps to `memory_limit`. At the end the forecast and the measurement are
+    printed, and kept in the run's forecast.json.
     """
 
     def __init__(self, experiment: Experiment, phase: Phase, following: tuple[Phase, ...] = ()) -> None:
-        """Prepare; `following`: phases that the same command runs next, which must fit as well."""
+        """Prepare; `following` are phases that the same command runs next, which must fit as well."""
         self.experiment, self.phase, self.phases = experiment, phase, (phase, *following)
         self.folders = Folders.of(experiment)
         self.device = pick_device(experiment.train.accelerator)
@@ -48,8 +48,8 @@ class Preflight:
     def check(self) -> None:
         """Make the forecast, once, and in the first of several processes alone.
 
-        Raises UserError when a phase does not fit, with the change that makes it fit. A student that cannot be
-        simulated is no reason not to train it: that is said.
+        Raises UserError if a phase does not fit, with the change that makes it fit. A student that cannot be simulated
+        can still be trained, so that is only a message.
         """
         if self._is_checked or not self.experiment.preflight or self.device.type == "mps" or not is_first_process():
             return
@@ -80,17 +80,17 @@ class Preflight:
             self._compare(self.expected)
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Return what this phase has cost so far, an entry an invocation."""
+        """Return the costs of this phase so far, an entry an invocation."""
         return [line for line in ledger.read(self.folders.run) if line["phase"] == self.phase]
 
     def _compare(self, forecast: Forecast) -> None:
-        """Write rows of what is known of both; those of other phases stay."""
+        """Write rows of forecast and measurement; those of other phases stay."""
         expected, lines = forecast.phases[self.phase], self._lines()[len(self._earlier) :]
         rows: list[tuple[str, str, float | None, float | None]] = []
         if self.device.type == "cuda":
             rows.append(("peak device memory", "bytes", expected.peak_bytes, _largest(lines, "peak_device_bytes")))
         rows.append(("peak host memory", "bytes", expected.host_bytes, _largest(lines, "peak_memory_bytes")))
-        # Of what was begun earlier a part is measured here; of an evaluation the text alone is forecast.
+        # Times of a phase that was begun earlier, or of an evaluation with its benchmarks, cannot be compared.
         if lines and not self._earlier and self.phase != "evaluate":
             rows.append(("time", "s", expected.seconds, sum(line["seconds"] for line in lines)))
         if self.phase == "cache-teacher" and self.experiment.cache.part is None:
@@ -132,7 +132,7 @@ def _say_what_others_hold(forecast: Forecast, device: torch.device) -> None:
     """Tell if a desktop or another training leaves too little of a card that is large enough."""
     if not forecast.phases:
         return
-    free, total = torch.cuda.mem_get_info(device)  # it creates the context, whose part is taken from here on
+    free, total = torch.cuda.mem_get_info(device)  # this call creates the context, whose memory is taken from now on
     free += torch.cuda.memory_reserved(device)
     worst = min(forecast.phases, key=forecast.spare_bytes)
     needed = forecast.phases[worst].needed_bytes - forecast.phases[worst].context_bytes
@@ -144,7 +144,7 @@ def _say_what_others_hold(forecast: Forecast, device: torch.device) -> None:
 
 
 def _hold_to(limit: int, device: torch.device) -> None:
-    """Let torch's allocator have what it would have on a card of that size, less driver's and context's part."""
+    """Limit torch's allocator to a card of that size, less the memory of driver and context."""
     total = torch.cuda.get_device_properties(device).total_memory
     if limit > total:
         raise UserError(f"memory_limit: {size(limit)} is more than this card's {size(total)}")

@@ -23,8 +23,10 @@ from distill.system.machine import processor_name
 _VERSION = 3
 _MOST_BYTES = 1 << 20
 _FRESH = 3.0
-"""A processor's program gets new memory page by page from the system, empty; the least squares over all rows of
-tests/benchmarks/forecast_accuracy.py. A card's allocator has it already."""
+"""Ratio of the times of a byte in new memory and another. A processor's program gets new memory page by page from the
+system, empty. The value is the least squares over all rows of tests/benchmarks/forecast_accuracy.py; a card's allocator
+has its memory already.
+"""
 _SHARE_OF_FLOAT64 = 1 / 32
 """Share of float32's rate, as on GeForce cards; nothing of weight is computed in it."""
 
@@ -46,7 +48,7 @@ class Efficiency:
 
 
 DEFAULTS: dict[DeviceKind, Efficiency] = {
-    # What training in plain PyTorch mostly reaches on cards: near the peak in large products, less in a model's.
+    # Training in plain PyTorch mostly reaches these on cards: near the peak in large products, less in a model's.
     "cuda": Efficiency({"float32": 0.7, "bfloat16": 0.6, "float16": 0.6}, bandwidth=0.75, launch=1e-5),
     # Of the modest figures that `this_machine` assumes; processors differ by far more than cards do.
     "cpu": Efficiency({"float32": 0.6, "bfloat16": 0.6, "float16": 0.1}, bandwidth=0.7, launch=6e-6),
@@ -54,9 +56,9 @@ DEFAULTS: dict[DeviceKind, Efficiency] = {
 
 
 def speed(card: Card, efficiency: Efficiency | None = None) -> Speed:
-    """Return what a card does in practice; `efficiency` is by default this machine's, if measured on such a device.
+    """Return a card's real speed. `efficiency` is by default this machine's, if measured on such a device.
 
-    On cards without bfloat16 its place is taken by float16: the simulation stands in the one for the other.
+    On cards without bfloat16 float16 takes its place, because the simulation uses bfloat16 for both.
     """
     share = efficiency or find(kind_of(card))
     flops = {
@@ -80,12 +82,12 @@ def kind_of(card: Card) -> DeviceKind:
 
 
 def find(device: DeviceKind) -> Efficiency:
-    """Return what was measured on this machine, else the defaults."""
+    """Return the measurement of this machine, else the defaults."""
     return load(device) or DEFAULTS[device]
 
 
 def identity(device: DeviceKind) -> dict[str, Any]:
-    """Return what a calibration holds for."""
+    """Return the facts that a calibration holds for."""
     found: dict[str, Any] = {
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
@@ -112,7 +114,7 @@ def save(device: DeviceKind, efficiency: Efficiency) -> Path:
 
 
 def load(device: DeviceKind) -> Efficiency | None:
-    """Return what was saved; None if there is none, if it is another machine's, or if it cannot be read."""
+    """Return the saved calibration; None if there is none, if it is another machine's, or if it cannot be read."""
     entry = _read().get(device)
     if not isinstance(entry, dict) or entry.get("identity") != identity(device):
         return None

@@ -1,8 +1,8 @@
 """Largest teachers and students that a device can take: bytes a parameter, from simulations of a small llama.
 
-Simulated is a model of width 512 at three sizes; from these follow the bytes that a parameter of the layers and one of
-the vocabulary cost. What a pass holds beside them is kept in proportion to the width: a quarter as many tokens, a
-sixteenth as many positions with logits. So a model 2,048 wide is taken to be passed 512 tokens at a time.
+A model of width 512 is simulated at three sizes. From these follow the bytes that a parameter of the layers and one of
+the vocabulary cost. The memory of a pass beside them is kept in proportion to the width: a quarter as many tokens, a
+sixteenth as many positions with logits. So a model of width 2,048 passes 512 tokens at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All but the norms'."""
+        """Parameters without those of norms."""
         return self.layer_parameters + self.vocabulary_parameters
 
 
@@ -92,7 +92,7 @@ class Way:
     teacher: str = "huggingface"
     """Class path of the teacher."""
     streamed: bool = False
-    """One layer is on the device at a time."""
+    """True if one layer at a time is on the device."""
     quantization: Literal["nf4", "none"] = "none"
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -121,7 +121,7 @@ class Cost:
     """Memory that a way takes."""
 
     base: float
-    """Bytes of a model of no size."""
+    """Bytes of a model without any parameter."""
     layers: float
     """Bytes a parameter of the layers that are on the device."""
     vocabulary: float

@@ -1,8 +1,8 @@
-"""Measurement of this machine's speed: kernels and real work are timed, and the forecast of the work is set right.
+"""Measurement of this machine's speed: kernels and real work are timed, and the forecast's rates are fitted to them.
 
-Matrix products are timed alone. A training step of a tiny model, which is mostly starting kernels, tells how long that
-takes. What is left is moving: its rate is the one by which training steps of a larger model, in float32 and in 16 bits,
-are forecast to take what they took, on average.
+Matrix products are timed alone. A training step of a tiny model, which mostly starts kernels, gives the time of a
+launch. The rate of moving bytes is fitted last: with it, the forecasts of a larger model's training steps, in float32
+and in 16 bits, are right on average.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from distill.training.module import DistillationModule
 _FURTHEST, _ROUNDS = 64.0, 8
 """Factor by which a number may be off what it was taken for, and how often both are set right in turn."""
 _RUNS = 10
-"""Runs of each piece of work; the shortest counts, for a disturbance makes a run longer, never shorter."""
+"""Runs of each piece of work. The shortest counts, since a disturbance makes a run longer, never shorter."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A piece of work that was done."""
+    """A piece of work that was done and timed."""
 
     work: Counter[Work]
     seconds: float
@@ -57,9 +57,10 @@ class Timed:
 def calibrate(
     device: DeviceKind, clock: Callable[[], float] = time.perf_counter, folder: Path | None = None
 ) -> Efficiency:
-    """Measure this machine's efficiency, in under a minute, and its disk's where `folder` is.
+    """Measure this machine's efficiency, in under a minute, and that of its disk at `folder`.
 
-    `clock`: seconds; `time.process_time` gives what a busy machine's only thread would do undisturbed.
+    `clock` gives seconds; `time.process_time` gives the time that the only thread of a busy machine would take
+    undisturbed.
     """
     card, pace = this_machine(device), _Pace(device, clock)
     peaks = {name: card.fp32_flops if name == "float32" else card.half_flops for name in DTYPES}
@@ -73,9 +74,9 @@ def calibrate(
 
 
 def fit(card: Card, efficiency: Efficiency, tiny: Timed, others: Sequence[Timed]) -> Efficiency:
-    """Fit the launch, by which the tiny work is forecast right, and the bandwidth, by which the others are on average.
+    """Fit the launch so that the tiny work's forecast is right, and the bandwidth so that the others' are on average.
 
-    The average is that of ratios, geometric.
+    The average is the geometric mean of ratios.
     """
     for _ in range(_ROUNDS):
         efficiency = _set_right(card, efficiency, "launch", [tiny])
@@ -125,13 +126,13 @@ _LARGER: dict[DeviceKind, _Model] = {
 
 
 class _Pace:
-    """Clock that does pieces of work and times them."""
+    """A clock that does pieces of work and times them."""
 
     def __init__(self, device: DeviceKind, clock: Callable[[], float]) -> None:
         self.device, self.clock = device, clock
 
     def now(self) -> float:
-        """Return the clock's seconds when all that was started is done."""
+        """Return the clock's seconds when all started work is done."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         return self.clock()

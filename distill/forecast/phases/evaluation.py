@@ -35,7 +35,7 @@ def simulate_likelihood(
     documents: int = 1,
     device: DeviceKind = "cpu",
 ) -> Simulation:
-    """Simulate one batch of held-out samples that the teacher reads; a copy of its head is among it."""
+    """Simulate one batch of held-out samples that the teacher reads, including a copy of its head."""
     with _held_out(batch_size, length, documents, device) as (samples, tracker):
         teacher: Any = make_teacher()
         tag_model(tracker, teacher)
@@ -89,5 +89,5 @@ def _held_out(batch_size: int, length: int, documents: int, device: DeviceKind) 
 
 
 def _equal_chunks_twice(tracker: Tracker) -> Each:
-    """Return the walk over a batch's chunks that measures two of the equal ones: what a metric keeps does not grow."""
+    """Return a walk over a batch's chunks that measures two of the equal ones: a metric's memory does not grow."""
     return lambda chunks: first_two_alike(chunks, tracker, lambda chunk: len(chunk[1].next_ids_N))

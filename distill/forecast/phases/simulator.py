@@ -1,4 +1,4 @@
-"""Simulation of a teacher's batch, a student's step and an evaluation's batch, each once."""
+"""The simulator of a forecast: a teacher's batch, a student's step and an evaluation's batch, each once."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from distill.targets.schemes import Hidden
 Phase = str
 PHASES: tuple[Phase, ...] = ("cache-teacher", "train-student", "evaluate")
 PASSES = 2
-"""Passes that are simulated of a step with more: from the second on each is like the one before."""
+"""Largest number of simulated passes of a step: from the second on each is like the one before."""
 DOCUMENTS = 2
 """Documents in a packed sample: the mask that keeps them apart is as large for any number."""
 
 
 class NoForecast(UserError):
-    """A phase cannot be simulated: a student that does what only real tensors can, or that would fail in training."""
+    """Raised when a phase cannot be simulated: its student needs real tensors, or would fail in training."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Piece:
     sizes: dict[str, int]
     """Sizes of the model, from `size_of`."""
     loading_bytes: int = 0
-    """Host memory while a model is loaded, where that is more than the largest tensor at a time."""
+    """Host memory while a model is loaded, if that is more than the largest tensor at a time."""
 
 
 class Simulator:
-    """Simulator of phases of experiments on one card. It does nothing twice, and all in a child process."""
+    """A simulator of the phases of experiments on one card. It does nothing twice, and all in a child process."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
@@ -62,14 +62,14 @@ class Simulator:
         self._child: Child[[Experiment, Phase], tuple[list[Piece], list[str]]] | None = None
 
     def pieces(self, experiment: Experiment, phase: Phase, notes: list[str]) -> list[Piece]:
-        """Return the phase's simulations; its peak is the largest of theirs.
+        """Return the phase's simulations. Its peak is the largest of theirs.
 
-        Raises UserError for what cannot be made, and NoForecast for what cannot be simulated.
+        Raises UserError if a model cannot be made, and NoForecast if the phase cannot be simulated.
         """
         key = f"{phase} {_relevant(experiment, phase)}"
         if key not in self._known:
             if self._child is None:
-                with contextlib.suppress(Exception):  # a large file is read once for all; what is wrong is told below
+                with contextlib.suppress(Exception):  # a large file is read once for all; its errors come again below
                     self.hidden_size(experiment)
                 self._child = Child(partial(simulate, self.card, find(kind_of(self.card))))
             try:
@@ -82,7 +82,7 @@ class Simulator:
         return pieces
 
     def hidden_size(self, experiment: Experiment) -> int:
-        """Return the teacher's."""
+        """Return the teacher's hidden size."""
         with quiet():
             return Models(experiment, self.card, []).hidden_size
 
@@ -100,19 +100,19 @@ class Simulator:
 
 
 def simulate(card: Card, efficiency: Efficiency, experiment: Experiment, phase: Phase) -> tuple[list[Piece], list[str]]:
-    """Simulate a phase in this process; returns its pieces and what was assumed. Raises as `Simulator.pieces`."""
+    """Simulate a phase in this process, and return its pieces and the assumptions. Raises as `Simulator.pieces`."""
     notes: list[str] = []
     try:
         with quiet():
             return _SIMULATE[phase](_Pace(card, efficiency), Models(experiment, card, notes)), notes
     except UserError:
         raise
-    except Exception as error:  # of a stranger's model, say
+    except Exception as error:  # a stranger's model may raise anything
         raise NoForecast(f"{phase}: no forecast ({type(error).__name__}: {first_line(error)})") from error
 
 
 class _Pace:
-    """The phases, and how fast a card goes through them."""
+    """The phases, and a card's speed for them."""
 
     def __init__(self, card: Card, efficiency: Efficiency) -> None:
         self.device: DeviceKind = kind_of(card)
@@ -215,7 +215,7 @@ def _trained(models: Models) -> Any:
 
 
 def _relevant(experiment: Experiment, phase: Phase) -> str:
-    """Describe what a phase's simulations depend on, and little else."""
+    """Describe the settings that a phase's simulations depend on, and few others."""
     same = {"max_samples": None, "held_out_samples": 0, "overwrite": False, "shard_samples": 1}
     cache, evaluate = replace(experiment.cache, **same), None  # type: ignore[arg-type]
     train, loss, student = experiment.train, experiment.loss, experiment.student

@@ -33,12 +33,12 @@ from distill.training.optimizers.step_in_backward import StepInBackward
 from distill.training.trainer import make_trainer
 
 STEPS = 2
-"""The optimiser's states are made in the first step; the second is the one that all others are like."""
+"""Number of simulated steps. The first makes the optimiser's states; all others are like the second."""
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """One optimiser step's samples; the module's `micro_batch` says in how many passes it is made."""
+    """One optimiser step's samples. The module's `micro_batch` determines the number of its passes."""
 
     samples: int
     length: int
@@ -49,7 +49,7 @@ class StepShape:
     has_rest: bool = False
     """True if a target has a bucket for all other tokens (top_k)."""
     documents: int = 1
-    """Packed into one sample."""
+    """Documents packed into one sample."""
 
 
 def simulate_step(
@@ -61,15 +61,16 @@ def simulate_step(
     shortcuts: bool = True,
     alike_blocks_once: bool = True,
 ) -> Simulation:
-    """Simulate a step of what `make_module` makes: memory and work, without memory for it.
+    """Simulate memory and work of a training step, without memory for it.
 
-    `make_module` builds student, optimiser and levers as for a training on a CPU; whatever tensors it makes are fake,
-    and checkpoints give their shapes alone. `precision` is the trainer's. `shortcuts`: the moments are made before the
-    step, by an update that is forgotten, and alike chunks of an update run once; else two steps run, whole.
-    `alike_blocks_once`: see `distill.forecast.simulation.blocks`; else every block runs. Raises what the module raises.
+    `make_module` builds student, optimiser and levers as for a training on a CPU. All tensors that it makes are fake,
+    and checkpoints give their shapes alone. `precision` is the trainer's. With `shortcuts` the moments are made before
+    the step, by an update that is forgotten, and alike chunks of an update run once; otherwise two whole steps run. For
+    `alike_blocks_once` see `distill.forecast.simulation.blocks`; otherwise every block runs. The module's errors are
+    raised.
     """
     batch, tracker = make_batch(shape), Tracker(device)
-    # Of the same size; a CPU, which fake tensors are on, has no float16 autocast.
+    # bfloat16 has the same size. Fake tensors are on a CPU, which has no float16 autocast.
     fake_precision = "bf16-mixed" if precision == "16-mixed" else precision
     try:
         with without_memory(device) as values:
@@ -102,7 +103,7 @@ def run_tracked(
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # copies tensors past torch
     tracker.forget()
     with alike_once(module.student, tracker) as blocks:
-        # What is offloaded leaves the device at moments that a block not run does not have.
+        # Offloaded tensors leave the device at moments that only blocks which run have.
         if not alike_blocks_once or module.saved_activations is not nullcontext:
             blocks.run_all()
         watch = _Watch(tracker, blocks, shortcuts)
@@ -177,7 +178,7 @@ class _Watch(pl.Callback):
         for optimizer in trainer.optimizers:
             inner = optimizer
             if isinstance(optimizer, StepInBackward):
-                self.blocks.run_all()  # each weight's update is among its block's backward pass
+                self.blocks.run_all()  # each weight is updated inside its block's backward pass
                 inner = optimizer.optimizer
             if self.shortcuts:
                 self._make_moments(inner)
@@ -185,7 +186,7 @@ class _Watch(pl.Callback):
             optimizer.register_step_post_hook(lambda *_: self._end_update())
 
     def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update once with gradients out of nowhere, and forget it."""
+        """Update once with gradients of any value, and forget it."""
         if isinstance(optimizer, ChunkedAdamW):
             optimizer.walk = walk = EachKindOnce(optimizer.walk, self.tracker)
             optimizer.register_step_pre_hook(lambda *_: walk.seen.clear())

@@ -35,9 +35,9 @@ def simulate_teacher(
 ) -> Simulation:
     """Simulate one batch of the teacher that `make_teacher` makes: body, head and targets.
 
-    Every position carries loss and, under varopt, has as many entries as a target may have: all samples are alike, and
-    two of them get their targets. `alike_blocks_once`: see `distill.forecast.simulation.blocks`; without it every
-    block is run.
+    Every position carries loss and, under varopt, has as many entries as a target may have. So all samples are alike,
+    and two of them get their targets. For `alike_blocks_once` see `distill.forecast.simulation.blocks`; without it
+    every block runs.
     """
     batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
     widest = scheme.most_atoms if isinstance(scheme, VarOpt) else max(scheme.most_entries, 1)
@@ -75,7 +75,7 @@ def make_batch(batch_size: int, length: int, documents: int = 1, vocab_size: int
 
 
 def _in_loss(samples: Iterator[Sample], tracker: Tracker) -> Iterator[Sample]:
-    """Yield the samples; what is made of each belongs to head and loss."""
+    """Yield the samples; the tensors made of each count as head and loss."""
     for sample in samples:
         with tracker.loss():
             yield sample
