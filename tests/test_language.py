@@ -17,11 +17,6 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Rooms whose language is not put right yet.
-NOT_YET = {
-    "distill/cache",
-}
-
 # A function's docstring begins with one of these. A verb that is missing is added here; a noun gets "Return" before it.
 VERBS = words(
     """
@@ -113,10 +108,6 @@ def fault(kind: str, text: str) -> str | None:
     return None
 
 
-def room(path: Path) -> str:
-    return "/".join(path.parts[: 2 if path.parts[0] == "distill" else 1])
-
-
 def sources() -> list[Path]:
     return sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -126,14 +117,9 @@ def faults(source: str) -> list[str]:
     return [f"{name or kind}: {why}" for kind, name, text in docstrings(source) if (why := fault(kind, text))]
 
 
-@pytest.mark.parametrize("path", [path for path in sources() if room(path) not in NOT_YET], ids=str)
+@pytest.mark.parametrize("path", sources(), ids=str)
 def test_docstrings_begin_with_a_verb_or_a_noun(path: Path) -> None:
     assert faults((ROOT / path).read_text(encoding="utf-8")) == []
-
-
-def test_only_rooms_that_need_it_are_exempt() -> None:
-    bad = {room(path) for path in sources() if faults((ROOT / path).read_text(encoding="utf-8"))}
-    assert sorted(NOT_YET - bad) == [], "take these rooms out of NOT_YET"
 
 
 CLAUSES = words("what whatever whether how of those which whichever where whose who why")

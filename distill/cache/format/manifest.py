@@ -1,4 +1,4 @@
-"""The manifest: all that must agree before anything is read from a cache or added to it, and where samples lie."""
+"""The manifest of a cache: its identity, which must agree before anything is read or added, and its samples' places."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ FORMAT = "distill-cache"
 VERSION = 2
 MANIFEST = "manifest.json"
 LIMIT = 2**24
-"""Bytes of a manifest: most of them are names of the corpus's files."""
+"""Largest size of a manifest in bytes. Most of it is names of the corpus's files."""
 SPLITS = ("held_out", "train")
-"""Parts of a cache's samples, in the order in which they are numbered."""
+"""Splits of a cache's samples, in the order of their numbers."""
 SHARDS = "shards"
 MOST_SOURCES = 4096
-"""Sources that are listed by name."""
+"""Largest number of sources that are listed by name."""
 _REMEDY = "restore it, or make the cache anew with --cache.overwrite true"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that must agree before anything is read from a cache or added to it.
+    """Facts that must agree before anything is read from a cache or added to it.
 
-    Samples are numbered through, held-out ones first, and so are shards; each shard holds samples of one split, and is
+    Samples are numbered through, held-out ones first, and so are shards. Each shard holds samples of one split, and is
     named by its split and its number there (version 1: by its number alone, and samples of two splits may share one).
     """
 
@@ -47,15 +47,15 @@ class Manifest:
     pack: bool
     shard_samples: int
     splits: dict[str, int]
-    """Samples of `held_out` and `train`."""
+    """Numbers of samples of `held_out` and `train`."""
     fingerprints: dict[str, str]
-    """teacher_config, teacher_weights, quantization, tokenizer, chat_template, corpus, packing, token_order."""
+    """Hashes: teacher_config, teacher_weights, quantization, tokenizer, chat_template, corpus, packing, token_order."""
     made_with: dict[str, str]
     """Versions of the libraries that made it (for information: they are not compared)."""
     sources: list[str] = field(default_factory=list)
     """Names of the corpus's files, to which records refer by number (for information: they are not compared)."""
     version: int = VERSION
-    """Of the format."""
+    """Version of the format."""
 
     @property
     def samples(self) -> int:
@@ -120,9 +120,9 @@ class Manifest:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of what determines a cache's samples and targets; journal lines and records carry it.
+        """Hash of the facts that determine a cache's samples and targets. Journal lines and records carry it.
 
-        It leaves out how many samples there are: the full shards of a smaller cache are those of a larger one.
+        It leaves out the number of samples: the full shards of a smaller cache are those of a larger one.
         """
         if self.version == version1.VERSION:
             content = version1.to_content(self)
@@ -132,7 +132,7 @@ class Manifest:
         return _sha256(content)
 
     def record_key(self, sample: int) -> int:
-        """Return the number that a record's checksum starts from: elsewhere the record does not check."""
+        """Return the number that a record's checksum starts from, so that the record checks in no other place."""
         if self.version == version1.VERSION:
             return version1.record_key(self.identity, sample)
         held_out = self.splits[SPLITS[0]]
@@ -168,7 +168,7 @@ _VALUES: dict[str, checks.Check] = {
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a cache folder. Raises UserError when there is none, or none that can be read."""
+    """Return the manifest of a cache folder. Raises UserError if there is none, or none that can be read."""
     path = folder / MANIFEST
     _check_files(folder)
     try:
@@ -197,7 +197,7 @@ def read_manifest(folder: Path) -> Manifest:
             content = version1.from_content(content, str(folder))
         manifest = Manifest(**content, version=version)
         problem = _impossible(manifest)
-        # Compared as text, so that not even a blank can have changed.
+        # The files are compared as text, so that not even a blank can have changed.
         if not problem and manifest.to_json().encode() == text:
             return manifest
     raise UserError(f"{path}: damaged ({problem or 'its hash does not match'}): {_REMEDY}")
@@ -216,7 +216,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _impossible(manifest: Manifest) -> str | None:
-    """Return what cannot be true of a manifest whose values are each possible."""
+    """Return a contradiction among the values of a manifest that are each possible, or None."""
     if manifest.splits.keys() != set(SPLITS):
         return f"splits: {checks.printable(', '.join(manifest.splits))} are not {' and '.join(SPLITS)}"
     if manifest.shards > checks.MOST_SHARDS:
@@ -231,7 +231,7 @@ def _impossible(manifest: Manifest) -> str | None:
 
 
 def differences(expected: Manifest, found: Manifest) -> list[str]:
-    """Return what keeps two caches from being the same one, as `field: expected x, found y`.
+    """Return the reasons why two caches are not the same one, as `field: expected x, found y`.
 
     A cache of version 1 is the same as one of version 2 that holds the same targets.
     """

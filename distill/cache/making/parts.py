@@ -1,4 +1,4 @@
-"""A cache made on many machines: which shards a part has, and many parts joined into one cache."""
+"""A cache made on many machines: the shards of each part, and many parts joined into one cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distill.system.files import TEMPORARY, is_inside, write_durably
 
 
 def claim_part(folder: Path, part: Part | None) -> None:
-    """Record in a cache's folder that it holds a part. Raises UserError when it is there for another one."""
+    """Write in a cache's folder that it holds a part. Raises UserError if it holds another one."""
     found = read_part(folder)
     if found == part:
         return
@@ -41,11 +41,11 @@ def claim_part(folder: Path, part: Part | None) -> None:
 
 
 def merge(parts: list[Storage], to: Path, advance: Callable[[int], None]) -> None:
-    """Join parts that together have each shard once into a whole cache; what an earlier merge copied stays.
+    """Join parts that together have each shard once into a whole cache. Copies of an earlier merge stay.
 
-    Manifests are compared first, then which shards there are, then each shard's hash while it is copied. `advance` is
-    told the bytes that were copied. Raises UserError when the parts are not those of one whole cache, when a shard has
-    changed, or when `to` holds something else.
+    Manifests are compared first, then the lists of shards, then each shard's hash while it is copied. `advance`
+    receives the copied bytes. Raises UserError if the parts are not those of one whole cache, if a shard has changed,
+    or if `to` holds anything else.
     """
     owners = whose_shards(parts)
     manifest = read_manifest(parts[0].folder)
@@ -63,7 +63,7 @@ def merge(parts: list[Storage], to: Path, advance: Callable[[int], None]) -> Non
 
 
 def _check_target(to: Path, parts: list[Storage], manifest: Manifest) -> None:
-    """Raises UserError when the parts cannot be joined there: it may be empty or hold a beginning of the same cache."""
+    """Raise UserError if the parts cannot be joined there: it may be empty or hold a beginning of the same cache."""
     another = "give --to a new or empty folder"
     if any(part.folder.resolve() == to.resolve() for part in parts):
         raise UserError(f"{to} is one of the parts: {another}")
@@ -78,7 +78,7 @@ def _check_target(to: Path, parts: list[Storage], manifest: Manifest) -> None:
 
 
 def whose_shards(parts: list[Storage]) -> dict[int, tuple[Storage, JournalEntry]]:
-    """Each shard's part. Raises UserError when parts are of different caches, or have a gap or a shard twice."""
+    """Return each shard's part. Raises UserError if parts are of different caches, or have a gap or a shard twice."""
     manifest = read_manifest(parts[0].folder)
     if manifest.version == version1.VERSION:
         raise UserError(
@@ -122,7 +122,7 @@ def _copy_shard(part: Storage, shard: int, entry: JournalEntry, to: Path) -> Non
 
 
 def _beside_shards(folder: Path) -> list[Path]:
-    """Tokenizer and whatever else a cache holds beside what merging makes itself."""
+    """Return the files that merging copies: all beside the shards, except those that it makes itself."""
     made = {MANIFEST, JOURNAL, PART}
     found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in found:
@@ -133,7 +133,7 @@ def _beside_shards(folder: Path) -> list[Path]:
 
 
 def _ranges(shards: Iterable[int]) -> str:
-    """`3, 7-9`, at most ten of them."""
+    """Write numbers as `3, 7-9`, at most ten ranges of them."""
     ranges: list[list[int]] = []
     for shard in sorted(shards):
         if ranges and shard == ranges[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Repair of a cache: drops what is damaged, so that the next `cache-teacher` makes that anew."""
+"""Repair of a cache: damaged shards and lines are dropped, so that the next `cache-teacher` makes them anew."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from distill.system.locks import cannot_write, sole_writer
 
 
 def repair(folder: Path) -> list[str]:
-    """Drop what is damaged, so that the next `cache-teacher` makes just that anew; says what was done.
+    """Drop everything damaged, so that the next `cache-teacher` makes just that anew. A message says what was done.
 
-    A shard that is whole but has lost its journal line is taken back. Raises UserError when the manifest is damaged or
-    the journal is another cache's: then nothing is touched.
+    A whole shard that has lost its journal line is taken back. Raises UserError if the manifest is damaged or the
+    journal is another cache's: then nothing is touched.
     """
     manifest = read_manifest(folder)
     if manifest.version == version1.VERSION:
@@ -67,7 +67,7 @@ def _repair(folder: Path, manifest: Manifest, lines: journal.Journal) -> list[st
 
 
 def recover(folder: Path, shard: int, manifest: Manifest) -> JournalEntry | None:
-    """Return a shard's journal entry, from the shard itself; None when a record in it is not whole or not its own."""
+    """Return a shard's journal entry, from the shard itself; None if a record in it is not whole or not its own."""
     file, numbers = manifest.shard_file(shard), manifest.shard_range(shard)
     scheme = manifest.make_scheme()
     try:
@@ -87,7 +87,7 @@ def recover(folder: Path, shard: int, manifest: Manifest) -> JournalEntry | None
 
 
 def _repair_sides(folder: Path, manifest: Manifest) -> list[str]:
-    """The tokenizer and the head go as a whole: the next `cache-teacher` writes them anew."""
+    """Remove the tokenizer or the head as a whole if it is damaged: the next `cache-teacher` writes it anew."""
     problems = side_problems(folder, manifest)
     for name in {name.split("/")[0] for name in problems}:
         path = folder / name

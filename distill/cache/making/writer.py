@@ -1,4 +1,4 @@
-"""Writing a cache: shard by shard, each durable before the next, so that a second start continues."""
+"""The writer of a cache: shard by shard, each durable before the next, so that a second start continues."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from distill.system.locks import cannot_write
 
 
 class CacheWriter:
-    """Adds shards to a cache folder, which it makes or, if it is the same cache, continues.
+    """A writer that adds shards to a cache folder, which it makes or, if it is the same cache, continues.
 
-    `batch_size` says how many samples the teacher reads in a forward pass. A shard that was there before and is to be
-    made again keeps the batch size that it had: another might move a target.
+    `batch_size` is the number of samples in a forward pass of the teacher. A shard that existed before and must be made
+    again keeps its batch size, because another might move a target.
 
-    Raises UserError when the folder holds another cache (unless `overwrite`), is not empty, is damaged, or cannot be
+    Raises UserError if the folder holds another cache (unless `overwrite`), is not empty, is damaged, or cannot be
     written.
     """
 
@@ -52,7 +52,7 @@ class CacheWriter:
     def _open(self, manifest: Manifest, overwrite: bool) -> Manifest:
         path = self.folder / MANIFEST
         if path.exists():
-            # What is wrong with the old manifest is of no interest to someone who wants it gone.
+            # Faults of the old manifest do not matter, since it goes.
             if overwrite and not self._holds(manifest):
                 _clear(self.folder)
                 write_durably(path, manifest.to_json().encode())
@@ -92,7 +92,7 @@ class CacheWriter:
             )
 
     def _heal_journal(self, manifest: Manifest) -> dict[int, JournalEntry]:
-        """Drop what a kill left undone in the journal, a torn line, and entries whose shard is gone; return these."""
+        """Drop a torn line of a killed writer from the journal, and entries whose shard is gone; return these."""
         found = journal.read_whole(self.folder, manifest)
         there = {shard: entry for shard, entry in found.entries.items() if self._has(entry)}
         gone = {shard: entry.dropped() for shard, entry in found.entries.items() if shard not in there}
@@ -100,7 +100,7 @@ class CacheWriter:
         return {**found.dropped, **gone}
 
     def batch_size(self, shard: int) -> int:
-        """Return how many samples of a shard the teacher is to read in a forward pass."""
+        """Return the number of samples of a shard that the teacher reads in a forward pass."""
         return self._dropped[shard].batch_size if shard in self._dropped else self._batch_size
 
     def _has(self, entry: JournalEntry) -> bool:
@@ -109,18 +109,18 @@ class CacheWriter:
 
     @cached_property
     def order(self) -> TokenOrder:
-        """The order of the tokens: it lies beside the shards before the first of them is written."""
+        """The order of the tokens, which lies beside the shards before the first of them is written."""
         return load_order(self.folder, self.manifest)
 
     def missing(self) -> list[int]:
-        """Shards that are not finished, in order."""
+        """Return the shards that are not finished, in order."""
         done = read_journal(self.folder, self.manifest)
         return [shard for shard in range(self.manifest.shards) if shard not in done or not self._has(done[shard])]
 
     def write(self, shard: int, samples: list[Record]) -> JournalEntry:
-        """Write one shard: temporary name, sync, rename, then its journal line; the last one seals the journal.
+        """Write one shard: temporary name, sync, rename, then its journal line. The last one seals the journal.
 
-        Raises UserError when the disk is full or does not take it: then nothing of the shard is there.
+        Raises UserError if the disk is full or refuses the file: then nothing of the shard is there.
         """
         numbers = self.manifest.shard_range(shard)
         content = encode(
@@ -143,7 +143,7 @@ class CacheWriter:
 
 
 def _clear(folder: Path) -> None:
-    """Take a cache away but for its manifest, which says whose the folder is until the new one is in its place."""
+    """Remove a cache except for its manifest, which names the folder's owner until the new one is in its place."""
     (folder / JOURNAL).unlink(missing_ok=True)
     sync_folder(folder)
     remove(folder / SHARDS, lambda name: SHARD_NAME.fullmatch(name) is not None)

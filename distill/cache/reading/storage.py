@@ -1,4 +1,4 @@
-"""Where a finished cache lies: a folder, used in place, or an fsspec URL, with a local copy of the shards in use."""
+"""The place of a finished cache: a folder, used in place, or an fsspec URL, with local copies of the shards in use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from distill.errors import UserError
 from distill.system.files import TEMPORARY, is_inside
 
 LOCAL_COPY_BYTES = 100 * 10**9
-"""Room for the local copies of a URL's shards, unless told otherwise."""
+"""Default room for the local copies of a URL's shards."""
 
 _PIECE = 1 << 20
 _MOST_BESIDE = 2**34
@@ -39,23 +39,26 @@ _MOST_BESIDE = 2**34
 
 
 class Storage(Protocol):
-    """A place to read a cache from: `name` is what the user calls it; in `folder`, a local one, lie manifest, journal
-    and what else lies beside the shards."""
+    """A place to read a cache from.
+
+    `name` is the user's name for it. `folder`, a local one, holds manifest, journal and the other files beside the
+    shards.
+    """
 
     name: str
     folder: Path
 
     def shard(self, number: int) -> Path:
-        """The local file of a shard."""
+        """Return the local file of a shard."""
 
 
 def is_url(location: str | Path) -> bool:
-    """Whether this is a URL and not a path."""
+    """Tell whether this is a URL and not a path."""
     return "://" in str(location)
 
 
 def open_storage(location: str | Path, local_copy_bytes: int = LOCAL_COPY_BYTES) -> Storage:
-    """The storage at a path or an fsspec URL. Raises UserError when a URL cannot be read."""
+    """Open the storage at a path or an fsspec URL. Raises UserError if a URL cannot be read."""
     return UrlStorage(str(location), local_copy_bytes) if is_url(location) else FolderStorage(Path(location))
 
 
@@ -80,9 +83,9 @@ class FolderStorage:
 class UrlStorage:
     """A cache at an fsspec URL.
 
-    What lies beside the shards is copied when it is opened, a shard when it is first used. Copies are checked against
-    the journal's hashes, shared by all processes of the machine, kept for the next run, and, when they take more than
-    `local_copy_bytes`, removed, those first that were used longest ago. They lie in $XDG_CACHE_HOME/distill (or
+    The files beside the shards are copied when it is opened, a shard when it is first used. Copies are checked against
+    the journal's hashes, shared by all processes of the machine, and kept for the next run. If they take more than
+    `local_copy_bytes`, those used longest ago are removed first. They lie in $XDG_CACHE_HOME/distill (or
     ~/.cache/distill).
     """
 
@@ -93,7 +96,7 @@ class UrlStorage:
             content = io.BytesIO()
             self._copy(filesystem, f"{self._root}/{MANIFEST}", content)
             manifest = content.getvalue()
-        # Another manifest is another cache: nothing of the one before is taken for it.
+        # Another manifest means another cache, so copies of the earlier one are not used for it.
         key = hashlib.sha256(url.encode() + b"\n" + manifest).hexdigest()[:16]
         self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / key
         self._copy_beside_shards(filesystem)
@@ -144,7 +147,7 @@ class UrlStorage:
         temporary.replace(path)
 
     def _make_room(self, size: int) -> None:
-        """Remove the copies used longest ago until `size` more bytes fit. Who has one open keeps it open."""
+        """Remove the copies used longest ago until `size` more bytes fit. A process that has one open keeps it open."""
         copies = []
         with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / SHARDS) as entries:
             for entry in entries:
@@ -206,7 +209,7 @@ class UrlStorage:
 
     @contextlib.contextmanager
     def _explained(self, file: str = "") -> Iterator[None]:
-        """What file systems raise, in one line."""
+        """Return the error of a file system in one line."""
         what = f"{self.name}: {file}" if file else self.name
         try:
             yield

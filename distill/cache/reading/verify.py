@@ -1,4 +1,4 @@
-"""Whether every byte of a cache is what was written; if not, what is wrong, and what is dropped to mend it."""
+"""Verification that every byte of a cache is as it was written, with the damage and its remedy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NO_LINE = "has no journal line"
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it was written."""
+    """A file or line that is not as it was written."""
 
     file: str
     """Name in the cache's folder."""
@@ -41,19 +41,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     problems: list[Problem]
     whole: int
     """Shards that are as they were written."""
     bad: int
-    """Shards that are not: changed, missing, or without their journal line."""
+    """Shards that are changed, missing, or without their journal line."""
     to_do: int
     """Shards that were not made yet."""
 
 
 def verify(folder: Path) -> Report:
-    """Read all of a cache and compare every hash. Raises UserError when its manifest cannot be read."""
+    """Read all of a cache and compare every hash. Raises UserError if its manifest cannot be read."""
     manifest = read_manifest(folder)
     lines = journal.scan_journal(folder, manifest)
     repair, again = f"run `distill inspect {folder} --repair`", "run `distill cache-teacher` again"
@@ -95,19 +95,19 @@ def _journal_problems(lines: journal.Journal, repair: str, again: str) -> Iterat
 
 
 def shards_of(folder: Path, manifest: Manifest) -> range:
-    """The shards that a finished cache has in this folder: all, or those of its part."""
+    """Return the shards that a finished cache has in this folder: all, or those of its part."""
     part = read_part(folder)
     return part.shards(manifest.shards) if part else range(manifest.shards)
 
 
 def shard_problem(path: Path, entry: JournalEntry | None) -> str | None:
-    """Return what is wrong with a shard's file, None where it is what its line says or neither is there yet."""
+    """Return the fault of a shard's file, None if it matches its line or neither is there yet."""
     if not is_inside(path, path.parents[1]):
         return "is a link out of the cache"
     if entry is None:
         return NO_LINE if path.exists() else None
     try:
-        # The size first: an absurdly long file would take long to read.
+        # The size is compared first, since an absurdly long file would take long to read.
         return None if path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256 else "has changed"
     except FileNotFoundError:
         return "is missing"
@@ -116,7 +116,7 @@ def shard_problem(path: Path, entry: JournalEntry | None) -> str | None:
 
 
 def side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """What is wrong beside manifest, journal and shards."""
+    """Return the faults beside manifest, journal and shards."""
     problems = {printable(name): problem for name, problem in tokenizer_problems(folder).items()}
     try:
         load_order(folder, manifest)
@@ -131,7 +131,7 @@ def side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _strangers(folder: Path, manifest: Manifest, shards: set[int]) -> Iterator[str]:
-    """Files that no writer of caches made, or that one left half written."""
+    """Return files that no writer of caches made, or that one left half written."""
     known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER}
     known |= {HEAD} if manifest.scheme == "hidden" else set()
     known |= {TOKEN_ORDER} if FINGERPRINT in manifest.fingerprints else set()
