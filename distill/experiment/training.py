@@ -99,13 +99,6 @@ def make_module(
 ) -> DistillationModule:
     """Make the LightningModule that trains a student. `teacher_head` is that of a cache of hidden states."""
     train, loss = experiment.train, experiment.loss
-    schedule = partial(
-        Schedule,
-        train.schedule,
-        warmup_fraction=train.warmup_fraction,
-        decay_fraction=train.decay_fraction,
-        final=train.final_learning_rate,
-    )
     divergence = make_divergence(loss.divergence, beta=loss.beta, skew=loss.skew)
     return DistillationModule(
         student,
@@ -114,7 +107,9 @@ def make_module(
         chunk_size=loss.chunk_size,
         micro_batch=train.batch_size,
         make_optimizer=partial(_optimizer, experiment, place.device_type),
-        make_schedule=lambda total: schedule(total=total),
+        make_schedule=lambda total: Schedule(
+            train.schedule, total, train.warmup_fraction, train.decay_fraction, train.final_learning_rate
+        ),
         gradient_clip=train.gradient_clip,
         non_finite=NonFinite(train.non_finite),
         seed=train.seed,
@@ -141,20 +136,12 @@ def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module
 
 
 # Settings that may change when a training is resumed: they change its speed, its memory or its logs, not its result.
-_MAY_CHANGE = (
-    *(
-        "resume",
-        "num_workers",
-        "log_every_steps",
-        "loggers",
-        "callbacks",
-        "max_time",
-        "checkpoint_every_steps",
-        "keep_checkpoints",
-    ),
+_MAY_CHANGE = {
+    *("resume", "num_workers", "log_every_steps", "loggers", "callbacks"),
+    *("max_time", "checkpoint_every_steps", "keep_checkpoints"),
     *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
     *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
-)
+}
 
 
 def training_settings(experiment: Experiment, role: Role, cache: Manifest) -> dict[str, Any]:
