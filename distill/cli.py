@@ -59,7 +59,7 @@ def _imported(module: str) -> Any:
 
 
 def _chosen(arguments: list[str]) -> Callable[[], int]:
-    """Return what the arguments ask for; called, it does that and returns the exit status."""
+    """Return a function that does the work that the arguments ask for, and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="distill",
         usage="distill COMMAND FILE [--section.key value ...]\n       distill COMMAND FOLDER [--option ...]",

@@ -1,4 +1,4 @@
-"""The exception for what a user can mend, printed before an exit with status 2, and the nearest names in its text."""
+"""The exception for mistakes that a user can mend, printed before an exit with status 2, with the nearest names."""
 
 from __future__ import annotations
 

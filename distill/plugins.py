@@ -144,7 +144,7 @@ def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict
 
 
 def declared(reference: str, kind: Kind, name: str) -> Any:
-    """Return what a plug-in declares under a name of `distill.models.shapes.declare`; None where it does not."""
+    """Return a declaration of a plug-in (`distill.models.shapes.declare`) by name, or None."""
     return getattr(load(reference, kind), name, None)
 
 

@@ -167,7 +167,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         self._stream.hold(index)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move what has memory. torch calls this for every cast and move; a cast to another type is refused."""
+        """Move the tensors that have memory, for all casts and moves of torch. A cast to another type is refused."""
         self._stream.release()
         here = self.model.get_input_embeddings().weight
         if fn(here.new_empty(0)).dtype != here.dtype:

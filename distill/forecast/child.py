@@ -38,7 +38,7 @@ class Child(Generic[P, T]):
         """Ends the child, whatever it does."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call the function there; raises what it raises, and RuntimeError when the child was killed."""
+        """Call the function there. Raises its error, or RuntimeError if the child was killed."""
         try:
             self._connection.send((args, kwargs))
             result, error = self._connection.recv()
@@ -52,7 +52,7 @@ class Child(Generic[P, T]):
 
 @contextlib.contextmanager
 def _as_a_child_has_it() -> Iterator[None]:
-    """Hide CUDA devices and Ctrl-C for what is started inside, which has both before it imports anything.
+    """Hide CUDA devices and Ctrl-C from a process started inside, before it imports anything.
 
     Ctrl-C reaches the parent too, which closes the child. What CUDA has in this process it has read already.
     """

@@ -43,8 +43,8 @@ def try_model(
     """Return the logits `[B, L, V]` of a pass in evaluation mode, over the first `vocab_size` rows of the head.
 
     Raises UserError for what no training or measurement could go on with: an exception in the model's code, and hidden
-    states or a head that are not what the contract says. With `trains`, also for weights that would not learn.
-    What a model draws at random here leaves no trace.
+    states or a head that break the contract. With `trains`, also for weights that would not learn.
+    Random draws of the model here leave no trace.
     """
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:

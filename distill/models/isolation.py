@@ -22,7 +22,7 @@ from distill.models.perturbation import perturbed
 LENGTH = 12
 """Tokens of a row when nothing else is asked for."""
 WIDE = (torch.float32, torch.float64)
-"""Types in which rounding is far below what a leak moves."""
+"""Types in which rounding is far smaller than the effect of a leak."""
 
 
 class Fault(Enum):

@@ -87,7 +87,7 @@ class LanguageModel(Protocol):
 
 
 def split_output(output: BodyOutput) -> tuple[Tensor, Tensor | None]:
-    """Return the hidden states and, if there is one, the auxiliary loss of what a body has returned."""
+    """Return the hidden states and, if there is one, the auxiliary loss from a body's output."""
     return output if isinstance(output, tuple) else (output, None)
 
 

@@ -60,7 +60,7 @@ def perturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _move(data: Tensor, saved: list[_Saved], generator: torch.Generator) -> None:
-    """Add noise to one tensor, or to its slices that do nothing; what was there goes to `saved` first."""
+    """Add noise to one tensor, or to its slices that do nothing; the old values go to `saved` first."""
     std = 0.3 / (data.numel() / len(data)) ** 0.5 if data.dim() > 1 else 0.1
     if data.numel() <= SMALL:
         saved.append(_Saved(data, data.clone()))

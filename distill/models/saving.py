@@ -99,4 +99,4 @@ def load_weights(model: Any, folder: Path, description: dict[str, Any]) -> None:
     except (RuntimeError, OSError) as error:
         raise UserError(f"{folder}: the weights do not fit {description['class_path']}: {error}") from error
     if getattr(model, "max_position_embeddings", None) is None and "sequence_length" in description["options"]:
-        model.max_position_embeddings = description["options"]["sequence_length"]  # what it was made to read
+        model.max_position_embeddings = description["options"]["sequence_length"]  # the length that it was made for

@@ -42,7 +42,7 @@ def finder() -> Find | None:
 def declare(
     *, without_weights: Callable[..., Any] | None = None, layer_by_layer: str | None = None
 ) -> Callable[[Factory], Factory]:
-    """Declare what a forecast needs to know of a plug-in; a class may have these as attributes of its own.
+    """Declare the facts about a plug-in that a forecast needs; a class may have these as attributes of its own.
 
     without_weights: makes a model of the same shapes from a checkpoint's configuration, called with those of the
     plug-in's arguments that it has.

@@ -39,7 +39,7 @@ from distill.targets.schemes import VarOpt
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
-    """Make the cache, or what is missing of it; with `cache.devices` or `cache.num_nodes`, one of their processes.
+    """Make the cache, or its missing shards; with `cache.devices` or `cache.num_nodes`, one of their processes.
 
     `following`: phases that run next, and that must fit too.
     """

@@ -1,4 +1,4 @@
-"""`distill inspect`: what is in a cache, and is it whole."""
+"""`distill inspect`: a cache's content, and a check that it is whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _COMPARED = 8
 def main(
     cache: str, verify: bool = False, repair: bool = False, sample: int | None = None, teacher: str | None = None
 ) -> int:
-    """Print what the cache is; `verify` reads all of it (exit status 1 on a difference), `repair` drops what is bad.
+    """Describe the cache; `verify` reads all of it (exit status 1 on a difference), `repair` drops what is bad.
 
     `sample` prints a training sample with the teacher's alternatives instead; `teacher` (its name) has some targets
     compared with the dense distributions they stand for.

@@ -77,7 +77,7 @@ def run_page(facts: RunFacts) -> Page:
 
 
 def _warnings(facts: RunFacts) -> list[str]:
-    """Return what a reader must know before any figure: students that are too good to be true."""
+    """Return warnings that stand before all figures: students that are too good to be true."""
     nlls = {name: facts.of("fidelity", name).get("nll") for name in ("teacher", "student", "control")}
     teacher = nlls.pop("teacher")
     doubts = [

@@ -1,4 +1,4 @@
-"""One line for an error in a user's own code: what it says, and the file and line of theirs that led to it."""
+"""One line for an error in a user's own code: its message, and the file and line of theirs that led to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LIBRARIES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "acc
 
 
 def blame(error: BaseException, function: Any = None) -> str:
-    """Return `"TypeError: what it says (my_student.py, line 31)"`.
+    """Return `"TypeError: its message (my_student.py, line 31)"`.
 
     The line is the last one outside of Python, distill and the libraries beneath it. An error that no such line led to
     is one of the call itself (too many arguments, say): then it is the line where `function` begins.

@@ -49,7 +49,7 @@ def peak_memory(status: Path = STATUS) -> int | None:
 
 
 def reset_peak_memory() -> None:
-    """Set the peak back to what is held now, where the system can."""
+    """Reset the peak to the memory held now, if the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

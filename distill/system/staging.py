@@ -69,7 +69,7 @@ def _growing(folder: Path) -> Iterator[Path]:
     """Yield the empty folder in which the next content of `folder` grows; remove it when the body raises."""
     new = _new(folder)
     if new.is_symlink():
-        new.unlink()  # else what it leads to would be emptied
+        new.unlink()  # otherwise its target would be emptied
     with sole_writer(new):
         try:
             for path in new.iterdir():  # left behind by a process that died

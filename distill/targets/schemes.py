@@ -33,7 +33,7 @@ class VarOpt:
 
     @property
     def most_entries(self) -> int:
-        """Bound of a position's entries: 1 / threshold, an atom for what is left, and one more for rounding."""
+        """Bound of a position's entries: 1 / threshold, an atom for the rest, and one more for rounding."""
         return self.most_atoms + 2
 
     @property
@@ -116,5 +116,5 @@ def make(name: str, **parameters: Any) -> AnyScheme:
 
 
 def parameters(scheme: AnyScheme) -> dict[str, Any]:
-    """Return what a manifest says of a scheme; `make(scheme.name, **parameters(scheme))` gives it back."""
+    """Return the parameters of a scheme in a manifest; `make(scheme.name, **parameters(scheme))` gives it back."""
     return asdict(scheme)

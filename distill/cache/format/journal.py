@@ -94,7 +94,7 @@ def read_journal(folder: Path, manifest: Manifest | None = None) -> dict[int, Jo
 
 
 def read_whole(folder: Path, manifest: Manifest) -> Journal:
-    """Return a journal without a damaged line. Raises UserError when a line is not what the writer wrote."""
+    """Return a journal without a damaged line. Raises UserError if a line is not as written."""
     journal = scan_journal(folder, manifest)
     for number, reason in journal.damaged.items():
         raise UserError(

@@ -204,7 +204,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise UserError for a link out of the folder, and for what is neither a file nor a folder.
+    """Raise UserError for a link out of the folder, and unless it is a file or a folder.
 
     Nothing outside a cache is read, copied or deleted. Shards are looked at one by one when they are used.
     """

@@ -42,8 +42,8 @@ def _header(samples: int, size: int, batch_size: int | None) -> bytes:
 class ShardFile:
     """The records of one shard, each read when it is asked for. Raises DamagedRecord and OSError.
 
-    Read by position, not memory-mapped: what the page cache does is the same, and a file that is cut short or lies on
-    a failing disk is an error here and not the end of the interpreter.
+    Records are read by position, not memory-mapped: the page cache works the same, and a file that is cut short or lies
+    on a failing disk is an error here and not the end of the interpreter.
     """
 
     def __init__(self, path: Path, samples: int) -> None:

@@ -185,7 +185,7 @@ class UrlStorage:
                     raise UserError(f"{source}: larger than a file of a cache beside its shards may be: not copied")
 
     def _check(self, filesystem: Any, source: str) -> None:
-        """Raise UserError for a link that leads out of the cache, and for what is no plain file."""
+        """Raise UserError for a link that leads out of the cache, and unless it is a plain file."""
         if isinstance(filesystem, LocalFileSystem):
             path = Path(source)
             if path.exists() and not (path.is_file() and is_inside(path, Path(self._root))):

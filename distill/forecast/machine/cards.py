@@ -21,7 +21,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """Peak rates of a device; `distill.forecast.machine.calibration` knows what it does in practice."""
+    """Peak rates of a device. `distill.forecast.machine.calibration` has the rates that programs reach."""
 
     name: str
     memory_bytes: int

@@ -41,7 +41,7 @@ from distill.system.quiet import quiet_transformers
 from distill.training.module import DistillationModule
 
 _FURTHEST, _ROUNDS = 64.0, 8
-"""Factor by which a number may be off what it was taken for, and how often both are set right in turn."""
+"""Largest factor between a number and its first guess, and the rounds in which both are fitted in turn."""
 _RUNS = 10
 """Runs of each piece of work. The shortest counts, since a disturbance makes a run longer, never shorter."""
 

@@ -28,7 +28,7 @@ def workspace(func: Any, args: Any, kwargs: Any, made: Any, device: DeviceKind) 
     if packet in _WORKSPACES:
         return _WORKSPACES[packet](args, made, device)
     if packet in (aten.sum, aten.cumsum) and kwargs.get("dtype") not in (None, args[0].dtype):
-        # A reduction in a wider type reads a copy in it; on CUDA the sum's kernel casts what it reads.
+        # A reduction in a wider type reads a copy in it; on CUDA the sum's kernel casts while it reads.
         return 0 if device == "cuda" and packet is aten.sum else args[0].numel() * kwargs["dtype"].itemsize
     return _casts(args, made) if device == "cpu" and torch.Tag.pointwise in func.tags else 0
 

@@ -26,7 +26,7 @@ from distill.system.progress import say
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
-    """Measure what is not measured yet, write `evaluation.json` and the report, print the tables.
+    """Make the missing measurements, write `evaluation.json` and the report, print the tables.
 
     `following`: phases that run next, and that must fit too.
     """
