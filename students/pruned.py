@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.models.checkpoints import load_config, resolve
+from distill.models.checkpoints import Checkpoint, load_config, resolve
 from distill.models.huggingface import (
     HuggingFaceLanguageModel,
     from_weights,
     quiet_transformers,
     shape_of,
 )
-from distill.models.shapes import declare
+from distill.models.shapes import finder
 from distill.models.streaming import Source
-from distill.models.tensors import Tensors, tensors
+from distill.models.tensors import tensors
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_stream import COMPUTED, LAYER, LayerwiseTeacher, split_name
 from students.pruning_width import Narrowing, Widths, largest, narrowed_widths
@@ -27,33 +27,6 @@ FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """The first samples of the corpus, so many: input_ids int64, position_ids int64, loss_mask bool, each `[B, L]`."""
 
 
-def shape_of_pruned(
-    teacher: str,
-    layers: int | list[int] | None = None,
-    depth: Literal["even", "importance"] = "even",
-    hidden_size: int | None = None,
-    intermediate_size: int | None = None,
-    key_value_groups: int | None = None,
-    calibration_samples: int = 16,
-    teacher_revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> HuggingFaceLanguageModel:
-    """Make a model of the shape that `prune_teacher` makes of these options, in float32, with random weights.
-
-    Only the teacher's configuration is read. A forecast makes the model where tensors have no memory.
-    """
-    config = load_config(resolve(teacher, teacher_revision, trust_remote_code), trust_remote_code)
-    _check_text_only(config, teacher)
-    total: int = config.num_hidden_layers
-    chosen = chosen_layers(total if layers is None else layers, total)
-    widths = None
-    if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
-        widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
-    made = pruned_config(config, chosen, widths)
-    return HuggingFaceLanguageModel(shape_of(made, torch.float32, trust_remote_code))
-
-
-@declare(without_weights=shape_of_pruned)
 def prune_teacher(
     teacher: str,
     layers: int | list[int] | None = None,
@@ -78,7 +51,7 @@ def prune_teacher(
     Only the kept weights stay in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
     (a GGUF file is dequantised whole). `teacher`, its revision, `device` and `first_samples` come from the pipeline.
     """
-    config, source = _open(teacher, teacher_revision, trust_remote_code)
+    config, checkpoint = _open(teacher, teacher_revision, trust_remote_code)
     if layers is None and hidden_size is None and intermediate_size is None and key_value_groups is None:
         raise ValueError("give at least one of layers, hidden_size, intermediate_size, key_value_groups")
     if depth == "importance" and not isinstance(layers, int):
@@ -89,6 +62,11 @@ def prune_teacher(
     if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
         widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
         _check_family(pruned_config(config, chosen, widths), widths)
+    if finder() is not None:  # a forecast, for which any layers, neurons and channels are as good
+        made = pruned_config(config, chosen, widths)
+        return HuggingFaceLanguageModel(shape_of(made, torch.float32, trust_remote_code))
+    source = tensors(checkpoint)
+    if widths is not None:
         wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)
         importance = Importance()
         if wanted != Wanted():
@@ -105,19 +83,15 @@ def prune_teacher(
     return student
 
 
-def _check_text_only(config: Any, teacher: str) -> None:
-    if config.get_text_config() is not config:
-        raise ValueError(f"{teacher} is multimodal: pruning knows text models only")
-
-
-def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Tensors]:
-    """Return configuration and tensors of a teacher that can be pruned."""
+def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Checkpoint]:
+    """Return configuration and checkpoint of a teacher that can be pruned."""
     checkpoint = resolve(teacher, revision, trust_remote_code)
     config = load_config(checkpoint, trust_remote_code)
-    _check_text_only(config, teacher)
+    if config.get_text_config() is not config:
+        raise ValueError(f"{teacher} is multimodal: pruning knows text models only")
     if checkpoint.gguf_file is None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"the weights of {teacher} are quantized: set teacher to an unquantized copy to prune it")
-    return config, tensors(checkpoint)
+    return config, checkpoint
 
 
 def chosen_layers(layers: int | list[int], total: int) -> list[int]:

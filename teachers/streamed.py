@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.models.checkpoints import Checkpoint, load_config, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.quantization import Quantization, is_quantized
-from distill.models.shapes import declare
+from distill.models.shapes import finder
 from distill.models.streaming import Source, Weights, place, types_as_loaded, without_weights
 from distill.models.tensors import tensors
 from teachers.huggingface import resolve_dtype
@@ -24,29 +24,6 @@ from teachers.streamed_turns import Turns
 from teachers.streamed_weights import Layer, LayerStream
 
 
-def shape_of_streamed(
-    model: str,
-    quantization: Quantization = "none",
-    compute_dtype: str = "auto",
-    device: str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    micro_batch: int | None = None,
-    keep_layers: int = 0,
-) -> StreamedTeacher:
-    """Make what `load_streamed_teacher` puts on a CUDA device, with weights of any value, for a forecast to run.
-
-    Only the checkpoint's configuration is read. The next layer, which waits in the host's memory, is absent.
-    Micro-batches run one after the other.
-    """
-    checkpoint = resolve(model, revision, trust_remote_code)
-    _check(checkpoint, quantization, micro_batch, trust_remote_code)
-    dtype = resolve_dtype(compute_dtype, device)
-    empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
-    return StreamedTeacher(empty, dtype, None, device, model, micro_batch, keep_layers)
-
-
-@declare(without_weights=shape_of_streamed)
 def load_streamed_teacher(
     model: str,
     quantization: Quantization = "none",
@@ -61,14 +38,16 @@ def load_streamed_teacher(
 
     Every batch reads the other layers once. `micro_batch` samples at a time go through a layer (None: the whole batch),
     so that batches can be large while activations stay small. Raises ValueError for a checkpoint that cannot be
-    streamed.
+    streamed. A forecast gets weights of any value and one micro-batch after the other; the next layer, which waits in
+    the host's memory, is absent.
     """
     checkpoint = resolve(model, revision, trust_remote_code)
     _check(checkpoint, quantization, micro_batch, trust_remote_code)
     dtype = resolve_dtype(compute_dtype, device)
     empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
+    source = None if finder() is not None else tensors(checkpoint)
     with quiet_transformers():
-        teacher = StreamedTeacher(empty, dtype, tensors(checkpoint), device, model, micro_batch, keep_layers)
+        teacher = StreamedTeacher(empty, dtype, source, device, model, micro_batch, keep_layers)
     teacher.check()
     return teacher
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.models.isolation import isolates_documents
+from distill.models.shapes import shapes_alone
 from distill.models.tensors import Tensors
 from teachers.huggingface import load_teacher
-from teachers.streamed import StreamedTeacher, load_streamed_teacher, shape_of_streamed
+from teachers.streamed import StreamedTeacher, load_streamed_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -307,7 +308,8 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folder: Any, tmp_path: Path)
 def test_a_forecast_needs_no_weights(folder: Any, tmp_path: Path) -> None:
     """The shape runs on one buffer with whatever is in it, and reads nothing but the configuration."""
     shutil.copy(Path(folder("qwen3")) / "config.json", tmp_path)
-    shape = shape_of_streamed(str(tmp_path), keep_layers=1, micro_batch=2)
+    with shapes_alone(lambda *wanted: pytest.fail("nothing is downloaded")):
+        shape = load_streamed_teacher(str(tmp_path), keep_layers=1, micro_batch=2)
     assert {name.split(".")[3] for name, p in shape.named_parameters() if "layers" in name and not p.is_meta} == {
         "0",  # kept
         "1",  # in the buffer
@@ -329,7 +331,7 @@ def test_from_the_command_line_the_cache_is_the_same_to_the_byte(world: Any, dis
         made.append({path.name: path.read_bytes() for path in sorted((folder / "shards").iterdir())})
     assert made[0] == made[1] and len(made[0]) == 3
     # A cache that one began, the other may finish: what they say is the same.
-    (tmp_path / "streamed/shards/000001.safetensors").unlink()
+    (tmp_path / "streamed/shards/train-000001.safetensors").unlink()
     distill("cache-teacher", file, "--cache.max_samples", 16, "--cache.dir", tmp_path / "streamed").done()
     refused = distill("cache-teacher", file, *streamed, "--teacher.quantization", "nf4", "--cache.dir", tmp_path / "x")
     refused.refused("streamed weights are exact", "set quantization to 'none'")
