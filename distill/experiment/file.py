@@ -33,6 +33,8 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
         raise UserError(f"{path}: no such experiment file" + (did_you_mean(path, near) if near else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {_where(error)}") from None
     if not isinstance(content, dict):

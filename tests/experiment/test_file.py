@@ -191,3 +191,4 @@ def test_pipes_and_devices_are_no_experiment_files(tmp_path: Path) -> None:
     for path in (str(tmp_path / "pipe.yaml"), "/dev/zero", str(tmp_path)):
         assert path in refusal(path)
     assert "longer than" in refusal(write(tmp_path, " " * 2**21))
+    assert "nested too deeply" in refusal(write(tmp_path, "[" * 9**5))
