@@ -36,6 +36,11 @@ class Place:
         return cls(device, device.type, devices.compute_dtype("auto", device))
 
     @classmethod
+    def host(cls) -> Place:
+        """Return the processor of this machine."""
+        return cls(torch.device("cpu"), "cpu", devices.best_dtype(is_cuda=False, has_bf16=False))
+
+    @classmethod
     def without_memory(cls, is_cuda: bool, has_bf16: bool, find: Find) -> Place:
         """Return a card with these abilities. Its objects are made among fake tensors, which the caller provides."""
         kind = "cuda" if is_cuda else "cpu"

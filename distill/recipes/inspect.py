@@ -121,7 +121,7 @@ def _compare(folder: Path, name: str) -> None:
         CorpusConfig("", sequence_length=manifest.sequence_length, pack=manifest.pack),
         TeacherConfig(name, quantization, compute_dtype),  # type: ignore[arg-type]  # as the cache's teacher had them
     )
-    teacher = Teacher(experiment, Place(torch.device("cpu"), "cpu", "float32")).load()
+    teacher = Teacher(experiment, Place.host()).load()
     head = load_head(folder) if manifest.scheme == "hidden" else None
     errors = []
     for index in range(min(len(reader), _COMPARED)):

@@ -65,7 +65,7 @@ def test_models_are_shapes_while_they_are_made_without_memory_and_not_after() ->
     with place.making():
         assert finder() is nowhere
     assert finder() is None
-    with Place(torch.device("cpu"), "cpu", "float32").making():
+    with Place.host().making():
         assert finder() is None
 
 
@@ -91,7 +91,7 @@ def test_the_objects_without_memory_are_the_real_ones(world: Any, tmp_path: Path
 
         return make
 
-    real = made(Place(torch.device("cpu"), "cpu", "float32"))()
+    real = made(Place.host())()
     shapes = made(Place.without_memory(False, False, nowhere))
     with without_memory("cpu"):
         imagined = shapes()

@@ -16,7 +16,7 @@ from distill.models.vocabulary import Vocabulary
 
 FULL = 120  # the teacher's tokens
 KEPT = torch.arange(0, FULL, 3)
-PLACE = Place(torch.device("cpu"), "cpu", "float32")
+PLACE = Place.host()
 SOURCE = """
 import torch
 from distill.models.language_model import Head

@@ -203,6 +203,6 @@ def _module(model: _Model) -> DistillationModule:
         loss=LossConfig(alpha=0.3),
         train=TrainConfig(batch_size=-(-model.shape.samples // 2)),  # two passes a step
     )
-    host = Place(torch.device("cpu"), "cpu", "float32")
+    host = Place.host()
     student, _ = make_student(experiment, host, model.vocab_size)
     return make_module(experiment, host, roles(experiment)[0], student, model.vocab_size)
