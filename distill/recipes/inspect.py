@@ -12,7 +12,7 @@ from distill.cache.format.tokenizer_files import checked_tokenizer
 from distill.cache.making.repair import repair as repair_cache
 from distill.cache.reading.batches import Batch
 from distill.cache.reading.reader import CacheReader
-from distill.cache.reading.statistics import alternatives, gather, histogram
+from distill.cache.reading.statistics import alternatives, document_lines, gather, histogram
 from distill.cache.reading.verify import verify as verify_cache
 from distill.errors import UserError
 from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
@@ -101,7 +101,8 @@ def _show_sample(folder: Path, number: int) -> int:
     reader = CacheReader(folder, "train")
     if not 0 <= number < len(reader):
         raise UserError(f"--sample {number}: the cache has training samples 0 to {len(reader) - 1}")
-    for line in alternatives(reader, number, load_folder_tokenizer(checked_tokenizer(folder))):
+    tokenizer = load_folder_tokenizer(checked_tokenizer(folder))
+    for line in (*document_lines(reader, number), *alternatives(reader, number, tokenizer)):
         say(line)
     return 0
 

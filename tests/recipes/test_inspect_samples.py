@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -73,14 +75,22 @@ def test_an_unfinished_cache_has_no_statistics_yet(caches: Any, distill: Any, tm
 
 
 @pytest.mark.parametrize("name", ["varopt", "hidden"])
-def test_a_sample_reads_as_the_text_it_is(name: str, caches: Any, distill: Any) -> None:
+def test_a_sample_reads_as_the_text_it_is(name: str, caches: Any, world: Any, distill: Any) -> None:
     from transformers import AutoTokenizer
 
     reader = CacheReader(caches(name), "train")
     tokenizer = AutoTokenizer.from_pretrained(caches(name) / "tokenizer")
     for index in (0, 7):
         record = reader[index]
-        lines = distill("inspect", caches(name), "--sample", index).done().out.splitlines()
+        said = distill("inspect", caches(name), "--sample", index).done().out.splitlines()
+        documents, lines = said[:-48], said[-48:]
+        # Passages of 300 characters: a sample has some of one or more, and says where each begins and comes from.
+        starts = np.flatnonzero(record.position_ids_L == 0).tolist()
+        assert [int(line.split(":")[0].removeprefix("from token ")) for line in documents] == starts != []
+        assert all(re.search(r": document [0-9a-f]{16} of corpus\.jsonl$", line) for line in documents)
+        texts = [json.loads(line)["text"] for line in (world.folder / "corpus.jsonl").read_text().splitlines()]
+        hashes = {hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts}
+        assert {line.split()[4] for line in documents} <= hashes
         tokens = [repr(tokenizer.decode([token])) for token in record.input_ids_L]
         assert len(lines) == len(tokens) == 48
         assert all(line.startswith(token) for line, token in zip(lines, tokens, strict=True))
