@@ -97,7 +97,7 @@ def decode(
 
 
 def coded_places(exact_N: NDArray, atoms_N: NDArray, threshold: float, width: int) -> NDArray[np.bool_]:
-    """Choose the coded places so that the part that takes the rest is large beside the others' rounding errors.
+    """Choose the coded places so that the weight that takes the rest is large beside the others' rounding errors.
 
     Where the tail holds at least half of the mass, every exact entry is coded and the tail takes the rest. Elsewhere
     the exact entries but the first are coded, and the weight of an atom: the most probable token takes the rest.
@@ -114,7 +114,7 @@ def encode_rows(
 ) -> NDArray[np.uint16]:
     """Choose codes of rows that sum to 1 by stochastic rounding.
 
-    A row whose roundings, all upwards at once, would leave nothing for the part that takes the rest is rounded down
+    A row whose roundings, all upwards at once, would leave nothing for the weight that takes the rest is rounded down
     instead (possible only where dozens of equal exact entries share half of the mass).
     """
     # Columns that are added lie where nothing is coded.
