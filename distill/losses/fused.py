@@ -57,6 +57,7 @@ class _FusedLoss(torch.autograd.Function):
         compute_weight_VD = weight_VD.to(compute_dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), chunk_size):
+                # Three products a chunk: the logits, and below the gradients of hidden states and head weight.
                 rows = slice(start, start + chunk_size)
                 hidden_CD = hidden_ND[rows].to(compute_dtype)
                 product_CV = (hidden_CD @ compute_weight_VD.T).to(wide)

@@ -61,14 +61,17 @@ def _atoms(tail_NV: Tensor, threshold: float, uniform_N: Tensor) -> tuple[Tensor
     # float64: points must fall on the right token of a vocabulary of 2^18, and the last one before the end.
     ends_NG = tiles_NGS.sum(-1, dtype=torch.float64).cumsum(-1)
     mass_N = ends_NG[:, -1]
+    # An atom weighs the threshold or more (with one atom: the whole tail), so at least as much as any tail token.
     atoms_N = torch.where(mass_N > 0, (mass_N / threshold).floor().clamp(min=1), 0).long()
     weight_N = mass_N / atoms_N.clamp(min=1)
     width = int(atoms_N.max()) if len(atoms_N) else 0
     places_M = torch.arange(width, device=tail_NV.device)
+    # One point in each of M equal intervals of the tail's mass: token t is hit p_t / weight times in expectation.
     points_NM = (uniform_N.double()[:, None] + places_M) * weight_N[:, None]
     # The last point may round up to the end, behind which there are only tokens without probability.
     points_NM = torch.minimum(points_NM, mass_N.nextafter(mass_N.new_zeros(()))[:, None])
 
+    # right=True: token t is hit by points in [start, end), so a token without probability is never hit.
     tile_NM = torch.searchsorted(ends_NG, points_NM, right=True).clamp(max=ends_NG.shape[1] - 1)
     before_NM = torch.where(tile_NM > 0, ends_NG.gather(1, (tile_NM - 1).clamp(min=0)), 0)
     rows_N1 = torch.arange(len(tile_NM), device=tail_NV.device)[:, None]

@@ -38,7 +38,7 @@ def sum_gradients(module: nn.Module) -> None:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # Devices may use different weights (a mixture's experts). The collectives below must be the same on all of them.
     used = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()
-    dist.all_reduce(used, dist.ReduceOp.MAX)
+    dist.all_reduce(used, dist.ReduceOp.MAX)  # 1 where any device used the weight
     bucket: list[Tensor] = []
     for parameter in (parameter for parameter, is_used in zip(trained, used.tolist(), strict=True) if is_used):
         if parameter.grad is None:
@@ -53,7 +53,7 @@ def sum_gradients(module: nn.Module) -> None:
 
 def _sum(bucket: list[Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in bucket])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat)  # a sum: each pass was divided by the positions of all devices
     for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(summed.view_as(gradient))
 

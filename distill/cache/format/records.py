@@ -190,6 +190,7 @@ def _token_fields(
     is_exact_NK = np.arange(ids_NK.shape[1]) < exact_N[:, None]
     found_NK = is_exact_NK & (ids_NK == input_ids_L[next_L][:, None])
     rank_N = np.where(found_NK.any(axis=1), found_NK.argmax(axis=1) if found_NK.size else 0, exact_N)
+    # A token that is an exact entry of the position before it is not stored: its rank there is enough.
     told_L = np.ones(len(input_ids_L), dtype=bool)
     told_L[next_L[rank_N < exact_N]] = False
     yield rank_N.astype(np.uint16)
@@ -245,6 +246,7 @@ def _read_targets(fields: Iterator[bytes], positions: int, scheme: SparseScheme)
     ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
     for mask_NK in _id_masks(exact_N, counts_N):
         ids_NK[mask_NK] = decompress(next(fields), int(mask_NK.sum()), "u32")
+    # Exact ids are stored whole. Atoms' ids are sums of the distances up to them.
     ids_NK = np.where(is_exact_NK, ids_NK, np.where(is_exact_NK, 0, ids_NK).cumsum(axis=1))
 
     coded_NK, first_NK, atom_NK = _code_masks(exact_N, counts_N, scheme)
