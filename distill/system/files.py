@@ -93,12 +93,32 @@ def sole_writer(folder: Path) -> Iterator[None]:
     # that is renamed when it is complete, and could not be made beside a folder that is a mount point.
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
+        if descriptor is not None:
+            _held.add(descriptor)
         if descriptor is not None and not _lock(descriptor, wait=False):
             raise UserError(f"{folder}: another process is writing here: wait for it, or stop it")
         yield
     finally:
-        if descriptor is not None:
+        if descriptor in _held:
+            _held.discard(descriptor)
             os.close(descriptor)
+
+
+_held: set[int] = set()
+"""Descriptors of locked folders."""
+
+
+def _let_go() -> None:
+    """Close the locks that a forked process has from its parent: a lock lasts as long as anybody has it open.
+
+    Otherwise a child that outlives a killed parent by some seconds would keep the next start out.
+    """
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(descriptor: int, wait: bool) -> bool:
