@@ -215,3 +215,39 @@ def test_weights_come_back_bit_for_bit(error: type[BaseException] | None) -> Non
     assert model.bits() == before
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("training", "passes"), [(False, 2), (True, 4)])
+def test_a_sound_model_costs_two_passes_a_mode(training: bool, passes: int) -> None:
+    model, calls = Model(SOUND["tokens alone"]).train(training), []
+    body = model.body
+    model.body = lambda *given: (calls.append(len(given[0])), body(*given))[1]  # type: ignore[method-assign, func-returns-value]
+    assert find_fault(model, V, "cpu") is None
+    assert calls == [6] * passes
+
+
+def test_a_trained_matrix_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an 8B teacher in 4 bits, embedding and head are float matrices of a gigabyte each."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Embedding(SMALL // 16, 64), nn.Linear(64, SMALL // 16), nn.LayerNorm(64)])
+    nn.init.normal_(model[0].weight, std=0.02)
+    with torch.no_grad():
+        model[0].weight[3] = 0  # the padding token's row
+    kept = []
+    clone, select = Tensor.clone, Tensor.index_select
+    monkeypatch.setattr(Tensor, "clone", lambda tensor: kept.append(tensor.nbytes) or clone(tensor))
+    monkeypatch.setattr(Tensor, "index_select", lambda *given: kept.append(select(*given).nbytes) or select(*given))
+    with perturbed(model):
+        assert model[0].weight[3].all()
+    assert sum(kept) < 0.05 * sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_model_that_noise_drives_beyond_its_type_is_measured_without() -> None:
+    def huge(model: Any, hidden_BLD: Tensor, ids_BL: Tensor) -> Tensor:
+        return hidden_BLD.cumsum(1) * (1 + model.zero.abs().sum() * 1e6)
+
+    model = Model(huge).half().eval()
+    with perturbed(model):
+        assert not model.body(torch.arange(12)[None], torch.arange(12)[None]).isfinite().all()
+    assert find_fault(model, V, "cpu", pack=False) is None
+    assert find_fault(model, V, "cpu", pack=True) is Fault.DOCUMENTS
