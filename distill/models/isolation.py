@@ -192,6 +192,10 @@ class _Passes:
         self.is_wide = all(
             parameter.dtype in WIDE for module in modules for parameter in module.parameters(recurse=False)
         )
+        # LLM.int8 looks for outliers in whole columns of a batch. That is rounding, but larger than a leak: without it
+        # each token is rounded by itself.
+        int8: list[Any] = [module for module in modules if type(module).__name__ == "Linear8bitLt"]
+        self.thresholds = [(module.state, module.state.threshold) for module in int8]
         self.trains: bool = getattr(model, "training", False)
         self.in_training = self.changed_input = False
         self.are_finite = True
@@ -203,8 +207,12 @@ class _Passes:
         python, arrays = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(cards), torch.no_grad():
             try:
+                for state, _ in self.thresholds:
+                    state.threshold = 0.0
                 yield
             finally:
+                for state, threshold in self.thresholds:
+                    state.threshold = threshold
                 self._put_back_buffers()
                 self._put_back_modes()
                 random.setstate(python)

@@ -15,6 +15,7 @@ from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.isolation import Fault, find_fault
 from distill.models.language_model import Head
 from distill.models.perturbation import SMALL, perturbed
+from distill.models.quantization import quantize_linears
 
 V, D = 53, 8
 
@@ -173,6 +174,26 @@ def test_families_are_sound_in_training_too(family: str, dtype: torch.dtype, tin
     assert found is (Fault.DOCUMENTS if family == "mamba2" else None)
     assert find_fault(model, 99, "cpu", pack=False) is None
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_the_outliers_of_int8_are_no_leak(tiny_model: Any) -> None:
+    original = tiny_model("llama")
+    with torch.no_grad():
+        for layer in original.model.layers:
+            layer.input_layernorm.weight.mul_(10)  # beyond 6, where an activation is an outlier
+    quantize_linears(original, "int8", torch.float32, "cpu")
+    model = HuggingFaceLanguageModel(original).eval()
+    rows = torch.arange(24).view(2, 12), torch.arange(12).expand(2, -1)
+    both, alone = model.body(*rows)[0], model.body(rows[0][:1], rows[1][:1])[0]
+    assert not torch.allclose(both, alone, rtol=0.01), "outliers of one row are outliers for both"
+    assert find_fault(model, 99, "cpu") is None
+    assert torch.equal(model.body(*rows)[0], both), "and afterwards they are again"
+
+    own = type(original.model).forward
+    original.model.forward = lambda **given: own(
+        original.model, **{**given, "input_ids": given["input_ids"].roll(-1, 1)}
+    )
+    assert find_fault(model, 99, "cpu") is Fault.FUTURE
 
 
 class Odd(nn.Module):
