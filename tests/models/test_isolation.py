@@ -248,7 +248,7 @@ def test_a_sound_model_costs_two_passes_a_mode(training: bool, passes: int) -> N
 
 
 def test_a_trained_matrix_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an 8B teacher in 4 bits, embedding and head are float matrices of a gigabyte each."""
+    """An 8B teacher in 4 bits has an embedding and a head of a gigabyte each that are not quantised."""
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Embedding(SMALL // 16, 64), nn.Linear(64, SMALL // 16), nn.LayerNorm(64)])
     nn.init.normal_(model[0].weight, std=0.02)
