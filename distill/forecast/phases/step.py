@@ -182,8 +182,6 @@ class _Watch(pl.Callback):
                 inner = optimizer.optimizer
             if self.shortcuts:
                 self._make_moments(inner)
-            optimizer.register_step_pre_hook(lambda *_: self._begin_update())
-            optimizer.register_step_post_hook(lambda *_: self._end_update())
 
     def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """Update once with gradients of any value, and forget it."""
@@ -198,18 +196,16 @@ class _Watch(pl.Callback):
             weight.grad = None
         self.tracker.forget()
 
-    def _begin_update(self) -> None:
-        self._before = Counter(self.tracker.work)
-
-    def _end_update(self) -> None:
-        self.update = self.tracker.work - self._before
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.tracker.work.clear()
         self.blocks.begin_step()
 
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self._passed = Counter(self.tracker.work)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.work = Counter(self.tracker.work)
+        self.update = self.work - self._passed  # after the last pass: the norm of the gradients and the clipping too
         self.blocks.end_step()
         for optimizer in trainer.optimizers:
             self.tracker.tag(all_tensors(dict(optimizer.state)), "optimizer states")
