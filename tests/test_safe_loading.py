@@ -35,6 +35,8 @@ def unsafe_loading(source: str) -> list[str]:
                 found.append(f"line {node.lineno}: torch.load without weights_only=True")
             if attribute(node) in TRUSTING and all(k.arg != "trust_remote_code" for k in node.keywords):
                 found.append(f"line {node.lineno}: {attribute(node)} without trust_remote_code")
+            if attribute(node) == "apply_chat_template":
+                found.append(f"line {node.lineno}: a chat template without limits; models.chat_templates has them")
             if any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords):
                 found.append(f"line {node.lineno}: allow_pickle")
         found += [f"{name} = True" for name, value in assigned(node) if name == "trust_remote_code" and is_true(value)]
@@ -83,6 +85,7 @@ def test_nothing_loads_a_strangers_code(path: Path) -> None:
         "torch.load(path, weights_only=False)",
         "numpy.load(path, allow_pickle=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "tokenizer.apply_chat_template(messages)",
         "AutoTokenizer.from_pretrained(folder)",
         "type(model).from_pretrained(None, config=config, **options)",
         "AutoModelForCausalLM.from_config(config, dtype=dtype)",

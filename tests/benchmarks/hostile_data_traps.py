@@ -18,8 +18,9 @@ from hostile_traps import Touch, add, change, link, pipe
 def gone_on_with(name: str, target: str, *statuses: int) -> None:
     @add(f"run: {name} leads out", *statuses)
     def _(place: Path, outside: Path) -> list[str]:
+        shutil.rmtree(place / "run/student")
         link(place / "run" / name, outside / target)
-        return ["run", str(place / "experiment.yaml"), "--train.max_steps", "3"]
+        return ["run", str(place / "experiment.yaml")]
 
 
 gone_on_with("costs.jsonl", "secrets/key")
@@ -72,7 +73,14 @@ def _tokenizer_with_code(folder: Path, outside: Path) -> None:
     (folder / "tokenizer/SHA256SUMS").write_text("".join(sums))
 
 
-cache("shards elsewhere", lambda f, o: link(f / "shards", o / "secrets"), "--repair")
+def _shards(folder: Path, outside: Path) -> None:
+    shutil.copytree(folder / "shards", outside / "shards", dirs_exist_ok=True)
+    for path in (outside / "shards").iterdir():
+        path.write_bytes(b"damaged, so that a repair would delete it")
+    link(folder / "shards", outside / "shards")
+
+
+cache("shards elsewhere", _shards, "--repair")
 cache("a shard elsewhere", lambda f, o: link(_shard(f), o / "secrets/key"), "--repair", statuses=(0,))
 cache("a tokenizer elsewhere", lambda f, o: link(f / "tokenizer", o / "secrets"), "--repair")
 cache(

@@ -42,7 +42,7 @@ class Range:
             path.mkdir(parents=True)
         os.environ |= {"HOME": str(folder / "home"), "XDG_CACHE_HOME": str(folder / "home/.cache")}
         (folder / "home").mkdir()
-        self.children = Children(self.logs, self.problems.append)
+        self.children = Children(self.logs, self._hung)
         self._make_good()
         for name in (
             "model.safetensors",
@@ -57,6 +57,10 @@ class Range:
         self.parent, self.log = os.getpid(), folder / "reached"
         self.log.touch()
         sys.addaudithook(self._watch)
+
+    def _hung(self, problem: str) -> None:
+        if self.problems[-1:] != [problem]:  # it is said until the process is gone
+            self.problems.append(problem)
 
     def _make_good(self) -> None:
         """Make a run with its cache, and a student of the built-in class."""
