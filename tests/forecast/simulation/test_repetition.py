@@ -57,6 +57,19 @@ def test_the_updates_own_work_does_not_grow_with_the_passes(maker: Callable[...,
     assert found[0] == found[1] > 0
 
 
+def test_clipping_belongs_to_the_update(maker: Callable[..., Any]) -> None:
+    """Else a forecast of more passes than are simulated would clip in each of them."""
+
+    def unclipped() -> Any:
+        module = maker()()
+        module.gradient_clip = 0.0
+        return module
+
+    clipped, plain = simulate_step(maker(), SHAPE), simulate_step(unclipped, SHAPE)
+    assert clipped.work - clipped.update == plain.work - plain.update
+    assert sum(clipped.update.values()) > sum(plain.update.values())
+
+
 def test_the_tensors_an_optimizer_keeps_are_its_own(maker: Callable[..., Any], real_step: Callable[..., Any]) -> None:
     """A real step after a simulated one finds nothing fake."""
     make = maker(optimizer="adamw_8bit")
