@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from distill import __version__, folder_commands
@@ -166,7 +167,9 @@ def _in_a_process_of_its_own(arguments: list[str]) -> int:
 
     from distill.system import interrupt
 
-    environment = {**os.environ, _PART_OF_A_RUN: "1"}
+    # `-m` looks for modules in the current folder first, and that may be a stranger's (Python 3.10 knows no switch).
+    found_at = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, _PART_OF_A_RUN: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": found_at}
     with subprocess.Popen([sys.executable, "-m", "distill.cli", *arguments], env=environment) as process:
         while process.returncode is None:
             try:

@@ -227,3 +227,15 @@ def test_a_user_error_of_a_recipe_is_one_line_and_status_2(
     replace_recipes(monkeypatch, lambda name: Failing)
     outcome = distill("evaluate", file)
     assert (outcome.status, outcome.out, outcome.err) == (2, "", "distill: where: what: do this\n")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no switch for it before")
+def test_a_phase_in_a_process_of_its_own_takes_no_library_from_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("open('ran', 'w')")
+    code = (
+        "import sys\nsys.path[:] = [place for place in sys.path if place]\nfrom distill import cli\n"
+        "sys.exit(cli._in_a_process_of_its_own(['--version']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, [path.name for path in tmp_path.iterdir()]) == (0, "", ["argparse.py"])

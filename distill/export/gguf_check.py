@@ -164,8 +164,8 @@ def compare(
     windows = _windows(ids, min(WINDOW, context))
     new_tokens = max(1, min(NEW_TOKENS, context // 2))
     prompts = [tokenizer.encode(prompt)[: context - new_tokens] for prompt in PROMPTS]
-    request = {"file": str(file), "threads": torch.get_num_threads(), "texts": texts, "windows": windows}
-    request |= {"prompts": prompts, "new_tokens": new_tokens, "logits": logits and str(logits)}
+    request = {"file": str(file.resolve()), "threads": torch.get_num_threads(), "texts": texts, "windows": windows}
+    request |= {"prompts": prompts, "new_tokens": new_tokens, "logits": logits and str(logits.resolve())}
     theirs = _ask(request)
     other = [
         text
@@ -261,7 +261,8 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
         ours = str(Path(distill.__file__).parents[1])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ours, os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, *PROGRAM, str(asked), str(answered)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+        # `-m` looks for modules in the current folder first, and that may be a stranger's.
+        done = subprocess.run(command, cwd=name, env=environment, capture_output=True, text=True, errors="replace")
         if done.returncode < 0:
             raise ProcessDied(signal.Signals(-done.returncode).name)
         if done.returncode:

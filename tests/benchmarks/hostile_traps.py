@@ -204,6 +204,13 @@ model("a template that takes all memory", _template("{{ 'x' * 10 ** 11 }}"))
 model("a template that looks for Python", _template("{{ ''.__class__.__mro__[1].__subclasses__() }}"))
 
 
+@add("model: libraries in the folder", 0, inside="model")
+def _(place: Path, outside: Path) -> list[str]:
+    for name in ("numpy", "torch", "llama_cpp", "transformers", "tokenizers", "argparse", "json"):
+        shutil.copy(outside / "evil.py", place / f"model/{name}.py")
+    return ["export", ".", "--to", str(place / "out"), "--format", "gguf"]
+
+
 @add("run: a report that is a link", 0, 2)
 def _(place: Path, outside: Path) -> list[str]:
     link(place / "run/report.md", outside / "secrets/key")

@@ -86,6 +86,7 @@ def made(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]
         ["export", f"{home}/own", "--to", f"{home}/own-hf", "--with_code", *named],
         ["export", f"{home}/own", "--to", f"{home}/own-onnx", "--format", "onnx", *named],
         ["compare", f"{home}/run", f"{home}/own", "--to", f"{home}/compare.html"],
+        ["merge", f"{home}/run/cache", "--to", f"{home}/merged"],
         ["doctor"],
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ORT_"))}
@@ -102,10 +103,10 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_every_command_works_without_a_network_and_asks_for_none(made: Made) -> None:
-    assert (made.ended, made.asked) == ([0] * 13, []), made.out[-3000:]
+    assert (made.ended, made.asked) == ([0] * 14, []), made.out[-3000:]
 
 
-@pytest.mark.parametrize("name", ["run", "own", "hf", "gguf", "own-hf", "own-onnx", "compare.html"])
+@pytest.mark.parametrize("name", ["run", "own", "hf", "gguf", "own-hf", "own-onnx", "merged", "compare.html"])
 def test_nothing_that_is_left_behind_names_the_machine_or_its_user(name: str, made: Made) -> None:
     there = made.home / name
     found = {
