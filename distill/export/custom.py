@@ -18,6 +18,7 @@ from distill import __version__, plugins
 from distill.errors import UserError
 from distill.export import probe
 from distill.models import isolation, language_model
+from distill.models.generation import special_ids
 from distill.models.saving import WEIGHTS, read_description
 from distill.models.tokenizers import vocab_size
 from distill.plugins import load_language_model
@@ -65,11 +66,6 @@ def write(
     _write_generation_settings(folder, tokenizer)
 
 
-def token_ids(tokenizer: Any) -> dict[str, Any]:
-    """Return the special tokens that `generate` needs, by its names. None means that the tokenizer has none."""
-    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
 def _configuration(
     model: Any, source: Path, options: dict[str, Any], dtype: torch.dtype, tokenizer: Any
 ) -> dict[str, Any]:
@@ -89,7 +85,7 @@ def _configuration(
         "tie_word_embeddings": bool(tied),
         "tied_weights": tied,
         "vocab_size": vocabulary,
-        **token_ids(tokenizer),
+        **special_ids(tokenizer),
     }
 
 
@@ -110,7 +106,7 @@ def _tied(model: Any, source: Path) -> dict[str, str]:
 def _write_generation_settings(folder: Path, tokenizer: Any) -> None:
     import transformers
 
-    transformers.GenerationConfig(use_cache=False, **token_ids(tokenizer)).save_pretrained(folder)
+    transformers.GenerationConfig(use_cache=False, **special_ids(tokenizer)).save_pretrained(folder)
 
 
 def _write_weights(source: Path, folder: Path, dtype: torch.dtype, shard_size: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.export import alone, custom, probe
 from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.generation import end_as
 from distill.models.huggingface import load_pretrained
 from distill.models.saving import DESCRIPTION
 from distill.models.tokenizers import load_folder_tokenizer
@@ -54,7 +55,7 @@ class HuggingFaceFormat:
             custom.write(source, folder, dtype, tokenizer, self.with_code, self.class_path, SHARD)
         else:
             model = load_pretrained(Checkpoint(source, None, str(source)), dtype)
-            model.generation_config = _generation_config(model.generation_config, tokenizer)
+            end_as(model, tokenizer)
             with quiet_transformers():
                 model.save_pretrained(folder, max_shard_size=SHARD)
         save_tokenizer(tokenizer, folder)
@@ -104,27 +105,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     for note in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(note, None)
     tokenizer.save_pretrained(folder)
-
-
-def _generation_config(config: Any, tokenizer: Any) -> Any:
-    """Return the settings of `generate`, with the special tokens of the tokenizer, whose ids are the true ones.
-
-    A published list of several end tokens is kept if all of them are special tokens, because some chat templates end a
-    turn with another token than a text.
-    """
-    import transformers
-
-    known = {} if config is None else config.to_dict()
-    ends = custom.token_ids(tokenizer)
-    published = known.get("eos_token_id")
-    if (
-        isinstance(published, list)
-        and set(published) <= set(tokenizer.all_special_ids)
-        and ends["eos_token_id"] in published
-    ):
-        ends["eos_token_id"] = published
-    kept = {name: value for name, value in known.items() if not name.startswith("_")}
-    return transformers.GenerationConfig.from_dict({**kept, **ends})
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Tensor]:

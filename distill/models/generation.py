@@ -198,9 +198,51 @@ def ending_tokens(model: LanguageModel, tokenizer: Any) -> frozenset[int]:
     that the chat template puts after an answer.
     """
     settings = getattr(model.model, "generation_config", None) if isinstance(model, HuggingFaceLanguageModel) else None
-    said = getattr(settings, "eos_token_id", None)
-    ends = said if isinstance(said, list) else [said]
+    ends = _several(getattr(settings, "eos_token_id", None))
     return frozenset(end for end in (*ends, tokenizer.eos_token_id, _end_of_turn(tokenizer)) if end is not None)
+
+
+def end_as(model: Any, tokenizer: Any) -> None:
+    """Give a `transformers` model the special tokens of `tokenizer`, so that `generate` and others stop where it ends.
+
+    The padding in its configuration stays: an embedding would never learn that row.
+    """
+    model.generation_config = generation_settings(model.generation_config, tokenizer)
+    ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
+    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
+        for name, value in ids.items():
+            setattr(config, name, value)
+
+
+def generation_settings(config: Any, tokenizer: Any) -> Any:
+    """Return the settings of `generate`, with the special tokens of the tokenizer, whose ids are the true ones.
+
+    A published list of several end tokens is kept if all of them are special tokens.
+    """
+    import transformers
+
+    known = {} if config is None else config.to_dict()
+    ids = special_ids(tokenizer)
+    published, ends = known.get("eos_token_id"), ids["eos_token_id"]
+    if isinstance(published, list) and set(_several(ends)) <= set(published) <= set(tokenizer.all_special_ids):
+        ids["eos_token_id"] = published
+    kept = {name: value for name, value in known.items() if not name.startswith("_")}
+    return transformers.GenerationConfig.from_dict({**kept, **ids})
+
+
+def special_ids(tokenizer: Any) -> dict[str, Any]:
+    """Return the special tokens that `generate` needs, by its names. None means that the tokenizer has none.
+
+    There are two ends where the chat template ends an answer with another token than a text.
+    """
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    turn = _end_of_turn(tokenizer)
+    ends = [end for end in dict.fromkeys((ids["eos_token_id"], turn)) if end is not None]
+    return {**ids, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+
+
+def _several(ids: Any) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

@@ -11,6 +11,7 @@ import torch
 
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint
+from distill.models.generation import end_as
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.system.files import names_only, read_bounded
 from distill.system.staging import replaced_folder
@@ -32,9 +33,10 @@ def save_language_model(
 ) -> Path:
     """Write `model` and `tokenizer` to `folder`, replacing its content only when the new folder is complete.
 
-    A Hugging Face model becomes an ordinary Hugging Face folder. Any other becomes weights and `student.json`, from
-    which `class_path` is called again with `options`: give the complete ones, as `plugins.arguments` returns them. Of
-    absolute paths it has the last part only. If a model has a method `merged`, its result is written instead.
+    A Hugging Face model becomes an ordinary Hugging Face folder, whose texts end with the tokenizer's end token. Any
+    other becomes weights and `student.json`, from which `class_path` is called again with `options`: give the complete
+    ones, as `plugins.arguments` returns them. Of absolute paths it has the last part only. If a model has a method
+    `merged`, its result is written instead.
     `write_more` writes further files into the new folder before that is renamed.
     """
     folder = Path(folder)
@@ -42,6 +44,7 @@ def save_language_model(
     model = model if merged is None else merged()
     with replaced_folder(folder) as new:
         if isinstance(model, HuggingFaceLanguageModel):
+            end_as(model.model, tokenizer)
             model.save_pretrained(new)
         else:
             _save_custom(model, new, class_path, options)

@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from distill.errors import UserError
 from distill.export import hf, probe
 from distill.export.hf import HuggingFaceFormat, stored_dtype
+from distill.models.generation import generation_settings
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import vocab_size
 from distill.plugins import load_language_model
+
+ENDS = ("bos_token_id", "eos_token_id")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,11 +52,20 @@ def test_tokenizer_template_and_special_tokens_survive(hugging_face_student: Any
     assert settings["eos_token_id"] == before.convert_tokens_to_ids("<|im_end|>") == 2
     assert settings["pad_token_id"] == before.convert_tokens_to_ids("<|pad|>") == 3
     assert settings.get("bos_token_id") is None, "the family's default is another tokenizer's"
+    for name in ("config.json", "generation_config.json"):
+        ours, theirs = read(source / name), read(folder / name)
+        assert [ours.get(key) for key in ENDS] == [theirs.get(key) for key in ENDS] == [None, 2], name
+
+
+def test_a_turn_that_ends_with_another_token_than_a_text_is_an_end_too(tokenizer: Any) -> None:
+    made = tokenizer()
+    made.eos_token = "<|end|>"
+    assert generation_settings(None, made).eos_token_id == [0, 2]
 
 
 @pytest.mark.parametrize(("published", "kept"), [([2, 0], [2, 0]), ([2, 77], 2), (77, 2), ([0, 1], 2)])
 def test_a_list_of_ends_is_kept_when_the_tokenizer_bears_it_out(published: Any, kept: Any, tokenizer: Any) -> None:
-    made = hf._generation_config(GenerationConfig(eos_token_id=published, max_new_tokens=5), tokenizer())
+    made = generation_settings(GenerationConfig(eos_token_id=published, max_new_tokens=5), tokenizer())
     assert made.eos_token_id == kept and made.max_new_tokens == 5
 
 

@@ -51,6 +51,19 @@ def test_a_hugging_face_student_is_an_ordinary_folder(tmp_path: Path, tiny_model
     assert torch.equal(hidden(load_language_model(tmp_path / "student")), hidden(model))
 
 
+def test_a_folder_alone_stops_where_the_tokenizer_ends(tmp_path: Path, tiny_model: Any, tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(6)[None]
+    written = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 6:].tolist()
+    end = next(token for token in written if token > 1)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    save_language_model(HuggingFaceLanguageModel(model), tmp_path / "student", "huggingface", {}, tokenizer)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert plain.config.eos_token_id == plain.generation_config.eos_token_id == end
+    alone = plain.generate(ids, max_new_tokens=8, do_sample=False)[0, 6:].tolist()
+    assert alone == written[: written.index(end) + 1]
+
+
 def test_a_failed_save_leaves_the_old_folder(tmp_path: Path, tokenizer: Any) -> None:
     model = plugins.build("compact", "student", OPTIONS, {})
     folder = save_language_model(model, tmp_path / "student", "compact", OPTIONS, tokenizer)
