@@ -127,7 +127,7 @@ def _print_options(command: str) -> int:
 
 def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
     from distill.experiment.file import load_experiment
-    from distill.system import interrupt
+    from distill.system import interrupt, slurm
 
     overrides = _spelled_out(overrides)
     steps = ["cache-teacher", "train-student", "evaluate"] if command == "run" else [command]
@@ -135,11 +135,12 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
         interrupt.install()
         experiment = load_experiment(path, overrides)
         quiet_command()
+        if command == "run" or slurm.is_restarted():
+            # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
+            experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
         if command == "run":
             from distill.experiment.checks import check_last_steps
 
-            # `run` always resumes a training that an earlier `run` left unfinished.
-            experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
             check_last_steps(experiment)
         for number, step in enumerate(steps):
             interrupt.stop_if_asked()  # a signal may have come in the last batch of the command before
@@ -156,7 +157,8 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
             return 130
         resume = " --resume" if command == "train-student" and "--train.resume" not in overrides else ""
         again = shlex.join(["distill", command, path, *overrides])
-        print(f"\nstopped; everything so far is kept. To go on: {again}{resume}", file=sys.stderr)
+        queued = f"{slurm.requeue()}. By hand" if interrupt.requeue_asked() else "To go on"
+        print(f"\nstopped; everything so far is kept. {queued}: {again}{resume}", file=sys.stderr)
         return 130
 
 

@@ -219,7 +219,7 @@ def tiny_model() -> Callable[..., Any]:
 @contextlib.contextmanager
 def undone() -> Iterator[None]:
     """Undo a command's effects on its process: signal handlers, imports, warnings, log levels, environment."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     levels = {name: logging.getLogger(name).level for name in NOISY_LOGGERS}
     path, environment = [*sys.path], dict(os.environ)
     try:

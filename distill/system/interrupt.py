@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they stop idle programs at once, and working ones at the end of the current batch."""
+"""Ctrl-C, SIGTERM and SLURM's SIGUSR1: they stop idle programs at once, working ones at the end of the batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
+
+from distill.system import slurm
 
 
 class Interrupted(BaseException):
@@ -18,9 +20,12 @@ _received: set[int] = set()
 """Signals that wait. The first of each kind waits, the second stops at once. The kinds are counted apart because a
 process may be sent SIGTERM because of the same Ctrl-C that reached it already.
 """
+_requeue = False
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
+    global _requeue
+    _requeue = _requeue or signum not in (signal.SIGINT, signal.SIGTERM)
     if _deferred and signum not in _received:
         _received.add(signum)
         return
@@ -28,12 +33,19 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Take over Ctrl-C and SIGTERM for this process, and forget signals that wait."""
-    global _installed
-    _installed = True
+    """Take over Ctrl-C and SIGTERM for this process, in a job of SLURM also SIGUSR1, and forget signals that wait."""
+    global _installed, _requeue
+    _installed, _requeue = True, False
     _received.clear()
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
+    if slurm.is_a_job():
+        signal.signal(signal.SIGUSR1, _handle)
+
+
+def requeue_asked() -> bool:
+    """Return whether a SIGUSR1 came, which asks to stop and to be queued again."""
+    return _requeue
 
 
 def retake() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 
+from distill.system import slurm
 from distill.training.checkpoints import DurableCheckpoints
 from distill.training.parallel import make_strategy
 
@@ -29,6 +30,8 @@ def make_trainer(
     `precision`: Lightning's bf16-true would cast the batch too, including the targets' weights, and make bfloat16 the
     default type inside a step. Only the weights should be bfloat16, so cast the student.
     """
+    options = slurm.trainer_options()
+    plugins = [DurableCheckpoints(), *options.pop("plugins", [])]
     return pl.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -43,7 +46,8 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        plugins=[DurableCheckpoints()],
+        plugins=plugins,
         logger=loggers,
         callbacks=callbacks,
+        **options,
     )

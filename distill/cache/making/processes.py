@@ -14,6 +14,7 @@ from distill.cache.format.folder import seal
 from distill.cache.making.background import BackgroundWriter
 from distill.cache.making.predict import ShardWriter, TeacherModule, shard_loader
 from distill.cache.making.writer import CacheWriter
+from distill.system import slurm
 from distill.system.processes import leave_if_not_first, together
 from distill.system.progress import Progress
 
@@ -34,6 +35,7 @@ def make_trainer(accelerator: str, devices: int = 1, num_nodes: int = 1) -> pl.T
         enable_model_summary=False,
         enable_checkpointing=False,
         inference_mode=False,
+        **slurm.trainer_options(),
     )
 
 
