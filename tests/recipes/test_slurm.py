@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 
 from distill.system import slurm
 
-JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "distill", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+JOB = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NAME": "distill",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 
 
 @pytest.fixture
@@ -70,6 +76,8 @@ def test_one_process_of_a_job_asks_and_names_the_task_of_an_array(
     assert calls.exists() == asked and (not asked or calls.read_text() == "requeue 70_3\n")
 
 
-def test_a_job_that_cannot_be_queued_again_says_so(calls: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_queued_again_says_so(
+    calls: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "bin/scontrol").write_text("#!/bin/sh\necho 'Requeue is disabled' >&2; exit 1\n")
     assert slurm.requeue() == "job 77 could not be queued again (Requeue is disabled)"
