@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 import re
 import sys
 import zlib
@@ -121,6 +122,8 @@ def local_files(path: str) -> list[Path] | None:
 
     Raises UserError if a file cannot be read, or if the path is neither here nor a name that the hub could know.
     """
+    if not path.strip():
+        raise UserError("corpus.path: is empty: give a file, a folder, or a hub data set's name")
     local = Path(path).expanduser()
     if local.is_dir():
         return _files_in(local, path)
@@ -146,16 +149,20 @@ def kind_of(path: Path) -> str | None:
 
 
 def _files_in(folder: Path, path: str) -> list[Path]:
-    visible = [
-        file
-        for file in folder.rglob("*")
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and (file.is_symlink() or not file.is_dir())
-    ]
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}): allow it, or remove the folder")
+
+    visible: list[Path] = []
+    for place, below, files_here in os.walk(folder, onerror=refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        names = [*files_here, *(name for name in below if Path(place, name).is_symlink())]
+        visible += [Path(place, name) for name in names if not name.startswith(".")]
     visible.sort(key=lambda file: file.relative_to(folder).parts)
     for file in visible:
         if file.is_symlink() and not is_inside(file, folder):
             raise UserError(f"{file}: is a link out of {path} and is not followed: copy it here, or remove the link")
+        if not file.exists():
+            raise UserError(f"{file}: is a link to nothing: remove it")
     files = [file for file in visible if kind_of(file)]
     for file in files:
         _check_plain(file)

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,34 @@ def test_hub_failure_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"owner/name: neither .*split trian\): Unknown split 'trian'.*\]\.$"):
         find_sources("owner/name", None, "trian", "text", "messages")
+
+
+def test_an_empty_name_is_no_corpus() -> None:
+    for path in ("", "  "):
+        with pytest.raises(UserError, match=r"corpus\.path: is empty"):
+            find_sources(path, None, "train", "text", "messages")
+
+
+@pytest.mark.parametrize("name", ["chapters", "b.md", "deeper/c"])
+def test_a_link_to_nothing_is_said(tmp_path: Path, name: str) -> None:
+    """It once was a folder of texts, perhaps, so it is not left out as a file of another format."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / name).symlink_to("gone")
+    with pytest.raises(UserError, match=f"{name}: is a link to nothing"):
+        find_sources(str(tmp_path), None, "train", "text", "messages")
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:  # as for a user who is not root
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
+        find_sources(str(tmp_path), None, "train", "text", "messages")
