@@ -37,7 +37,7 @@ class CorpusConfig:
     """Put several documents into a sample, isolated from one another; false: one a sample, padded and masked."""
     held_out: Annotated[float, Between(0, 0.5)] = 0.05
     """Share of the documents, chosen by a hash of their content, that is never trained on."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**63)] = 0
     """Seed of the order of the documents."""
 
 

@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import re
 import typing
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
 from distill.experiment import configuration as config
 from distill.experiment.configuration import Between, Experiment
+from distill.experiment.yaml_text import load_yaml
 from distill.system.files import read_bounded
 from distill.system.quiet import quiet
 
@@ -27,7 +29,7 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
 
     file = Path(path)
     try:
-        content = yaml.safe_load(read_bounded(file, _MOST_BYTES).decode("utf-8"))
+        content = load_yaml(read_bounded(file, _MOST_BYTES).decode("utf-8"))
     except FileNotFoundError:
         near = [str(other) for other in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
         raise UserError(f"{path}: no such experiment file" + (did_you_mean(path, near) if near else "")) from None
@@ -37,12 +39,14 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
         raise UserError(f"{path}: not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {_where(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: an experiment file is a mapping of corpus, teacher, student, …")
     _check_keys(content, Experiment, path, prefix="")
     _check_overrides(overrides)
-    experiment = _parse(path, overrides)
-    _check_limits(experiment)
+    experiment = _parse(path, content, overrides)
+    check_values(experiment)
     return experiment
 
 
@@ -53,6 +57,9 @@ _GONE = {
     "which is unbiased; cache.scheme varopt has less noise)",
 }
 """Keys of earlier releases, and the remedies."""
+
+
+_NO_VALUE = "has no value: give it one, or leave the key out"
 
 
 def _where(error: Any) -> str:
@@ -79,6 +86,8 @@ def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> 
             if not isinstance(value, dict):
                 raise UserError(f"{path}: {prefix}{key}: must be a mapping, got {value!r}")
             _check_keys(value, section, path, f"{prefix}{key}.")
+        elif value is None and "None" not in str(known[key].type):
+            raise UserError(f"{path}: {prefix}{key}: {_NO_VALUE}")
 
 
 def _section(entry: dataclasses.Field) -> type | None:
@@ -152,16 +161,22 @@ def _field_documentation(kind: type) -> dict[str, str]:
     return documentation
 
 
-def _parse(path: str, overrides: list[str]) -> Experiment:
+def _parse(path: str, content: dict[str, Any], overrides: list[str]) -> Experiment:
     import argparse
 
     import jsonargparse
+    import yaml
 
+    # A mapping of class_path alone would be taken for the name of a subclass of the section's dataclass.
+    filled = {
+        key: {"options": {}, **value} if isinstance(value, dict) and value.keys() == {"class_path"} else value
+        for key, value in content.items()
+    }
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--experiment_file", action="config")
     parser.add_class_arguments(Experiment, None)
     try:
-        namespace = parser.parse_args(["--experiment_file", path, *overrides])
+        namespace = parser.parse_args(["--experiment_file", yaml.safe_dump(filled), *overrides])
         with quiet():
             values = parser.instantiate_classes(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
@@ -176,27 +191,41 @@ _ANNOTATED = r"(?:typing\.)?Annotated\[(\w+), [^\]]*\]"
 def _plain(message: str) -> str:
     """Return jsonargparse's message in one line, without the names of Python's types."""
     line = " ".join(message.split())
+    if "Subclasses are disabled" in line:  # a section as one override, with its class_path alone
+        line = line.split(":")[0] + ": give its class_path as --student.class_path or --teacher.class_path"
     line = re.sub(r'^Parser key "([^"]+)":', r"\1:", line)
     line = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", line)
     line = re.sub(_ANNOTATED, r"\1", re.sub(r"<class '(\w+)'>", r"\1", line))
     return line.replace("Expected a one of", "expected one of").replace("Expected a", "expected")
 
 
-def _check_limits(experiment: Experiment) -> None:
-    """Raise UserError for all numbers that are beyond the limits of their fields, in one message."""
+def check_values(experiment: Experiment) -> None:
+    """Raise UserError for all values that are not of their keys' types, or beyond their limits, in one message."""
     wrong = []
-    for section in dataclasses.fields(Experiment):
-        if (kind := _section(section)) is None:
+    for section, kind in typing.get_type_hints(Experiment, include_extras=True).items():
+        values = getattr(experiment, section)
+        if not dataclasses.is_dataclass(kind):
+            wrong += _wrong(section, values, kind)
             continue
-        values = getattr(experiment, section.name)
         for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-            if (limits := limits_of(hint)) is None or (value := getattr(values, name)) is None:
-                continue
-            for number in value if isinstance(value, list) else [value]:
-                if not limits.low <= number <= limits.high:
-                    wrong.append(f"{section.name}.{name}: {number} is not {limits}")
+            wrong += _wrong(f"{section}.{name}", getattr(values, name), hint)
     if wrong:
         raise UserError("; ".join(wrong))
+
+
+def _wrong(key: str, value: Any, hint: Any) -> list[str]:
+    """Return the faults of a key's value."""
+    if value is None:
+        return [] if type(None) in typing.get_args(hint) else [f"{key}: {_NO_VALUE}"]
+    limits, faults = limits_of(hint), []
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, str) and not each.strip():
+            faults.append(f"{key}: is empty: give it a value, or leave the key out")
+        elif isinstance(each, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in each):
+            faults.append(f"{key}: {each!r} has control characters: remove them")
+        elif limits is not None and not limits.low <= each <= limits.high:
+            faults.append(f"{key}: {each} is not {limits}")
+    return faults
 
 
 def limits_of(hint: Any) -> Between | None:

@@ -161,8 +161,7 @@ def test_every_number_of_the_file_has_limits() -> None:
         if has_numbers(hint)
     }
     assert len(limits) > 40
-    without = {name for name, found in limits.items() if found is None}
-    assert without == {"corpus.seed"}  # open_corpus refuses a negative one itself
+    assert not {name for name, found in limits.items() if found is None}
     experiment = Experiment(CorpusConfig("c"), TeacherConfig("t"))
     for name, found in limits.items():
         section, key = name.split(".")
@@ -192,3 +191,64 @@ def test_pipes_and_devices_are_no_experiment_files(tmp_path: Path) -> None:
         assert path in refusal(path)
     assert "longer than" in refusal(write(tmp_path, " " * 2**21))
     assert "nested too deeply" in refusal(write(tmp_path, "[" * 9**5))
+
+
+KEYS = [
+    (section, name, hint)
+    for section, kind in typing.get_type_hints(Experiment).items()
+    for name, hint in (typing.get_type_hints(kind).items() if dataclasses.is_dataclass(kind) else [("", kind)])
+]
+
+
+@pytest.mark.parametrize(("section", "name", "hint"), KEYS, ids=lambda value: value if isinstance(value, str) else "")
+def test_only_a_key_whose_type_says_so_may_have_no_value(tmp_path: Path, section: str, name: str, hint: object) -> None:
+    content: dict[str, typing.Any] = {key: dict(value) for key, value in MINIMAL.items()}
+    key = f"{section}.{name}" if name else section
+    if name:
+        content.setdefault(section, {})[name] = None
+    else:
+        content[section] = None
+    path = write(tmp_path, yaml.safe_dump(content))
+    if type(None) in typing.get_args(hint):
+        load_experiment(path, [])
+    else:
+        assert f"{key}: has no value" in refusal(path)
+        if hint is not str:  # which may be the text null
+            assert key in refusal(write(tmp_path, yaml.safe_dump(MINIMAL)), f"--{key}", "null")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {seed: 1}\ntrain: {epochs: 2}\n", "line 4: train stands there twice, first in line 3"),
+        ("train:\n  epochs: 1\n  epochs: 1\n", "line 5: epochs stands there twice, first in line 4"),
+        ("student: {options: {a: 1, a: 2}}\n", "line 3: a stands there twice"),
+        ("student: {options: {a: [{b: 1, b: 2}]}}\n", "line 3: b stands there twice"),
+        ("student: {options: &x {a: *x}}\n", "line 3: refers to itself"),
+        (
+            "student: {options: {a: &a [" + "1," * 50 + "], b: &b [" + "*a," * 50 + "], c: [" + "*b," * 50 + "]}}\n",
+            "more than 100,000 values",
+        ),
+        ("train: {epochs: 010}\n", "line 3: YAML reads 010 in base 8 or 60"),
+        ("train: {epochs: 1:30}\n", "line 3: YAML reads 1:30 in base 8 or 60"),
+        ("run_dir: ''\n", "run_dir: is empty"),
+        ("cache: {dir: ' '}\n", "cache.dir: is empty"),
+        ("evaluate: {tasks: ['']}\n", "evaluate.tasks: is empty"),
+        ('run_dir: "a\\0b"\n', "run_dir: 'a\\x00b' has control characters"),
+    ],
+)
+def test_a_text_that_says_something_else_than_it_seems_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    assert words in refusal(write(tmp_path, "corpus: {path: c}\nteacher: {model: t}\n" + text))
+
+
+def test_anchors_may_be_used(tmp_path: Path) -> None:
+    text = "corpus: {path: c}\nteacher: {model: &m t}\nstudent: {class_path: huggingface, options: {model: *m}}\n"
+    assert load_experiment(write(tmp_path, text), []).student.options == {"model": "t"}
+
+
+@pytest.mark.parametrize("section", ["student", "teacher"])
+def test_a_section_may_hold_a_class_path_alone(tmp_path: Path, section: str) -> None:
+    text = yaml.safe_dump({"corpus": {"path": "c"}, section: {"class_path": "own.py:Own"}})
+    experiment = load_experiment(write(tmp_path, text), ["--teacher.model", "t", "--student.options.layers", "2"])
+    assert getattr(experiment, section).class_path == "own.py:Own"
+    assert experiment.student.options == {"layers": 2}
