@@ -164,8 +164,8 @@ class TrainConfig:
     """Passes (micro-batches) of an optimiser step."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed"
     """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone."""
-    rounding: Literal["nearest", "stochastic", "kahan"] = "nearest"
-    """bf16-true: rounding of steps smaller than a bfloat16 weight's last digit; kahan keeps a compensation."""
+    rounding: Literal["auto", "nearest", "stochastic", "kahan"] = "auto"
+    """bf16-true: rounding of steps smaller than a weight's last digit (auto: stochastic); kahan keeps a remainder."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit", "paged_adamw_8bit"] = "adamw"
     """AdamW with moments in the weights' type, 8 bits, 4 bits, or 8 bits that move to the host (CUDA)."""
     step_in_backward: bool = False

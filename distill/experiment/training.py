@@ -19,7 +19,8 @@ from distill.models.language_model import Head
 from distill.training.guards import NonFinite
 from distill.training.module import DistillationModule
 from distill.training.offload import check_offload, offload_activations
-from distill.training.optimizers.adamw import check_optimizer, make_optimizer
+from distill.training.optimizers.adamw import check_optimizer, choose_rounding, make_optimizer
+from distill.training.optimizers.rounding import Rounding
 from distill.training.optimizers.schedule import Schedule
 from distill.training.optimizers.step_in_backward import StepInBackward, check_step_in_backward
 
@@ -70,7 +71,7 @@ def check_training(experiment: Experiment, scheme: str, held_out: int, device: s
         raise UserError("train.early_stopping: the cache holds no held-out samples to watch (cache.held_out_samples)")
     check_optimizer(
         train.optimizer,
-        rounding=train.rounding,
+        rounding=rounding_of(experiment),
         precision=train.precision,
         device_type=device,
         strategy=train.strategy,
@@ -121,6 +122,12 @@ def make_module(
     )
 
 
+def rounding_of(experiment: Experiment) -> Rounding:
+    """Return the rounding of the experiment's training, never `auto`."""
+    train = experiment.train
+    return choose_rounding(train.rounding, train.optimizer, train.precision)
+
+
 def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module) -> torch.optim.Optimizer:
     train = experiment.train
     optimizer = make_optimizer(
@@ -129,7 +136,7 @@ def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         betas=(train.beta1, train.beta2),
-        rounding=train.rounding,
+        rounding=rounding_of(experiment),
         device_type=device_type,
     )
     return StepInBackward(optimizer, module) if train.step_in_backward else optimizer
@@ -159,10 +166,11 @@ def own_settings(experiment: Experiment, role: Role) -> dict[str, Any]:
     """Return those of the `training_settings` that the experiment alone tells, without the cache and the devices."""
     loss = asdict(experiment.loss)
     del loss["alpha"], loss["chunk_size"]
+    train = {**asdict(experiment.train), "rounding": rounding_of(experiment)}
     return {
         "student": asdict(experiment.student),
         "teacher": experiment.teacher.model,
         "alpha": role.alpha,
         "loss": loss,
-        "train": {key: value for key, value in asdict(experiment.train).items() if key not in _MAY_CHANGE},
+        "train": {key: value for key, value in train.items() if key not in _MAY_CHANGE},
     }

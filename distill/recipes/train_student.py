@@ -22,7 +22,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.student import first_samples, make_student_to_train
-from distill.experiment.training import Role, check_training, make_module, roles, training_settings
+from distill.experiment.training import Role, check_training, make_module, roles, rounding_of, training_settings
 from distill.forecast.preflight import Preflight
 from distill.models.devices import pick_device
 from distill.models.saving import save_language_model
@@ -45,7 +45,7 @@ from distill.training.parallel import is_sharded
 from distill.training.trainer import make_trainer
 from distill.training.user_callbacks import check_callbacks, make_callbacks
 from distill.training.vocabulary import count_tokens, trim_batch
-from distill.training.watch import ProbeAgain, WarnOfFirstLoss
+from distill.training.watch import ProbeAgain, TellOfLostSteps, WarnOfFirstLoss
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
@@ -253,6 +253,8 @@ class _Training:
         is_nats = loss.divergence == "forward_kl" and manifest.temperature == 1 and not loss.feature_weight
         if is_nats or self.role.alpha == 1:
             looks.append(WarnOfFirstLoss(name, vocab_size))
+        if config.precision == "bf16-true" and rounding_of(self.experiment) == "nearest":
+            looks.append(TellOfLostSteps(name))
         return looks
 
     def _with_weights_of(self, checkpoint: Path | None) -> Any:

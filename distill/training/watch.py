@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.models.isolation import find_fault
@@ -13,6 +15,10 @@ from distill.system.progress import say
 
 PROBE_LENGTH = 256
 """Tokens of a probe's row at most: six such rows fit where a step's passes do."""
+LOOK = 10
+"""Steps after which lost steps are told."""
+FEW = 2**14
+"""Values of a parameter, about, that are looked at for that."""
 TOO_HIGH = 1.5
 """Shares of ln V (V tokens) above which a first loss is no start."""
 
@@ -51,6 +57,53 @@ class ProbeAgain(pl.Callback):
         if fault is not None:
             raise UserError(f"step {module.steps_begun}: {self.name}: {fault.value}")
         self.is_done = True
+
+
+class TellOfLostSteps(pl.Callback):
+    """A line after the first steps: the share of bfloat16 weights that did not move when rounded to the nearest.
+
+    An embedding takes no part, because most of its rows have no gradient in a step.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if pl_module.steps_begun:
+            return  # a resumed training
+        modules = pl_module.student.modules()
+        tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+        self.before = [
+            (parameter, _some(parameter).clone())
+            for parameter in pl_module.student.parameters()
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16 and id(parameter) not in tables
+        ]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.steps_begun == LOOK:
+            self._tell(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._tell(trainer, pl_module)
+
+    def _tell(self, trainer: pl.Trainer, module: Any) -> None:
+        same = [_some(parameter) == before for parameter, before in self.before]
+        seen, self.before = sum(each.numel() for each in same), []
+        if seen:
+            share = sum(int(each.sum()) for each in same) / seen
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            say(
+                f"{self.name}: {share:.1%} of the weights did not move in the first {module.steps_begun} steps (learning "
+                f"rate {rate:.1e} now): rounded to the nearest, a bfloat16 weight loses every step below half its last "
+                "digit; --train.rounding stochastic or kahan loses none"
+            )
+
+
+def _some(parameter: Tensor) -> Tensor:
+    """Return a few values, evenly spread, of this device's part of a parameter."""
+    own: Tensor = getattr(parameter, "_local_tensor", parameter).detach().flatten()
+    return own[:: max(1, own.numel() // FEW)]
 
 
 class WarnOfFirstLoss(pl.Callback):

@@ -61,7 +61,7 @@ ROWS: dict[str, Levers] = {
     "`activation_checkpointing`": Levers(checkpoint_every_k=1),
     "`activation_checkpointing`, `checkpoint_every_k: 2`": Levers(checkpoint_every_k=2),
     "`offload_activations`": Levers(offload=True),
-    "`precision: bf16-true`": Levers(precision="bf16-true"),
+    "`precision: bf16-true`, `rounding: nearest`": Levers(precision="bf16-true"),
     "`bf16-true`, `rounding: stochastic`": Levers(precision="bf16-true", rounding="stochastic"),
     "`bf16-true`, `rounding: kahan`": Levers(precision="bf16-true", rounding="kahan"),
     "`optimizer: adamw_8bit`": Levers(optimizer="adamw_8bit"),

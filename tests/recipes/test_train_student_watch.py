@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 SOURCE = """
 import torch
@@ -92,6 +94,20 @@ def test_a_bad_start_is_said_and_a_good_one_not(train: Any, own: Any, tmp_path: 
     assert "the first loss is" in said and "knows nothing has 6.0" in said
     said = train(*own("Plain", std=0.02), "--train.max_steps", 2, "--run_dir", tmp_path / "good").done().out
     assert "the first loss is" not in said
+
+
+def test_small_steps_are_kept_in_bfloat16_unless_the_user_asks_otherwise(train: Any, own: Any, tmp_path: Path) -> None:
+    """Steps of 1e-5 are far below the last digits of weights of 0.25."""
+    chosen = [*own("Plain"), "--train.precision", "bf16-true", "--train.learning_rate", "1e-5"]
+    lost, kept = tmp_path / "lost", tmp_path / "kept"
+    said = train(*chosen, "--train.rounding", "nearest", "--run_dir", lost).done().out
+    assert re.search(r"(9\d\.\d|100\.0)% of the weights did not move in the first 10 steps", said), said
+    assert "did not move" not in train(*chosen, "--run_dir", kept).done().out
+    after = {folder: load_file(folder / "student/model.safetensors")["wide.weight"] for folder in (lost, kept)}
+    assert (after[lost] != after[kept]).float().mean() > 0.05
+    settings = json.loads((kept / "student/settings.json").read_text())
+    assert settings["train"]["rounding"] == "stochastic"
+    train(*chosen, "--run_dir", lost).refused("train.rounding: nearest there, stochastic here")
 
 
 def test_a_student_too_good_to_be_true_is_flagged(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,6 +59,16 @@ def make_optimizer(
     return ChunkedAdamW(groups, **settings, rounding=rounding, moment_bits=MOMENT_BITS[name])
 
 
+def choose_rounding(rounding: str, name: str, precision: str) -> Rounding:
+    """Return the rounding that `auto` means: one that loses no small step, where weights are bfloat16 and AdamW has it.
+
+    A paged optimiser rounds to the nearest, and so does everything that has float32 weights.
+    """
+    if rounding == "auto":
+        return "stochastic" if precision == "bf16-true" and name != "paged_adamw_8bit" else "nearest"
+    return cast("Rounding", rounding)
+
+
 def check_optimizer(name: str, *, rounding: str, precision: str, device_type: str, strategy: str = "auto") -> None:
     """Raise UserError for an optimiser that does not exist here, before anything has been built."""
     if name not in MOMENT_BITS:
@@ -66,7 +76,7 @@ def check_optimizer(name: str, *, rounding: str, precision: str, device_type: st
     if rounding != "nearest" and precision != "bf16-true":
         raise UserError(
             f"train.rounding: {rounding} is for bfloat16 weights: add --train.precision bf16-true, "
-            "or leave it at nearest (mixed precision has float32 weights, which round nothing off)"
+            "or leave it at auto (mixed precision has float32 weights, which round nothing off)"
         )
     if MOMENT_BITS[name] is not None and strategy == "fsdp":
         raise UserError(f"train.optimizer: {name} cannot be shared out over devices: use adamw with fsdp")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.training.optimizers import chunked_adamw, moments
-from distill.training.optimizers.adamw import check_optimizer, make_optimizer
+from distill.training.optimizers.adamw import check_optimizer, choose_rounding, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,6 +154,22 @@ def test_small_steps_are_lost_in_plain_bfloat16_only(name: str) -> None:
     by_chance = moved("stochastic", name=name)
     assert by_chance.std() > 0
     assert abs(by_chance.mean() - 400 / 4096) < 6 * by_chance.std() / 4096**0.5 + 1e-3  # and eps, and coarse moments
+
+
+@pytest.mark.parametrize(
+    ("precision", "name", "expected"),
+    [
+        ("bf16-true", "adamw", "stochastic"),
+        ("bf16-true", "adamw_4bit", "stochastic"),
+        ("bf16-true", "paged_adamw_8bit", "nearest"),
+        ("bf16-mixed", "adamw", "nearest"),
+        ("32-true", "adamw_8bit", "nearest"),
+    ],
+)
+def test_the_default_rounding_follows_the_precision(precision: str, name: str, expected: str) -> None:
+    assert choose_rounding("auto", name, precision) == expected
+    assert choose_rounding("nearest", name, precision) == "nearest"
+    check_optimizer(name, rounding=expected, precision=precision, device_type="cuda")
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
