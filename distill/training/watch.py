@@ -94,8 +94,8 @@ class TellOfLostSteps(pl.Callback):
             share = sum(int(each.sum()) for each in same) / seen
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             say(
-                f"{self.name}: {share:.1%} of the weights did not move in the first {module.steps_begun} steps (learning "
-                f"rate {rate:.1e} now): rounded to the nearest, a bfloat16 weight loses every step below half its last "
+                f"{self.name}: {share:.1%} of the weights did not move in the first {module.steps_begun} steps "
+                f"(learning rate {rate:.1e} now): rounded to the nearest, a bfloat16 weight loses every step below half its last "
                 "digit; --train.rounding stochastic or kahan loses none"
             )
 
