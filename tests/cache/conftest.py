@@ -67,9 +67,12 @@ def random_targets(
         if generator.random() < 0.5 and ids_L[place + 1] not in ids:
             ids[generator.integers(exact)] = ids_L[place + 1]  # the true next token is among the exact entries
         rows += [ids[:exact], np.sort(ids[exact:])]
-    codes = int(coding.coded_mask(scheme, exact_N, atoms_N, int((exact_N + atoms_N).max(initial=0)) + 1).sum())
+    stored_N = atoms_N
+    if isinstance(scheme, schemes.TopK):
+        stored_N = generator.integers(0, 2, size=positions)  # 1 where the bucket takes the rest
+    codes = int(coding.coded_mask(scheme, exact_N, stored_N, int((exact_N + stored_N).max(initial=0)) + 1).sum())
     codes_C = generator.integers(0, 2048, size=codes, dtype=np.uint16)
-    weights_T, rest_N = coding.decode(scheme, codes_C, exact_N, atoms_N)
+    weights_T, rest_N = coding.decode(scheme, codes_C, exact_N, stored_N)
     return SparseTargets(
         torch.from_numpy(np.concatenate(rows)),
         torch.from_numpy(weights_T),

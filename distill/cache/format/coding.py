@@ -42,30 +42,46 @@ def round_weights(scheme: SparseScheme, targets: SparseTargets, uniform_NU: NDAr
     if isinstance(scheme, RandomDraws):
         return _with_weights(targets, *decode(scheme, encode(scheme, targets), exact_N, atoms_N))
     weights_NK = targets.padded()[1].double().numpy()
-    threshold = 0.0
     if isinstance(scheme, VarOpt):
-        threshold, uniform_NU = scheme.threshold, uniform_NU[:, 1:]
-        codes_C = encode_rows(weights_NK, exact_N, atoms_N, threshold, uniform_NU)
-    else:
-        codes_C = encode_rows(_with_rest(weights_NK), exact_N, np.ones_like(exact_N), threshold, uniform_NU)
-    return _with_weights(targets, *decode(scheme, codes_C, exact_N, atoms_N))
+        codes_C = encode_rows(weights_NK, exact_N, atoms_N, _small_tail(scheme, atoms_N), uniform_NU[:, 1:])
+        return _with_weights(targets, *decode(scheme, codes_C, exact_N, atoms_N))
+    weights_NK = _with_rest(weights_NK)
+    bucket_takes_rest_N = weights_NK[:, -1] >= weights_NK[:, 0]
+    codes_C = encode_rows(weights_NK, exact_N, np.ones_like(exact_N), ~bucket_takes_rest_N, uniform_NU)
+    return _with_weights(targets, *decode(scheme, codes_C, exact_N, bucket_takes_rest_N.astype(np.int64)))
+
+
+def stored_atoms(scheme: SparseScheme, targets: SparseTargets) -> NDArray[np.int64]:
+    """Return the number `[N]` that a record stores as each position's atoms, for weights that `round_weights` made.
+
+    top_k has no atoms. Its number is 1 where the bucket takes the rest, and 0 where the first entry does, as in all
+    caches that were made before there was a choice. A bucket with a code has the code's value to the last bit.
+    """
+    _, atoms_N = _counts(targets)
+    if not isinstance(scheme, TopK):
+        return atoms_N
+    assert targets.rest_N is not None
+    bucket_N = targets.rest_N.double().numpy()
+    code_N = np.rint(-np.log(np.maximum(bucket_N, VALUES[-1])) / math.log(STEP)).astype(np.int64)
+    return (VALUES[np.clip(code_N, 0, CODES - 1)] != bucket_N).astype(np.int64)
 
 
 def coded_mask(scheme: SparseScheme, exact_N: NDArray, atoms_N: NDArray, width: int) -> NDArray[np.bool_]:
     """Return `[N, width]`: True where an entry carries a code. The other weights follow from the sum being 1.
 
-    The code of an atom's weight lies in the first atom's place. Under top_k the rest is coded like an atom.
+    The code of an atom's weight lies in the first atom's place. Under top_k the bucket is coded like an atom, and
+    `atoms_N` is that of `stored_atoms`.
     """
     if isinstance(scheme, RandomDraws):
         return np.arange(width) < exact_N[:, None]
     if isinstance(scheme, TopK):
-        return coded_places(exact_N, np.ones_like(exact_N), 0.0, width)
-    return coded_places(exact_N, atoms_N, scheme.threshold, width)
+        return coded_places(exact_N, np.ones_like(exact_N), atoms_N == 0, width)
+    return coded_places(exact_N, atoms_N, _small_tail(scheme, atoms_N), width)
 
 
 def encode(scheme: SparseScheme, targets: SparseTargets) -> NDArray[np.uint16]:
     """Return the codes `[C]` of weights that `round_weights` or `decode` made, position after position."""
-    exact_N, atoms_N = _counts(targets)
+    exact_N, atoms_N = targets.exact_N.numpy(), stored_atoms(scheme, targets)
     weights_NK = targets.padded()[1].double().numpy()
     if isinstance(scheme, TopK):
         assert targets.rest_N is not None
@@ -81,36 +97,48 @@ def encode(scheme: SparseScheme, targets: SparseTargets) -> NDArray[np.uint16]:
 def decode(
     scheme: SparseScheme, codes_C: NDArray[np.uint16], exact_N: NDArray, atoms_N: NDArray
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Return the weights `[T]` of the codes, position after position, and the mass of the rest `[N]` (top_k)."""
-    counts_N = exact_N + atoms_N
+    """Return the weights `[T]` of the codes, position after position, and the mass of the bucket `[N]` (top_k).
+
+    `atoms_N` is that of `stored_atoms`.
+    """
+    counts_N = exact_N if isinstance(scheme, TopK) else exact_N + atoms_N
     rest_N = None
     if isinstance(scheme, RandomDraws):
         weights_NK = np.zeros((len(exact_N), int(counts_N.max(initial=0))))
         weights_NK[coded_mask(scheme, exact_N, atoms_N, weights_NK.shape[1])] = codes_C / scheme.entries
     elif isinstance(scheme, TopK):
-        weights_NK = decode_rows(codes_C, exact_N, np.ones_like(exact_N), 0.0)
+        weights_NK = decode_rows(codes_C, exact_N, np.ones_like(exact_N), atoms_N == 0)
         # Without a position there is no bucket either.
         weights_NK, rest_N = (weights_NK[:, :-1], weights_NK[:, -1]) if len(weights_NK) else (weights_NK, np.empty(0))
     else:
-        weights_NK = decode_rows(codes_C, exact_N, atoms_N, scheme.threshold)
+        weights_NK = decode_rows(codes_C, exact_N, atoms_N, _small_tail(scheme, atoms_N))
     return weights_NK[np.arange(weights_NK.shape[1]) < counts_N[:, None]], rest_N
 
 
-def coded_places(exact_N: NDArray, atoms_N: NDArray, threshold: float, width: int) -> NDArray[np.bool_]:
-    """Choose the coded places so that the weight that takes the rest is large beside the others' rounding errors.
+def _small_tail(scheme: VarOpt, atoms_N: NDArray) -> NDArray[np.bool_]:
+    """Return the positions whose tail holds less than half of the mass, as far as the number of atoms tells."""
+    return atoms_N * scheme.threshold < 0.5
 
-    Where the tail holds at least half of the mass, every exact entry is coded and the tail takes the rest. Elsewhere
-    the exact entries but the first are coded, and the weight of an atom: the most probable token takes the rest.
+
+def coded_places(exact_N: NDArray, atoms_N: NDArray, first_takes_rest_N: NDArray, width: int) -> NDArray[np.bool_]:
+    """Return the coded places of rows whose other weights follow from the sum being 1.
+
+    Where the most probable token takes the rest, the exact entries but the first are coded, and the weight of an atom.
+    Elsewhere every exact entry is coded and the tail takes the rest. Whichever is larger should take it, because the
+    others' rounding errors end there: a small weight could come out many times too large, or negative.
     """
     place_NK = np.arange(width)[None, :]
-    first_takes_rest_N = atoms_N * threshold < 0.5
     is_exact_NK = place_NK < exact_N[:, None]
     codes_atom_NK = (place_NK == exact_N[:, None]) & (first_takes_rest_N & (atoms_N > 0))[:, None]
     return (is_exact_NK & ~((place_NK == 0) & first_takes_rest_N[:, None])) | codes_atom_NK
 
 
 def encode_rows(
-    weights_NK: NDArray[np.float64], exact_N: NDArray, atoms_N: NDArray, threshold: float, uniform_NU: NDArray
+    weights_NK: NDArray[np.float64],
+    exact_N: NDArray,
+    atoms_N: NDArray,
+    first_takes_rest_N: NDArray,
+    uniform_NU: NDArray,
 ) -> NDArray[np.uint16]:
     """Choose codes of rows that sum to 1 by stochastic rounding.
 
@@ -120,10 +148,10 @@ def encode_rows(
     # Columns that are added lie where nothing is coded.
     missing = max(0, weights_NK.shape[1] - uniform_NU.shape[1])
     uniform_NK = np.pad(uniform_NU, ((0, 0), (0, missing)))[:, : weights_NK.shape[1]]
-    coded_NK = coded_places(exact_N, atoms_N, threshold, weights_NK.shape[1])
+    coded_NK = coded_places(exact_N, atoms_N, first_takes_rest_N, weights_NK.shape[1])
     codes_NK = np.zeros(weights_NK.shape, dtype=np.uint16)
     codes_NK[coded_NK] = nearby_codes(weights_NK[coded_NK], uniform_NK[coded_NK])
-    negative_N = decode_rows(codes_NK[coded_NK], exact_N, atoms_N, threshold).min(axis=1, initial=0) < 0
+    negative_N = decode_rows(codes_NK[coded_NK], exact_N, atoms_N, first_takes_rest_N).min(axis=1, initial=0) < 0
     if negative_N.any():
         again_NK = coded_NK & negative_N[:, None]
         codes_NK[again_NK] = nearby_codes(weights_NK[again_NK], np.ones(int(again_NK.sum())))
@@ -144,11 +172,11 @@ def nearby_codes(values: NDArray[np.float64], uniform: NDArray[np.float64]) -> N
 
 
 def decode_rows(
-    codes_C: NDArray[np.uint16], exact_N: NDArray, atoms_N: NDArray, threshold: float
+    codes_C: NDArray[np.uint16], exact_N: NDArray, atoms_N: NDArray, first_takes_rest_N: NDArray
 ) -> NDArray[np.float64]:
     """Return padded weights `[N, K]`, each row summing to 1."""
     width = int((exact_N + atoms_N).max(initial=0))
-    coded_NK = coded_places(exact_N, atoms_N, threshold, width)
+    coded_NK = coded_places(exact_N, atoms_N, first_takes_rest_N, width)
     assert coded_NK.sum() == len(codes_C), "codes do not match the counts"
     values_NK = np.zeros((len(exact_N), width))
     values_NK[coded_NK] = VALUES[codes_C]
@@ -157,7 +185,6 @@ def decode_rows(
     is_atom_NK = ~is_exact_NK & (place_NK < (exact_N + atoms_N)[:, None])
     exact_sum_N = np.where(is_exact_NK, values_NK, 0).sum(axis=1)
     atom_code_N = np.where(is_atom_NK, values_NK, 0).sum(axis=1)
-    first_takes_rest_N = atoms_N * threshold < 0.5
     atom_N = np.where(first_takes_rest_N, atom_code_N, (1 - exact_sum_N) / np.maximum(atoms_N, 1))
     weights_NK = np.where(is_atom_NK, atom_N[:, None], np.where(is_exact_NK, values_NK, 0))
     if width:

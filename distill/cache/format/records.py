@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from distill.cache.format import coding
 from distill.cache.format.arrays import DamagedRecord, compress, decompress, read_sizes, write_sizes
 from distill.targets.hidden import HiddenTargets
-from distill.targets.schemes import AnyScheme, Hidden, SparseScheme
+from distill.targets.schemes import AnyScheme, Hidden, SparseScheme, TopK
 from distill.targets.sparse import SparseTargets
 
 
@@ -216,8 +216,9 @@ def _read_tokens(fields: Iterator[bytes], loss_mask_L: NDArray[np.bool_], target
 
 def _target_fields(targets: SparseTargets, scheme: SparseScheme) -> Iterator[NDArray]:
     exact_N, counts_N = targets.exact_N.numpy(), targets.counts_N.numpy()
+    atoms_N = coding.stored_atoms(scheme, targets)
     yield exact_N.astype(np.uint16)
-    yield (counts_N - exact_N).astype(np.uint16)
+    yield atoms_N.astype(np.uint16)
     ids_NK = targets.padded()[0].numpy()
     # Atoms stand in order of rising id: their distances are smaller numbers than their ids.
     first_atom_NK = np.arange(ids_NK.shape[1]) == exact_N[:, None]
@@ -226,7 +227,7 @@ def _target_fields(targets: SparseTargets, scheme: SparseScheme) -> Iterator[NDA
     for mask_NK, values_NK in zip(masks, (ids_NK, ids_NK, steps_NK, steps_NK), strict=True):
         yield values_NK[mask_NK].astype(np.uint32)
 
-    coded_NK, first_NK, atom_NK = _code_masks(exact_N, counts_N, scheme)
+    coded_NK, first_NK, atom_NK = _code_masks(exact_N, atoms_N, scheme)
     codes_NK = np.zeros(coded_NK.shape, dtype=np.int64)
     codes_NK[coded_NK] = coding.encode(scheme, targets)
     # Exact codes are in the order of their weights: a code is stored as its distance from the one before.
@@ -238,9 +239,11 @@ def _target_fields(targets: SparseTargets, scheme: SparseScheme) -> Iterator[NDA
 
 def _read_targets(fields: Iterator[bytes], positions: int, scheme: SparseScheme) -> SparseTargets:
     exact_N, atoms_N = (decompress(next(fields), positions, "u16").astype(np.int64) for _ in range(2))
-    counts_N = exact_N + atoms_N
+    counts_N = exact_N if isinstance(scheme, TopK) else exact_N + atoms_N
     if counts_N.max(initial=0) > scheme.most_entries:
         raise DamagedRecord("a position has more entries than its scheme makes")
+    if isinstance(scheme, TopK) and atoms_N.max(initial=0) > 1:
+        raise DamagedRecord("a position has atoms, which its scheme does not make")
     place_K = np.arange(int(counts_N.max(initial=0)))
     entries_NK, is_exact_NK = place_K < counts_N[:, None], place_K < exact_N[:, None]
     ids_NK = np.zeros(entries_NK.shape, dtype=np.int64)
@@ -249,7 +252,7 @@ def _read_targets(fields: Iterator[bytes], positions: int, scheme: SparseScheme)
     # Exact ids are stored whole. Atoms' ids are sums of the distances up to them.
     ids_NK = np.where(is_exact_NK, ids_NK, np.where(is_exact_NK, 0, ids_NK).cumsum(axis=1))
 
-    coded_NK, first_NK, atom_NK = _code_masks(exact_N, counts_N, scheme)
+    coded_NK, first_NK, atom_NK = _code_masks(exact_N, atoms_N, scheme)
     codes_NK = np.zeros(coded_NK.shape, dtype=np.int64)
     for mask_NK in (first_NK, coded_NK & ~first_NK & ~atom_NK):
         codes_NK[mask_NK] = decompress(next(fields), int(mask_NK.sum()), "i32")
@@ -281,10 +284,10 @@ def _id_masks(exact_N: NDArray, counts_N: NDArray) -> list[NDArray]:
     ]
 
 
-def _code_masks(exact_N: NDArray, counts_N: NDArray, scheme: SparseScheme) -> tuple[NDArray, NDArray, NDArray]:
+def _code_masks(exact_N: NDArray, atoms_N: NDArray, scheme: SparseScheme) -> tuple[NDArray, NDArray, NDArray]:
     """Return places with a code, each row's first exact code, and the codes behind the exact ones (atoms, the rest)."""
-    width = int(counts_N.max(initial=0)) + 1
-    coded_NK = coding.coded_mask(scheme, exact_N, counts_N - exact_N, width)
+    width = int((exact_N + atoms_N).max(initial=0)) + 1
+    coded_NK = coding.coded_mask(scheme, exact_N, atoms_N, width)
     behind_NK = coded_NK & (np.arange(width)[None, :] >= exact_N[:, None])
     exact_code_NK = coded_NK & ~behind_NK
     first_NK = exact_code_NK & (exact_code_NK.cumsum(axis=1) == 1)

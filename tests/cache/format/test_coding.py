@@ -23,8 +23,10 @@ from distill.cache.format.coding import (
     nearby_codes,
     quantize_scalar,
     round_weights,
+    stored_atoms,
 )
 from distill.targets.schemes import RandomDraws, SparseScheme, TopK, VarOpt
+from distill.targets.sparse import SparseTargets
 from distill.targets.varopt import varopt
 
 LAST_UNIFORM = float(np.nextafter(1, 0))
@@ -68,9 +70,9 @@ def test_rows_sum_to_one_and_are_not_negative(
     uniform_NK = np.random.default_rng(seed).random(weights_NK.shape)
     if extreme is not None:  # all roundings upwards at once, or downwards
         uniform_NK[:] = extreme
-    codes_C = encode_rows(weights_NK, exact_N, atoms_N, threshold, uniform_NK)
-    assert len(codes_C) == coded_places(exact_N, atoms_N, threshold, weights_NK.shape[1]).sum()
-    decoded_NK = decode_rows(codes_C, exact_N, atoms_N, threshold)
+    codes_C = encode_rows(weights_NK, exact_N, atoms_N, atoms_N * threshold < 0.5, uniform_NK)
+    assert len(codes_C) == coded_places(exact_N, atoms_N, atoms_N * threshold < 0.5, weights_NK.shape[1]).sum()
+    decoded_NK = decode_rows(codes_C, exact_N, atoms_N, atoms_N * threshold < 0.5)
     np.testing.assert_allclose(decoded_NK.sum(axis=1), 1, atol=1e-12, rtol=0)
     assert decoded_NK.min() >= -1e-15
     # The rest absorbs the others' roundings, of at most 2 % each.
@@ -96,8 +98,8 @@ def check_unbiased(weights_NK: NDArray, exact_N: NDArray, atoms_N: NDArray, thre
     weights_RK = weights_NK.repeat(repeats, axis=0)
     exact_R, atoms_R = exact_N.repeat(repeats), atoms_N.repeat(repeats)
     uniform_RK = np.random.default_rng(seed).random(weights_RK.shape)
-    codes_C = encode_rows(weights_RK, exact_R, atoms_R, threshold, uniform_RK)
-    decoded_RK = decode_rows(codes_C, exact_R, atoms_R, threshold)
+    codes_C = encode_rows(weights_RK, exact_R, atoms_R, atoms_R * threshold < 0.5, uniform_RK)
+    decoded_RK = decode_rows(codes_C, exact_R, atoms_R, atoms_R * threshold < 0.5)
     error_K = decoded_RK.mean(axis=0) - weights_NK[0]
     # Poisson's tail: a rounding that is taken once in repeats times has no standard deviation to speak of.
     step_K = 0.02 * np.maximum(weights_NK[0], 0.02)
@@ -110,8 +112,8 @@ def test_hundreds_of_equal_weights_never_go_negative(exact: int, threshold: floa
     weights_NK, exact_N, atoms_N = targets_of(equal_weights(exact, threshold, tail_tokens=10**5), threshold)
     for seed in range(20):
         uniform_NK = np.random.default_rng(seed).random(weights_NK.shape) * (0.01 if seed % 2 else 1)
-        codes_C = encode_rows(weights_NK, exact_N, atoms_N, threshold, uniform_NK)
-        decoded_NK = decode_rows(codes_C, exact_N, atoms_N, threshold)
+        codes_C = encode_rows(weights_NK, exact_N, atoms_N, atoms_N * threshold < 0.5, uniform_NK)
+        decoded_NK = decode_rows(codes_C, exact_N, atoms_N, atoms_N * threshold < 0.5)
         assert decoded_NK.min() >= -1e-15
         assert decoded_NK.sum() == pytest.approx(1, abs=1e-12)
 
@@ -119,23 +121,24 @@ def test_hundreds_of_equal_weights_never_go_negative(exact: int, threshold: floa
 def test_a_row_is_coded_whatever_its_company(random_rows: torch.Tensor) -> None:
     weights_NK, exact_N, atoms_N = targets_of(random_rows.double().numpy(), 0.02)
     uniform_NK = np.random.default_rng(0).random(weights_NK.shape)
-    together_C = encode_rows(weights_NK, exact_N, atoms_N, 0.02, uniform_NK)
-    alone = [
-        encode_rows(weights_NK[n : n + 1, :k], exact_N[n : n + 1], atoms_N[n : n + 1], 0.02, uniform_NK[n : n + 1, :k])
-        for n, k in enumerate(exact_N + atoms_N)
-    ]
+    small_N = atoms_N * 0.02 < 0.5
+    together_C = encode_rows(weights_NK, exact_N, atoms_N, small_N, uniform_NK)
+    alone = []
+    for n, k in enumerate(exact_N + atoms_N):
+        row = slice(n, n + 1)
+        alone.append(encode_rows(weights_NK[row, :k], exact_N[row], atoms_N[row], small_N[row], uniform_NK[row, :k]))
     assert np.array_equal(together_C, np.concatenate(alone))
 
 
 def test_nothing_at_all() -> None:
     nothing = np.empty(0, dtype=np.int64)
-    assert decode_rows(np.empty(0, np.uint16), nothing, nothing, 0.02).shape == (0, 0)
-    assert len(encode_rows(np.empty((0, 0)), nothing, nothing, 0.02, np.empty((0, 0)))) == 0
+    assert decode_rows(np.empty(0, np.uint16), nothing, nothing, nothing == 0).shape == (0, 0)
+    assert len(encode_rows(np.empty((0, 0)), nothing, nothing, nothing == 0, np.empty((0, 0)))) == 0
 
 
 def test_codes_that_do_not_fit_the_counts_are_noticed() -> None:
     with pytest.raises(AssertionError):
-        decode_rows(np.zeros(5, np.uint16), np.array([2]), np.array([0]), 0.02)
+        decode_rows(np.zeros(5, np.uint16), np.array([2]), np.array([0]), np.array([True]))
 
 
 def test_scalars() -> None:
@@ -181,9 +184,49 @@ def test_rounded_weights_are_near_sum_to_one_and_come_back(
     # What is stored gives them back to the last bit.
     codes_C = encode(scheme, rounded)
     exact_N = rounded.exact_N.numpy()
-    weights_T, rest = decode(scheme, codes_C, exact_N, rounded.counts_N.numpy() - exact_N)
+    weights_T, rest = decode(scheme, codes_C, exact_N, stored_atoms(scheme, rounded))
     assert codes_C.dtype == np.uint16 and np.array_equal(weights_T, rounded.weights_T)
     assert rest is None if rounded.rest_N is None else np.array_equal(rest, rounded.rest_N)
+
+
+@pytest.mark.parametrize("temperature", [1, 2, 4])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 2.0, 8.0], ids=lambda spread: f"spread {spread}")
+@pytest.mark.parametrize("entries", [1, 8, 64, 900])
+def test_top_k_is_unbiased_and_its_weights_near_at_every_temperature(
+    temperature: float, spread: float, entries: int
+) -> None:
+    """Flat rows too: the mean of many codings is the row itself, and no single coding is far from it."""
+    repeats, scheme = 1000, TopK(entries)
+    logits_V = torch.from_numpy(np.random.default_rng(1).normal(size=1009)) * spread / temperature
+    sampled = scheme.sample(logits_V.softmax(0)[None].repeat(repeats, 1), torch.empty(0))
+    assert sampled.rest_N is not None
+    rounded = round_weights(scheme, sampled, np.random.default_rng(2).random((repeats, scheme.uniforms)))
+    assert rounded.rest_N is not None
+    true_RK = torch.cat([sampled.padded()[1], sampled.rest_N[:, None]], dim=1).numpy()
+    coded_RK = torch.cat([rounded.padded()[1], rounded.rest_N[:, None]], dim=1).numpy()
+    assert coded_RK.min() >= 0
+    error_K = np.abs(coded_RK.mean(axis=0) - true_RK[0])
+    step_K = 0.02 * np.maximum(true_RK[0], true_RK[0].max() / 50)
+    assert (error_K <= 5 * coded_RK.std(axis=0) / np.sqrt(repeats) + 10 * step_K / repeats + 1e-9).all()
+    # A coded weight is off by 2 % at most, and the errors of all others together are small beside the weight that
+    # takes the rest, unless hundreds of equal entries leave none that is larger than the others.
+    if entries < 900:
+        assert (np.abs(coded_RK - true_RK) <= 0.0201 * true_RK + 0.0201 * true_RK.max()).all()
+        assert (coded_RK[:, 0] <= 1.15 * true_RK[:, 0]).all()
+
+
+def test_a_top_k_cache_made_before_the_switch_is_read_as_it_was_meant() -> None:
+    """Its records store no atoms: the first entry takes the rest, and the same bytes come out again."""
+    scheme, exact_N, atoms_N = TopK(3), np.array([3, 3]), np.array([0, 0])
+    codes_C = np.array([40, 80, 20, 200, 210, 10], dtype=np.uint16)  # two entries and the bucket, twice
+    weights_T, rest_N = decode(scheme, codes_C, exact_N, atoms_N)
+    assert rest_N is not None and np.array_equal(rest_N, VALUES[[20, 10]])
+    np.testing.assert_array_equal(weights_T.reshape(2, 3)[:, 1:], VALUES[[[40, 80], [200, 210]]])
+    np.testing.assert_allclose(weights_T.reshape(2, 3).sum(1) + rest_N, 1)
+    parts = (torch.zeros(6, dtype=torch.int64), torch.from_numpy(weights_T), torch.from_numpy(exact_N))
+    targets = SparseTargets(*parts, torch.from_numpy(exact_N), torch.from_numpy(rest_N))
+    assert not stored_atoms(scheme, targets).any()
+    assert np.array_equal(encode(scheme, targets), codes_C)
 
 
 def test_shares_of_draws_are_stored_exactly(random_rows: torch.Tensor) -> None:
