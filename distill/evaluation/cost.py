@@ -22,8 +22,10 @@ from distill.models.generation import Decoder, context_length, decoder, has_cach
 from distill.models.language_model import LanguageModel
 from distill.system.memory import is_out_of_memory
 
-SECONDS = 1.0
-"""Seconds that a rate is measured for, at least; once is the minimum."""
+SECONDS = 0.5
+"""Seconds that a rate is measured for in a round, at least; once is the minimum."""
+ROUNDS = 3
+"""Rounds in which the models are measured in turn, so that other work of the machine does not meet one model alone."""
 REPEATS = 5
 """Largest number of readings of the prompt. Its time is their median."""
 
@@ -74,6 +76,20 @@ def measure_cost(
         prefill[str(batch_size)], decode[str(batch_size)] = rates or (None, None)
     result |= {"prefill": prefill, "decode": decode, "kv_cache": has_cache(model)}
     return {**result, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+
+
+def join_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join what `measure_cost` returned for one model in several rounds.
+
+    `prefill` and `decode` become the medians of the rounds (None if a batch did not fit in one of them), and `rounds`
+    holds the rates of each round by phase and batch size. The rest is that of the first round.
+    """
+    result = {**rounds[0], "rounds": {}}
+    for phase in ("prefill", "decode"):
+        every = {size: [each[phase][size] for each in rounds] for size in rounds[0][phase]}
+        result["rounds"][phase] = {size: rates for size, rates in every.items() if None not in rates}
+        result[phase] = {size: None if None in rates else statistics.median(rates) for size, rates in every.items()}
+    return result
 
 
 def weight_bytes(model: LanguageModel) -> int:

@@ -47,6 +47,7 @@ _COST = {
     **dict.fromkeys(("bytes_on_disk", "weight_bytes", "peak_bytes"), NUMBER),
     "prefill": {"*": SPEED},
     "decode": {"*": SPEED},
+    "rounds": {"prefill": {"*": [NUMBER]}, "decode": {"*": [NUMBER]}},
     "kv_cache": FLAG,
     **dict.fromkeys(("prompt_tokens", "new_tokens"), NUMBER),
 }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.report.charts import Bar, Group, bar_chart
 from distill.report.contents import Cell, Chart, Charts, Content, Note, Section, Table
 from distill.report.facts import RunFacts
 from distill.report.metrics import MODELS, model_name
-from distill.report.numbers import Format, number, rate, size, times
+from distill.report.numbers import Format, interval, number, rate, size, times
+from distill.report.steadiness import about_rounds, number_of_rounds, spread
 
 SIZES = (("bytes_on_disk", "on disk"), ("weight_bytes", "weights in memory"), ("peak_bytes", "peak memory"))
 PHASES = (("prefill", "reading (prefill)"), ("decode", "writing (decode)"))
@@ -31,7 +32,8 @@ def section(facts: RunFacts) -> Iterator[Section]:
             values = {model: cost[model].get(phase, {}).get(batch) for model in models}
             failed = {model for model in models if batch in cost[model].get(phase, {}) and values[model] is None}
             name = Cell(title, small=f"tokens/s, {_batch_name(batch)}")
-            rows.append(_row(name, values, rate, failed))
+            rounds = {model: cost[model].get("rounds", {}).get(phase, {}).get(batch) for model in models}
+            rows.append(_row(name, values, rate, failed, rounds))
     for key, title in SIZES:
         values = {model: cost[model].get(key) for model in models}
         if any(value is not None for value in values.values()):
@@ -61,11 +63,20 @@ def _batch_name(batch: str) -> str:
     return "1 sequence" if batch == "1" else f"{batch} sequences"
 
 
-def _row(name: Cell, values: Mapping[str, Any], form: Format, failed: set[str] | None = None) -> list[Cell]:
+def _row(
+    name: Cell,
+    values: Mapping[str, Any],
+    form: Format,
+    failed: Collection[str] = (),
+    rounds: Mapping[str, Sequence[float] | None] | None = None,
+) -> list[Cell]:
+    """Return a row of a figure of each model; below a speed stand its slowest and fastest round."""
     cells = []
     for model, value in values.items():
-        missing = "out of memory" if model in (failed or ()) else "–"
-        cells.append(Cell(missing) if value is None else Cell(form(value), value))
+        missing = "out of memory" if model in failed else "–"
+        rates = (rounds or {}).get(model) or ()
+        small = interval((min(rates), max(rates)), form) if rates else ""
+        cells.append(Cell(missing) if value is None else Cell(form(value), value, small, tuple(rates)))
     student, teacher = values.get("student"), values.get("teacher")
     ratio = student / teacher if student is not None and teacher else None
     return [name, *cells, Cell("–") if ratio is None else Cell(times(ratio), ratio)]
@@ -101,6 +112,9 @@ def _note(facts: RunFacts, cost: Mapping[str, Any], models: list[str]) -> Note:
         said.append(
             f"Writes without a key-value cache, so reads everything again for each token: {', '.join(without)}."
         )
+    if rounds := about_rounds(cost):
+        values += [number_of_rounds(cost), spread(cost)]
+        said.append(rounds)
     drafting = facts.section("speculative")
     if "speedup" in drafting:
         values += drafting.values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distill.losses.plausibility import implausible
+from distill.report.steadiness import about_rounds
 from distill.system import units
 
 MODELS = ("teacher", "before", "student", "control")
@@ -36,6 +37,8 @@ def print_tables(result: dict[str, Any]) -> None:
         console.print(_benchmarks(result["benchmarks"]))
     if result.get("cost"):
         console.print(_cost(result["cost"]))
+        if rounds := about_rounds(result["cost"]):
+            console.print(rounds, soft_wrap=True)
 
 
 def _fidelity(result: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from distill.report.benchmarks import mean_recovery
 from distill.report.facts import RunFacts
 from distill.report.metrics import reading_of
 from distill.report.numbers import SPACE, interval, nats, probability, times, whole_share, with_sign
+from distill.report.steadiness import unsteady
 
 MEANT_BY_CONTROL = "the control, which learned from the text alone"
 
@@ -77,6 +78,8 @@ def _no_better(facts: RunFacts) -> str:
 
 
 def _speed(facts: RunFacts, than: str) -> str:
+    if unsteady(facts.section("cost")):
+        return ""
     speeds = facts.of("cost", "student").get("decode", {})
     ratios = {size: facts.ratio("cost", "decode", size) for size in sorted(speeds, key=_as_number)}
     ratio = next((ratio for ratio in ratios.values() if ratio), None)

@@ -90,6 +90,10 @@ def evaluation(shift: float = 0.0) -> dict[str, Any]:
         cost[model] |= {"prompt_tokens": 128, "new_tokens": 32}
         cost[model]["prefill"] = {"1": 1203.4 * factor, "8": 1611.9 * factor}
         cost[model]["decode"] = {"1": 23.61 * factor, "8": 121.04 * factor}
+        cost[model]["rounds"] = {
+            phase: {size: [rate * 0.97, rate, rate * 1.05] for size, rate in cost[model][phase].items()}
+            for phase in ("prefill", "decode")
+        }
     return {
         "parameters": {"teacher": 134_515_008, "before": 56_632_896, "student": 56_632_896, "control": 56_632_896},
         "text": {"tokens": 4080, "samples": 16, "bytes": 18320, "dropped_mass": 0.0123, "left_out_samples": 2},

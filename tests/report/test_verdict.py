@@ -82,6 +82,7 @@ def test_without_control(said: Callable[..., str]) -> None:
 def test_slower_and_out_of_memory(said: Callable[..., str]) -> None:
     def change(content: dict[str, Any]) -> None:
         only("cost")(content)
+        del content["cost"]["control"]
         content["cost"]["teacher"]["decode"] = {"1": None, "8": 300.0}
         content["cost"]["student"]["decode"] = {"1": 50.0, "8": 150.0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from distill.experiment.place import Place
 from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.experiment.teacher import Teacher, open_samples
 from distill.forecast.preflight import Preflight
-from distill.recipes.evaluate.measurements import all_measurements
+from distill.recipes.evaluate.measurements import Measurement, all_measurements
 from distill.recipes.evaluate.results import Results
 from distill.report.page import write_report
+from distill.report.steadiness import unsteady
 from distill.report.terminal import print_tables
 from distill.system import interrupt, ledger
 from distill.system.files import names_only, sole_writer
@@ -49,6 +51,9 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
         with sole_writer(folders.run), preflight, ledger.phase(folders.run, "evaluate"):
             for subject in subjects:
                 _measure(subject, results)
+            for measurement in measurements:
+                if measurement.rounds > 1:
+                    _measure_in_turn(measurement, subjects, results)
     result = results.view()
     asked = replace(experiment, train=replace(experiment.train, resume=False))  # resuming changes no result
     result |= {**_derived(result), "experiment": names_only(asdict(asked))}
@@ -62,8 +67,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
 
 
 def _measure(subject: Subject, results: Results) -> None:
-    """Measure everything that is missing of one model, which is in memory for this long."""
-    missing = results.missing(subject)
+    """Measure everything that is missing of one model and takes one round. The model is in memory for this long."""
+    missing = [measurement for measurement in results.missing(subject) if measurement.rounds == 1]
     if not missing:
         return
     loaded = subject.load()
@@ -71,6 +76,26 @@ def _measure(subject: Subject, results: Results) -> None:
         interrupt.stop_if_asked()
         results.put(subject, measurement, measurement.measure(subject, loaded))
     del loaded
+    _free_memory()
+
+
+def _measure_in_turn(measurement: Measurement, subjects: list[Subject], results: Results) -> None:
+    """Measure the models that lack the measurement one after another, round by round, one in memory at a time."""
+    lacking = [subject for subject in subjects if measurement in results.missing(subject)]
+    entries: dict[str, list[Any]] = {subject.name: [] for subject in lacking}
+    for number in range(measurement.rounds if lacking else 0):
+        say(f"{measurement.section}: round {number + 1} of {measurement.rounds}")
+        for subject in lacking:
+            interrupt.stop_if_asked()
+            entries[subject.name].append(measurement.measure(subject, subject.load()))
+            _free_memory()
+    for subject in lacking:
+        results.put(subject, measurement, measurement.join(entries[subject.name]))
+
+
+def _free_memory() -> None:
+    """Free the memory of models that nothing refers to any more."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -79,7 +104,7 @@ def _derived(result: dict[str, Any]) -> dict[str, Any]:
     """Compute the results that follow from measurements: the speed-up as a draft model, and the spread over seeds."""
     derived: dict[str, Any] = {}
     cost = result.get("cost", {})
-    if "student" in cost and "teacher" in cost:
+    if "student" in cost and "teacher" in cost and not unsteady(cost):
         speeds = [cost[name]["decode"].get("1") for name in ("teacher", "student")]
         if all(speeds):
             derived["speculative"] = speculative(result["fidelity"]["student"]["acceptance"], speeds[0] / speeds[1])

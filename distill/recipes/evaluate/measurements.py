@@ -31,6 +31,9 @@ class Measurement:
     together: bool = False
     """True if it compares the models, so that all of them must be measured if one of them is."""
 
+    rounds: int = 1
+    """Rounds in which the models are measured in turn, each loaded again in every round."""
+
     @property
     def inputs(self) -> dict[str, Any]:
         """The settings that it depends on beside the models. While they are the same, nothing is measured twice."""
@@ -46,6 +49,11 @@ class Measurement:
     def measure(self, subject: Subject, loaded: Loaded) -> Any:
         """Return the model's entry."""
         raise NotImplementedError
+
+    def join(self, entries: list[Any]) -> Any:
+        """Return the model's entry of all rounds."""
+        (entry,) = entries
+        return entry
 
     def about_all(self) -> dict[str, Any]:
         """Return the results beside the models' own entries, for the top of evaluation.json."""
@@ -202,7 +210,7 @@ class Texts(Measurement):
 class Cost(Measurement):
     """Speed and memory on this machine, in the types in which the models would be used here."""
 
-    section, together = "cost", True
+    section, together, rounds = "cost", True, cost.ROUNDS
 
     def __init__(self, experiment: Experiment, teacher: Teacher) -> None:
         self.batch_sizes, self.device = experiment.evaluate.cost_batch_sizes, teacher.device
@@ -211,11 +219,11 @@ class Cost(Measurement):
     @property
     def inputs(self) -> dict[str, Any]:
         own = {"batch_sizes": self.batch_sizes, "dtype": str(self.dtype), "torch": torch.__version__}
-        return {**own, "machine": machine(self.device)}
+        return {**own, "machine": machine(self.device), "rounds": self.rounds}
 
     def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
         if subject.name != "teacher":
-            loaded.model.to(self.dtype)  # the other measurements, in float32, are done by now
+            loaded.model.to(self.dtype)
         return cost.measure_cost(
             loaded.model,
             vocab_size=loaded.vocab_size,
@@ -223,6 +231,9 @@ class Cost(Measurement):
             batch_sizes=self.batch_sizes,
             weight_files=subject.weights,
         )
+
+    def join(self, entries: list[Any]) -> Any:
+        return cost.join_rounds(entries)
 
 
 def all_measurements(
