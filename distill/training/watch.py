@@ -95,8 +95,8 @@ class TellOfLostSteps(pl.Callback):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             say(
                 f"{self.name}: {share:.1%} of the weights did not move in the first {module.steps_begun} steps "
-                f"(learning rate {rate:.1e} now): rounded to the nearest, a bfloat16 weight loses every step below half its last "
-                "digit; --train.rounding stochastic or kahan loses none"
+                f"(learning rate {rate:.1e} now): rounded to the nearest, a bfloat16 weight loses every step below "
+                "half its last digit; --train.rounding stochastic or kahan loses none"
             )
 
 
