@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 from distill.cache.format import version1
 from distill.cache.format.folder import MANIFEST, SPLITS, Manifest, differences, read_journal, read_manifest
 from distill.cache.format.head import HEAD, save_head
+from distill.cache.format.leftovers import is_unused
 from distill.cache.format.part import Part
 from distill.cache.format.token_order import TokenOrder, save_order
 from distill.cache.format.tokenizer_files import save_tokenizer
@@ -68,7 +69,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     # The process of rank 0 holds the folder for all of them, and opens it before they do.
     with sole_writer(folders.cache) if trainer.is_global_zero else contextlib.nullcontext():
         if trainer.is_global_zero:
-            writer = CacheWriter(folders.cache, manifest, overwrite=cache.overwrite)
+            overwrite = cache.overwrite or is_unused(folders.cache)
+            writer = CacheWriter(folders.cache, manifest, overwrite=overwrite)
             claim_part(folders.cache, part)
             save_tokenizer(folders.cache, teacher.tokenizer)
             save_order(folders.cache, order)
@@ -87,7 +89,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
 
 
 def _is_begun(experiment: Experiment, folders: Folders) -> bool:
-    return (folders.cache / MANIFEST).exists() and not experiment.cache.overwrite
+    is_there = (folders.cache / MANIFEST).exists() and not is_unused(folders.cache)
+    return is_there and not experiment.cache.overwrite
 
 
 def _is_of_version_1(experiment: Experiment, folders: Folders) -> bool:

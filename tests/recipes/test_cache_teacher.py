@@ -124,6 +124,22 @@ def test_overwrite_makes_it_anew_and_only_when_it_differs(cache: Any, untouched:
     assert (tmp_path / "run/cache/tokenizer/tokenizer.json").is_file()
 
 
+def test_a_cache_without_a_shard_is_taken_over(cache: Any, untouched: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run/cache"
+    cache().done()
+    (folder / "journal.jsonl").write_bytes(b"")
+    for shard in (folder / "shards").iterdir():
+        shard.unlink()
+    (folder / "batches").write_text("finished ones, say")  # a file that is not known may hold the teacher's work
+    before = untouched(folder)
+    cache("--cache.seed", 1).refused("made from something else", "seed: expected 1, found 0")
+    assert untouched(folder) == before
+    (folder / "batches").unlink()
+    cache("--cache.seed", 1).done()
+    assert json.loads((folder / "manifest.json").read_text())["seed"] == 1
+    cache("--cache.seed", 2).refused("seed: expected 2, found 1")
+
+
 def test_a_folder_that_is_no_cache_is_left_alone(cache: Any, untouched: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -206,6 +222,6 @@ def test_a_folder_that_cannot_be_written_is_refused(cache: Any, tmp_path: Path, 
 def test_a_recurrent_teacher_needs_unpacked_samples(make_teacher: Any, cache: Any, tmp_path: Path) -> None:
     mamba = make_teacher("mamba2")
     cache("--teacher.model", mamba).refused("packed documents see one another", "--corpus.pack false")
-    unpacked = cache("--teacher.model", mamba, "--corpus.pack", "false", "--cache.overwrite")
+    unpacked = cache("--teacher.model", mamba, "--corpus.pack", "false")  # the refused run blocks nothing
     assert json.loads((tmp_path / "run/cache/manifest.json").read_text())["pack"] is False
     assert "nothing to do" not in unpacked.done().out

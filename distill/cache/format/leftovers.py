@@ -21,6 +21,19 @@ def is_leftover(name: str) -> bool:
     return ours and whole != name
 
 
+def is_unused(folder: Path) -> bool:
+    """Tell whether a cache was begun and holds no answer of the teacher: no shard, no journal line, nothing else."""
+    if not (folder / MANIFEST).is_file() or (folder / SHARDS).is_symlink():
+        return False
+    if (folder / JOURNAL).is_file() and (folder / JOURNAL).stat().st_size:
+        return False
+    shards = list((folder / SHARDS).iterdir()) if (folder / SHARDS).is_dir() else []
+    known = (MANIFEST, JOURNAL, PART, TOKEN_ORDER, TOKENIZER, HEAD, SHARDS)
+    return all(is_leftover(child.name) for child in shards) and all(
+        child.name in known or is_leftover(child.name) for child in folder.iterdir()
+    )
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the files that kills left half written."""
     remove(folder, is_leftover)
