@@ -11,8 +11,10 @@ import torch
 from distill.models.checkpoints import nearest, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet_transformers
 from distill.models.language_model import check_rows
+from distill.models.shapes import declare
 
 
+@declare(pretrained="model")
 def load_student(
     model: str | None = None,
     config: dict[str, Any] | str | None = None,

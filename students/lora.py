@@ -22,11 +22,12 @@ from distill.models.huggingface import (
 )
 from distill.models.language_model import check_rows
 from distill.models.quantization import full_weight, is_linear, is_quantized, is_transposed, load_quantized
-from distill.models.shapes import finder
+from distill.models.shapes import declare, finder
 
 NAME = "default"  # name of a layer's one adapter
 
 
+@declare(pretrained="model")
 def load_lora_student(
     model: str,
     rank: int = 16,

@@ -16,7 +16,7 @@ from distill.models.huggingface import (
     quiet_transformers,
     shape_of,
 )
-from distill.models.shapes import finder
+from distill.models.shapes import declare, finder
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
 from students.pruning_importance import Importance, Samples, Wanted, measure
@@ -27,6 +27,7 @@ FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """The first samples of the corpus, so many: input_ids int64, position_ids int64, loss_mask bool, each `[B, L]`."""
 
 
+@declare(pretrained="teacher")
 def prune_teacher(
     teacher: str,
     layers: int | list[int] | None = None,

@@ -14,10 +14,13 @@ from distill.errors import UserError
 from distill.experiment.checks import check_length, check_model
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
+from distill.models import checkpoints, tokenizers
 from distill.models.contract import checked_head
 from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.vocabulary import Vocabulary
+from distill.system.progress import say
+from distill.system.quiet import quiet_transformers
 from distill.training.activation_checkpointing import checkpoint_blocks
 
 FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
@@ -58,6 +61,34 @@ def make_student(
     check_length(context_length(model), name, experiment.corpus.sequence_length)
     checked_head(model, name, tokens)
     return model, options
+
+
+def check_tokens(experiment: Experiment, place: Place, tokenizer: Any) -> None:
+    """Raise UserError if the student is a pretrained one whose tokens are not those of the teacher's `tokenizer`.
+
+    Its folder's own tokenizer is compared. One without a tokenizer is believed, and said.
+    """
+    student = experiment.student
+    option = plugins.declared(student.class_path, "student", "pretrained")
+    name = student.options.get(option) if option else None
+    if not isinstance(name, str) or (name == experiment.teacher.model and experiment.teacher.tokenizer is None):
+        return
+    revision = student.options.get("revision") or student.options.get("teacher_revision")
+    is_trusted = student.options.get("trust_remote_code") is True
+    with place.making(), quiet_transformers():
+        checkpoint = checkpoints.resolve(name, revision, is_trusted)
+    if not tokenizers.is_here(checkpoint):
+        if place.has_memory:
+            say(f"student {student.class_path}: {name} has no tokenizer, so its tokens are taken to be the teacher's")
+        return
+    with quiet_transformers():
+        theirs = tokenizers.load_tokenizer(checkpoint, trust_remote_code=is_trusted)
+    if (difference := tokenizers.difference(theirs, tokenizer)) is not None:
+        raise UserError(
+            f"student {student.class_path}: {name} has another tokenizer than the teacher ({difference}): it cannot "
+            "learn from this teacher; give a model of the teacher's own family, or a fresh student of any architecture "
+            "(student.class_path compact, or huggingface with student.options.config)"
+        )
 
 
 def offered_options(experiment: Experiment, place: Place, vocab_size: int) -> dict[str, Any]:

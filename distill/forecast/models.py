@@ -73,8 +73,7 @@ class Models:
             tokens = alone or facts.tokens
             self.note(f"teacher.tokenizer {teacher.tokenizer}: not here yet; {tokens:,} tokens assumed, as published")
             return tokens
-        folder = self.checkpoint.folder
-        if self.checkpoint.gguf_file or any(any(folder.glob(pattern)) for pattern in tokenizers.TOKENIZER_FILES):
+        if tokenizers.is_here(self.checkpoint):
             return self._teacher.vocab_size
         if facts is not None:
             return facts.tokens

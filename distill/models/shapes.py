@@ -40,7 +40,10 @@ def finder() -> Find | None:
 
 
 def declare(
-    *, without_weights: Callable[..., Any] | None = None, layer_by_layer: str | None = None
+    *,
+    without_weights: Callable[..., Any] | None = None,
+    layer_by_layer: str | None = None,
+    pretrained: str | None = None,
 ) -> Callable[[Factory], Factory]:
     """Declare the facts about a plug-in that a forecast needs; a class may have these as attributes of its own.
 
@@ -48,11 +51,13 @@ def declare(
     plug-in's arguments that it has.
     layer_by_layer: of a teacher, the class path of one that gives the same answers with a layer at a time on the
     device, and takes `micro_batch`.
+    pretrained: of a student, the name of the option that names a checkpoint whose tokens it knows.
     """
 
     def mark(factory: Factory) -> Factory:
         factory.without_weights = without_weights  # type: ignore[attr-defined]
         factory.layer_by_layer = layer_by_layer  # type: ignore[attr-defined]
+        factory.pretrained = pretrained  # type: ignore[attr-defined]
         return factory
 
     return mark

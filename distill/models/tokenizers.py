@@ -28,6 +28,9 @@ PROBES = (  # SentencePiece models differ in these: prefix, runs of blanks, norm
     "a",
 )
 
+MOST_MISSING = 0.01
+"""Share of a tokenizer's strings that another one may lack and still be called the same."""
+
 
 def load_tokenizer(checkpoint: Checkpoint, override: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a checkpoint, or of `override`: a tokenizer folder or a SentencePiece `.model` file."""
@@ -42,6 +45,11 @@ def load_tokenizer(checkpoint: Checkpoint, override: str | None = None, trust_re
         raise UserError(f"{override}: a tokenizer is a folder or a SentencePiece .model file")
     siblings = [str(Path(override).parent / file.name) for file in path.parent.glob("*")]
     raise UserError(f"{override}: no such tokenizer folder or .model file" + did_you_mean(override, siblings[:20]))
+
+
+def is_here(checkpoint: Checkpoint) -> bool:
+    """Tell whether a tokenizer lies beside the checkpoint's weights."""
+    return checkpoint.gguf_file is not None or any(any(checkpoint.folder.glob(name)) for name in TOKENIZER_FILES)
 
 
 def load_folder_tokenizer(folder: Path) -> Any:
@@ -138,6 +146,25 @@ def _backend(proto: Any) -> Any:
 def vocab_size(tokenizer: Any) -> int:
     """Return the real size of the vocabulary: the highest id of any token, added ones included, plus one."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def difference(theirs: Any, ours: Any) -> str | None:
+    """Return the first difference between the ids of two tokenizers, as `'the' is 1820 there, 262 here`, or None.
+
+    Strings in both vocabularies must have one id, and texts one encoding. A share of `MOST_MISSING` of our strings may
+    be missing there, because models of one family differ in the special tokens that they add.
+    """
+    there, here = theirs.get_vocab(), ours.get_vocab()
+    for token, index in sorted(here.items(), key=lambda item: item[1]):
+        if there.get(token, index) != index:
+            return f"{token!r} is {there[token]} there, {index} here"
+    if (missing := len(here.keys() - there.keys())) > MOST_MISSING * len(here):
+        return f"{missing:,} of {len(here):,} tokens are not there"
+    for text in PROBES:
+        ids = [each.encode(text, add_special_tokens=False) for each in (theirs, ours)]
+        if ids[0] != ids[1]:
+            return f"{text!r} is {ids[0][:4]} there, {ids[1][:4]} here"
+    return None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> dict[str, str]:

@@ -21,7 +21,7 @@ from distill.experiment.cache import check_cache_settings, open_cache
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
-from distill.experiment.student import first_samples, make_student_to_train
+from distill.experiment.student import check_tokens, first_samples, make_student_to_train
 from distill.experiment.training import Role, check_training, make_module, roles, rounding_of, training_settings
 from distill.forecast.preflight import Preflight
 from distill.models.devices import pick_device
@@ -69,6 +69,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     ]
     if not pending:
         return 0
+    check_tokens(experiment, Place.of(experiment), load_folder_tokenizer(checked_tokenizer(storage.folder)))
     with Preflight(experiment, "train-student", following):
         vocabulary = _vocabulary(experiment, storage, train, held_out)
         for training in pending:
