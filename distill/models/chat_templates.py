@@ -80,7 +80,8 @@ class _Process:
     def ask(self, line: str) -> dict[str, Any]:
         """Return the answer to a request. Raises TemplateError if it takes too long."""
         try:
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:
+                self.end()
                 self._start()
             return dict(self._exchange(line.encode() + b"\n", SECONDS))
         except BaseException:  # an interrupted exchange would leave its answer for the next one

@@ -30,10 +30,12 @@ def main(seconds: int) -> None:
 
     _limit_memory()
     print(json.dumps("ready"), file=answers, flush=True)
+    alarm = getattr(signal, "alarm", lambda _: None)  # Windows has none
     for line in sys.stdin:
-        if hasattr(signal, "alarm"):
-            signal.alarm(2 * seconds)  # whoever asked is gone if this ever rings
-        print(json.dumps(_answer(render_jinja_template, json.loads(line))), file=answers, flush=True)
+        alarm(2 * seconds)  # whoever asked is gone if this ever rings
+        answer = _answer(render_jinja_template, json.loads(line))
+        alarm(0)  # it may be long until the next request
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _answer(render: Any, request: dict[str, Any]) -> dict[str, Any]:

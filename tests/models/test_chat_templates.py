@@ -87,6 +87,19 @@ def test_a_template_without_end_is_stopped(template: str, monkeypatch: pytest.Mo
     assert render("{{ messages[2].content }}", CHAT, {})[0] == "4 €"
 
 
+def test_a_pause_between_two_conversations_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_templates, "SECONDS", 1)
+    chat_templates._own_process().end()
+    assert render("one", CHAT, {})[0] == "one"
+    started = chat_templates._own_process()._process
+    time.sleep(2.5)
+    assert render("two", CHAT, {})[0] == "two" and chat_templates._own_process()._process is started
+    assert started is not None
+    started.kill()
+    started.wait()
+    assert render("three", CHAT, {})[0] == "three", "and one that was killed is started again"
+
+
 def test_after_an_interruption_no_answer_is_another_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a template: its text must not be the next conversation's."""
     render("", CHAT, {})
