@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import __version__, folder_commands
-from distill.errors import UserError, did_you_mean
+from distill.errors import UserError, did_you_mean, first_line
 from distill.system.progress import visible
 from distill.system.quiet import quiet_command
 
@@ -31,23 +31,65 @@ COMMANDS = EXPERIMENT_COMMANDS | folder_commands.COMMANDS
 _PART_OF_A_RUN = "DISTILL_PART_OF_A_RUN"
 """Name in the environment of a command that `run` started. Then `run` itself says how to resume."""
 
+_run_folder: Path | None = None
+"""Run folder of the experiment, once it is read."""
+
 _EPILOG = "\n".join(f"  distill {name:<14} {text}" for name, text in COMMANDS.items())
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command, and exit with its status.
 
-    0 means done; 1, a check found a difference; 2, the user can mend it; 3, a plan does not fit; 130, interrupted.
-    Called without arguments, it reads those of the process.
+    0 means done; 1, a check found a difference, or an error that nobody foresaw; 2, the user can mend it; 3, a plan
+    does not fit; 130, interrupted; 141, the reader of the output has ended.
+    Called without arguments, reads those of the process, and reports every exception in one line.
     """
     try:
         status = _chosen(sys.argv[1:] if arguments is None else arguments)()
     except UserError as error:
         print(f"distill: {visible(str(error))}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:  # before a command took Ctrl-C over, or in one that has nothing to keep
+        print("\nstopped", file=sys.stderr)
+        status = 130
+    except Exception as error:
+        if arguments is not None:
+            raise
+        status = _unforeseen(error)
     if arguments is None:
         gc.freeze()  # without it, Python would search a million objects for garbage, which takes two seconds
     sys.exit(status)
+
+
+def _unforeseen(error: Exception) -> int:
+    """Print one line about an exception, and return the exit status: 2 if a disk caused it, 141 if `| head`, else 1."""
+    from distill.system import failures
+
+    if isinstance(error, BrokenPipeError) and _output_is_unread():
+        return 141
+    line = failures.explain(error, _run_folder)
+    if line is not None:
+        print(f"distill: {visible(line)}", file=sys.stderr)
+        return 2
+    kept = failures.keep_traceback(error, _run_folder)
+    where = f"the full traceback is in {kept}" if kept else "the traceback could not be written anywhere"
+    print(
+        f"distill: {visible(f'{type(error).__name__}: {first_line(error)[:300]}')} (unforeseen: {where})",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _output_is_unread() -> bool:
+    """Return whether the reader of our output has ended, as that of `| head` does, and drop what is left for it."""
+    import select
+
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    is_unread = bool(output.poll(0))  # of no events, poll reports errors alone
+    if is_unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_unread
 
 
 def _imported(module: str) -> Any:
@@ -134,6 +176,8 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
     try:
         interrupt.install()
         experiment = load_experiment(path, overrides)
+        global _run_folder
+        _run_folder = Path(experiment.run_dir)
         quiet_command()
         if command == "run" or slurm.is_restarted():
             # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
