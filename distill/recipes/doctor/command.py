@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.errors import first_line
-from distill.forecast.forecast import CONTEXT_BYTES, FRAGMENTATION, LIBRARIES_BYTES
 from distill.forecast.machine import calibration
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.recipes.doctor import probes as machine
+from distill.recipes.doctor.capacity import METHOD
 from distill.recipes.doctor.findings import Finding, judge
 from distill.recipes.doctor.probes import Probes
 from distill.system.progress import say
@@ -124,15 +124,11 @@ def _capacity(
     device, host = facts["device"], facts["host"]
     if device is None or not (device["is_cuda"] or host):
         return None
-    if device["is_cuda"]:
-        budget = (device["memory_bytes"] - CONTEXT_BYTES) / (1 + FRAGMENTATION)
-    else:
-        budget = (host["free_bytes"] - LIBRARIES_BYTES["cpu"]) / (1 + FRAGMENTATION)
+    budget = device["memory_bytes"] if device["is_cuda"] else host["free_bytes"]
     tell("\nsimulating what fits …")
     remedy = "nothing but this table depends on it; forecasts of experiments may fail too"
     rows = _tried("the simulation fails", lambda: probes.capacity(_kind(facts), budget), found, remedy)
-    method = "bytes a parameter, simulated for a small llama at three sizes; a pass has width/4 tokens"
-    return None if rows is None else {"budget_bytes": budget, "method": method, "largest": rows}
+    return None if rows is None else {"budget_bytes": budget, "method": METHOD, "largest": rows}
 
 
 def _machine_lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -176,13 +172,10 @@ def _capacity_lines(facts: dict[str, Any]) -> Iterator[str]:
     can = facts["can"]
     if can is None:
         return
-    yield f"largest llama-like models in {size(can['budget_bytes'])} ({can['method']}):"
+    yield f"largest models in {size(can['budget_bytes'])} ({can['method']}; `distill plan` tells it of any):"
     for row in can["largest"]:
-        if row["parameters"]:
-            largest = f"{row['parameters'] / 1e9:6.2f} B parameters ({row['layers']} layers of {row['width']:,})"
-        else:
-            largest = "  none"
-        yield f"  {row['way']:<36} {largest}, {row['bytes_a_parameter']:.2f} bytes a parameter"
+        fits = f"{row['model']}, {size(row['needed_bytes'])}" if row["model"] else "none"
+        yield f"  {row['way']:<36} {fits}"
 
 
 def _finding_lines(findings: list[Finding]) -> Iterator[str]:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from distill.forecast.machine import calibration, capacity, measuring
+from distill.forecast.machine import calibration, measuring
 from distill.forecast.machine.calibration import Efficiency
 from distill.forecast.machine.cards import this_machine
 from distill.forecast.machine.disk import time_disk
 from distill.forecast.simulation.kernels import DeviceKind
+from distill.recipes.doctor import capacity
 from distill.system.machine import version_of
 from distill.system.memory import available_memory
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from distill.forecast.machine import capacity, disk
+from distill.forecast.machine import disk
 from distill.forecast.machine.calibration import DEFAULTS, Efficiency
-from distill.forecast.machine.capacity import Cost, Shape
+from distill.forecast.published import published_models
+from distill.recipes.doctor import capacity, probes
 from distill.recipes.doctor import command as doctor
-from distill.recipes.doctor import probes
 from distill.recipes.doctor.probes import Probes
 
 CARD = {
@@ -31,7 +32,7 @@ CPU = {"name": "a processor", "is_cuda": False, "bf16": True}
 DISK = {"free_bytes": 100e9, "write_bytes_per_s": 500e6, "read_bytes_per_s": 900e6}
 DRIVER = {"version": "580.95.05", "cards": ["NVIDIA GeForce RTX 3060"]}
 SOFTWARE = {"system": "Linux", "python": "3.11", "torch": "2.13.0", "cuda_build": "12.8"}
-ROW = {"way": "teacher", "role": "teacher", "parameters": 10**9, "layers": 16, "width": 2048, "bytes_a_parameter": 0.5}
+ROW = {"way": "teacher", "model": "some/model", "parameters": 10**9, "needed_bytes": 11_200_000_000}
 MEASURED = replace(DEFAULTS["cuda"], is_measured=True)
 
 
@@ -77,7 +78,7 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
         "CUDA 12.8",
         "8-bit AdamW   tried: works",
         "500 MB/s",
-        "1.00 B",
+        "some/model, 11.2 GB",
     ):
         assert fact in out, fact
 
@@ -152,7 +153,7 @@ def test_json_is_all_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None
     assert doctor.main(as_json=True, probes=machine()) == 0
     seen = json.loads(capsys.readouterr().out)
     assert seen["healthy"] and seen["findings"] == [] and seen["device"]["name"] == CARD["name"]
-    assert seen["can"]["largest"] == [ROW] and seen["can"]["budget_bytes"] < CARD["memory_bytes"]
+    assert seen["can"]["largest"] == [ROW] and seen["can"]["budget_bytes"] == CARD["memory_bytes"]
     assert seen["calibration"] is None
 
 
@@ -170,20 +171,17 @@ def test_calibrating_is_done_on_the_device_and_told(capsys: pytest.CaptureFixtur
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str], one_thread: None) -> None:
-    """Real probes, but for the simulation of most ways."""
-    some = [way for way in capacity.WAYS if way.name in ("teacher in NF4", "student, plain AdamW, 32-true")]
-    some.append(next(way for way in capacity.WAYS if way.streamed))
-    real = replace(probes.REAL, capacity=lambda kind, budget: capacity.table(kind, budget, some))
+    """Real probes, but for the simulation of most ways, and of models for more than 5 GB."""
+    some = ("teacher in NF4", "student, plain AdamW")
+    real = replace(probes.REAL, capacity=lambda kind, budget: capacity.table(kind, 5e9, some))
     status = doctor.main(as_json=True, probes=real)
     seen = json.loads(capsys.readouterr().out)
     assert status == (0 if seen["healthy"] else 1)
     assert seen["four_bit"]["weight_error"] < 0.12 and seen["host"]["memory_bytes"] > 1e9
-    teacher, student, streamed = sorted(
-        seen["can"]["largest"], key=lambda row: ("streamed" in row["way"], row["role"] == "student")
-    )
-    assert 0.5 < teacher["bytes_a_parameter"] < 0.6  # 4 bits, and scales
-    assert 16 <= student["bytes_a_parameter"] < 21  # weight, gradient, two moments, and a temporary on CUDA
-    assert streamed["parameters"] >= teacher["parameters"] > student["parameters"]
+    teacher, student = seen["can"]["largest"]
+    assert 0.5 * teacher["parameters"] < teacher["needed_bytes"] <= 5e9
+    assert 0 < 16 * student["parameters"] < student["needed_bytes"] <= 5e9
+    assert student["parameters"] < teacher["parameters"] and student["model"] != teacher["model"]
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -239,10 +237,15 @@ def test_a_broken_nvidia_smi_is_told(script: str, tmp_path: Path, monkeypatch: p
     assert probes.driver() == {"version": "580.95.05", "cards": ["NVIDIA GeForce RTX 3060"]}
 
 
-def test_more_memory_never_fits_a_smaller_model_and_what_fits_does() -> None:
-    cost, before = Cost(1e8, 10.0, 12.0), 0
-    assert capacity.largest(cost, 1e8) is None
-    for budget in (5e8, 1e9, 4e9, 8e9, 12e9, 24e9, 80e9, 640e9):
-        shape = capacity.largest(cost, budget)
-        assert isinstance(shape, Shape) and cost.bytes_of(shape) <= budget and shape.parameters >= before
-        before = shape.parameters
+def test_the_largest_model_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a rule of thumb, a way that takes two bytes a parameter; where not even the smallest fits, none."""
+
+    def needed(self: Any, experiment: Any, phase: str) -> int:
+        return round(2 * published_models()[experiment.teacher.model].parameters)
+
+    monkeypatch.setattr(capacity.Forecaster, "needed_bytes", needed)
+    parameters = sorted({model.parameters for model in published_models().values()})
+    for smaller, larger in pairwise(parameters):
+        (row,) = capacity.table("cpu", 2 * larger - 1, ["teacher in bfloat16"])
+        assert row["parameters"] == smaller == published_models()[row["model"]].parameters
+    assert capacity.table("cpu", 2 * parameters[0] - 1, ["teacher in bfloat16"])[0]["model"] is None
