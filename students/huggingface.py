@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.models.checkpoints import nearest, resolve
+from distill.models.checkpoints import nearest, refuse_adapter, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet_transformers
 from distill.models.language_model import check_rows
 from distill.models.shapes import declare
@@ -32,6 +32,7 @@ def load_student(
         raise ValueError("give either model (pretrained) or config (random weights)")
     if model is not None:
         checkpoint = resolve(model, revision, trust_remote_code)
+        refuse_adapter(checkpoint)
         loaded = load_pretrained(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
     else:
         assert config is not None

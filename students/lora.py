@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.models.checkpoints import nearest, resolve
+from distill.models.checkpoints import nearest, refuse_adapter, resolve
 from distill.models.devices import DTYPES
 from distill.models.huggingface import (
     HuggingFaceLanguageModel,
@@ -52,6 +52,7 @@ def load_lora_student(
     """
     _check_numbers(rank, lora_alpha, dropout)
     checkpoint = resolve(model, revision, trust_remote_code)
+    refuse_adapter(checkpoint)
     if is_quantized(checkpoint, trust_remote_code):
         raise ValueError(f"the weights of {model} are quantized already: set model to an unquantized copy")
     loaded = load_quantized(checkpoint, quantization, DTYPES[base_dtype], trust_remote_code=trust_remote_code)

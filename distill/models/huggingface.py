@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError, first_line
-from distill.models.checkpoints import Checkpoint, load_config, weight_files
+from distill.models.checkpoints import Checkpoint, adapter_files, load_config, weight_files
 from distill.models.language_model import Head
 from distill.models.shapes import finder
 from distill.system.quiet import quiet_transformers
@@ -175,6 +175,7 @@ def load_pretrained(
 
     if finder() is None:
         weight_files(checkpoint)  # refuses pickle, and a folder without weights
+        adapter_files(checkpoint)  # refuses one that would be left out
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     if checkpoint.gguf_file is not None:
         assert quantization_config is None, "a GGUF file is dequantised first"

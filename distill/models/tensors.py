@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.checkpoints import Checkpoint, refuse_adapter, weight_files
 from distill.models.huggingface import load_pretrained
 
 
@@ -25,6 +25,7 @@ class Tensors(Mapping[str, Tensor]):
         self._loaded: dict[str, Tensor] | None = None
         if checkpoint.gguf_file is not None:
             return
+        refuse_adapter(checkpoint)
         for file in weight_files(checkpoint):
             with safe_open(file, framework="pt") as opened:
                 self._places.update(dict.fromkeys(opened.keys(), file))
@@ -56,5 +57,5 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def tensors(checkpoint: Checkpoint) -> Tensors:
-    """Open a checkpoint's tensors for lazy reading. Raises UserError for pickle."""
+    """Open a checkpoint's tensors for lazy reading. Raises UserError for pickle and adapters."""
     return Tensors(checkpoint)

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 from huggingface_hub import errors
+from transformers import AutoModelForCausalLM
 
 from distill.errors import UserError, first_line
 from distill.models import checkpoints
 from distill.models.checkpoints import Checkpoint, fingerprints, load_config, resolve, weight_files
 from distill.models.tensors import tensors
+from students.huggingface import load_student
+from teachers.huggingface import load_teacher
 
 
 def test_a_folder_and_a_gguf_file_are_found(llama_folder: Path, tmp_path: Path) -> None:
@@ -136,6 +140,47 @@ def test_fingerprints_depend_on_content_alone(llama_folder: Path, tmp_path: Path
     data[-1] ^= 1
     weights.write_bytes(data)
     assert fingerprints(resolve(str(copy)))["weights"] != first["weights"]
+
+
+def add_adapter(folder: Path, seed: int) -> None:
+    """Put an adapter that changes the logits beside a folder's weights."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(folder.parent / "plain", local_files_only=True)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+
+
+def test_an_adapter_belongs_to_the_weights(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(llama_folder, llama_folder.parent / "plain")
+    ids = torch.arange(6)[None]
+    prints, logits = [], []
+    for seed in (None, 0, 1):
+        if seed is not None:
+            add_adapter(llama_folder, seed)
+        prints.append(fingerprints(resolve(str(llama_folder))))
+        teacher = load_teacher(str(llama_folder), "none")
+        logits.append(teacher.head(teacher.body(ids, ids)))
+    assert len({each["weights"] for each in prints}) == 3
+    assert not any(torch.allclose(logits[a], logits[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    for reads_the_weights_alone in (tensors, lambda checkpoint: load_student(str(checkpoint.folder))):
+        with pytest.raises(UserError, match="merge it"):
+            reads_the_weights_alone(resolve(str(llama_folder)))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else found(name, *rest))
+    for use in (lambda: fingerprints(resolve(str(llama_folder))), lambda: load_teacher(str(llama_folder), "none")):
+        with pytest.raises(UserError, match="pip install peft"):
+            use()
+
+
+def test_code_that_makes_the_logits_belongs_to_the_configuration(llama_folder: Path) -> None:
+    config = json.loads((llama_folder / "config.json").read_text())
+    own = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (llama_folder / "config.json").write_text(json.dumps({**config, "auto_map": own}))
+    found = []
+    for code in ("SCALE = 1", "SCALE = 2"):
+        (llama_folder / "modeling_own.py").write_text(code)
+        found.append([fingerprints(resolve(str(llama_folder)), trust)["config"] for trust in (False, True)])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
 def test_load_config(llama_folder: Path, tmp_path: Path) -> None:
