@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import json
 import sys
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from distill.errors import UserError, did_you_mean
 from distill.system.blame import blame
 from distill.system.files import last_part, names_only
+from distill.system.progress import say
+from distill.system.sources import source_hash
+from distill.system.values import fits, is_plain, type_hints
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +132,7 @@ def arguments(reference: str, kind: Kind, options: dict[str, Any], offered: dict
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())
-    hints = _hints(factory)
+    hints = type_hints(factory)
     chosen: dict[str, Any] = {}
     for name, value in options.items():
         if name not in parameters and not takes_any:
@@ -206,6 +208,8 @@ def load_language_model(
         known = {**description["options"], **_in_full(description["options"], options or {})}
         model = build(description["class_path"], "student", known, offered)
         saving.load_weights(model, folder, description)
+        if description.get("source") not in (None, source_of(description["class_path"], "student")):
+            say(f"{folder}: the code of {description['class_path']} has changed since this model was trained")
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -219,7 +223,7 @@ def named_class(folder: Path, wanted: str, named: str | None) -> str:
     Raises UserError when the user has not named it, and for a built-in that opens other checkpoints: its models are
     saved as Hugging Face folders.
     """
-    if wanted in BUILT_IN["student"] or wanted in BUILT_IN["student"].values():
+    if is_built_in(wanted, "student"):
         if "trust_remote_code" in inspect.signature(load(wanted, "student")).parameters:
             raise UserError(f"{folder}: its student.json names '{wanted}', which opens other checkpoints: not loaded")
         return wanted
@@ -232,56 +236,45 @@ def named_class(folder: Path, wanted: str, named: str | None) -> str:
     return named
 
 
-def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Return the type hints of the call; none if a stranger's annotations cannot be evaluated."""
-    target = factory.__init__ if inspect.isclass(factory) else factory
-    try:
-        return typing.get_type_hints(target)
-    except Exception:  # an annotation may name anything, for example a type imported for checkers only
-        return {}
-
-
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    if _fits(value, hint):
+    if fits(value, hint):
         return value
     if isinstance(value, str):  # `--student.options.layers 4`, or `1e-3`, which YAML 1.1 reads as text
         try:
             number = json.loads(value)
         except json.JSONDecodeError:
             number = None
-        if number is not None and _fits(number, hint):
+        if number is not None and fits(number, hint):
             return number
     name = getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("typing.", "")
     raise UserError(f"{where}: expected {name}, got {value!r}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a plain YAML value agrees with a type hint. Hints unknown here are left to the constructor."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    if (origin or hint) in (list, dict):
-        inner = args[0] if origin is list else Any
-        return isinstance(value, origin or hint) and (origin is not list or all(_fits(v, inner) for v in value))
-    return True
+def source_of(reference: str, kind: Kind) -> str:
+    """Return the hash of a plug-in's source: the file that was named, and the one that defines the class."""
+    found = load(reference, kind)
+    name = BUILT_IN[kind].get(reference, reference).rpartition(":")[0]
+    modules = [sys.modules.get(each) for each in (name, getattr(found, "__module__", ""))]
+    files = [Path(name).expanduser()] if name.endswith(".py") else []
+    files += [Path(module.__file__) for module in modules if module is not None and module.__file__]
+    return source_hash([file for file in files if file.is_file()])
 
 
-def source_file(reference: str) -> Path | None:
-    """Return the file of a class of the user's own, None for a built-in and for classes without one."""
-    if any(reference in table for table in BUILT_IN.values()):
-        return None
-    name = reference.rpartition(":")[0]
-    if name.endswith(".py"):
-        return Path(name).expanduser().resolve()
-    file = getattr(_from_package(name, "student"), "__file__", None)
-    return None if file is None else Path(file)
+def is_built_in(reference: str, kind: Kind) -> bool:
+    """Tell whether a plug-in is one of those that come with this version."""
+    return reference in BUILT_IN[kind] or reference in BUILT_IN[kind].values()
+
+
+def defaults(reference: str, kind: Kind) -> dict[str, Any]:
+    """Return the options of a plug-in with their default values, as far as these are plain and of their types."""
+    factory = load(reference, kind)
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return {}
+    hints, found = type_hints(factory), {name: parameter.default for name, parameter in parameters.items()}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not inspect.Parameter.empty and is_plain(value) and fits(value, hints.get(name, Any))
+    }

@@ -13,6 +13,8 @@ from distill.system.files import names_only, read_bounded
 FILE = "settings.json"
 NOT_COMPARED = "may_change"
 """Section of settings that are noted, and may be others when a training is resumed."""
+SOURCE, DEFAULTS = "student.source", "student.defaults."
+"""Beginnings of the keys of a student's code, and of its options that the experiment does not give."""
 _MOST_BYTES = 2**24
 
 
@@ -37,8 +39,12 @@ def differences(folder: Path, settings: dict[str, Any]) -> list[str]:
 
     Raises UserError if the folder's are missing or damaged.
     """
-    there = _flat(names_only(read(folder)))
+    found = read(folder)
+    there = _flat(names_only(found))
     here = _flat(json.loads(json.dumps(settings)))
+    student = found.get("student")
+    if not isinstance(student, dict) or "source" not in student:  # of a version that did not describe it in full
+        here = {key: value for key, value in here.items() if not key.startswith((SOURCE, DEFAULTS))}
     return [
         f"{key}: {there.get(key)} there, {here.get(key)} here"
         for key in sorted(there.keys() | here.keys())

@@ -60,7 +60,7 @@ def make_student(
         _trim(model, name, vocabulary)
     check_length(context_length(model), name, experiment.corpus.sequence_length)
     checked_head(model, name, tokens)
-    return model, options
+    return model, {**plugins.defaults(student.class_path, "student"), **options}
 
 
 def check_tokens(experiment: Experiment, place: Place, tokenizer: Any) -> None:

@@ -66,6 +66,7 @@ def trained_roles(experiment: Experiment, folders: Folders, corpus: str) -> list
             raise UserError(f"{folder}: no trained {role.name} here: run `distill train-student` first")
         own = own_settings(role.own(experiment), role)
         different = [line for line in settings.differences(folder, own) if line.split(".")[0].split(":")[0] in own]
+        different = [line for line in different if not line.startswith(settings.SOURCE)]  # said on loading
         if different:
             raise UserError(
                 f"{folder} was trained with other settings ({'; '.join(different)}): give those of its training"
@@ -153,9 +154,8 @@ def _dtype(experiment: Experiment) -> torch.dtype:
 
 
 def _code(class_path: str) -> dict[str, str]:
-    """Return the hash of the file of the user's own class. Files that it imports are not included."""
-    source = plugins.source_file(class_path)
-    return {} if source is None else {"code": sha256_of(source)}
+    """Return the hash of the source of the user's own class."""
+    return {} if plugins.is_built_in(class_path, "student") else {"code": plugins.source_of(class_path, "student")}
 
 
 def _checked(

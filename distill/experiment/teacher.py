@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +14,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.models import checkpoints, tokenizers
 from distill.models.generation import context_of
+from distill.system.files import last_part, names_only
 from distill.system.quiet import quiet_transformers
 
 
@@ -54,7 +57,17 @@ class Teacher:
             "teacher_weights": weights["weights"],
             "quantization": f"{self.config.quantization}, {self.compute_dtype}",
             **tokenizers.tokenizer_fingerprint(self.tokenizer),
+            **self._own_class(),
         }
+
+    def _own_class(self) -> dict[str, str]:
+        """Return the fingerprint of a class of the user's own: its name, its code and all of its options."""
+        name = self.config.class_path
+        if plugins.is_built_in(name, "teacher"):
+            return {}
+        options = names_only({**plugins.defaults(name, "teacher"), **self.config.options})
+        text = json.dumps([last_part(name), plugins.source_of(name, "teacher"), options], sort_keys=True)
+        return {"teacher_class": hashlib.sha256(text.encode()).hexdigest()}
 
     def load(self) -> Any:
         """Make the model on its device. If it has values, check its vocabulary and that it keeps documents apart."""

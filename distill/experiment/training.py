@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from distill import plugins
 from distill.cache.format.folder import Manifest
 from distill.errors import UserError
 from distill.experiment import settings
-from distill.experiment.configuration import Experiment
+from distill.experiment.configuration import Experiment, StudentConfig
 from distill.experiment.place import Place
 from distill.losses.features import check_features
 from distill.losses.objective import Mixture, check_divergence, make_divergence
@@ -162,13 +163,24 @@ def training_settings(experiment: Experiment, role: Role, cache: Manifest) -> di
     }
 
 
+def _described(student: StudentConfig) -> dict[str, Any]:
+    """Return the student's settings, with the defaults of options that were not given.
+
+    A class of the user's own has the hash of its code too.
+    """
+    name = student.class_path
+    unsaid = {key: value for key, value in plugins.defaults(name, "student").items() if key not in student.options}
+    source = None if plugins.is_built_in(name, "student") else plugins.source_of(name, "student")
+    return {**asdict(student), "defaults": unsaid, "source": source}
+
+
 def own_settings(experiment: Experiment, role: Role) -> dict[str, Any]:
     """Return those of the `training_settings` that the experiment alone tells, without the cache and the devices."""
     loss = asdict(experiment.loss)
     del loss["alpha"], loss["chunk_size"]
     train = {**asdict(experiment.train), "rounding": rounding_of(experiment)}
     return {
-        "student": asdict(experiment.student),
+        "student": _described(experiment.student),
         "teacher": experiment.teacher.model,
         "alpha": role.alpha,
         "loss": loss,

@@ -16,7 +16,7 @@ from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.system.files import names_only, read_bounded
 from distill.system.staging import replaced_folder
 
-DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options}
+DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options, source}
 WEIGHTS = "model.safetensors"
 TRUST = "trust_remote_code"
 NOT_KEPT = ("first_samples", "device", TRUST)  # arguments from the pipeline that are needed the first time only
@@ -30,13 +30,14 @@ def save_language_model(
     options: dict[str, Any],
     tokenizer: Any,
     write_more: Callable[[Path], None] | None = None,
+    source: str | None = None,
 ) -> Path:
     """Write `model` and `tokenizer` to `folder`, replacing its content only when the new folder is complete.
 
     A Hugging Face model becomes an ordinary Hugging Face folder, whose texts end with the tokenizer's end token. Any
     other becomes weights and `student.json`, from which `class_path` is called again with `options`: give the complete
-    ones, as `plugins.arguments` returns them. Of absolute paths it has the last part only. If a model has a method
-    `merged`, its result is written instead.
+    ones, as `plugins.arguments` returns them, and as `source` the hash of the class's code (`plugins.source_of`). Of
+    absolute paths it has the last part only. If a model has a method `merged`, its result is written instead.
     `write_more` writes further files into the new folder before that is renamed.
     """
     folder = Path(folder)
@@ -47,21 +48,21 @@ def save_language_model(
             end_as(model.model, tokenizer)
             model.save_pretrained(new)
         else:
-            _save_custom(model, new, class_path, options)
+            _save_custom(model, new, {"class_path": class_path, "options": options, "source": source})
         tokenizer.save_pretrained(new)
         if write_more is not None:
             write_more(new)
     return folder
 
 
-def _save_custom(model: torch.nn.Module, folder: Path, class_path: str, options: dict[str, Any]) -> None:
+def _save_custom(model: torch.nn.Module, folder: Path, description: dict[str, Any]) -> None:
     from safetensors.torch import save_model
 
-    kept = {name: value for name, value in options.items() if name not in NOT_KEPT}
+    kept = {name: value for name, value in description["options"].items() if name not in NOT_KEPT}
     try:
-        text = json.dumps(names_only({"class_path": class_path, "options": kept}), indent=2)
+        text = json.dumps(names_only({**description, "options": kept}), indent=2)
     except TypeError as error:
-        raise UserError(f"student.options of {class_path} cannot be written as JSON: {error}") from error
+        raise UserError(f"student.options of {description['class_path']} cannot be written as JSON: {error}") from error
     save_model(model, str(folder / WEIGHTS))  # writes a tensor that several names share (a tied head) once
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from distill import plugins
 from distill.cache.format.head import load_head
 from distill.cache.format.tokenizer_files import checked_tokenizer
 from distill.cache.reading.reader import CacheReader
@@ -286,4 +287,5 @@ class _Training:
                 vocabulary.save(new)
 
         folder, class_path = self.folders.model(self.role.name), self.experiment.student.class_path
-        save_language_model(student, folder, class_path, options, tokenizer, write_more=write_more)
+        source = plugins.source_of(class_path, "student")
+        save_language_model(student, folder, class_path, options, tokenizer, write_more, source)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.plugins import load_language_model
 from distill.system.progress import Progress
+
+COMPACT = Path(__file__).parents[2] / "students/compact.py"
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -59,6 +64,37 @@ def test_a_signal_stops_a_real_process_which_says_how_to_go_on(
         assert untouched(run) == before
     assert "student: continuing from" in distill(*suggested).done().out
     assert_same_weights(run, undisturbed)
+
+
+def test_a_student_whose_code_changed_is_another(
+    train: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused in a folder that is trained or to be resumed, and said on loading; a comment changes nothing."""
+    file = tmp_path / "own.py"
+    plain = COMPACT.read_text(encoding="utf-8").replace("class CompactDecoder(", "class Own(")
+    file.write_text(plain)
+    chosen = ["--student.class_path", f"{file}:Own", "--student.options", '{"hidden_size": 16, "heads": 2}']
+    train(*chosen, "--train.max_steps", 2).done()
+    folder = tmp_path / "run/student"
+    described = json.loads((folder / "student.json").read_text())
+    assert described["options"]["norm_eps"] == 1e-5 and described["options"]["hidden_size"] == 16
+
+    file.write_text(f"# A comment.\n{plain}")
+    load_language_model(folder, class_path=f"{file}:Own")
+    assert "has changed" not in capsys.readouterr().out
+    assert "nothing to do" in train(*chosen, "--train.max_steps", 2).done().out
+    file.write_text(plain.replace("norm_eps: float = 1e-5", "norm_eps: float = 1e-3"))
+    load_language_model(folder, class_path=f"{file}:Own")
+    assert "the code of" in (said := capsys.readouterr().out) and "has changed" in said
+    train(*chosen, "--train.max_steps", 2).refused("other settings", "student.source")
+    settings = folder / "settings.json"
+    of_before = json.loads(settings.read_text())
+    for added in ("source", "defaults"):
+        del of_before["student"][added]
+    settings.write_text(json.dumps(of_before))
+    assert "nothing to do" in train(*chosen, "--train.max_steps", 2).done().out, "a folder of an older version"
+    shutil.rmtree(folder)
+    train(*chosen, "--train.max_steps", 2, "--resume").refused("other settings", "student.source")
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
