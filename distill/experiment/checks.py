@@ -8,7 +8,7 @@ from distill.errors import UserError
 from distill.evaluation.benchmarks import check_tasks
 from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training
-from distill.models.contract import checked_head, try_model
+from distill.models.contract import checked_head, not_finite, try_model
 from distill.models.devices import pick_device
 from distill.models.isolation import LENGTH, Rows, find_fault
 from distill.training.loggers import check_installed
@@ -29,10 +29,7 @@ def check_model(
     rows = Rows.make(vocab_size, length, pack, device)
     logits_BLV = try_model(model, name, rows.ids_BL, rows.positions_BL, vocab_size, trains=trains)
     if not logits_BLV.isfinite().all():
-        raise UserError(
-            f"{name}: its outputs are not finite: weights that are not, or sums too large for "
-            f"{str(logits_BLV.dtype).removeprefix('torch.')}; give other weights, or compute in a wider type"
-        )
+        raise UserError(f"{name}: {not_finite(logits_BLV.dtype)}")
     if (fault := find_fault(model, vocab_size, device, pack=pack, length=length)) is not None:
         raise UserError(f"{name}: {fault.value}")
 

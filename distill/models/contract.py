@@ -37,6 +37,14 @@ def check_members(model: Any, name: str) -> None:
             raise UserError(f"{name}: {path} holds None: an nn.ModuleList has modules only (nn.Identity does nothing)")
 
 
+def not_finite(dtype: torch.dtype) -> str:
+    """Return the message for outputs that are infinite or NaN."""
+    return (
+        f"its outputs are not finite: weights that are not, or sums too large for {str(dtype).removeprefix('torch.')}; "
+        "give other weights, or compute in a wider type"
+    )
+
+
 def try_model(
     model: nn.Module, name: str, ids_BL: Tensor, positions_BL: Tensor, vocab_size: int, *, trains: bool = False
 ) -> Tensor:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from distill.errors import UserError, first_line
 from distill.models.checkpoints import Checkpoint, adapter_files, load_config, weight_files
+from distill.models.contract import not_finite
 from distill.models.language_model import Head
 from distill.models.shapes import finder
+from distill.system.memory import is_out_of_memory
 from distill.system.quiet import quiet_transformers
 
 
@@ -89,17 +91,26 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         positions_BL = torch.arange(8, device=weight.device)[None]
         training = self.training
         self.eval()
+        family = type(self.model).__name__
         try:
             given = {"position_ids": positions_BL} if self._takes_positions else {}
             own_BLV = self.model(input_ids=ids_BL, use_cache=False, **given).logits.float()
             ours_BLV = self.head(self.body(ids_BL, positions_BL)).float()
+        except (RuntimeError, TypeError) as failure:
+            if is_out_of_memory(failure):
+                raise
+            raise ValueError(
+                f"{family} fails on its first tokens ({first_line(failure)}): set quantization to 'none' if it is not, "
+                "or another compute_dtype"
+            ) from failure
         finally:
             self.train(training)
-        family = type(self.model).__name__
         if own_BLV.shape != ours_BLV.shape:
             raise ValueError(
                 f"{family} makes logits of another shape than its head's {tuple(ours_BLV.shape)}: not supported"
             )
+        if not own_BLV.isfinite().all():
+            raise ValueError(not_finite(weight.dtype))
         error = torch.linalg.vector_norm(own_BLV - ours_BLV) / torch.linalg.vector_norm(own_BLV)
         if not error <= max(torch.finfo(weight.dtype).eps, 1e-5):
             raise ValueError(

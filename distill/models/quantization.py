@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any, Literal
 
 import torch
@@ -11,9 +14,12 @@ from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.huggingface import load_pretrained
 from distill.models.quantized_shapes import ScaledLinear, packed_linear
 from distill.models.shapes import finder
+from distill.models.streaming import kept_wider
 from distill.system.quiet import quiet_for_good
 
 Quantization = Literal["nf4", "int8", "none"]
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+_PRODUCT = re.compile(r"self\.(\w+)\.weight\s*@")
 
 
 def load_quantized(
@@ -37,10 +43,14 @@ def load_quantized(
         loaded.to(device)
     elif quantization == "none":
         loaded = load_pretrained(checkpoint, dtype, None, {"": device}, trust_remote_code)
+        if finder() is None and is_quantized(checkpoint, trust_remote_code):
+            _compute_in(loaded, dtype)
     else:
         if is_quantized(checkpoint, trust_remote_code):
             raise ValueError(f"{checkpoint.name} is quantized already: set quantization to 'none' to take it as it is")
-        loaded = load_pretrained(checkpoint, dtype, _settings(quantization, dtype), {"": device}, trust_remote_code)
+        family = _source_of_family(load_config(checkpoint, trust_remote_code))
+        settings = _settings(quantization, dtype, _multiplied_outside(family))
+        loaded = load_pretrained(checkpoint, dtype, settings, {"": device}, trust_remote_code)
         if finder() is not None:
             quantize_linears(loaded, quantization, dtype, device)
     _use_portable_kernel(loaded)
@@ -78,12 +88,47 @@ def full_weight(layer: nn.Module) -> Tensor:
     return weight.T if is_transposed(layer) else weight
 
 
-def _settings(quantization: Quantization, dtype: torch.dtype) -> Any:
+def _compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Give what is not quantised of a quantised checkpoint the type that was asked for, and compute in it.
+
+    transformers leaves it in the checkpoint's own, or dequantises into bfloat16.
+    """
+    wider = kept_wider(model, dtype)
+    for path, module in model.named_modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit layer
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            module.weight.quant_state.dtype = dtype
+        elif all(tensor.dtype in _PLAIN for tensor in tensors):  # others hold packed weights, and scales beside them
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.data = parameter.data.to(wider.get(f"{path}.{name}", dtype))
+
+
+def _source_of_family(config: Any) -> str:
+    """Return the source of a family's modules in transformers; empty for a family that is not there."""
     import transformers
 
+    try:
+        family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        return inspect.getsource(sys.modules[family.__module__])
+    except (KeyError, OSError):
+        return ""
+
+
+def _multiplied_outside(source: str) -> list[str]:
+    """Return the layers whose weight a module multiplies by itself, as Mamba's mixer does: it cannot be packed."""
+    return sorted(set(_PRODUCT.findall(source)))
+
+
+def _settings(quantization: Quantization, dtype: torch.dtype, full: list[str]) -> Any:
+    """Return the settings for a checkpoint that is quantised while it is read, but for its head and `full`."""
+    import transformers
+
+    skipped = [*full, "lm_head"] if full else None  # None: transformers looks for the head itself
     if quantization == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return transformers.BitsAndBytesConfig(
+        llm_int8_skip_modules=skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -93,10 +138,10 @@ def _settings(quantization: Quantization, dtype: torch.dtype) -> Any:
 
 def quantize_linears(model: Any, quantization: Quantization, dtype: torch.dtype, device: str) -> None:
     """Replace every linear layer but the head by a quantised one on `device`, one after the other, in place."""
-    head = model.get_output_embeddings()
+    head, full = model.get_output_embeddings(), _multiplied_outside(_source_of_family(model.config))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if child is head or not is_linear(child):
+            if child is head or name in full or not is_linear(child):
                 continue
             weight = full_weight(child).data.contiguous()
             setattr(parent, name, _quantized(weight, child.bias, quantization, dtype).to(device))

@@ -127,10 +127,15 @@ def _readings(model: Any, stored: Iterable[str]) -> tuple[list[_Reading], list[s
 
 def types_as_loaded(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return each tensor's type when transformers loads `model` in `dtype`: some families keep a few in float32."""
+    return {name: tensor.dtype for name, tensor in model.state_dict().items()} | kept_wider(model, dtype)
+
+
+def kept_wider(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the types of those tensors alone that the family keeps wider than `dtype`."""
     from transformers.core_model_loading import build_glob_alternation
 
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    types: dict[str, torch.dtype] = {}
     for pattern, wider in model._get_dtype_plan(dtype).items():
         search = build_glob_alternation([pattern])[0].search
-        types.update({name: wider for name in types if search(name)})
+        types.update({name: wider for name in model.state_dict() if search(name)})
     return types

@@ -11,11 +11,14 @@ import bitsandbytes as bnb
 import gguf
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from distill.models.quantization import quantize_linears
+from distill.models.huggingface import HuggingFaceLanguageModel
+from distill.models.quantization import full_weight, quantize_linears
 from teachers.huggingface import load_teacher, resolve_dtype
 
+PACKED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 64,
@@ -130,6 +133,84 @@ def test_conv1d_layers_are_quantised_too() -> None:
     with torch.no_grad():
         expected, found = plain(input_ids=ids_BL).logits, quantised(input_ids=ids_BL).logits
     assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_quantised_folder_computes_in_the_type_asked_for(compute_dtype: str, tmp_path: Path) -> None:
+    """A 4-bit folder of bfloat16, whose weights stay; all else is as in an unquantised folder of the same weights."""
+    tiny().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=settings, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    teacher = load_teacher(str(tmp_path / "packed"), "none", compute_dtype)
+    dtype = getattr(torch, compute_dtype)
+    plain = load_teacher(str(tmp_path / "plain"), "none", compute_dtype)
+    seen = set()
+    for module in teacher.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    with torch.no_grad():
+        for name, module in plain.model.named_modules():
+            if isinstance(found := teacher.model.get_submodule(name), bnb.nn.Linear4bit):
+                module.weight.copy_(full_weight(found))
+                assert found.compute_dtype == dtype
+    assert {each.dtype for each in teacher.parameters() if each.is_floating_point()} == {dtype}
+    torch.testing.assert_close(logits(teacher), logits(plain), rtol=0, atol=0)
+    assert seen == {dtype}
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float16"])
+def test_an_fp8_folder_on_a_device_without_fp8(compute_dtype: str, tmp_path: Path) -> None:
+    sizes = {**SIZES, "hidden_size": 128}
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes), dtype=torch.float32)
+    plain.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        blocks = (-(-size // 128) for size in stored[name].shape)
+        stored[f"{name}_scale_inv"] = torch.full(tuple(blocks), 0.5)
+        stored[name] = (stored[name] / 0.5).to(torch.float8_e4m3fn)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher = load_teacher(str(tmp_path), "none", compute_dtype)
+    assert {each.dtype for each in teacher.parameters()} == {getattr(torch, compute_dtype)}
+    weight = teacher.model.model.layers[0].mlp.up_proj.weight.float()
+    expected = stored["model.layers.0.mlp.up_proj.weight"].float() * 0.5
+    torch.testing.assert_close(weight, expected, rtol=2**-7, atol=0)
+
+
+def test_an_overflow_is_called_one(tmp_path: Path) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+        model.model.norm.weight.mul_(1e3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not finite.*float16.*wider type"):
+        load_teacher(str(tmp_path), "none", "float16")
+    load_teacher(str(tmp_path), "none", "float32")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+def test_a_weight_that_is_multiplied_outside_its_layer_is_not_packed(
+    family: str, quantization: Any, tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, vocab_size=99, hidden_size=64, num_hidden_layers=2, state_size=4)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), quantization)
+    packed = {name.rpartition(".")[2] for name, module in teacher.named_modules() if type(module) in PACKED}
+    assert packed == {"in_proj", "x_proj", "out_proj"}
+    in_memory = copy.deepcopy(plain)
+    quantize_linears(in_memory, quantization, torch.float32, "cpu")
+    torch.testing.assert_close(logits(HuggingFaceLanguageModel(in_memory.eval())), logits(teacher))
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
