@@ -20,6 +20,19 @@ def split_rows(shares: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarr
     return np.random.default_rng(seed).permutation(train_rows), held_rows
 
 
+def spread(total: int) -> np.ndarray:
+    """Return the numbers 0 to `total` - 1 in an order whose every beginning is spread over all of them.
+
+    They stand in the order of their bits read backwards (van der Corput's sequence): 0, 4, 2, 6, 1, 5, 3, 7.
+    """
+    bits = max(total - 1, 0).bit_length()
+    numbers = np.arange(2**bits)
+    reversed_bits = np.zeros_like(numbers)
+    for bit in range(bits):
+        reversed_bits |= (numbers >> bit & 1) << (bits - 1 - bit)
+    return reversed_bits[reversed_bits < total]
+
+
 def check_sides(path: str, train_rows: np.ndarray, held_rows: np.ndarray, held_out: float) -> None:
     """Raise UserError if one of the two sides was asked for and has no document."""
     documents = len(train_rows) + len(held_rows)

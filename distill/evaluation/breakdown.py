@@ -1,6 +1,6 @@
-"""Sums of the metrics by sample, by the teacher's entropy and by position, and the means made from them.
+"""Sums of the metrics by document or sample, by the teacher's entropy and by position, and the means made from them.
 
-Shapes: N positions that carry loss, V vocabulary, S samples, K metrics, M bins of confidence. Every position counts
+Shapes: N positions that carry loss, V vocabulary, S clusters, K metrics, M bins of confidence. Every position counts
 the same, however the positions are cut into chunks, batches and devices.
 """
 
@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from distill.errors import UserError
 from distill.evaluation import metrics
-from distill.evaluation.statistics import SampleSums, intervals
+from distill.evaluation.statistics import ClusterSums, intervals
 
 ENTROPY_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 """Lower edges of the bins of the teacher's entropy, nats. The last bin has no upper edge."""
@@ -41,10 +41,10 @@ class Measured:
 
     names: tuple[str, ...]
     """Names of the K metrics."""
-    sample_sums: np.ndarray
-    """Sums by sample, `[S, K]`."""
-    sample_positions: np.ndarray
-    """Positions with loss of each sample, `[S]`."""
+    cluster_sums: np.ndarray
+    """Sums by cluster, `[S, K]`."""
+    cluster_positions: np.ndarray
+    """Positions with loss of each cluster, `[S]`."""
     entropy_sums: np.ndarray
     """Sums by the teacher's entropy, `[7, K]`; the bins are `ENTROPY_EDGES`."""
     entropy_positions: np.ndarray
@@ -59,12 +59,17 @@ class Measured:
     @property
     def tokens(self) -> int:
         """Number of positions with loss."""
-        return int(self.sample_positions.sum())
+        return int(self.cluster_positions.sum())
+
+    @property
+    def clusters(self) -> int:
+        """Number of documents or samples that are resampled, those with positions."""
+        return int((self.cluster_positions > 0).sum())
 
     @cached_property
-    def sums(self) -> SampleSums:
-        """Sums by sample, in the form that `statistics.compare` takes."""
-        return SampleSums(self.sample_positions, dict(zip(self.names, self.sample_sums.T, strict=True)))
+    def sums(self) -> ClusterSums:
+        """Sums by cluster, in the form that `statistics.compare` takes."""
+        return ClusterSums(self.cluster_positions, dict(zip(self.names, self.cluster_sums.T, strict=True)))
 
     def summary(self) -> dict[str, Any]:
         """Return the means over positions, as the model's entry in `evaluation.json`.
@@ -111,16 +116,16 @@ class Places:
     """The places of N positions, and the true next tokens there; int64 each."""
 
     next_ids_N: Tensor
-    samples_N: Tensor
-    """Number of the sample, from 0."""
+    clusters_N: Tensor
+    """Number of the document or sample that is resampled as a whole, from 0."""
     positions_N: Tensor
     """Number of tokens before the position in its document and sample (`position_ids`)."""
 
 
 class _SumsOverPositions(Metric):
-    """Sums of named per-position values by sample, by the teacher's entropy and by position.
+    """Sums of named per-position values by cluster, by the teacher's entropy and by position.
 
-    The state is float64 sums and counts, which add up across devices if each sample is counted on one of them.
+    The state is float64 sums and counts, which add up across devices whichever of them counts a position.
     torchmetrics' MulticlassCalibrationError would keep the confidence of every position. The sums stay on the metric's
     device. That is the CPU, even if the values come from a card, since not every accelerator knows float64; it is the
     card after `.to(card)`, as a sum over several cards needs it.
@@ -128,12 +133,12 @@ class _SumsOverPositions(Metric):
 
     full_state_update = False
     names: tuple[str, ...] = ()
-    sample_sums: Tensor
+    cluster_sums: Tensor
     gap_sums: Tensor
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, clusters: int) -> None:
         super().__init__()
-        rows = {"sample": samples, "entropy": len(ENTROPY_EDGES), "position": len(POSITION_EDGES)}
+        rows = {"cluster": clusters, "entropy": len(ENTROPY_EDGES), "position": len(POSITION_EDGES)}
         for kind, size in rows.items():
             sums, counts = torch.zeros(size, len(self.names), dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
             self.add_state(f"{kind}_sums", sums, dist_reduce_fx="sum")
@@ -151,7 +156,7 @@ class _SumsOverPositions(Metric):
         assert set(values) == set(self.names), (sorted(values), self.names)
         values_NK = torch.stack([values[name].to(device).double() for name in self.names], dim=-1)
         rows = {
-            "sample": places.samples_N.to(device),
+            "cluster": places.clusters_N.to(device),
             "entropy": bin_numbers(teacher_entropy_N.to(device), ENTROPY_EDGES),
             "position": bin_numbers(places.positions_N.to(device), POSITION_EDGES),
         }
@@ -162,7 +167,7 @@ class _SumsOverPositions(Metric):
     def compute(self) -> dict[str, np.ndarray]:
         """Return the sums. Raises UserError if there was no position at all."""
         state = {name: getattr(self, name).cpu().numpy() for name in self._defaults}
-        if not state["sample_positions"].any():
+        if not state["cluster_positions"].any():
             raise UserError(
                 "evaluation: nothing to measure, no held-out position carries loss "
                 "(no held-out text, or all of it masked); give more text, or hold more of it out"

@@ -74,16 +74,18 @@ def teacher_likelihood(
     device: torch.device,
     *,
     text_bytes: int | None = None,
+    documents: Tensor | None = None,
     each: Each = iter,
 ) -> Measured:
     """Measure the teacher alone on the samples: likelihood and calibration, by its own entropy and by position.
 
     The batch size is that of `teacher_states`. For bits per byte, `text_bytes` is the result of the function of that
-    name. Raises UserError if no position carries loss.
+    name. With `documents`, see `documents_of`, sums are by document, else by sample. Raises UserError if no position
+    carries loss.
     """
-    metric, head = Likelihood(len(samples)), states.head.to(device)  # type: ignore[arg-type]
+    metric, head = Likelihood(_clusters(samples, documents)), states.head.to(device)
     for batch, first, hidden_ND in _batches(samples, batch_size, states):
-        for rows, places in each(_chunks(batch, first, chunk_size, device)):
+        for rows, places in each(_chunks(batch, first, chunk_size, device, documents)):
             metric.update(head(hidden_ND[rows].to(device)).float(), places)
     return metric.measured(text_bytes)
 
@@ -100,6 +102,7 @@ def student_fidelity(
     vocabulary: Vocabulary | None = None,
     *,
     text_bytes: int | None = None,
+    documents: Tensor | None = None,
     each: Each = iter,
 ) -> Measured:
     """Measure the student beside the teacher over the full vocabulary, by the teacher's entropy and by position.
@@ -107,20 +110,35 @@ def student_fidelity(
     A `vocabulary` is that of a student which has only some of the tokens. Then both distributions are over these
     tokens, and the teacher's (its entropy too) is conditioned on one of them coming. The samples must consist of them
     (`covered`). The batch size is that of `teacher_states`. For bits per byte, `text_bytes` is the result of the
-    function of that name. Raises UserError if no position carries loss.
+    function of that name. With `documents`, see `documents_of`, sums are by document, else by sample. Raises UserError
+    if no position carries loss.
     """
-    metric = Fidelity(len(samples))  # type: ignore[arg-type]
+    metric = Fidelity(_clusters(samples, documents))
     teacher_head = (states.head if vocabulary is None else trim_head(states.head, vocabulary)).to(device)
     head = student.head.with_rows(teacher_head.weight_VD.shape[0])
     for batch, first, teacher_hidden_ND in _batches(samples, batch_size, states):
         if vocabulary is not None:
             batch = {**batch, "input_ids": vocabulary.mapped(batch["input_ids"])}
         hidden_ND = _hidden(student, batch, device)
-        for rows, places in each(_chunks(batch, first, chunk_size, device)):
+        for rows, places in each(_chunks(batch, first, chunk_size, device, documents)):
             teacher_logits_CV = teacher_head(teacher_hidden_ND[rows].to(device)).float()
             metric.update(head(hidden_ND[rows]).float(), teacher_logits_CV, places)
         advance(batch["input_ids"].numel())
     return metric.measured(text_bytes)
+
+
+def documents_of(samples: Dataset) -> Tensor:
+    """Return the hashes of the documents that positions with loss come from, sorted."""
+    found = [sample["document_hash"][sample["loss_mask"]] for sample in _each(samples)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *found]).unique()
+
+
+def _clusters(samples: Dataset, documents: Tensor | None) -> int:
+    return len(samples) if documents is None else len(documents)  # type: ignore[arg-type]
+
+
+def _each(samples: Dataset) -> Iterator[dict[str, Tensor]]:
+    return (samples[index] for index in range(len(samples)))  # type: ignore[arg-type]
 
 
 def text_bytes(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -138,8 +156,7 @@ def text_bytes(samples: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
         return len(str(text).encode("utf-8", "replace"))
 
     total = 0
-    for index in range(len(samples)):  # type: ignore[arg-type]
-        sample = samples[index]
+    for sample in _each(samples):
         ids_L = sample["input_ids"]
         for begin, end in _runs(sample["loss_mask"]):
             total += length(ids_L[begin : end + 1]) - length(ids_L[begin : begin + 1])
@@ -174,14 +191,19 @@ def _batches(
         first += len(batch["input_ids"])
 
 
-def _chunks(batch: dict[str, Tensor], first: int, chunk_size: int, device: torch.device) -> Iterator[Chunk]:
+def _chunks(
+    batch: dict[str, Tensor], first: int, chunk_size: int, device: torch.device, documents: Tensor | None
+) -> Iterator[Chunk]:
     """Yield slices of a batch's positions with loss, and their places. `first` is the number of the batch's first
     sample.
     """
     mask_BL = batch["loss_mask"]
     next_ids_N = next_ids(batch["input_ids"], mask_BL).to(device)
-    samples_N = mask_BL.nonzero()[:, 0] + first
+    if documents is None:
+        clusters_N = mask_BL.nonzero()[:, 0] + first
+    else:
+        clusters_N = torch.searchsorted(documents, batch["document_hash"][mask_BL])
     positions_N = batch["position_ids"][mask_BL]
     for start in range(0, len(next_ids_N), chunk_size):
         rows = slice(start, start + chunk_size)
-        yield rows, Places(next_ids_N[rows], samples_N[rows], positions_N[rows])
+        yield rows, Places(next_ids_N[rows], clusters_N[rows], positions_N[rows])

@@ -1,8 +1,8 @@
-"""Uncertainty of a mean over positions, and of a difference of two: intervals and tests that resample whole samples.
+"""Uncertainty of a mean over positions, and of a difference of two: intervals and tests that resample whole clusters.
 
-The positions of a sample are not independent (one text, one context), so whole samples are drawn (as clusters): S
-samples with n_s positions each; M metrics; R resamples. If one document fills several samples, these are alike as
-well, and the intervals speak of text like these documents.
+The positions of a document are not independent (one text, one author), so whole documents are drawn (as clusters), or
+whole samples if there are few documents: S clusters with n_s positions each; M metrics; R resamples. If one document
+fills several samples, these are alike as well, and intervals by sample speak of text like these documents alone.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-MINIMUM_SAMPLES = 5
-"""Least number of samples for an interval."""
+MINIMUM_CLUSTERS = 5
+"""Least number of clusters for an interval."""
+MINIMUM_DOCUMENTS = 10
+"""Least number of documents that are resampled; with fewer of them, samples are."""
 LEVEL = 0.95
 RANGES = {
     **dict.fromkeys(("nll", "kl", "reverse_kl"), (0.0, math.inf)),
@@ -30,15 +32,15 @@ _DRAWS_AT_A_TIME = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class SampleSums:
-    """Sums of each sample: positions with loss, `[S]` int64, and each metric over them, `[S]` float64."""
+class ClusterSums:
+    """Sums of each cluster: positions with loss, `[S]` int64, and each metric over them, `[S]` float64."""
 
     positions: np.ndarray
     values: Mapping[str, np.ndarray]
 
     @property
     def tokens(self) -> int:
-        """Positions of all samples together."""
+        """Positions of all clusters together."""
         return int(self.positions.sum())
 
     def mean(self, name: str) -> float:
@@ -49,25 +51,25 @@ class SampleSums:
 def ratio_intervals(
     sums_SM: np.ndarray, positions_S: np.ndarray, *, resamples: int = 2000, seed: int = 0
 ) -> np.ndarray | None:
-    """Return 95 % intervals `[M, 2]` of the ratios `Σ_s sums / Σ_s positions`; None with fewer than 5 samples.
+    """Return 95 % intervals `[M, 2]` of the ratios `Σ_s sums / Σ_s positions`; None with fewer than 5 clusters.
 
     Studentised bootstrap (bootstrap-t: Efron and Tibshirani, "An introduction to the bootstrap", 1993, §12.5) of the
     ratio estimator, whose variance is that of its residuals `e = sums - ratio · positions` (Cochran, "Sampling
-    techniques", 1977, §6.4): `Var = mean(e²) / (S - 1) / mean(positions)²`. Resamples weigh each sample with a number
+    techniques", 1977, §6.4): `Var = mean(e²) / (S - 1) / mean(positions)²`. Resamples weigh each cluster with a number
     from Beta(1/2, 3/2) instead of counting it 0, 1, 2, … times: mean, variance and skewness agree, so it is as
-    accurate to second order, but no resample consists of one sample again and again, whose variance of 0 makes the
+    accurate to second order, but no resample consists of one cluster again and again, whose variance of 0 makes the
     usual bootstrap-t's intervals endless (Owen, "Better bootstrap t confidence intervals for the mean",
     arXiv:2508.10083, 2025).
 
-    Ratios that are the same in all samples give a point. A ratio that is not finite gives nan. Samples without
-    positions say nothing and are left out. With few and skewed samples it covers somewhat less than 95 %: 90 % with
-    5 samples whose means vary by a factor 1.8 (one standard deviation), 93 % with 16, 94 % with 60; the percentile
+    Ratios that are the same in all clusters give a point. A ratio that is not finite gives nan. Clusters without
+    positions say nothing and are left out. With few and skewed clusters it covers somewhat less than 95 %: 90 % with
+    5 clusters whose means vary by a factor 1.8 (one standard deviation), 93 % with 16, 94 % with 60; the percentile
     bootstrap covers 80, 88 and 93 %.
     """
     counted = positions_S > 0
     sums_SM, n_S1 = sums_SM[counted].astype(np.float64), positions_S[counted, None].astype(np.float64)
     samples = len(sums_SM)
-    if samples < MINIMUM_SAMPLES:
+    if samples < MINIMUM_CLUSTERS:
         return None
     ratios_M = sums_SM.sum(0) / n_S1.sum()
     finite_M = np.isfinite(ratios_M)
@@ -102,7 +104,7 @@ def _studentised(residuals_SM: np.ndarray, n_S1: np.ndarray, weights_RS: np.ndar
     return np.divide(shift_RM, error_RM, out=np.zeros_like(shift_RM), where=error_RM > 0)
 
 
-def intervals(sums: SampleSums) -> dict[str, list[float]]:
+def intervals(sums: ClusterSums) -> dict[str, list[float]]:
     """Return the 95 % interval `[low, high]` of each metric's mean, within its range; absent if there is none."""
     found = ratio_intervals(np.stack(list(sums.values.values()), axis=1), sums.positions)
     if found is None:
@@ -112,7 +114,7 @@ def intervals(sums: SampleSums) -> dict[str, list[float]]:
 
 
 def sign_flip_p(differences_S: np.ndarray, *, flips: int = 10_000, seed: int = 0) -> float:
-    """Return the two-sided p of "the two are exchangeable within each sample", from paired differences: in (0, 1].
+    """Return the two-sided p of "the two are exchangeable within each cluster", from paired differences: in (0, 1].
 
     It is the share of sign changes whose `|Σ ± difference|` reaches the observed one (permutation test for pairs:
     Fisher 1935; Good, "Permutation, parametric and bootstrap tests of hypotheses", 2005, §3.2). If all `2^S` sign
@@ -133,13 +135,13 @@ def sign_flip_p(differences_S: np.ndarray, *, flips: int = 10_000, seed: int = 0
     return (1 + count) / (flips + 1)
 
 
-def compare(student: SampleSums, control: SampleSums) -> dict[str, dict[str, Any]]:
-    """Compare student minus control, paired by sample: `{metric: {"difference", "interval", "p"}}` for `COMPARED`.
+def compare(student: ClusterSums, control: ClusterSums) -> dict[str, dict[str, Any]]:
+    """Compare student minus control, paired by cluster: `{metric: {"difference", "interval", "p"}}` for `COMPARED`.
 
-    `difference` is that of the means over positions, `interval` its 95 % interval (absent below 5 samples), `p` that of
-    `sign_flip_p`. Both are absent if a sum is not finite. The two must come from the same samples.
+    `difference` is that of the means over positions, `interval` its 95 % interval (absent below 5 clusters), `p` that
+    of `sign_flip_p`. Both are absent if a sum is not finite. The two must come from the same clusters.
     """
-    assert np.array_equal(student.positions, control.positions), "paired sums are of the same samples"
+    assert np.array_equal(student.positions, control.positions), "paired sums are of the same clusters"
     result: dict[str, dict[str, Any]] = {}
     for name in COMPARED:
         differences_S = student.values[name] - control.values[name]

@@ -237,7 +237,7 @@ class EvaluateConfig:
     seeds: Annotated[int, Between(1, 100)] = 1
     """Trainings of the student (and control), with the seeds `train.seed`, `train.seed + 1`, …: mean and deviation."""
     max_samples: Annotated[int, Between(1, 2**40)] | None = None
-    """Held-out samples to measure on at most; default: all."""
+    """Held-out samples to measure on at most, spread over all held-out documents; default: all."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
     """Samples a forward pass (the micro-batch)."""
     student_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

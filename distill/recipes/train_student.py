@@ -37,6 +37,7 @@ from distill.system.processes import is_first_process, leave_if_not_first, toget
 from distill.system.progress import Progress, be_quiet, say
 from distill.system.staging import recover
 from distill.system.units import parse_duration
+from distill.targets.kl_name import kl_qualifier
 from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, is_whole, newest
 from distill.training.data import CacheDataModule
@@ -210,8 +211,12 @@ class _Training:
 
     def _trainer(self, progress: Progress, deadline: float | None) -> pl.Trainer:
         config, name = self.experiment.train, self.role.name
+        scheme, parameters = self.manifest.scheme, self.manifest.scheme_parameters
+        qualifier = kl_qualifier(
+            scheme, parameters.get("entries", 0), self.manifest.temperature, trimmed=self.data.vocabulary is not None
+        )
         self.held_out = MeasureHeldOut(
-            self.data, config.validate_every_steps, self.role.monitor, self.best, config.early_stopping
+            self.data, config.validate_every_steps, self.role.monitor, self.best, config.early_stopping, qualifier
         )
         return make_trainer(
             accelerator=config.accelerator,

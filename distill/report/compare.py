@@ -15,6 +15,7 @@ from distill.report.charts import Group
 from distill.report.contents import Cell, Charts, Content, Note, Page, Section, Table
 from distill.report.facts import RunFacts
 from distill.report.fidelity import curve_charts
+from distill.report.held_out import kl_scope, training_kl
 from distill.report.metrics import ARROWS_MEAN, BY_KEY, with_arrow
 from distill.report.numbers import Format, count, duration, interval, nats, number, rate, share, size
 from distill.report.page import render
@@ -97,6 +98,11 @@ def _unlike(runs: Sequence[RunFacts]) -> dict[str, str]:
             "These runs were measured on different held-out text: their figures do not compare, "
             "and none of them is marked as best."
         )
+    if len({kl_scope(facts.section("text")) for facts in measured if facts.section("text")}) > 1:
+        unlike["vocabulary"] = (
+            "Some of these students have only some of the teacher's tokens, and their KL is over these alone: "
+            "it does not compare with a KL over all of them."
+        )
     if _differ(teachers):
         unlike["teacher"] = "These runs have different teachers: each KL is a distance from another model."
     if _differ(machines):
@@ -129,10 +135,10 @@ def _columns() -> list[Column]:
 
     return [
         Column("parameters", "", "", count, lambda facts: facts.section("parameters").get("student")),
-        of_fidelity("kl", "text teacher"),
-        of_fidelity("top1_agreement", "text teacher"),
-        of_fidelity("acceptance", "text teacher"),
-        of_fidelity("nll", "text"),
+        of_fidelity("kl", "text teacher vocabulary"),
+        of_fidelity("top1_agreement", "text teacher vocabulary"),
+        of_fidelity("acceptance", "text teacher vocabulary"),
+        of_fidelity("nll", "text vocabulary"),
         Column("recovery", "of the margin", "higher", share, _recovery, "teacher"),
         Column(
             "decode",
@@ -206,7 +212,7 @@ def _verdict(runs: Sequence[RunFacts], names: Sequence[str], unlike: Mapping[str
     """Return a sentence that names the student closest to the teacher, if the runs can be ranked."""
     measured = [(facts.of("fidelity", "student"), name) for facts, name in zip(runs, names, strict=True)]
     found = sorted(((each["kl"], name, each) for each, name in measured if "kl" in each), key=lambda each: each[0])
-    if len(found) < 2 or "text" in unlike or "teacher" in unlike:
+    if len(found) < 2 or unlike.keys() & {"text", "teacher", "vocabulary"}:
         return "No one figure ranks these runs."
     (least, first, best), (following, second, other) = found[:2]
     text = (
@@ -233,7 +239,8 @@ def _curve_section(runs: Sequence[RunFacts], names: Sequence[str]) -> Iterator[S
         (name, _role(i), facts.curves.get("student", {}))
         for i, (facts, name) in enumerate(zip(runs, names, strict=True))
     ]
-    if charts := curve_charts(named):
+    qualifiers = [training_kl(facts.section("experiment")) for facts in runs]
+    if charts := curve_charts(named, qualifiers):
         yield Section("training", "Training", [Charts(charts)])
 
 

@@ -10,8 +10,9 @@ from distill.report.charts import Line, binned_chart, line_chart
 from distill.report.contents import Cell, Chart, Charts, Content, Note, Section, Table
 from distill.report.curves import Points, thin
 from distill.report.facts import RunFacts
+from distill.report.held_out import about_amount, about_intervals, kl_scope, training_kl
 from distill.report.metrics import ARROWS_MEAN, BY_KEY, METRICS, MODELS, Metric, model_name, reading_of
-from distill.report.numbers import SPACE, count, edge, interval, nats, number, probability, share, size, with_sign
+from distill.report.numbers import SPACE, count, edge, interval, nats, number, probability, share, with_sign
 
 MOST_POINTS = 240
 """Largest number of points of a curve. In a longer one, neighbours are drawn as their mean."""
@@ -62,13 +63,12 @@ def _figure(figures: Mapping[str, Any], metric: Metric) -> Cell:
 
 def _about_the_text(facts: RunFacts) -> str:
     text = facts.section("text")
-    units = {"samples": "samples", "tokens": "tokens", "bytes": ""}
-    parts = [f"{number(text[key])} {unit}" if unit else size(text[key]) for key, unit in units.items() if key in text]
-    said = f"Measured on {', '.join(parts)} of held-out text." if parts else ""
+    said = about_amount(text)
     if any("intervals" in facts.of("fidelity", model) for model in MODELS):
-        said += " Ranges are 95 % intervals."
+        said += f" {about_intervals(text)}"
     said += f" {ARROWS_MEAN}"
     if "dropped_mass" in text:
+        said += f" Figures beside the teacher are{kl_scope(text)}:"
         said += f" {share(text['dropped_mass'])} of the teacher's probability is on tokens that the student lacks."
     if text.get("left_out_samples"):
         said += f" {number(text['left_out_samples'])} samples with such tokens in them are left out."
@@ -107,12 +107,14 @@ def _against_control(facts: RunFacts) -> Iterator[Table]:
 def curve_section(facts: RunFacts) -> Iterator[Section]:
     """Yield the held-out KL and the loss of student and control over the steps."""
     named = [(role, role, curves) for role, curves in facts.curves.items()]
-    charts = curve_charts(named)
+    qualifier = training_kl(facts.section("experiment"))
+    charts = curve_charts(named, [qualifier] * len(named))
     if not charts:
         return
     contents: list[Content] = [Charts(charts)]
     rows = []
-    for column, title in (("held_out_kl", "held-out KL"), ("loss", "training loss")):
+    named_kl = " ".join(filter(None, ("held-out KL", qualifier)))
+    for column, title in (("held_out_kl", named_kl), ("loss", "training loss")):
         for role, curves in facts.curves.items():
             finite = [point for point in curves.get(column, []) if math.isfinite(point[1])]
             if finite:
@@ -131,16 +133,24 @@ def _at_step(step: float, value: float) -> Cell:
     return Cell(nats(value), value, f"step{SPACE}{number(step)}")
 
 
-def curve_charts(named: Sequence[tuple[str, str, Mapping[str, Points]]]) -> list[Chart]:
-    """Draw charts of held-out KL and loss of several trainings: name, role and curves of each."""
+def curve_charts(named: Sequence[tuple[str, str, Mapping[str, Points]]], qualifiers: Sequence[str]) -> list[Chart]:
+    """Draw charts of held-out KL and loss of several trainings: name, role and curves of each.
+
+    `qualifiers` are those of each training's held-out KL (`training_kl`). KLs of different kinds share no chart.
+    """
+    kinds = {kind: [each for each, its in zip(named, qualifiers, strict=True) if its == kind] for kind in qualifiers}
+    said = "Distance from the teacher on text that is never trained on, from the cache while training"
+    drawn = []
+    for kind, those in kinds.items():
+        note = f"{said}: {kind}. No other KL compares with it." if kind else f"{said}."
+        drawn.append(("held_out_kl", " ".join(filter(None, ("Held-out KL", kind))), "nats/token", note, those))
+    loss_note = "Each training minimises its own loss; only the shapes compare."
+    drawn.append(("loss", "Training loss", "loss, nats/token", loss_note, [*named]))
     charts = []
-    for column, title, y_name, note in (
-        ("held_out_kl", "Held-out KL", "nats/token", "Distance from the teacher on text that is never trained on."),
-        ("loss", "Training loss", "loss, nats/token", "Each training minimises its own loss; only the shapes compare."),
-    ):
+    for column, title, y_name, note, trainings in drawn:
         lines, width = [], 1
         lost = 0
-        for name, role, curves in named:
+        for name, role, curves in trainings:
             points = curves.get(column, [])
             lost += sum(not math.isfinite(value) for _, value in points)
             points, each = thin(points, MOST_POINTS)

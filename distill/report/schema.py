@@ -26,6 +26,8 @@ def _of_models(spec: Any) -> dict[str, Any]:
     return {"teacher": spec, "before": spec, "student": spec, "control": spec}
 
 
+RESAMPLED = ("resampled_documents", "resampled_samples")
+"""Keys of the number of clusters behind the intervals; one of them is there."""
 _BIN = {"from": NUMBER, "to": NUMBER, "positions": NUMBER, "nll": NUMBER, "kl": NUMBER}
 _BIN |= {"top1_agreement": NUMBER, "acceptance": NUMBER}
 _DIFFERENCE = {"difference": NUMBER, "interval": Pair, "p": NUMBER}
@@ -55,7 +57,9 @@ _SEEDS = {"*": {"mean": NUMBER, "deviation": NUMBER, "values": [NUMBER]}}
 
 EVALUATION: dict[str, Any] = {
     "parameters": _of_models(NUMBER),
-    "text": dict.fromkeys(("tokens", "samples", "bytes", "dropped_mass", "left_out_samples"), NUMBER),
+    "text": dict.fromkeys(
+        ("tokens", "samples", "bytes", "documents", *RESAMPLED, "dropped_mass", "left_out_samples"), NUMBER
+    ),
     "fidelity": _of_models(_FIDELITY),
     "student_against_control": {"*": _DIFFERENCE},
     "benchmarks": _of_models({"*": _TASK}),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from distill.losses.plausibility import implausible
+from distill.report.held_out import about_amount, kl_scope
+from distill.report.schema import RESAMPLED
 from distill.report.steadiness import about_rounds
 from distill.system import units
 
@@ -18,6 +20,7 @@ def print_tables(result: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 110)
     console.print(_fidelity(result))
     text, found = result["text"], result["fidelity"]
+    console.print(about_amount(text), soft_wrap=True)
     for name in found.keys() - {"teacher"}:
         if doubt := implausible(name, found[name]["nll"], found["teacher"]["nll"]):
             console.print(f"{doubt}", soft_wrap=True)
@@ -29,7 +32,9 @@ def print_tables(result: dict[str, Any]) -> None:
         )
     if "kl" in result.get("student_against_control", {}):
         against = result["student_against_control"]["kl"]
-        console.print(f"KL, student minus control: {against['difference']:+.3f} (p = {against['p']:.2g})")
+        console.print(
+            f"KL, student minus control: {against['difference']:+.3f} (p = {against['p']:.2g}{_resampled(text)})"
+        )
     for kind, spread in result.get("seeds", {}).items():
         kl = spread["kl"]
         console.print(f"KL, {kind}: {kl['mean']:.3f} ± {kl['deviation']:.3f} over {len(kl['values'])} seeds")
@@ -44,7 +49,8 @@ def print_tables(result: dict[str, Any]) -> None:
 def _fidelity(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"on {result['text']['tokens']:,} held-out positions (nats; KL is teacher || student)")
+    scope = kl_scope(result["text"])
+    table = Table(title=f"on {result['text']['tokens']:,} held-out positions (nats; KL is teacher || student{scope})")
     table.add_column("model")
     for heading in ("parameters", "nll", "perplexity", "KL", "top-1 agreement", "acceptance", "ECE"):
         table.add_column(heading, justify="right")
@@ -59,6 +65,12 @@ def _fidelity(result: dict[str, Any]) -> Any:
         perplexity = f"{row['perplexity']:.1f}" if "perplexity" in row else "–"
         table.add_row(name, size, f"{row['nll']:.3f}", perplexity, *beside, f"{row['ece']:.1%}")
     return table
+
+
+def _resampled(text: dict[str, Any]) -> str:
+    """Say how many documents or samples are behind a p."""
+    found = [f"{text[key]:,} {key.removeprefix('resampled_')}" for key in RESAMPLED if key in text]
+    return f" of {found[0]}" if found else ""
 
 
 def _benchmarks(benchmarks: dict[str, Any]) -> Any:

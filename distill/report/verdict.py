@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distill.report.benchmarks import mean_recovery
 from distill.report.facts import RunFacts
+from distill.report.held_out import kl_scope
 from distill.report.metrics import reading_of
 from distill.report.numbers import SPACE, interval, nats, probability, times, whole_share, with_sign
 from distill.report.steadiness import unsteady
@@ -45,7 +46,7 @@ def _fidelity(facts: RunFacts, teacher: str) -> str:
     student, control = facts.of("fidelity", "student").get("kl"), facts.of("fidelity", "control").get("kl")
     if student is None:
         return ""
-    text = f"keeps a KL of {short(student)} nats/token from {teacher}"
+    text = f"keeps a KL of {short(student)} nats/token from {teacher}{kl_scope(facts.section('text'))}"
     test = facts.of("student_against_control", "kl")
     beside = []
     if control is not None:
@@ -74,7 +75,8 @@ def _no_better(facts: RunFacts) -> str:
         details.append(f"95{SPACE}% interval {interval(test['interval'], lambda value: with_sign(short(value)))}")
     if "p" in test:
         details.append(f"p {probability(test['p'])}")
-    return f"{start} {MEANT_BY_CONTROL}: KL from the teacher{values}" + (f", {', '.join(details)}" if details else "")
+    compared = f"KL from the teacher{kl_scope(facts.section('text'))}{values}"
+    return f"{start} {MEANT_BY_CONTROL}: {', '.join([compared, *details])}"
 
 
 def _speed(facts: RunFacts, than: str) -> str:

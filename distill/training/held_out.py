@@ -23,11 +23,19 @@ class MeasureHeldOut(pl.Callback):
         monitor: `held_out_kl` or `held_out_loss`; lower is better.
         best: file for the best weights.
         patience: measurements without a new best that stop the training; None never stops it.
+        qualifier: the ways in which the held-out KL is another than that of teacher and student (`kl_qualifier`).
     """
 
     def __init__(
-        self, data: CacheDataModule, every_steps: int, monitor: str, best: Path, patience: int | None = None
+        self,
+        data: CacheDataModule,
+        every_steps: int,
+        monitor: str,
+        best: Path,
+        patience: int | None = None,
+        qualifier: str = "",
     ) -> None:
+        self.qualifier = qualifier
         self.data, self.every_steps, self.monitor, self.best, self.patience = data, every_steps, monitor, best, patience
         self.lowest = float("inf")
         self.measured, self.waited = 0, 0
@@ -49,7 +57,8 @@ class MeasureHeldOut(pl.Callback):
         if not values:
             return
         kl, loss = values["held_out_kl"], values["held_out_loss"]
-        say(f"step {self.measured}: held-out KL {kl:.4f}, loss {loss:.4f} nats")
+        said = f" (the KL is {self.qualifier})" if self.qualifier else ""
+        say(f"step {self.measured}: held-out KL {kl:.4f}, loss {loss:.4f} nats{said}")
         if module.objective.temperature == 1 and (
             doubt := implausible("student", values["held_out_nll"], values["teacher_nll"])
         ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distill.corpus.splitting import check_sides, split_rows
+from distill.corpus.splitting import check_sides, split_rows, spread
 from distill.errors import UserError
 
 SHARES = np.random.default_rng(3).random(2_000)
@@ -55,3 +55,12 @@ def test_held_out_zero_holds_out_nothing() -> None:
 def test_an_empty_side_is_an_error(shares: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_sides("corpus", *split_rows(np.array(shares), 0.1, seed=0), 0.1)
+
+
+@pytest.mark.parametrize("total", [0, 1, 2, 3, 8, 37, 1000])
+def test_every_beginning_of_the_order_is_spread_over_all(total: int) -> None:
+    order = spread(total)
+    assert sorted(order.tolist()) == list(range(total))
+    for count in range(1, total + 1, max(1, total // 40)):
+        gaps = np.diff([-1, *sorted(order[:count].tolist()), total])
+        assert gaps.max() <= 4 * total / count + 1, "no stretch is left out"

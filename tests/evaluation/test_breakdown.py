@@ -45,7 +45,7 @@ def draw_places(seed: int = 1, vocabulary: int = V) -> Places:
 
 
 def of(places: Places, rows: Any) -> Places:
-    return Places(places.next_ids_N[rows], places.samples_N[rows], places.positions_N[rows])
+    return Places(places.next_ids_N[rows], places.clusters_N[rows], places.positions_N[rows])
 
 
 def counted(student: Tensor, teacher: Tensor, places: Places, chunk: int = N) -> Fidelity:
@@ -96,9 +96,9 @@ def test_means_sample_sums_and_bins_match_a_dense_float64_program() -> None:
     assert set(measured.names) == set(values) and measured.tokens == N
     for name, values_N in values.items():
         assert summary[name] == pytest.approx(float(values_N.mean()), rel=2e-6), name
-        by_sample = [float(values_N[places.samples_N == sample].sum()) for sample in range(S)]
+        by_sample = [float(values_N[places.clusters_N == sample].sum()) for sample in range(S)]
         np.testing.assert_allclose(measured.sums.values[name], by_sample, rtol=5e-6, atol=2e-5)
-    assert measured.sums.positions.tolist() == [int((places.samples_N == sample).sum()) for sample in range(S)]
+    assert measured.sums.positions.tolist() == [int((places.clusters_N == sample).sum()) for sample in range(S)]
     assert measured.sums.positions[3] == 0
     for key, edges, where_N in (
         ("by_entropy", ENTROPY_EDGES, entropy_N),
@@ -122,7 +122,7 @@ def test_bins_add_up_to_the_whole() -> None:
         (measured.entropy_sums, measured.entropy_positions),
         (measured.position_sums, measured.position_positions),
     ):
-        np.testing.assert_allclose(sums.sum(0), measured.sample_sums.sum(0), rtol=1e-12)
+        np.testing.assert_allclose(sums.sum(0), measured.cluster_sums.sum(0), rtol=1e-12)
         assert positions.sum() == N
     summary = measured.summary()
     for key in ("by_entropy", "by_position"):
@@ -141,7 +141,7 @@ def test_bins_are_closed_below_and_the_last_has_no_end() -> None:
 
 def test_empty_bins_are_left_out() -> None:
     places = draw_places()
-    low = Places(places.next_ids_N, places.samples_N, places.positions_N.clamp_max(3))
+    low = Places(places.next_ids_N, places.clusters_N, places.positions_N.clamp_max(3))
     summary = counted(draw_logits(1), draw_logits(2), low).measured().summary()
     assert [(bin["from"], bin["to"], bin["positions"]) for bin in summary["by_position"]] == [(0, 4, N)]
 
@@ -152,7 +152,7 @@ def test_nothing_depends_on_how_positions_are_cut(chunk: int) -> None:
     whole, cut = counted(student, teacher, places).measured(), counted(student, teacher, places, chunk).measured()
     # What is left is the last bit of a row's own sums; 255 / 253 would show were chunks averaged.
     assert numbers(cut.summary()) == pytest.approx(numbers(whole.summary()), rel=1e-6)
-    np.testing.assert_allclose(cut.sample_sums, whole.sample_sums, rtol=1e-6)
+    np.testing.assert_allclose(cut.cluster_sums, whole.cluster_sums, rtol=1e-6)
     alone = Likelihood(S)
     for rows in torch.arange(N).split(chunk):
         alone.update(student[rows], of(places, rows))
@@ -199,11 +199,11 @@ def test_a_perplexity_that_no_float_can_hold_is_left_out() -> None:
     places = draw_places()
     metric = counted(draw_logits(1), draw_logits(2), places)
     nll = metric.names.index("nll")
-    metric.sample_sums[:, nll] *= 720 / metric.measured().summary()["nll"]
+    metric.cluster_sums[:, nll] *= 720 / metric.measured().summary()["nll"]
     summary = metric.measured().summary()
     assert summary["nll"] == pytest.approx(720) and summary["intervals"]["nll"][0] < 709 < summary["nll"]
     assert "perplexity" not in summary and "perplexity" not in summary["intervals"]
-    metric.sample_sums[:, nll] *= 705 / 720
+    metric.cluster_sums[:, nll] *= 705 / 720
     summary = metric.measured().summary()
     assert math.isfinite(summary["perplexity"]) and summary["intervals"]["nll"][1] > 710
     assert "perplexity" not in summary["intervals"]
@@ -212,15 +212,15 @@ def test_a_perplexity_that_no_float_can_hold_is_left_out() -> None:
 
 def test_few_samples_have_no_intervals() -> None:
     places = draw_places()
-    four = Places(places.next_ids_N, places.samples_N % 4, places.positions_N)
+    four = Places(places.next_ids_N, places.clusters_N % 4, places.positions_N)
     assert counted(draw_logits(1), draw_logits(2), four).measured().summary()["intervals"] == {}
 
 
 def test_sums_keep_what_float32_would_lose() -> None:
     """After 2^24 positions a float32 count stands still, and its sums round each chunk away."""
     metric, zero = Likelihood(2), torch.zeros(1, dtype=torch.int64)
-    metric.sample_sums[0, metric.names.index("nll")] += 2.0**27
-    metric.sample_positions[0] += 2**24
+    metric.cluster_sums[0, metric.names.index("nll")] += 2.0**27
+    metric.cluster_positions[0] += 2**24
     for _ in range(4):
         metric.update(torch.zeros(1, 2), Places(zero, zero, zero))
     measured = metric.measured()
@@ -288,7 +288,7 @@ def test_shapes_must_match() -> None:
 def test_values_from_a_card_meet_sums_on_the_cpu() -> None:
     student, teacher, places = draw_logits(1), draw_logits(2), draw_places()
     here = numbers(counted(student, teacher, places).measured().summary())
-    on_card = Places(places.next_ids_N.cuda(), places.samples_N, places.positions_N)
+    on_card = Places(places.next_ids_N.cuda(), places.clusters_N, places.positions_N)
     for metric in (Fidelity(S), Fidelity(S).to("cuda")):
         metric.update(student.cuda(), teacher.cuda(), on_card)
         assert numbers(metric.measured().summary()) == pytest.approx(here, rel=1e-5)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.evaluation.breakdown import Measured
-from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
+from distill.evaluation.fidelity import (
+    TeacherStates,
+    documents_of,
+    student_fidelity,
+    teacher_likelihood,
+    teacher_states,
+)
 from distill.evaluation.metrics import BINS
 from distill.models.language_model import Head
 
@@ -150,7 +156,7 @@ def test_an_off_by_one_would_be_seen(shift: int, ahead: int) -> None:
 def test_neither_batch_nor_chunk_changes_anything(batch_size: int, chunk_size: int) -> None:
     """Sums of each sample and of each bin too, so they are under the right sample and in the right bin."""
     expected, found = walked(Tiny(1), Tiny(2)), walked(Tiny(1), Tiny(2), batch_size, chunk_size)
-    for name in ("sample", "entropy", "position"):
+    for name in ("cluster", "entropy", "position"):
         assert (getattr(found, f"{name}_positions") == getattr(expected, f"{name}_positions")).all()
         sums, expected_sums = getattr(found, f"{name}_sums"), getattr(expected, f"{name}_sums")
         np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-6)
@@ -254,3 +260,28 @@ def test_a_smaller_vocabulary_and_a_text_without_loss_are_refused() -> None:
     states = teacher_states(Tiny(2), samples, 3, VOCABULARY, CPU, lambda amount: None)
     with pytest.raises(UserError, match="nothing to measure"):
         student_fidelity(Tiny(1), states, samples, 3, 4, CPU, lambda amount: None)
+
+
+def test_positions_of_a_document_in_several_samples_are_one_cluster() -> None:
+    """Sums by document: each position under its own document, whatever the batch; the means do not change."""
+    samples = Samples()
+    for index, row in enumerate(samples.rows):
+        first_L = (row["position_ids"] == 0).cumsum(0) == 1
+        # Every sample ends with the document that the next one begins with; some hashes are negative.
+        row["document_hash"] = torch.where(first_L, 7 * index, 7 * index + 7) - 20
+    documents = documents_of(samples)
+    assert len(documents) == SAMPLES + 1
+    states = teacher_states(Tiny(2), samples, 3, VOCABULARY, CPU, lambda amount: None)
+    run = lambda size: student_fidelity(  # noqa: E731
+        Tiny(1), states, samples, 3, size, CPU, lambda amount: None, documents=documents
+    )
+    by_document, by_sample = run(4), walked(Tiny(1), Tiny(2), samples=samples)
+    expected = [0] * len(documents)
+    for row in samples.rows:
+        for hash_ in row["document_hash"][row["loss_mask"]].tolist():
+            expected[documents.tolist().index(hash_)] += 1
+    assert by_document.cluster_positions.tolist() == expected and by_document.clusters == sum(map(bool, expected))
+    assert by_document.summary()["kl"] == pytest.approx(by_sample.summary()["kl"], rel=1e-12)
+    assert by_document.summary()["intervals"]["kl"] != by_sample.summary()["intervals"]["kl"]
+    alone = teacher_likelihood(states, samples, 3, 4, CPU, documents=documents)
+    assert alone.cluster_positions.tolist() == expected

@@ -11,7 +11,7 @@ import pytest
 
 from distill.evaluation.statistics import (
     RANGES,
-    SampleSums,
+    ClusterSums,
     compare,
     intervals,
     mean_and_deviation,
@@ -131,7 +131,7 @@ def test_intervals_stay_in_the_range_of_their_metric_and_finite() -> None:
     positions_S = np.full(12, 200)
     rare = np.array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 1.0])
     values = {name: rare for name in RANGES} | {"top1_agreement": 200 - rare, "kl": rare * 1e3, "jsd": 138 - rare}
-    found = intervals(SampleSums(positions_S, values))
+    found = intervals(ClusterSums(positions_S, values))
     assert set(found) == set(RANGES)
     for name, (low, high) in found.items():
         assert RANGES[name][0] <= low < values[name].sum() / 2400 < high <= RANGES[name][1], name
@@ -143,12 +143,12 @@ def test_intervals_stay_in_the_range_of_their_metric_and_finite() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_not_finite_has_no_interval_and_spoils_no_other() -> None:
     sums_SM, positions_S = draw(9, np.random.default_rng(0))
-    clean = intervals(SampleSums(positions_S, {"kl": sums_SM[:, 0]}))
+    clean = intervals(ClusterSums(positions_S, {"kl": sums_SM[:, 0]}))
     for bad in (math.inf, math.nan):
         broken = sums_SM[:, 0].copy()
         broken[3] = bad
-        assert intervals(SampleSums(positions_S, {"nll": broken, "kl": sums_SM[:, 0]})) == clean
-    assert intervals(SampleSums(positions_S[:4], {"kl": sums_SM[:4, 0]})) == {}
+        assert intervals(ClusterSums(positions_S, {"nll": broken, "kl": sums_SM[:, 0]})) == clean
+    assert intervals(ClusterSums(positions_S[:4], {"kl": sums_SM[:4, 0]})) == {}
 
 
 @pytest.mark.parametrize("samples", [9, 40])
@@ -185,13 +185,13 @@ def test_p_by_enumeration() -> None:
     assert sign_flip_p(np.full(8, 0.1)) == 2 / 2**8, "equal sums, however rounded, are equal"
 
 
-def sums_of(samples: int, shift: float, seed: int = 0) -> SampleSums:
+def sums_of(samples: int, shift: float, seed: int = 0) -> ClusterSums:
     """The same texts for every shift, and a little noise that is the model's own."""
     sums_SM, positions_S = draw(samples, np.random.default_rng(seed))
     noise_S = np.random.default_rng([seed, round(shift * 100)]).normal(0, 0.01, size=samples)
     kl_S = sums_SM[:, 0] + (shift + noise_S) * positions_S
     share_S = np.minimum(sums_SM[:, 1] + (shift + noise_S) * positions_S / 10, positions_S)
-    return SampleSums(positions_S, {"kl": kl_S, "nll": kl_S + 1, "top1_agreement": share_S, "acceptance": share_S})
+    return ClusterSums(positions_S, {"kl": kl_S, "nll": kl_S + 1, "top1_agreement": share_S, "acceptance": share_S})
 
 
 def test_a_paired_comparison_sees_what_two_intervals_do_not() -> None:

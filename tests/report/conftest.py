@@ -96,7 +96,8 @@ def evaluation(shift: float = 0.0) -> dict[str, Any]:
         }
     return {
         "parameters": {"teacher": 134_515_008, "before": 56_632_896, "student": 56_632_896, "control": 56_632_896},
-        "text": {"tokens": 4080, "samples": 16, "bytes": 18320, "dropped_mass": 0.0123, "left_out_samples": 2},
+        "text": {"tokens": 4080, "samples": 16, "bytes": 18320, "documents": 12, "resampled_documents": 12}
+        | {"dropped_mass": 0.0123, "left_out_samples": 2},
         "fidelity": {model: fidelity(model, 0.0 if model in ("teacher", "before") else shift) for model in MODELS},
         "student_against_control": {
             "kl": {"difference": -0.288571, "interval": [-0.3123, -0.2671], "p": 0.0002},

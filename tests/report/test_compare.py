@@ -10,7 +10,7 @@ import pytest
 
 from distill.errors import UserError
 from distill.report.compare import compare, compare_page, distinct_names
-from distill.report.contents import Page, Table
+from distill.report.contents import Charts, Page, Table
 from distill.report.facts import RunFacts
 
 
@@ -131,3 +131,25 @@ def test_fewer_than_two_runs_or_one_twice_are_refused(fake_run: Callable[..., Pa
         compare([run, run.parent / "." / "one"])
     with pytest.raises(UserError, match="no such folder"):
         compare([run, run.parent / "none"])
+
+
+def test_a_kl_over_some_of_the_tokens_is_not_ranked_beside_one_over_all(page_of: Callable[..., Page]) -> None:
+    page = page_of(lambda content: content["text"].pop("dropped_mass"))
+    assert any("only some of the teacher's tokens" in warning for warning in page.warnings)
+    assert not {column for _, column in best(page)} & {"KL", "top-1", "acceptance", "NLL"}
+    assert page.verdict == "No one figure ranks these runs."
+
+
+def chart_titles(page: Page) -> list[str]:
+    section = next(section for section in page.sections if section.id == "training")
+    return [chart.title for content in section.contents if isinstance(content, Charts) for chart in content.charts]
+
+
+def test_held_out_kls_of_two_kinds_share_no_chart(page_of: Callable[..., Page]) -> None:
+    assert chart_titles(page_of()) == ["Held-out KL", "Training loss"]
+    page = page_of(lambda content: content["experiment"]["cache"].update(scheme="top_k", entries=12, temperature=2.0))
+    assert chart_titles(page) == [
+        "Held-out KL",
+        "Held-out KL at temperature 2, times its square, over the top 12 tokens and a bucket",
+        "Training loss",
+    ]

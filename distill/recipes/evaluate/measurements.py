@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Subset
 
 from distill.corpus import SampleSets
+from distill.corpus.splitting import spread
 from distill.errors import UserError
 from distill.evaluation import benchmarks, cost, fidelity, statistics, texts
 from distill.experiment.configuration import Experiment
@@ -71,10 +72,12 @@ class FidelityToTeacher(Measurement):
         self.experiment, self.teacher, self.vocabulary = experiment, teacher, vocabulary
         self.corpus = samples.fingerprint
         limit = min(experiment.evaluate.max_samples or len(samples.held_out), len(samples.held_out))
-        self.samples = Subset(samples.held_out, range(limit))
+        self.samples = Subset(samples.held_out, sorted(spread(len(samples.held_out))[:limit].tolist()))
         if vocabulary is not None:
             self.samples = _covered(self.samples, vocabulary)
         self.left_out = limit - len(self.samples)
+        self.documents = fidelity.documents_of(self.samples)
+        self.resampled = self.documents if len(self.documents) >= statistics.MINIMUM_DOCUMENTS else None
         self.progress = Progress("evaluate", models * len(self.samples) * experiment.corpus.sequence_length, "tokens")
         self.states: fidelity.TeacherStates | None = None
         self.sums: dict[str, Any] = {}
@@ -88,7 +91,7 @@ class FidelityToTeacher(Measurement):
             "corpus": self.corpus,
             "corpus_settings": asdict(experiment.corpus),
             "max_samples": experiment.evaluate.max_samples,
-            "metrics": 2,  # version of the metrics and of the way in which they are measured
+            "metrics": 3,  # version of the metrics and of the way in which they are measured
         }
 
     def wanted_of(self, subject: Subject) -> bool:
@@ -106,9 +109,13 @@ class FidelityToTeacher(Measurement):
                 )
                 size = fidelity.text_bytes(self.samples, loaded.tokenizer)
                 measured = fidelity.teacher_likelihood(
-                    self.states, self.samples, batch_size, chunk_size, device, text_bytes=size
+                    self.states, self.samples, batch_size, chunk_size, device, text_bytes=size, documents=self.resampled
                 )
                 self.text = {"tokens": measured.tokens, "samples": len(self.samples), "bytes": size}
+                self.text |= {
+                    "documents": len(self.documents),
+                    f"resampled_{'samples' if self.resampled is None else 'documents'}": measured.clusters,
+                }
                 if self.vocabulary is not None:
                     self.text["dropped_mass"] = fidelity.dropped_mass(self.states, self.vocabulary, chunk_size, device)
                     self.text["left_out_samples"] = self.left_out
@@ -124,6 +131,7 @@ class FidelityToTeacher(Measurement):
                     self.progress.advance,
                     self.vocabulary,
                     text_bytes=self.text["bytes"],
+                    documents=self.resampled,
                 )
         self.sums[subject.name] = measured.sums
         return measured.summary()
