@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from distill.forecast.simulation.values import copy_values
 from distill.training.optimizers.step_in_backward import StepInBackward
 
 
@@ -26,6 +27,8 @@ class Functions(TorchFunctionMode):
             return args[0].clone()
         if kwargs.get("non_blocking") and func is Tensor.copy_:  # to the host
             return args[0]
+        if func is Tensor.cpu:  # a copy that the tracker counts as the host's, as it is pinned
+            return copy_values(args[0], torch.empty_like(args[0], pin_memory=True))
         return func(*args, **kwargs)
 
 

@@ -98,9 +98,12 @@ class Tracker(TorchDispatchMode):
         if pinned:  # memory of the host; fake tensors cannot be it without CUDA
             kwargs = {**kwargs, "pin_memory": False}
         made = func(*args, **kwargs)
-        with self.host() if pinned else nullcontext():
+        on_host = self.device == "cuda" and self._are_on_host(tensors_in(args, kwargs.values()))
+        with self.host() if pinned or on_host else nullcontext():
             for tensor in tensors_in([made]):
                 self._note(tensor, None)
+        if on_host:  # a kernel of the processor
+            return made
         is_sum = func is torch.ops.aten.add.Tensor and self._in_backward and not torch.is_grad_enabled()
         if is_sum and made.numel() and not self._elsewhere:
             # Autograd sums gradients in place, but not for fake tensors and not under modes such as this one. So the
@@ -115,6 +118,11 @@ class Tracker(TorchDispatchMode):
             work = work._replace(fresh=0)
         self._count(work, moved_in_workspace(func, args, extra, self.device))
         return made
+
+    def _are_on_host(self, tensors: list[Tensor]) -> bool:
+        """Tell whether a kernel's arguments are copies in the host's memory, or came from there, as numpy's do."""
+        storages = [self.storage_of(tensor) for tensor in tensors if tensor.numel()]
+        return bool(storages) and all(storage is None or not storage.bytes for storage in storages)
 
     def _count(self, work: Work | None, moved: int) -> None:
         """Count a kernel's work. `moved` bytes go to its workspace, which a matrix product fills before it begins."""

@@ -139,6 +139,11 @@ def _value(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "_known_value", None) if isinstance(tensor, FakeTensor) else tensor
 
 
+def copy_values(source: Tensor, to: Tensor) -> Tensor:
+    """Give `to` the values that `source` carries along, and return it."""
+    return _with_value(to, _value(source))
+
+
 def _value_or_ones(tensor: Tensor) -> Tensor:
     value = _value(tensor)
     return torch.ones(tensor.shape, dtype=torch.bool) if value is None else value
