@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from distill.cache.format.manifest import MOST_SOURCES
 from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
+from distill.corpus.splitting import spread
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
@@ -20,6 +22,9 @@ from distill.experiment.teacher import Teacher
 from distill.system.progress import say
 from distill.system.units import size
 from distill.targets import schemes
+
+HELD_OUT_ORDER = "held_out_order"
+"""Fingerprint of caches whose held-out samples are spread over all held-out documents. Earlier ones hold the first."""
 
 
 def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
@@ -78,11 +83,30 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
             "corpus": samples.fingerprint,
             token_order.FINGERPRINT: order.fingerprint,
             "packing": packing_fingerprint(experiment),
+            HELD_OUT_ORDER: "spread",
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
         | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {}),
         sources=[printable(name) for name in samples.sources[:MOST_SOURCES]],
     )
+
+
+def with_order_of(manifest: Manifest, found: Manifest) -> Manifest:
+    """Return the manifest with the held-out samples' order of a cache that was begun, `found`, and stays as it is."""
+    if HELD_OUT_ORDER in found.fingerprints:
+        return manifest
+    kept = {name: value for name, value in manifest.fingerprints.items() if name != HELD_OUT_ORDER}
+    return replace(manifest, fingerprints=kept)
+
+
+def sample_numbers(manifest: Manifest, samples: SampleSets) -> dict[str, Sequence[int]]:
+    """Return the samples of the corpus that a cache holds, in the cache's order, by split.
+
+    Each number of held-out samples is the beginning of the same order, so that a cache can grow.
+    """
+    total = len(samples.held_out)
+    held_out: Sequence[int] = spread(total).tolist() if HELD_OUT_ORDER in manifest.fingerprints else range(total)
+    return {"held_out": held_out[: manifest.splits["held_out"]], "train": range(manifest.splits["train"])}
 
 
 def open_cache(experiment: Experiment) -> Storage:

@@ -100,7 +100,7 @@ class CacheConfig:
     max_samples: Annotated[int, Between(1, 2**40)] | None = None
     """Largest number of training samples; default: the whole corpus."""
     held_out_samples: Annotated[int, Between(0, 2**40)] = 64
-    """Largest number of held-out samples, cached too, to watch the student while it trains."""
+    """Largest number of held-out samples, from all held-out documents, cached too, to watch the training student."""
     overwrite: bool = False
     """Delete a cache that was made with other settings, and begin anew."""
 

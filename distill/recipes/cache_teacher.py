@@ -25,7 +25,13 @@ from distill.cache.reading.storage import is_url
 from distill.cache.reading.verify import shards_of
 from distill.corpus import SampleSets
 from distill.errors import UserError
-from distill.experiment.cache import make_manifest, make_token_order, with_budgeted_threshold
+from distill.experiment.cache import (
+    make_manifest,
+    make_token_order,
+    sample_numbers,
+    with_budgeted_threshold,
+    with_order_of,
+)
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -62,6 +68,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     order = make_token_order(experiment, teacher, samples)
     experiment = _within_budget(experiment, folders, teacher, samples, order)
     manifest = make_manifest(experiment, teacher, samples, order)
+    if _is_begun(experiment, folders):
+        manifest = with_order_of(manifest, read_manifest(folders.cache))
     _describe(experiment, manifest, samples)
     if _is_of_version_1(experiment, folders):
         return _accept_version_1(folders, manifest)
@@ -203,10 +211,8 @@ def _predict(
     trainer: pl.Trainer,
 ) -> None:
     cache = experiment.cache
-    splits = {"held_out": samples.held_out, "train": samples.train}
-    numbered: ConcatDataset = ConcatDataset(
-        [Subset(splits[name], range(manifest.splits[name])) for name in SPLITS if manifest.splits[name]]
-    )
+    splits, numbers = {"held_out": samples.held_out, "train": samples.train}, sample_numbers(manifest, samples)
+    numbered: ConcatDataset = ConcatDataset([Subset(splits[name], numbers[name]) for name in SPLITS if numbers[name]])
     model = teacher.load()
     if trainer.is_global_zero and _lacks_head(folders, manifest):
         try:
