@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, first_line, nearest, nearest_path
-from distill.models.safety import check_folder
+from distill.models.safety import check_folder, check_weights
 from distill.models.shapes import finder
 from distill.system.files import sha256_of
 
@@ -112,7 +112,17 @@ def download(name: str, revision: str | None, trust_remote_code: bool, files: li
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files that hold the weights, sorted by name. Raises UserError if there are none or only pickles."""
+    """Return the files that hold the weights, sorted by name.
+
+    Raises UserError if there are none or only pickles, and for a file that no weights can be read from.
+    """
+    files = _weight_files(checkpoint)
+    for file in files:
+        check_weights(file, checkpoint.name)
+    return files
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.gguf_file is not None:
         return [checkpoint.path]
     check_folder(checkpoint.folder, checkpoint.name)
@@ -206,5 +216,5 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         return transformers.AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, **options
         )
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # every family checks its own values, with whatever comes of it
         raise UserError(f"{checkpoint.name}: unreadable config: {first_line(error)}") from error

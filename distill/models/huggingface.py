@@ -204,7 +204,9 @@ def load_pretrained(
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
             )
-        except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # odd values of a config fail anywhere in a family's code
             raise UserError(
                 f"{checkpoint.name}: cannot be loaded as a causal language model: {first_line(error)}"
             ) from error

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from distill.errors import UserError
-from distill.system.files import is_inside, read_bounded
+from distill.system.files import is_inside, open_regular, read_bounded
 
 OPENED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "vocab.*")
 """Names of the files that a model or a tokenizer is read from."""
@@ -27,6 +29,32 @@ def check_folder(folder: Path, name: str) -> None:
     if (folder / "adapter_config.json").exists() and not (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{name}: its adapter has no adapter_model.safetensors, and pickled weights are refused")
     _check_config(_object(folder / "config.json", name), name)
+
+
+def check_weights(path: Path, name: str) -> None:
+    """Raise UserError for a safetensors or GGUF file that is empty, cut off or something else altogether."""
+    start = b""
+    try:
+        with open(open_regular(path), "rb") as file:
+            start = file.read(512)
+        if path.suffix == ".gguf":
+            if start.startswith(b"GGUF"):
+                return
+            problem = "no GGUF file"
+        else:
+            with safe_open(path, framework="numpy"):  # which compares the header with the file's size
+                return
+    except OSError as error:
+        problem = f"unreadable ({error.strerror or error})"
+    except SafetensorError as error:
+        problem = f"cut off or damaged ({error})"
+    if path.exists() and path.stat().st_size == 0:
+        problem = "empty"
+    elif start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{name}: {path.name} is a git-lfs pointer, not the weights: run `git lfs pull` there")
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        problem = "an HTML page, not the weights"
+    raise UserError(f"{name}: {path.name} is {problem}: fetch it anew")
 
 
 def _opened(folder: Path) -> Iterator[Path]:

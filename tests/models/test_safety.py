@@ -130,3 +130,45 @@ def test_damaged_configurations_are_refused(llama_folder: Path) -> None:
     for content in ("", "[1]", "[" * 10**6, "null", "\0"):
         (llama_folder / "config.json").write_text(content)
         every_way_fails(llama_folder, r"config\.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "cut off or damaged"),
+        (lambda whole: whole[:20], "cut off or damaged"),
+        (lambda whole: os.urandom(999), "cut off or damaged"),
+        (lambda whole: b"", "is empty: fetch it anew"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "git-lfs pointer.*git lfs pull"),
+        (lambda whole: b"\n<!DOCTYPE html>\n<html>401</html>", "an HTML page"),
+    ],
+)
+@pytest.mark.parametrize("is_split", [False, True])
+def test_weights_that_are_none_are_called_what_they_are(
+    content: Callable[[bytes], bytes], why: str, is_split: bool, llama_folder: Path
+) -> None:
+    path = llama_folder / "model.safetensors"
+    if is_split:
+        path = path.rename(llama_folder / "model-00001-of-00001.safetensors")
+        write(llama_folder, "model.safetensors.index.json", weight_map={"lm_head.weight": path.name})
+    path.write_bytes(content(path.read_bytes()))
+    for way in (weight_files, lambda checkpoint: load_pretrained(checkpoint, torch.float32)):
+        with pytest.raises(UserError, match=f"{path.name} .*{why}"):
+            way(resolve(str(llama_folder)))
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"GGML"])
+def test_a_gguf_file_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.gguf is"):
+        weight_files(resolve(str(tmp_path / "model.gguf")))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_attention_heads", 0), ("num_hidden_layers", "two"), ("hidden_size", -4), ("vocab_size", {})],
+)
+def test_odd_values_of_a_config_are_one_line(key: str, value: Any, llama_folder: Path) -> None:
+    write(llama_folder, "config.json", **{key: value})
+    with pytest.raises(UserError, match=r"unreadable config|cannot be loaded"):
+        load_pretrained(resolve(str(llama_folder)), torch.float32)
