@@ -46,7 +46,7 @@ def stoppable(work: Callable[[], int], words: str) -> int:
 
 
 def _inspect(parser: argparse.ArgumentParser) -> Recipe:
-    parser.add_argument("cache", metavar="CACHE", help="folder of the cache")
+    parser.add_argument("cache", metavar="CACHE", help="folder or URL of the cache, or a run folder")
     parser.add_argument("--verify", action="store_true", help="read everything, compare every hash (status 1: differs)")
     parser.add_argument("--repair", action="store_true", help="drop what is damaged; cache-teacher then makes it anew")
     parser.add_argument("--sample", type=int, metavar="N", help="print training sample N, token by token")
@@ -62,7 +62,10 @@ def _inspect(parser: argparse.ArgumentParser) -> Recipe:
 
 def _merge(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument(
-        "parts", metavar="PART", nargs="+", help="folder or URL of a part (--cache.part 3/8 makes them)"
+        "parts",
+        metavar="PART",
+        nargs="+",
+        help="folder or URL of a part (--cache.part 3/8 makes them), or its run folder",
     )
     parser.add_argument("--to", metavar="CACHE", required=True, help="folder of the whole cache: new, or begun before")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.cache.format.folder import MANIFEST
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.models.saving import DESCRIPTION
@@ -58,6 +59,13 @@ def finished_model(run: str | Path) -> Path:
                 raise UserError(f"{folder}: is a link out of {run} and is not followed: name the model's own folder")
             return folder
     raise UserError(f"{run}: holds no finished student: give the run_dir of a finished training, or a model's folder")
+
+
+def cache_in(folder: Path) -> Path:
+    """Return the cache that lies in a run folder; for any other folder, the folder itself."""
+    inner = folder / "cache"
+    is_run = not (folder / MANIFEST).exists() and (inner / MANIFEST).exists()
+    return inner if is_run and is_inside(inner, folder) else folder
 
 
 def make_run_folder(folders: Folders) -> None:

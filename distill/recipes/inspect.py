@@ -13,9 +13,11 @@ from distill.cache.making.repair import repair as repair_cache
 from distill.cache.reading.batches import Batch
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.statistics import alternatives, document_lines, gather, histogram
+from distill.cache.reading.storage import Storage, is_url, open_storage
 from distill.cache.reading.verify import verify as verify_cache
 from distill.errors import UserError
 from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
+from distill.experiment.folders import cache_in
 from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
@@ -36,36 +38,44 @@ _COMPARED = 8
 def main(
     cache: str, verify: bool = False, repair: bool = False, sample: int | None = None, teacher: str | None = None
 ) -> int:
-    """Describe the cache; `verify` reads all of it (exit status 1 on a difference), `repair` drops what is bad.
+    """Describe the cache in a folder, in a run folder or at a URL.
+
+    `verify` reads all of it (exit status 1 on a difference), `repair` drops what is bad.
 
     `sample` prints a training sample with the teacher's alternatives instead; `teacher` (its name) has some targets
     compared with the dense distributions they stand for.
     """
-    folder = Path(cache)
-    if not folder.is_dir():
+    if is_url(cache) and (verify or repair):
+        raise UserError(
+            f"{cache}: --verify and --repair read a folder: copy the cache there first. What is read from a URL is "
+            "checked against its hashes each time that it is copied"
+        )
+    if not is_url(cache) and not Path(cache).is_dir():
         raise UserError(f"{cache}: no such folder")
+    storage = open_storage(cache if is_url(cache) else cache_in(Path(cache)))
+    folder = storage.folder
     if (sample is not None) + (teacher is not None) + (verify or repair) > 1:
         raise UserError("--sample, --teacher, and --verify or --repair: give one at a time")
     if sample is not None:
-        return _show_sample(folder, sample)
+        return _show_sample(storage, sample)
     if repair:
         _repair(folder)
     if verify:
         return _verify(folder)
     if not repair:
-        _describe(folder)
+        _describe(storage)
     if teacher is not None:
-        _compare(folder, teacher)
+        _compare(storage, teacher)
     return 0
 
 
-def _describe(folder: Path) -> None:
-    manifest, journal = read_manifest(folder), read_journal(folder)
+def _describe(storage: Storage) -> None:
+    manifest, journal = read_manifest(storage.folder), read_journal(storage.folder)
     entries = journal.values()
     positions = max(sum(entry.positions for entry in entries), 1)
     size = sum(entry.bytes for entry in entries)
     parameters = ", ".join(f"{name} {value}" for name, value in manifest.scheme_parameters.items())
-    say(f"cache            {folder}")
+    say(f"cache            {storage.name}")
     say(f"scheme           {manifest.scheme} ({parameters}), temperature {manifest.temperature}, seed {manifest.seed}")
     say(f"format version   {manifest.version}")
     for name, count in sorted(manifest.splits.items()):
@@ -80,7 +90,7 @@ def _describe(folder: Path) -> None:
     for name, value in sorted(manifest.made_with.items()):
         say(f"{name:<16} {value}")
     if len(journal) == manifest.shards:
-        _describe_samples(CacheReader(folder, "train"))
+        _describe_samples(CacheReader(storage, "train"))
 
 
 def _describe_samples(reader: CacheReader) -> None:
@@ -97,21 +107,21 @@ def _describe_samples(reader: CacheReader) -> None:
         say(f"  {entries:>9} entries {share:6.1%}  {'#' * round(40 * share)}")
 
 
-def _show_sample(folder: Path, number: int) -> int:
-    reader = CacheReader(folder, "train")
+def _show_sample(storage: Storage, number: int) -> int:
+    reader = CacheReader(storage, "train")
     if not 0 <= number < len(reader):
         raise UserError(f"--sample {number}: the cache has training samples 0 to {len(reader) - 1}")
-    tokenizer = load_folder_tokenizer(checked_tokenizer(folder))
+    tokenizer = load_folder_tokenizer(checked_tokenizer(storage.folder))
     for line in (*document_lines(reader, number), *alternatives(reader, number, tokenizer)):
         say(line)
     return 0
 
 
-def _compare(folder: Path, name: str) -> None:
+def _compare(storage: Storage, name: str) -> None:
     """Print the distance of the targets' KL from that of the dense distributions, if student = teacher."""
     import torch
 
-    reader = CacheReader(folder, "train")
+    reader = CacheReader(storage, "train")
     manifest = reader.manifest
     checkpoint = checkpoints.resolve(name)
     found, expected = checkpoints.fingerprints(checkpoint)["weights"], manifest.fingerprints["teacher_weights"]
@@ -123,7 +133,7 @@ def _compare(folder: Path, name: str) -> None:
         TeacherConfig(name, quantization, compute_dtype),  # type: ignore[arg-type]  # as the cache's teacher had them
     )
     teacher = Teacher(experiment, Place.host()).load()
-    head = load_head(folder) if manifest.scheme == "hidden" else None
+    head = load_head(storage.folder) if manifest.scheme == "hidden" else None
     errors = []
     for index in range(min(len(reader), _COMPARED)):
         batch = reader.collate([reader[index]])

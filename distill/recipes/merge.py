@@ -7,6 +7,7 @@ from pathlib import Path
 from distill.cache.making.parts import merge, whose_shards
 from distill.cache.reading.storage import is_url, open_storage
 from distill.errors import UserError
+from distill.experiment.folders import cache_in
 from distill.system import interrupt
 from distill.system.locks import cannot_write, sole_writer
 from distill.system.progress import Progress, say
@@ -20,7 +21,8 @@ def main(parts: list[str], to: str) -> int:
     for part in parts:
         if not is_url(part) and not Path(part).is_dir():
             raise UserError(f"{part}: no such folder")
-    storages, folder = [open_storage(part) for part in parts], Path(to)
+    storages = [open_storage(part if is_url(part) else cache_in(Path(part))) for part in parts]
+    folder = Path(to)
     owners = whose_shards(storages)
     total = sum(entry.bytes for _, entry in owners.values())
     try:

@@ -49,6 +49,26 @@ def test_a_flipped_bit_and_a_missing_shard_are_found(cache: Path, distill: Any) 
 
 def test_what_is_no_cache_is_refused(distill: Any, tmp_path: Path, cache: Path) -> None:
     distill("inspect", tmp_path / "nowhere").refused("nowhere", "no such folder")
-    distill("inspect", tmp_path).refused("no cache here", "distill cache-teacher")
+    (tmp_path / "empty").mkdir()
+    distill("inspect", tmp_path / "empty").refused("no cache here", "distill cache-teacher")
     (cache / "manifest.json").write_text("{")
     distill("inspect", cache).refused("manifest.json")
+
+
+def test_a_url_and_a_run_folder_are_inspected_like_the_cache(
+    finished: Any, distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    url = finished.cache.as_uri()
+    of_folder, *of_others = (distill("inspect", place).done().out for place in (finished.cache, finished.run, url))
+    for other in of_others:
+        assert other.splitlines()[1:] == of_folder.splitlines()[1:]
+    assert url in of_others[1]
+    assert distill("inspect", url, "--sample", 1).done().out == distill("inspect", finished.cache, "--sample", 1).out
+    for option in ("--verify", "--repair"):
+        distill("inspect", url, option).refused(url, "copy the cache")
+
+
+def test_a_run_folder_is_merged_like_its_cache(finished: Any, distill: Any, contents: Any, tmp_path: Path) -> None:
+    distill("merge", finished.run, "--to", tmp_path / "merged").done()
+    assert contents(tmp_path / "merged") == contents(finished.cache)

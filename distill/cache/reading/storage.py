@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -100,12 +101,11 @@ class UrlStorage:
         key = hashlib.sha256(url.encode() + b"\n" + manifest).hexdigest()[:16]
         self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / key
         self._copy_beside_shards(filesystem)
-        # 40 bytes a shard are all that is kept of the journal.
-        self._hashes, self._sizes = bytearray(), array("Q")
+        # 48 bytes a shard are all that is kept of the journal, which may be that of a part.
+        self._numbers, self._hashes, self._sizes = array("Q"), bytearray(), array("Q")
         self._manifest = read_manifest(self.folder)
         for shard, entry in sorted(read_journal(self.folder, self._manifest).items()):
-            if shard != len(self._sizes):
-                break  # an unfinished cache: who reads it says so
+            self._numbers.append(shard)
             self._hashes += bytes.fromhex(entry.sha256)
             self._sizes.append(entry.bytes)
 
@@ -115,13 +115,17 @@ class UrlStorage:
         return sum(self._sizes)
 
     def shard(self, number: int) -> Path:
-        digest = self._hashes[32 * number : 32 * number + 32]
+        place = bisect_left(self._numbers, number)
+        digest, size = self._hashes[32 * place : 32 * place + 32], self._sizes[place]
         path = self.folder / SHARDS / f"{number:06d}.{digest.hex()[:16]}.safetensors"
         try:
             os.utime(path)  # used just now
+            is_whole = path.stat().st_size == size
         except FileNotFoundError:
-            self._make_room(self._sizes[number])
-            self._download(self._manifest.shard_file(number), path, self._sizes[number], digest)
+            is_whole = False
+        if not is_whole:
+            self._make_room(size)
+            self._download(self._manifest.shard_file(number), path, size, digest)
         return path
 
     def _download(self, file: str, path: Path, size: int, digest: bytearray) -> None:
@@ -162,12 +166,12 @@ class UrlStorage:
             total -= freed
 
     def _copy_beside_shards(self, filesystem: Any) -> None:
-        for source, relative in self._beside_shards(filesystem):
+        for source, relative, size in self._beside_shards(filesystem):
             target = self.folder / relative
             with self._explained(str(relative)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 # The journal may have grown; all else belongs to the manifest.
-                if str(relative) == JOURNAL or not target.exists():
+                if str(relative) == JOURNAL or not target.exists() or target.stat().st_size != size:
                     temporary = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY}")
                     with temporary.open("wb") as copy:
                         self._copy(filesystem, source, copy)
@@ -191,7 +195,8 @@ class UrlStorage:
             if path.exists() and not (path.is_file() and is_inside(path, Path(self._root))):
                 raise UserError(f"{source}: is no plain file of this cache, and is not copied")
 
-    def _beside_shards(self, filesystem: Any) -> Iterator[tuple[str, PurePosixPath]]:
+    def _beside_shards(self, filesystem: Any) -> Iterator[tuple[str, PurePosixPath, int]]:
+        """Return each file's place there, its name below the cache, and its size."""
         with self._explained():
             top = filesystem.ls(self._root, detail=True)
             for entry in top:
@@ -199,13 +204,13 @@ class UrlStorage:
                 if name not in (MANIFEST, JOURNAL, TOKEN_ORDER, HEAD, PART, TOKENIZER):
                     continue
                 if entry["type"] != "directory":
-                    yield entry["name"], PurePosixPath(name)
+                    yield entry["name"], PurePosixPath(name), entry["size"]
                 else:
                     for file in filesystem.find(entry["name"]):
                         relative = PurePosixPath(name) / PurePosixPath(file).relative_to(PurePosixPath(entry["name"]))
                         if ".." in relative.parts:
                             raise UserError(f"{self.name}: a file in it is called {relative}: not a cache")
-                        yield file, relative
+                        yield file, relative, filesystem.size(file)
 
     @contextlib.contextmanager
     def _explained(self, file: str = "") -> Iterator[None]:

@@ -18,7 +18,7 @@ from distill.cache.format.records import Record
 from distill.cache.making.parts import claim_part, merge
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
-from distill.cache.reading.storage import FolderStorage
+from distill.cache.reading.storage import FolderStorage, open_storage
 from distill.errors import UserError
 
 
@@ -227,3 +227,14 @@ def test_a_part_is_recorded_as_written(make_part: MakePart) -> None:
     folder = make_part("2/3")
     assert json.loads((folder / "part.json").read_text()) == {"part": "2/3"}
     assert read_part(folder) == Part(2, 3) == replace(Part(1, 3), number=2)
+
+
+def test_parts_at_urls_are_joined_as_their_folders_are(
+    tmp_path: Path, make_part: MakePart, contents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second part's journal begins with shard 2, the third's with 4."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    parts = [make_part(f"{number}/3") for number in (1, 2, 3)]
+    join(parts, tmp_path / "of-folders")
+    merge([open_storage(part.as_uri()) for part in parts], tmp_path / "of-urls", nothing)
+    assert contents(tmp_path / "of-urls") == contents(tmp_path / "of-folders")

@@ -223,3 +223,14 @@ def test_a_file_without_end_is_not_copied(url: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(storage, "_MOST_BESIDE", 10)
     with pytest.raises(UserError, match="larger than a file of a cache"):
         CacheReader(url, "train")
+
+
+@pytest.mark.parametrize("keep", [0, 10])
+def test_an_emptied_or_cut_copy_is_fetched_again(url: str, folder: Path, copies: Path, keep: int) -> None:
+    """A full disk or a clean-up leaves such files."""
+    CacheReader(url, "train")[0]
+    for copy in [path for path in copies.rglob("*") if path.is_file() and path.name != "manifest.json"]:
+        os.truncate(copy, min(keep, copy.stat().st_size))
+    reader = CacheReader(url, "train")
+    assert same(reader[0], CacheReader(folder, "train")[0])
+    assert (reader.storage.folder / "tokenizer/tokenizer.json").read_text() == "{}"
