@@ -137,7 +137,7 @@ def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         betas=(train.beta1, train.beta2),
-        rounding=rounding_of(experiment),
+        rounding=train.rounding,
         device_type=device_type,
     )
     return StepInBackward(optimizer, module) if train.step_in_backward else optimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float],
-    rounding: Rounding = "nearest",
+    rounding: Rounding | Literal["auto"] = "nearest",
     device_type: str | None = None,
 ) -> torch.optim.Optimizer:
     """Make AdamW over the trainable parameters of `module`, on their device (a forecast takes it to be `device_type`).
@@ -44,6 +44,7 @@ def make_optimizer(
         raise UserError("the student has no parameter to train")
     device_type = device_type or parameters[0].device.type
     precision = "bf16-true" if any(p.dtype == torch.bfloat16 for p in parameters) else "32-true"
+    rounding = choose_rounding(rounding, name, precision)
     check_optimizer(name, rounding=rounding, precision=precision, device_type=device_type)
     settings: dict[str, Any] = {"lr": learning_rate, "betas": betas}
     if name == "paged_adamw_8bit":

@@ -60,7 +60,8 @@ def test_the_students_folder_goes_by_itself(trained: tuple[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "student")
     vocabulary = Vocabulary.load(run / "student")
     assert len(tokenizer) == len(vocabulary) == model.config.vocab_size < vocabulary.full_size
-    assert model.config.eos_token_id is None or model.config.eos_token_id < len(vocabulary)
+    ends = model.config.eos_token_id  # of a text, and of an answer
+    assert tokenizer.eos_token_id in ends and max(ends) < len(vocabulary)
     made = model.generate(**tokenizer("The people", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(made[0]).startswith("The people")
 
