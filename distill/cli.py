@@ -183,8 +183,9 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
             # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
             experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
         if command == "run":
-            from distill.experiment.checks import check_last_steps
+            from distill.experiment.checks import check_held_out, check_last_steps
 
+            check_held_out(experiment)
             check_last_steps(experiment)
         for number, step in enumerate(steps):
             interrupt.stop_if_asked()  # a signal may have come in the last batch of the command before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distill import plugins
 from distill.errors import UserError
 from distill.evaluation.benchmarks import check_tasks
 from distill.experiment.configuration import Experiment
@@ -11,8 +12,12 @@ from distill.experiment.training import check_training
 from distill.models.contract import checked_head, not_finite, try_model
 from distill.models.devices import pick_device
 from distill.models.isolation import LENGTH, Rows, find_fault
+from distill.system.units import parse_duration
 from distill.training.loggers import check_installed
 from distill.training.user_callbacks import check_callbacks
+
+OFFERED = ("vocab_size", "sequence_length", "teacher", "teacher_revision", "device", "first_samples")
+"""Arguments that a student's constructor gets from the pipeline if it names them."""
 
 
 def check_model(
@@ -40,19 +45,32 @@ def check_length(limit: int | None, name: str, sequence_length: int) -> None:
         raise UserError(f"corpus.sequence_length: {sequence_length} is beyond the {limit} tokens of {name}")
 
 
-def check_last_steps(experiment: Experiment) -> None:
+def check_last_steps(experiment: Experiment, device_type: str | None = None) -> None:
     """Check before the first step of a run the needs of the last ones, such as installed packages.
 
-    Raises UserError for a logger or lm-eval that is not installed, for unknown callbacks and benchmarks, and for
-    settings of the training that exclude one another.
+    `device_type`: kind of device that the student trains on; default: this machine's. Raises UserError for a logger or
+    lm-eval that is not installed, for unknown callbacks and benchmarks, for options that the student's class lacks or
+    needs, and for settings of the training that exclude one another.
     """
     config = experiment.train
     check_installed(config.loggers)
     check_callbacks(config.callbacks)
-    check_training(
-        experiment, experiment.cache.scheme, experiment.cache.held_out_samples, pick_device(config.accelerator).type
-    )
+    if config.max_time is not None:
+        parse_duration(config.max_time, "train.max_time")
+    device_type = device_type or pick_device(config.accelerator).type
+    check_training(experiment, experiment.cache.scheme, experiment.cache.held_out_samples, device_type)
+    offered = dict.fromkeys(OFFERED)
+    plugins.arguments(experiment.student.class_path, "student", experiment.student.options, offered)
     check_evaluation(experiment)
+
+
+def check_held_out(experiment: Experiment) -> None:
+    """Raise UserError if an evaluation has no text that was not trained on."""
+    if not experiment.corpus.held_out:
+        raise UserError(
+            "corpus.held_out: 0 leaves nothing to evaluate on: give a share such as 0.05, or run cache-teacher and "
+            "train-student alone"
+        )
 
 
 def check_evaluation(experiment: Experiment) -> None:

@@ -24,6 +24,7 @@ from distill.training.optimizers.adamw import check_optimizer, choose_rounding, 
 from distill.training.optimizers.rounding import Rounding
 from distill.training.optimizers.schedule import Schedule
 from distill.training.optimizers.step_in_backward import StepInBackward, check_step_in_backward
+from distill.training.parallel import make_strategy
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def check_training(experiment: Experiment, scheme: str, held_out: int, device: s
             "train.num_nodes: several machines train one model a command: give --evaluate.control false, and train the "
             "control as a student of its own (--loss.alpha 1 with another --run_dir)"
         )
+    make_strategy(train.strategy, train.devices * train.num_nodes)
+    make_divergence(loss.divergence, beta=loss.beta, skew=loss.skew)
     check_divergence(loss.divergence, scheme)
     check_features(loss.feature_weight, scheme)
     if train.early_stopping is not None and not held_out:

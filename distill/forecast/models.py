@@ -16,7 +16,7 @@ from distill.errors import UserError, did_you_mean
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.place import Place
-from distill.experiment.student import make_student, make_student_to_train
+from distill.experiment.student import check_tokens, make_student, make_student_to_train
 from distill.experiment.teacher import Teacher
 from distill.experiment.training import Role, make_module
 from distill.forecast.machine.cards import Card
@@ -52,10 +52,21 @@ class Models:
         """Make a fresh student on a CPU, in the type it is made in."""
         return make_student(self.experiment, self.place, self.vocab_size)[0]
 
+    def student_to_train(self) -> Any:
+        """Make a fresh student on a CPU with the levers of its training."""
+        return make_student_to_train(self.experiment, self.place, self.vocab_size)[0]
+
+    def check_tokens(self) -> None:
+        """Raise UserError for a pretrained student of another tokenizer, where both tokenizers are on this machine."""
+        name = self.experiment.teacher.tokenizer
+        is_here = tokenizers.is_here(self.checkpoint) if name is None else Path(name).expanduser().exists()
+        if is_here:
+            check_tokens(self.experiment, self.place, self._teacher.tokenizer)
+
     def module(self, role: Role) -> DistillationModule:
         """Make the module of a training of the experiment, with all its levers."""
-        student = make_student_to_train(self.experiment, self.place, self.vocab_size)[0]
-        head = None
+        self.check_tokens()
+        student, head = self.student_to_train(), None
         if self.experiment.cache.scheme == "hidden":
             head = Head(torch.empty(self.vocab_size, self.hidden_size, dtype=getattr(torch, self.compute_dtype)))
         return make_module(self.experiment, self.place, role, student, self.vocab_size, head)

@@ -18,6 +18,8 @@ def pick_device(accelerator: str) -> torch.device:
         if not torch.cuda.is_available():
             raise UserError("train.accelerator: no CUDA device found here; use auto or cpu")
         return torch.device("cuda", torch.cuda.current_device())
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError("train.accelerator: no Apple GPU found here; use auto or cpu")
     if accelerator in ("cpu", "mps"):
         return torch.device(accelerator)
     raise UserError(f"train.accelerator: '{accelerator}' is unknown (known: auto, cpu, cuda, mps)")

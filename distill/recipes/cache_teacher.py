@@ -32,14 +32,18 @@ from distill.experiment.cache import (
     with_budgeted_threshold,
     with_order_of,
 )
+from distill.experiment.checks import check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher, open_samples
+from distill.forecast.ahead import check_student_ahead
+from distill.forecast.machine.cards import this_machine
 from distill.forecast.preflight import Preflight
 from distill.models import devices
 from distill.system import interrupt, ledger, units
 from distill.system.locks import cannot_write, sole_writer
+from distill.system.processes import is_first_process
 from distill.system.progress import Progress, be_quiet, say
 from distill.system.units import parse_size
 from distill.targets.schemes import VarOpt
@@ -62,6 +66,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
         be_quiet()
     preflight = Preflight(experiment, "cache-teacher", following)
     if not _is_begun(experiment, folders):
+        _check_ahead(experiment, trains_here="train-student" in following)
         preflight.check()  # before a teacher of many gigabytes is fetched
     teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
     samples = open_samples(experiment, teacher)
@@ -94,6 +99,18 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
             _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
     _summarise(folders, part)
     return 0
+
+
+def _check_ahead(experiment: Experiment, trains_here: bool) -> None:
+    """Raise UserError for all that training and evaluation would refuse on settings alone, after the teacher's hours.
+
+    A student that does not train here may train on a device that this machine lacks.
+    """
+    here = devices.pick_device(experiment.train.accelerator).type
+    elsewhere = "cuda" if experiment.train.accelerator == "auto" else here
+    if is_first_process():
+        check_last_steps(experiment, here if trains_here else elsewhere)
+        check_student_ahead(experiment, this_machine("cuda" if here == "cuda" else "cpu"))
 
 
 def _is_begun(experiment: Experiment, folders: Folders) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
+from distill.experiment.checks import check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.file import to_dict
 from distill.forecast.advice import Advice, advise, as_options
@@ -34,6 +35,7 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     if fit is not None and not Path(fit).absolute().parent.is_dir():
         raise UserError(f"--fit {fit}: there is no folder {Path(fit).parent}: make it, or choose another place")
     found = find_card(card) if card is not None else this_machine(pick_device(experiment.train.accelerator).type)
+    check_last_steps(experiment, kind_of(found))
     with Simulator(found) as simulator:
         forecaster = Forecaster(found, memory_limit(experiment), simulator=simulator)
         forecast = forecaster.forecast(experiment)

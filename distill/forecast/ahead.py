@@ -1,0 +1,41 @@
+"""A look at the student before the teacher's hours: its tokens are compared, and it is made without memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from distill import plugins
+from distill.errors import UserError
+from distill.experiment.configuration import Experiment
+from distill.forecast.child import Child
+from distill.forecast.machine.calibration import kind_of
+from distill.forecast.machine.cards import Card
+from distill.forecast.models import Models
+from distill.forecast.simulation.fake import without_memory
+from distill.system.quiet import quiet
+
+
+def check_student_ahead(experiment: Experiment, card: Card) -> None:
+    """Raise UserError for a student that its training would refuse on its options and configuration alone."""
+    child = Child(partial(_check, card))
+    try:
+        child(experiment)
+    except RuntimeError:
+        return  # the child was killed, so nothing is known
+    finally:
+        child.close()
+
+
+def _check(card: Card, experiment: Experiment) -> None:
+    """Make a built-in student. One of the user's own may need real tensors or samples while it is made."""
+    models = Models(experiment, card, [])
+    models.check_tokens()
+    if experiment.student.class_path not in plugins.BUILT_IN["student"]:
+        return
+    try:
+        with quiet(), without_memory(kind_of(card)):
+            models.student_to_train()
+    except UserError:
+        raise
+    except Exception:  # without memory a model may fail in ways that it does not on a device
+        return

@@ -1,0 +1,85 @@
+"""Errors that training or evaluation would raise on settings alone come before the teacher's hours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "a student without its size": ({"student.options": {}}, "give at least one of layers"),
+    "an option that is not there": ({"student.options": {"lairs": 2}}, "did you mean 'layers'?"),
+    "more layers than the teacher has": ({"student.options": {"layers": 9}}, "student pruned: "),
+    "a class that is not there": ({"student.class_path": "compakt"}, "did you mean 'compact'?"),
+    "a file that is not there": ({"student.class_path": "mine.py:Own", "student.options": {}}, "no file 'mine.py'"),
+    "heads that do not divide": (
+        {"student.class_path": "compact", "student.options": {"hidden_size": 10, "heads": 3}},
+        "student compact: ",
+    ),
+    "a divergence that the scheme lacks": ({"loss.divergence": "jsd"}, "loss.divergence: jsd"),
+    "a divergence that is always 0": (
+        {"loss.divergence": "jsd", "loss.beta": 1.0, "cache.scheme": "hidden"},
+        "loss.beta: 1",
+    ),
+    "features without hidden states": ({"loss.feature_weight": 1.0}, "loss.feature_weight"),
+    "nothing to stop early by": ({"train.early_stopping": 2, "cache.held_out_samples": 0}, "train.early_stopping"),
+    "rounding without such weights": ({"train.rounding": "kahan"}, "train.rounding"),
+    "one device to share the student over": ({"train.strategy": "fsdp"}, "train.strategy"),
+    "a step in the backward pass and clipping": ({"train.step_in_backward": True}, "train.step_in_backward"),
+    "a time that is none": ({"train.max_time": "soon"}, "train.max_time"),
+    "an unknown device": ({"train.accelerator": "tpu"}, "train.accelerator: 'tpu'"),
+    "a callback that is not there": ({"train.callbacks": ["mine.py:Own"]}, "train.callbacks"),
+    "a logger that is not installed": ({"train.loggers": ["mlflow"]}, "mlflow"),
+    "nothing to measure the cost at": (
+        {"evaluate.cost": True, "evaluate.cost_batch_sizes": []},
+        "evaluate.cost_batch_sizes",
+    ),
+    "a control on several machines": ({"evaluate.control": True, "train.num_nodes": 2}, "train.num_nodes"),
+}
+
+
+def arguments(settings: dict[str, Any]) -> list[str]:
+    given = ((f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in settings.items())
+    return [word for pair in given for word in pair]
+
+
+SOME = [what for number, what in enumerate(ERRORS) if number % 4 == 0]
+"""Errors that commands other than `run` are tried with: they make the same checks."""
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [("run", what) for what in ERRORS] + [(command, what) for command in ("cache-teacher", "plan") for what in SOME],
+)
+def test_an_error_of_the_last_phases_comes_first(
+    world: Any, distill: Any, tmp_path: Path, what: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, words = ERRORS[what]
+    monkeypatch.chdir(tmp_path)
+    file = world.write(tmp_path / "experiment.yaml")
+    distill(command, file, *arguments(settings)).refused(words)
+    assert not (tmp_path / "run/cache").exists()
+
+
+def test_a_run_with_nothing_to_evaluate_on_is_refused(world: Any, distill: Any, tmp_path: Path) -> None:
+    file = world.write(tmp_path / "experiment.yaml")
+    distill("run", file, "--corpus.held_out", "0").refused("corpus.held_out: 0 leaves nothing to evaluate on")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "cache-teacher", "plan"])
+def test_a_student_of_another_tokenizer_is_refused_first(
+    world: Any, distill: Any, tmp_path: Path, command: str
+) -> None:
+    other = str(world.save_teacher(tmp_path / "other", "llama", vocabulary=600))
+    student = {"class_path": "huggingface", "options": {"model": other}}
+    file = world.write(tmp_path / "experiment.yaml", student=student)
+    distill(command, file).refused(other, "another tokenizer than the teacher")
+    assert not (tmp_path / "run/cache").exists()
+
+
+def test_a_device_for_training_alone_may_be_elsewhere(world: Any, distill: Any, tmp_path: Path) -> None:
+    file = world.write(tmp_path / "experiment.yaml")
+    distill("cache-teacher", file, "--train.precision", "16-mixed", "--cache.max_samples", "4").done()
