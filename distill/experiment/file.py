@@ -179,7 +179,7 @@ def _parse(path: str, content: dict[str, Any], overrides: list[str]) -> Experime
         namespace = parser.parse_args(["--experiment_file", yaml.safe_dump(filled), *overrides])
         with quiet():
             values = parser.instantiate_classes(namespace)
-    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError) as error:
+    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {_plain(str(error))}") from None
     names = [field.name for field in dataclasses.fields(Experiment)]
     return Experiment(**{name: getattr(values, name) for name in names})
