@@ -76,10 +76,10 @@ class CorpusFile:
             raise UserError(f"{self.path}: not UTF-8 text ({error.reason}): convert the file to UTF-8") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{self.path}: damaged or incomplete gzip file ({error})") from error
-        except (pa.ArrowInvalid, csv.Error) as error:
-            raise UserError(f"{self.path}: cannot be read as {kind}: {error}") from error
         except PermissionError as error:
             raise UserError(f"{self.path}: no permission to read it") from error
+        except (pa.ArrowException, csv.Error, OSError) as error:  # OSError: how pyarrow reports damaged pages
+            raise UserError(f"{self.path}: cannot be read as {kind}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -193,3 +193,17 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
         find_sources(str(tmp_path), None, "train", "text", "messages")
+
+
+def test_every_damaged_parquet_file_is_rows_or_one_line(tmp_path: Path) -> None:
+    """Damage lies anywhere: header, pages, footer."""
+    whole, refused = as_parquet([{"text": f"text {number} " * 9} for number in range(50)]), 0
+    for place in range(0, len(whole), 7):
+        (tmp_path / "a.parquet").write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+        try:
+            for source in find_sources(str(tmp_path), None, "train", "text", "messages"):
+                list(source.rows())
+        except UserError as error:
+            assert "a.parquet" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 20

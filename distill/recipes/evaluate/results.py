@@ -21,7 +21,8 @@ class Results:
     """The measurements of a run, each under a key of everything that it depends on.
 
     A measurement is a line of `measured.jsonl` as soon as it is made, and stays. If it is asked for again, after other
-    options or models in between, it is not made again. A line that a killed process left half-written does not count.
+    options or models in between, it is not made again. Each line carries its own hash: a damaged one does not count,
+    and is measured again.
     """
 
     def __init__(self, folders: Folders, subjects: list[Subject], measurements: list[Measurement]) -> None:
@@ -30,7 +31,13 @@ class Results:
         self.teacher = subjects[0].identity
         self.everyone = {subject.name: subject.identity for subject in subjects}
         lines = json_lines.read(self.lines, _LIMIT)
-        self.found = {line["key"]: line["found"] for line in lines if {"key", "found"} <= line.keys()}
+        whole = (line for line in lines if line.get("digest") == _digest([line.get("key"), line.get("found")]))
+        self.found = {line["key"]: line["found"] for line in whole}
+        for measurement in measurements:
+            parts = [self._key(each, measurement) for each in subjects if measurement.wanted_of(each)]
+            if measurement.together and not set(parts) <= self.found.keys():  # one model's line is damaged
+                for key in (*parts, self._key_of_all(measurement)):
+                    self.found.pop(key, None)
 
     @property
     def is_complete(self) -> bool:
@@ -53,7 +60,8 @@ class Results:
 
     def _append(self, key: str, found: Any) -> None:
         self.found[key] = found
-        json_lines.append(self.lines, {"key": key, "found": found})
+        found = json.loads(json.dumps(found))  # as it is read
+        json_lines.append(self.lines, {"key": key, "found": found, "digest": _digest([key, found])})
 
     def _key(self, subject: Subject, measurement: Measurement) -> str:
         made_from = [self.teacher if measurement.together else None, subject.identity, measurement.inputs]

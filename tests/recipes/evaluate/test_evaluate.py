@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,20 @@ def test_a_measurement_of_which_a_part_is_missing_is_made_again(run: Any, distil
         again = distill("evaluate", *run, *fewer).done()
         assert ("nothing to do" in again.out) == (left == whole[:-1])
         assert measured(tmp_path / "run") == before
+
+
+def test_a_changed_digit_of_a_measurement_is_measured_again(run: Any, distill: Any, tmp_path: Path) -> None:
+    fewer = ["--evaluate.max_samples", 1, "--evaluate.control", "false"]
+    distill("evaluate", *run, *fewer).done()
+    path, before = tmp_path / "run/measured.jsonl", measured(tmp_path / "run")
+    whole = path.read_bytes()
+    line = max(whole.splitlines(), key=len)
+    digit = re.search(rb"\.\d*?([1-8])", line)
+    assert digit
+    changed = line[: digit.start(1)] + b"9" + line[digit.end(1) :]
+    path.write_bytes(whole.replace(line, changed))
+    assert "nothing to do" not in distill("evaluate", *run, *fewer).done().out
+    assert measured(tmp_path / "run") == before
 
 
 def test_another_code_of_a_students_class_is_another_student(finished: Any, distill: Any, tmp_path: Path) -> None:
