@@ -118,7 +118,7 @@ def test_another_code_of_a_students_class_is_another_student(finished: Any, dist
     once = ["evaluate", *own, "--train.max_steps", 2, "--evaluate.max_samples", 1]
     distill(*once).done()
     assert "nothing to do" in distill(*once).done().out
-    (tmp_path / "own.py").write_text(source + "\n# changed\n")
+    (tmp_path / "own.py").write_text(source + "\nCHANGED = True\n")
     assert "nothing to do" not in distill(*once).done().out
 
 
