@@ -168,10 +168,16 @@ def _print_options(command: str) -> int:
 
 
 def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
+    from distill.system.output import unbreakable_output
+
+    with unbreakable_output():
+        return _run_steps(command, path, _spelled_out(overrides))
+
+
+def _run_steps(command: str, path: str, overrides: list[str]) -> int:
     from distill.experiment.file import load_experiment
     from distill.system import interrupt, slurm
 
-    overrides = _spelled_out(overrides)
     steps = ["cache-teacher", "train-student", "evaluate"] if command == "run" else [command]
     try:
         interrupt.install()
