@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.evaluation.breakdown import Fidelity, Likelihood, Measured, Places
 from distill.evaluation.metrics import log_probabilities
-from distill.models.language_model import Head, LanguageModel, hidden_states
+from distill.models.language_model import Head, LanguageModel
+from distill.models.micro_batches import MicroBatches
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.targets.next_token import next_ids
 
@@ -41,9 +42,9 @@ def teacher_states(
     teacher: LanguageModel, samples: Dataset, batch_size: int, vocab_size: int, device: torch.device, advance: Advance
 ) -> TeacherStates:
     """Run the teacher's body over the samples, and copy its head to the host."""
-    hidden = []
+    hidden, passes = [], MicroBatches(teacher, batch_size)
     for batch in DataLoader(samples, batch_size=batch_size):
-        hidden.append(_hidden(teacher, batch, device).cpu())
+        hidden.append(_hidden(passes, batch, device).cpu())
         advance(batch["input_ids"].numel())
     head = teacher.head.with_rows(vocab_size)
     bias = None if head.bias_V is None else head.bias_V.detach().clone()
@@ -115,11 +116,12 @@ def student_fidelity(
     """
     metric = Fidelity(_clusters(samples, documents))
     teacher_head = (states.head if vocabulary is None else trim_head(states.head, vocabulary)).to(device)
+    passes = MicroBatches(student, batch_size)
     head = student.head.with_rows(teacher_head.weight_VD.shape[0])
     for batch, first, teacher_hidden_ND in _batches(samples, batch_size, states):
         if vocabulary is not None:
             batch = {**batch, "input_ids": vocabulary.mapped(batch["input_ids"])}
-        hidden_ND = _hidden(student, batch, device)
+        hidden_ND = _hidden(passes, batch, device)
         for rows, places in each(_chunks(batch, first, chunk_size, device, documents)):
             teacher_logits_CV = teacher_head(teacher_hidden_ND[rows].to(device)).float()
             metric.update(head(hidden_ND[rows]).float(), teacher_logits_CV, places)
@@ -176,8 +178,8 @@ def covered(samples: Subset, vocabulary: Vocabulary) -> Subset:
     return Subset(samples, fine)
 
 
-def _hidden(model: LanguageModel, batch: dict[str, Tensor], device: torch.device) -> Tensor:
-    hidden_BLD = hidden_states(model, batch["input_ids"].to(device), batch["position_ids"].to(device))
+def _hidden(passes: MicroBatches, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    hidden_BLD = passes.hidden_states(batch["input_ids"].to(device), batch["position_ids"].to(device))
     return hidden_BLD[batch["loss_mask"].to(device)]
 
 

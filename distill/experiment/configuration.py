@@ -92,11 +92,13 @@ class CacheConfig:
     seed: Annotated[int, Between(0, 2**63)] = 0
     """Seed of the sampling."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
-    """Samples a forward pass of the teacher (the micro-batch)."""
+    """Samples a forward pass of the teacher (the micro-batch); halved when the device runs out of memory."""
     shard_samples: Annotated[int, Between(1, 2**20)] = 64
     """Samples a shard file."""
     chunk_size: Annotated[int, Between(1, 2**20)] = 256
     """Positions whose logits exist at one time."""
+    max_time: str | None = None
+    """Stop after this long, such as `90m` or `11h30m`, with every finished batch kept; the same command continues."""
     max_samples: Annotated[int, Between(1, 2**40)] | None = None
     """Largest number of training samples; default: the whole corpus."""
     held_out_samples: Annotated[int, Between(0, 2**40)] = 64

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +47,7 @@ from distill.system import interrupt, ledger, units
 from distill.system.locks import cannot_write, sole_writer
 from distill.system.processes import is_first_process
 from distill.system.progress import Progress, be_quiet, say
-from distill.system.units import parse_size
+from distill.system.units import parse_duration, parse_size
 from distill.targets.schemes import VarOpt
 
 
@@ -55,6 +57,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     `following`: phases that run next, and that must fit too.
     """
     cache = experiment.cache
+    limit = math.inf if cache.max_time is None else parse_duration(cache.max_time, "cache.max_time")
+    deadline = time.monotonic() + limit
     _check_budget_options(experiment)
     if cache.dir and is_url(cache.dir):
         raise UserError(f"cache.dir: {cache.dir}: a cache is made in a local folder; copy it there when it is finished")
@@ -96,7 +100,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
         elif _is_finished(folders, manifest, shards):
             return 0
         with preflight, ledger.phase(folders.run, "cache-teacher"):
-            _predict(experiment, folders, teacher, samples, manifest, shards, trainer)
+            _predict(experiment, folders, teacher, samples, manifest, shards, trainer, deadline)
     _summarise(folders, part)
     return 0
 
@@ -226,6 +230,7 @@ def _predict(
     manifest: Manifest,
     shards: range,
     trainer: pl.Trainer,
+    deadline: float,
 ) -> None:
     cache = experiment.cache
     splits, numbers = {"held_out": samples.held_out, "train": samples.train}, sample_numbers(manifest, samples)
@@ -244,7 +249,7 @@ def _predict(
         def open_writer() -> CacheWriter:
             return CacheWriter(folders.cache, manifest, batch_size=cache.batch_size)
 
-        predict(trainer, module, ShardShares(numbered, open_writer, shards, progress))
+        predict(trainer, module, ShardShares(numbered, open_writer, shards, progress, deadline))
 
 
 def _summarise(folders: Folders, part: Part | None) -> None:

@@ -75,6 +75,26 @@ def append_durably(path: Path, line: bytes) -> None:
         sync_folder(path.parent)
 
 
+def append_bytes(path: Path, at: int, content: bytes, sync: bool) -> None:
+    """Write at a place of a file, which is made if missing, and cut off what followed there.
+
+    After an error nothing of `content` is there.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | _BINARY, 0o666)
+    try:
+        os.ftruncate(descriptor, at)
+        os.lseek(descriptor, at, os.SEEK_SET)
+        try:
+            _write_all(descriptor, content)
+            if sync:
+                os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, at)
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _ends_a_line(descriptor: int, size: int) -> bool:
     if size == 0:
         return True

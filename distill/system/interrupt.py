@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SLURM's SIGUSR1: they stop idle programs at once, working ones at the end of the batch."""
+"""Ctrl-C, SIGTERM, SIGHUP, SLURM's SIGUSR1: they stop idle programs at once, working ones at a batch's end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _requeue = False
 
 def _handle(signum: int, frame: FrameType | None) -> None:
     global _requeue
-    _requeue = _requeue or signum not in (signal.SIGINT, signal.SIGTERM)
+    _requeue = _requeue or signal.Signals(signum).name == "SIGUSR1"
     if _deferred and signum not in _received:
         _received.add(signum)
         return
@@ -33,12 +33,15 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Take over Ctrl-C and SIGTERM for this process, in a job of SLURM also SIGUSR1, and forget signals that wait."""
+    """Take over Ctrl-C, SIGTERM and SIGHUP, in a job of SLURM also SIGUSR1, and forget signals that wait."""
     global _installed, _requeue
     _installed, _requeue = True, False
     _received.clear()
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
+    # Whoever started the program with `nohup` does not want it to end with the terminal.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _handle)
     if slurm.is_a_job():
         signal.signal(signal.SIGUSR1, _handle)
 

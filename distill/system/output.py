@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -38,7 +37,8 @@ def unbreakable_output() -> Iterator[None]:
     """Let prints inside fail in silence: hours of work are worth more than their log."""
     before = sys.stdout, sys.stderr
     # A program that was started without a stream has None in its place.
-    streams = [stream or Path(os.devnull).open("w", encoding="utf-8") for stream in before]
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # it is open as long as the streams
+    streams = [stream or nowhere for stream in before]
     sys.stdout, sys.stderr = map(_Unbreakable, streams)  # type: ignore[assignment]
     try:
         yield

@@ -108,7 +108,7 @@ def _started(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
 
 
 def _wait_for(started: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for the processes. Those that do not end are killed, which costs the shard in flight."""
+    """Wait for the processes. Those that do not end are killed, which costs the batch in work."""
     for process in started:
         try:
             process.wait(_SECONDS_TO_STOP)

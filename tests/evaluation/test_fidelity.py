@@ -74,6 +74,19 @@ class Samples(torch.utils.data.Dataset):
         return self.rows[index]
 
 
+class InRoom(Tiny):
+    """A model for which no more than `room` samples find memory."""
+
+    def __init__(self, seed: int, room: int) -> None:
+        super().__init__(seed)
+        self.room = room
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        if len(input_ids_BL) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return super().body(input_ids_BL, position_ids_BL)
+
+
 def walked(
     student: Tiny, teacher: Tiny, batch_size: int = 3, chunk_size: int = 4, samples: Samples | None = None
 ) -> Measured:
@@ -236,6 +249,21 @@ def test_progress_counts_every_token_of_every_sample_once() -> None:
     assert sum(seen) == SAMPLES * LENGTH
     student_fidelity(Tiny(1), states, Samples(), 3, 4, CPU, seen.append)
     assert sum(seen) == 2 * SAMPLES * LENGTH
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_out_of_memory_halves_the_batches_and_goes_on(room: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The measurement is the same to float32's last digits, and each model says it once a halving."""
+    expected = walked(Tiny(1), Tiny(2), batch_size=4).summary()
+    found = walked(InRoom(1, room), InRoom(2, room), batch_size=4).summary()
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-5)
+    assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+    assert capsys.readouterr().out.count("out of memory with 4 samples a forward pass; from here on 2") == 2
+
+
+def test_one_sample_that_finds_no_room_is_refused_in_a_line() -> None:
+    with pytest.raises(UserError, match=f"out of memory with 1 sample of {LENGTH} tokens"):
+        walked(Tiny(1), InRoom(2, room=0))
 
 
 def test_the_states_do_not_keep_the_teacher() -> None:

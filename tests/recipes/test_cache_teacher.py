@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+PATIENCE = 120.0
+"""Seconds that a process of its own may take on a busy machine."""
 
 # One sample a shard and few positions a chunk: slow enough for a signal to find it at work.
 SLOWLY = ["--cache.shard_samples", "1", "--cache.chunk_size", "4", "--cache.max_samples", "32"]
@@ -43,6 +48,29 @@ def test_interrupted_by_ctrl_c_it_continues_to_the_same_bytes(
     undisturbed = tmp_path / "undisturbed"
     distill("cache-teacher", file, *SLOWLY, "--cache.dir", undisturbed).done()
     assert contents(tmp_path / "run/cache") == contents(undisturbed)
+
+
+def test_at_the_end_of_its_time_it_keeps_every_batch(cache: Any, contents: Any, tmp_path: Path) -> None:
+    """`0s` is over after one batch: each start makes one more of the only training shard."""
+    undisturbed = ["--cache.batch_size", 6, "--cache.shard_samples", 16, "--cache.held_out_samples", 0]
+    cache(*undisturbed, "--cache.dir", tmp_path / "undisturbed").done()
+    for _ in range(2):
+        stopped = cache(*undisturbed, "--cache.max_time", "0s")
+        assert stopped.status == 130 and "cache.max_time is over" in stopped.out and "To go on" in stopped.err, stopped
+        assert (tmp_path / "run/cache/shards/train-000000.batches").exists()
+    cache(*undisturbed, "--cache.max_time", "2h").done()
+    assert contents(tmp_path / "run/cache") == contents(tmp_path / "undisturbed")
+    cache("--cache.max_time", "soon").refused("cache.max_time: 'soon'", "11h30m")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("broken", [">/dev/full 2>&1", "| true", ">&- 2>&-"])
+def test_a_broken_output_does_not_end_the_run(world: Any, contents: Any, tmp_path: Path, broken: str) -> None:
+    file = world.write(tmp_path / "experiment.yaml")
+    command = f'"{sys.executable}" -m distill.cli cache-teacher "{file}" --cache.max_samples 4'
+    done = subprocess.run(["bash", "-c", f"{command} {broken}; exit ${{PIPESTATUS[0]}}"], timeout=PATIENCE)
+    assert done.returncode == 0
+    assert {path.name for path in (tmp_path / "run/cache/shards").iterdir()} >= {"train-000000.safetensors"}
 
 
 def test_a_lost_shard_is_made_again(cache: Any, contents: Any, tmp_path: Path) -> None:

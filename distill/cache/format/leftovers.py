@@ -12,6 +12,8 @@ from distill.cache.format.head import HEAD
 from distill.system.files import TEMPORARY
 
 SHARD_NAME = re.compile(r"((held_out|train)-)?\d{6,}\.safetensors")
+SIDE_NAME = re.compile(r"(held_out|train)-\d{6,}\.batches")
+"""Names of the side files of shards in flight."""
 
 
 def is_leftover(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A writer beside the teacher: a thread codes, hashes and syncs shards while the next ones are computed."""
+"""A writer beside the teacher: a thread codes, hashes and writes batches while the next ones are computed."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from types import TracebackType
 from distill.cache.format.records import Record
 from distill.cache.making.writer import CacheWriter
 
-QUEUE_SHARDS = 2
-"""Largest number of finished shards that wait to be written. They are all the memory that this takes."""
+QUEUE_BATCHES = 2
+"""Largest number of finished batches that wait to be written. They are what a kill costs beside the one in work."""
 _POLL_SECONDS = 0.1
 
 
 class BackgroundWriter:
-    """A thread that writes shards. Use it as a context manager; its end waits until all of them are on disk.
+    """A thread that writes batches. Use it as a context manager; its end waits until all of them are on disk.
 
     An error in the thread is raised by the next call here, or by the end of the context. If the context ends with
-    another error (an interruption, say), the shards handed over before are still written.
+    another error (an interruption, say), the batches handed over before are still written.
     """
 
     def __init__(self, writer: CacheWriter) -> None:
         self.writer, self.manifest = writer, writer.manifest
         self.bytes = self.positions = 0
-        """Written so far."""
-        self._queue: queue.Queue[tuple[int, list[Record]] | None] = queue.Queue(QUEUE_SHARDS)
+        """Written so far, in whole shards."""
+        self._queue: queue.Queue[tuple[int, list[Record], int] | None] = queue.Queue(QUEUE_BATCHES)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cache writer", daemon=True)
 
@@ -33,16 +33,16 @@ class BackgroundWriter:
         self._thread.start()
         return self
 
-    def write(self, shard: int, records: list[Record]) -> None:
-        """Hand over a shard, and wait while the queue is full."""
-        self._put((shard, records))
+    def add(self, shard: int, batch: list[Record], batch_size: int) -> None:
+        """Hand over a shard's next batch, and wait while the queue is full."""
+        self._put((shard, batch, batch_size))
 
     def check(self) -> None:
         """Raise the thread's error, if there is one."""
         if self._error:
             raise self._error
 
-    def _put(self, item: tuple[int, list[Record]] | None) -> None:
+    def _put(self, item: tuple[int, list[Record], int] | None) -> None:
         while True:
             self.check()
             try:
@@ -53,7 +53,9 @@ class BackgroundWriter:
     def _run(self) -> None:
         try:
             while (item := self._queue.get()) is not None:
-                entry = self.writer.write(*item)
+                entry = self.writer.add(*item)
+                if entry is None:
+                    continue
                 self.bytes, self.positions = self.bytes + entry.bytes, self.positions + entry.positions
         except BaseException as error:
             self._error = error

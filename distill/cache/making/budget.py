@@ -18,7 +18,7 @@ from distill.cache.format.token_order import TokenOrder
 from distill.cache.making.extract import extract
 from distill.cache.making.predict import TeacherModule
 from distill.errors import UserError
-from distill.models.language_model import hidden_states
+from distill.models.micro_batches import MicroBatches
 from distill.system import units
 from distill.system.units import parse_size
 from distill.targets.schemes import AnyScheme, VarOpt
@@ -51,8 +51,9 @@ class SizeProbe:
         length = len(samples[0]["input_ids"])
         chosen = Subset(samples, range(min(count, max(1, TOKENS // length))))
         self._rows: list[dict[str, Tensor]] = []
+        passes = MicroBatches(module.teacher, batch_size)
         for batch in DataLoader(chosen, batch_size=batch_size):
-            hidden_BLD = hidden_states(module.teacher, batch["input_ids"].to(device), batch["position_ids"].to(device))
+            hidden_BLD = passes.hidden_states(batch["input_ids"].to(device), batch["position_ids"].to(device))
             columns = {"hidden": hidden_BLD, **batch}
             self._rows += [{name: column[row] for name, column in columns.items()} for row in range(len(hidden_BLD))]
         self.tokens = length * len(self._rows)

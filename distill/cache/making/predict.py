@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,8 +20,10 @@ from distill.cache.format.records import Documents, Record
 from distill.cache.making.background import BackgroundWriter
 from distill.cache.making.extract import extract
 from distill.models.language_model import LanguageModel, hidden_states
+from distill.models.micro_batches import free_memory, no_room
 from distill.system import interrupt
-from distill.system.progress import Progress
+from distill.system.memory import is_out_of_memory
+from distill.system.progress import Progress, say
 from distill.targets.schemes import AnyScheme
 
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -27,33 +31,49 @@ Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class ShardBatches:
-    """A batch sampler: the samples of the given shards in order. A batch depends on its shard alone."""
+    """A batch sampler: the samples of the given shards in order. A batch depends on its shard and batch size alone.
 
-    def __init__(self, manifest: Manifest, shards: list[int], batch_size: Callable[[int], int]) -> None:
-        """Set up the batches; `batch_size` tells how many samples of a shard make a batch."""
-        self.batches = [
-            list(samples[start : start + batch_size(shard)])
-            for shard in shards
-            for samples in [manifest.shard_range(shard)]
-            for start in range(0, len(samples), batch_size(shard))
-        ]
+    Args:
+        batch_size: tells how many samples of a shard make a batch. If the answer has changed after a batch (the teacher
+            ran out of memory), the shard begins anew, so that all its batches have one size.
+        begun: tells how many samples of a shard are finished when its turn comes.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        shards: list[int],
+        batch_size: Callable[[int], int],
+        begun: Callable[[int], int] = lambda shard: 0,
+    ) -> None:
+        self.manifest, self.shards, self.batch_size, self.begun = manifest, shards, batch_size, begun
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        for shard in self.shards:
+            samples, start = self.manifest.shard_range(shard), self.begun(shard)
+            while start < len(samples):
+                size = self.batch_size(shard)
+                yield list(samples[start : start + size])
+                start = start + size if self.batch_size(shard) == size else 0
 
     def __len__(self) -> int:
-        return len(self.batches)
+        """Return an upper bound of the number of batches, since batches that were too large come again in halves."""
+        return 2 * sum(len(self.manifest.shard_range(shard)) for shard in self.shards)
 
 
 def shard_loader(
-    samples: Dataset, manifest: Manifest, shards: list[int], batch_size: Callable[[int], int]
+    samples: Dataset,
+    manifest: Manifest,
+    shards: list[int],
+    batch_size: Callable[[int], int],
+    begun: Callable[[int], int] = lambda shard: 0,
 ) -> DataLoader:
-    """Return a loader of the samples of unfinished shards.
+    """Return a loader of the samples of unfinished shards; for `batch_size` and `begun` see `ShardBatches`.
 
     `samples[i]` holds `input_ids`, `position_ids`, `loss_mask`, and, where a corpus made it, `document_hash` and
     `source` of each position.
     """
-    return DataLoader(samples, batch_sampler=ShardBatches(manifest, shards, batch_size))
+    return DataLoader(samples, batch_sampler=ShardBatches(manifest, shards, batch_size, begun))
 
 
 class TeacherModule(pl.LightningModule):
@@ -77,6 +97,18 @@ class TeacherModule(pl.LightningModule):
 
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[Record]:
+        """Return the records of a batch's samples; none if memory ran out and a smaller batch may find room."""
+        try:
+            return self._records(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch["input_ids"]) == 1:
+                raise no_room(batch["input_ids"].shape[1]) from None
+        free_memory()  # outside of `except`, which holds the tensors of the failed pass
+        return []
+
+    def _records(self, batch: dict[str, Tensor]) -> list[Record]:
         ids_BL, positions_BL, mask_BL = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
         hidden_BLD = hidden_states(self.teacher, ids_BL, positions_BL)
         head = self.teacher.head.with_rows(self.vocab_size)
@@ -98,14 +130,20 @@ class TeacherModule(pl.LightningModule):
 
 
 class ShardWriter(BasePredictionWriter):
-    """A callback that collects records and hands a shard over as soon as it is whole; it stops if the writer fails."""
+    """A callback that hands each batch of records to the writer. It stops on request, late, or if the writer fails.
 
-    def __init__(self, writer: BackgroundWriter, shards: list[int], progress: Progress) -> None:
+    `deadline` is the `time.monotonic()` after which no further batch begins.
+    """
+
+    def __init__(self, background: BackgroundWriter, progress: Progress, deadline: float = math.inf) -> None:
         super().__init__(write_interval="batch")
-        self.writer, self.progress = writer, progress
-        self._shards = iter(shards)
-        self._pending: list[Record] = []
-        self._shard: int | None = next(self._shards, None)
+        self.background, self.writer, self.progress = background, background.writer, progress
+        self.deadline = deadline
+        self._shard, self._tokens = -1, 0
+        """Shard of the last batch, and the tokens of it that were advanced by."""
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        interrupt.retake()
 
     def write_on_batch_end(
         self,
@@ -117,16 +155,26 @@ class ShardWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        self._pending += _with_documents(prediction, batch)
-        assert self._shard is not None
-        if len(self._pending) == len(self.writer.manifest.shard_range(self._shard)):
-            self.writer.write(self._shard, self._pending)
-            self._shard, self._pending = next(self._shards, None), []
-        self.writer.check()
+        assert batch_indices, "the batches are those of a `ShardBatches`"
+        shard = self.writer.manifest.place(batch_indices[0])[0]
+        if shard != self._shard:
+            self._shard, self._tokens = shard, 0
+        if prediction:
+            self.background.add(shard, _with_documents(prediction, batch), self.writer.batch_size(shard))
+        self._advance(batch["input_ids"].numel() if prediction else -self._tokens)
+        if not prediction:
+            before = len(batch_indices)
+            say(f"out of memory with {before} samples a forward pass; from here on {self.writer.halve(before)}")
+        self.background.check()
         interrupt.stop_if_asked()
-        size, positions = self.writer.bytes, self.writer.positions
-        written = f"{size / positions:.1f} bytes/position" if positions else ""
-        self.progress.advance(sum(len(record.input_ids_L) for record in prediction), written=written)
+        if time.monotonic() >= self.deadline:
+            say("cache.max_time is over")
+            raise interrupt.Interrupted("cache.max_time is over")
+
+    def _advance(self, tokens: int) -> None:
+        self._tokens += tokens
+        size, positions = self.background.bytes, self.background.positions
+        self.progress.advance(tokens, written=f"{size / positions:.1f} bytes/position" if positions else "")
 
 
 def _with_documents(records: list[Record], batch: dict[str, Tensor]) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -47,6 +48,7 @@ class ShardShares(pl.LightningDataModule):
         open_writer: opens the cache; called after the process of rank 0 has done so.
         shards: shards to make, as far as they are missing.
         progress: display of this process's tokens.
+        deadline: `time.monotonic()` after which no further batch begins.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class ShardShares(pl.LightningDataModule):
         open_writer: Callable[[], CacheWriter],
         shards: range,
         progress: Progress,
+        deadline: float = math.inf,
     ) -> None:
         super().__init__()
+        self.deadline = deadline
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards than processes
         self.samples, self.open_writer, self.shards, self.progress = samples, open_writer, shards, progress
         self.background = contextlib.ExitStack()
@@ -74,7 +78,7 @@ class ShardShares(pl.LightningDataModule):
         self._show_what_is_done(len(missing))
         background = self.background.enter_context(BackgroundWriter(self._writer))
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.append(ShardWriter(background, self._mine, self.progress))
+        callbacks.append(ShardWriter(background, self.progress, self.deadline))
 
     def _show_what_is_done(self, missing: int) -> None:
         """Show this process's share of the work, and as done the same share of the shards that existed before."""
@@ -82,11 +86,13 @@ class ShardShares(pl.LightningDataModule):
         manifest = self._writer.manifest
         to_do = sum(len(manifest.shard_range(shard)) for shard in self._mine)
         done = (len(self.shards) - missing) * manifest.shard_samples // self.trainer.world_size
+        begun = sum(self._writer.begun(shard) for shard in self._mine)
         self.progress.total = (done + to_do) * manifest.sequence_length
-        self.progress.start(done * manifest.sequence_length)
+        self.progress.start((done + begun) * manifest.sequence_length)
 
     def predict_dataloader(self) -> DataLoader:
-        return shard_loader(self.samples, self._writer.manifest, self._mine, self._writer.batch_size)
+        writer = self._writer
+        return shard_loader(self.samples, writer.manifest, self._mine, writer.batch_size, writer.begun)
 
     def teardown(self, stage: str) -> None:
         """Put the journal in order when all processes have written their shards."""

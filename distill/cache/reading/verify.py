@@ -20,6 +20,7 @@ from distill.cache.format.folder import (
     read_manifest,
 )
 from distill.cache.format.head import HEAD, load_head
+from distill.cache.format.in_flight import SUFFIX
 from distill.cache.format.part import read_part
 from distill.cache.format.token_order import FINGERPRINT, load_order
 from distill.cache.format.tokenizer_files import tokenizer_problems
@@ -139,5 +140,7 @@ def _strangers(folder: Path, manifest: Manifest, shards: set[int]) -> Iterator[s
         if path.name not in known:
             yield printable(path.name)
     for path in sorted((folder / SHARDS).iterdir()) if (folder / SHARDS).is_dir() else []:
-        if manifest.shard_of_file(f"{SHARDS}/{path.name}") not in shards:
+        # A side file of finished batches stands for its shard.
+        name = f"{path.stem}.safetensors" if path.suffix == SUFFIX else path.name
+        if manifest.shard_of_file(f"{SHARDS}/{name}") not in shards:
             yield printable(f"{SHARDS}/{path.name}")

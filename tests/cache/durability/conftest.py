@@ -39,10 +39,12 @@ def finish(manifest: Manifest, records_of: Any, tokenizer: Any) -> Callable[...,
     """`finish(folder)`: make a cache, or what is missing of it."""
 
     def run(folder: Path, overwrite: bool = False) -> None:
-        writer = CacheWriter(folder, manifest, overwrite)
+        writer = CacheWriter(folder, manifest, overwrite, batch_size=2)
         save_tokenizer(folder, tokenizer)
         for shard in writer.missing():
-            writer.write(shard, records_of(manifest, shard))
+            made = records_of(manifest, shard)
+            for start in range(writer.begun(shard), len(made), 2):
+                writer.add(shard, made[start : start + 2], 2)
 
     return run
 

@@ -185,7 +185,7 @@ def test_the_order_of_the_work_leaves_no_trace(
     tmp_path: Path, manifest: Manifest, records_of: Any, undisturbed: Any, contents: Any, tokenizer: Any
 ) -> None:
     folder = tmp_path / "cache"
-    writer = CacheWriter(folder, manifest)
+    writer = CacheWriter(folder, manifest, batch_size=2)
     save_tokenizer(folder, tokenizer)
     for shard in (2, 0, 3, 1):
         writer.write(shard, records_of(manifest, shard))

@@ -24,7 +24,7 @@ class Sink:
         self.manifest, self.fails_at, self.gate = manifest, fails_at, gate
         self.written: list[int] = []
 
-    def write(self, shard: int, records: Any) -> Any:
+    def add(self, shard: int, records: Any, batch_size: int) -> Any:
         if self.gate:
             assert self.gate.wait(60)
         if shard == self.fails_at:
@@ -41,7 +41,7 @@ def test_the_background_writer_writes_everything_in_order(manifest: Manifest) ->
     sink = Sink(manifest)
     with background(sink) as writer:
         for shard in range(20):
-            writer.write(shard, [])
+            writer.add(shard, [], 8)
     assert sink.written == list(range(20)) and (writer.bytes, writer.positions) == (200, 40)
 
 
@@ -51,14 +51,14 @@ def test_an_error_of_the_writer_is_never_lost_and_never_hangs(manifest: Manifest
     sink, given = Sink(manifest, fails_at=0), 0
     with pytest.raises(UserError, match="disk full"), background(sink) as writer:
         for shard in range(shards):
-            writer.write(shard, [])
+            writer.add(shard, [], 8)
             given += 1
     assert sink.written == [] and given <= 4
 
 
 def test_a_batch_after_the_error_is_the_last(manifest: Manifest) -> None:
     with pytest.raises(UserError, match="disk full"), background(Sink(manifest, fails_at=0)) as writer:
-        writer.write(0, [])
+        writer.add(0, [], 8)
         writer._thread.join(60)
         writer.check()
         pytest.fail("the error did not come out")
@@ -68,20 +68,20 @@ def test_what_was_handed_over_before_an_interruption_is_written(manifest: Manife
     gate = threading.Event()
     sink = Sink(manifest, gate=gate)
     with pytest.raises(KeyboardInterrupt), background(sink) as writer:
-        writer.write(0, [])
-        writer.write(1, [])
+        writer.add(0, [], 8)
+        writer.add(1, [], 8)
         gate.set()
         raise KeyboardInterrupt
     assert sink.written == [0, 1]
 
 
-def test_no_more_shards_wait_than_the_queue_holds(manifest: Manifest) -> None:
+def test_no_more_batches_wait_than_the_queue_holds(manifest: Manifest) -> None:
     gate, given = threading.Event(), []
     with background(Sink(manifest, gate=gate)) as writer:
 
         def give() -> None:
             for shard in range(10):
-                writer.write(shard, [])
+                writer.add(shard, [], 8)
                 given.append(shard)
 
         giver = threading.Thread(target=give)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from distill.cache.format.folder import Manifest, read_journal
+from distill.cache.format.in_flight import side_file
 from distill.cache.format.part import Part
 from distill.cache.making.parts import claim_part, merge
 from distill.cache.making.predict import TeacherModule
@@ -32,6 +33,7 @@ from distill.cache.making.repair import repair
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import FolderStorage
+from distill.errors import UserError
 from distill.models.language_model import Head
 from distill.system.progress import Progress
 
@@ -41,8 +43,16 @@ SAMPLES, LENGTH, VOCABULARY = 23, 24, 1009
 class ExactTeacher(nn.Module):
     """Hidden state = row of a table for the token + row of a table for the position id."""
 
-    def __init__(self, seconds: float = 0.0, fails_in_process: int | None = None) -> None:
+    def __init__(
+        self,
+        seconds: float = 0.0,
+        fails_in_process: int | None = None,
+        room: int = SAMPLES,
+        seen: list[int] | None = None,
+    ) -> None:
+        """Set up the table; `seen` gets the size of each batch, and one over `room` finds no memory."""
         super().__init__()
+        self.room, self.seen = room, [] if seen is None else seen
         generator = torch.Generator().manual_seed(3)
         self.tokens_VD = nn.Parameter(torch.randn(VOCABULARY, 16, generator=generator))
         self.positions_LD = nn.Parameter(torch.randn(LENGTH, 16, generator=generator))
@@ -55,6 +65,9 @@ class ExactTeacher(nn.Module):
 
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
         time.sleep(self.seconds)
+        self.seen.append(len(input_ids_BL))
+        if len(input_ids_BL) > self.room:
+            raise torch.OutOfMemoryError("no room")
         if self.fails:
             raise RuntimeError("out of teachers")
         return self.tokens_VD[input_ids_BL] + self.positions_LD[position_ids_BL]
@@ -98,6 +111,10 @@ def make_cache(
 @pytest.fixture
 def manifest_of(make_manifest: Callable[..., Manifest]) -> Callable[..., Manifest]:
     return lambda **changes: make_manifest(SAMPLES, **changes)
+
+
+def xor(content: bytes, flips: bytes) -> bytes:
+    return bytes(a ^ b for a, b in zip(content, flips.ljust(len(content), b"\0"), strict=True))
 
 
 def samples_of(folder: Path) -> list[dict[str, Any]]:
@@ -220,6 +237,76 @@ def test_parts_make_the_same_bytes(tmp_path: Path, manifest_of: Any, contents: A
         make_cache(folder, manifest, 3, part.shards(manifest.shards))
     merge([FolderStorage(folder) for _, folder in parts], tmp_path / "joined", lambda _: None)
     assert contents(tmp_path / "joined") == contents(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_finished_batches_of_a_shard_in_flight_are_not_computed_again(
+    tmp_path: Path, manifest_of: Any, contents: Any, signum: signal.Signals
+) -> None:
+    """The batch size of the second start does not matter to a shard that was begun."""
+    manifest, folder, seen = manifest_of(shard_samples=64), tmp_path / "cache", []
+    process = start(tmp_path, folder, manifest, batch_size=2, seconds=0.3)
+    side, deadline = side_file(folder, manifest, manifest.shards - 1), time.monotonic() + 120
+    while not (side.exists() and side.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    output = end(process)
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 130), output
+    shard = manifest.shard_range(manifest.shards - 1)
+    done = CacheWriter(folder, manifest).begun(manifest.shards - 1)
+    assert 0 < done < len(shard)
+    make_cache(folder, manifest, batch_size=5, seen=seen)
+    assert sum(seen) == len(shard) - done and set(seen) <= {1, 2}
+    make_cache(tmp_path / "straight", manifest, batch_size=2)
+    assert contents(folder) == contents(tmp_path / "straight")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_side_file_counts_up_to_the_damage(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
+    """It may be cut anywhere, a bit of it may have flipped, or it may be another shard's."""
+    manifest = manifest_of(shard_samples=64)
+    make_cache(tmp_path / "straight", manifest, batch_size=2)
+    last, first, undisturbed = manifest.shards - 1, 0, contents(tmp_path / "straight")
+
+    def begun(folder: Path, shard: int, change: Callable[[bytes], bytes]) -> int:
+        """Make three batches of the last shard, change the side file, and finish the cache."""
+        writer, made = CacheWriter(folder, manifest), CacheReader(tmp_path / "straight", "train")
+        for start in (0, 2, 4):
+            writer.add(last, [made[start], made[start + 1]], 2)
+        whole = side_file(folder, manifest, last)
+        content = whole.read_bytes()
+        whole.unlink()
+        side_file(folder, manifest, shard).write_bytes(change(content))
+        found = CacheWriter(folder, manifest).begun(shard)
+        make_cache(folder, manifest, batch_size=2)
+        assert contents(folder) == undisturbed
+        return found
+
+    assert begun(tmp_path / "whole", last, lambda content: content) == 6
+    assert begun(tmp_path / "other", first, lambda content: content) == 0
+    assert begun(tmp_path / "cut", last, lambda content: content[:-1]) == 4
+    assert begun(tmp_path / "short", last, lambda content: content[:7]) == 0
+    assert (
+        begun(tmp_path / "flipped", last, lambda content: content[:99] + bytes([content[99] ^ 1]) + content[100:]) == 0
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_out_of_memory_halves_the_batches_and_goes_on(
+    tmp_path: Path, manifest_of: Any, contents: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache is the one of the smaller batch size, which is written down."""
+    manifest, seen = manifest_of(), []
+    make_cache(tmp_path / "halved", manifest, batch_size=4, room=2, seen=seen)
+    make_cache(tmp_path / "small", manifest, batch_size=2)
+    assert contents(tmp_path / "halved") == contents(tmp_path / "small")
+    assert seen.count(4) == 1
+    said = capsys.readouterr().out
+    assert said.count("out of memory with 4 samples a forward pass; from here on 2") == 1
+    with pytest.raises(UserError, match="out of memory with 1 sample of 24 tokens"):
+        make_cache(tmp_path / "none", manifest, batch_size=4, room=0)
 
 
 # Several processes. Lightning starts them by running the script again.

@@ -18,7 +18,25 @@ def test_batches_stay_in_their_shard(make_manifest: Callable[..., Manifest], bat
     assert [sample for batch in batches for sample in batch] == [*range(25)]
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     assert all(len({manifest.place(sample)[0] for sample in batch}) == 1 for batch in batches)
-    assert len(ShardBatches(manifest, [*range(manifest.shards)], lambda shard: batch_size)) == len(batches)
+    assert len(ShardBatches(manifest, [*range(manifest.shards)], lambda shard: batch_size)) >= len(batches)
+
+
+def test_finished_batches_are_left_out(make_manifest: Callable[..., Manifest]) -> None:
+    manifest = make_manifest(samples=25, shard_samples=4)
+    every = list(ShardBatches(manifest, [3, 4], lambda shard: 2))
+    assert list(ShardBatches(manifest, [3, 4], lambda shard: 2, lambda shard: 2 * (shard == 3))) == every[1:]
+
+
+def test_a_shard_whose_batch_was_too_large_begins_anew_in_halves(make_manifest: Callable[..., Manifest]) -> None:
+    """All batches of a shard have one size: the one that is written down with it."""
+    manifest, size, seen = make_manifest(samples=25, shard_samples=8), 4, []
+    sampler = ShardBatches(manifest, [1, 2], lambda shard: size)
+    for batch in sampler:
+        seen.append(batch)
+        size = 2 if len(seen) == 2 else size
+    assert seen[:2] == list(ShardBatches(manifest, [1], lambda shard: 4))[:2]
+    assert seen[2:] == list(ShardBatches(manifest, [1, 2], lambda shard: 2))
+    assert len(seen) <= len(sampler)
 
 
 @pytest.mark.parametrize("shards", [[], [3], [6], [1, 4, 6], [2, 3, 4, 5, 6]])

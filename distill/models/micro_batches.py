@@ -1,0 +1,54 @@
+"""Forward passes that halve their micro-batch, and go on, when a model runs out of memory."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.models.language_model import LanguageModel, hidden_states
+from distill.system.memory import is_out_of_memory
+from distill.system.progress import say
+
+
+class MicroBatches:
+    """A model's hidden states, in forward passes of at most `size` samples; `size` halves when memory runs out."""
+
+    def __init__(self, model: LanguageModel, size: int) -> None:
+        self.model, self.size = model, size
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        """Return the hidden states `[B, L, D]` of a batch. Raises UserError if one sample alone finds no room."""
+        while True:
+            try:
+                passes = zip(input_ids_BL.split(self.size), position_ids_BL.split(self.size), strict=True)
+                hidden = [hidden_states(self.model, ids_BL, positions_BL) for ids_BL, positions_BL in passes]
+                return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                before = min(self.size, len(input_ids_BL))
+                if before == 1:
+                    raise no_room(input_ids_BL.shape[1]) from None
+            free_memory()  # outside of `except`, which holds the tensors of the failed pass
+            self.size = -(-before // 2)
+            say(f"out of memory with {before} samples a forward pass; from here on {self.size}")
+
+
+def free_memory() -> None:
+    """Give back the memory that a failed pass held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def no_room(length: int) -> UserError:
+    """Return the error for a pass that cannot be halved any more."""
+    return UserError(
+        f"out of memory with 1 sample of {length} tokens a forward pass; everything so far is kept: free the "
+        "device from other programs, load the model in fewer bits (--teacher.quantization nf4), or take a teacher that "
+        "needs less memory (--teacher.class_path streamed) or a smaller --corpus.sequence_length in a new cache"
+    )
