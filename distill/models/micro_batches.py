@@ -1,4 +1,4 @@
-"""Forward passes that halve their micro-batch, and go on, when a model runs out of memory."""
+"""Micro-batches of forward passes, which halve when a model runs out of memory."""
 
 from __future__ import annotations
 

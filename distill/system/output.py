@@ -39,7 +39,7 @@ def unbreakable_output() -> Iterator[None]:
     # A program that was started without a stream has None in its place.
     nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # it is open as long as the streams
     streams = [stream or nowhere for stream in before]
-    sys.stdout, sys.stderr = map(_Unbreakable, streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = map(_Unbreakable, streams)
     try:
         yield
     finally:
