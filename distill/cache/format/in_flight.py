@@ -6,7 +6,7 @@ import os
 import struct
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill.cache.format.manifest import Manifest
@@ -33,7 +33,7 @@ class InFlight:
     encoded: list[bytes]
     size: int = 0
     """Bytes of the side file that are whole. What follows was cut off by a kill."""
-    _synced: float = 0.0
+    _synced: float = field(default_factory=time.monotonic)
 
     @classmethod
     def empty(cls, folder: Path, manifest: Manifest, shard: int, batch_size: int) -> InFlight:
