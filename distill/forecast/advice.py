@@ -178,15 +178,6 @@ def as_options(keys: Keys) -> str:
     return " ".join(f"--{key} {value}" for key, value in values.items())
 
 
-def _halves(value: int, least: int = 1) -> list[int]:
-    """Return half of it, rounded down, half of that, and so on; none below `least`."""
-    found = []
-    while value // 2 >= least:
-        value //= 2
-        found.append(value)
-    return found
-
-
 def _micro_batch(experiment: Experiment) -> list[Keys]:
     """Make smaller passes, and as many more of them: the same optimiser step."""
     train = experiment.train
@@ -204,22 +195,14 @@ def _checkpointing(experiment: Experiment) -> list[Keys]:
     return [{"train.checkpoint_every_k": 1}] if train.checkpoint_every_k > 1 else []
 
 
-def _optimizer(experiment: Experiment) -> list[Keys]:
-    return [{"train.optimizer": "adamw_8bit"}] if experiment.train.optimizer == "adamw" else []
+def _instead(key: str, values: tuple[str, ...], keys: Keys) -> Lever:
+    """Return the lever that sets `keys` where `key` has one of these values."""
 
+    def lever(experiment: Experiment) -> list[Keys]:
+        section, name = key.split(".")
+        return [keys] if getattr(getattr(experiment, section), name) in values else []
 
-def _pure_bfloat16(experiment: Experiment) -> list[Keys]:
-    if experiment.train.precision == "bf16-true":
-        return []
-    return [{"train.precision": "bf16-true", "train.rounding": "stochastic"}]
-
-
-def _student_in(dtype: str, experiment: Experiment) -> list[Keys]:
-    return [{"evaluate.student_dtype": dtype}] if experiment.evaluate.student_dtype == "float32" else []
-
-
-def _four_bits(experiment: Experiment) -> list[Keys]:
-    return [{"teacher.quantization": "nf4"}] if experiment.teacher.quantization != "nf4" else []
+    return lever
 
 
 def _layer_by_layer(experiment: Experiment) -> list[Keys]:
@@ -233,9 +216,12 @@ def _layer_by_layer(experiment: Experiment) -> list[Keys]:
 
 
 def _halved(key: str, least: int = 1) -> Lever:
+    """Return the lever that halves a number, rounded down, again and again, but not below `least`."""
+
     def lever(experiment: Experiment) -> list[Keys]:
         section, name = key.split(".")
-        return [{key: size} for size in _halves(getattr(getattr(experiment, section), name), least)]
+        value = getattr(getattr(experiment, section), name)
+        return [{key: value >> times} for times in range(1, value.bit_length()) if value >> times >= least]
 
     return lever
 
@@ -244,30 +230,32 @@ def _levers(card: Card) -> dict[Phase, list[Lever]]:
     """Return each phase's levers, from the cheapest to the dearest."""
     loss_chunk = _halved("loss.chunk_size", SMALLEST_CHUNK)
     length = _halved("corpus.sequence_length", SHORTEST)
+    four_bits = _instead("teacher.quantization", ("none", "int8"), {"teacher.quantization": "nf4"})
     has_bf16 = card.has_bf16 or not card.is_cuda
-    half = "bfloat16" if has_bf16 else "float16"
+    pure = {"train.precision": "bf16-true", "train.rounding": "stochastic"}
+    half = {"evaluate.student_dtype": "bfloat16" if has_bf16 else "float16"}
     return {
         "train-student": [
             _micro_batch,
             _checkpointing,
             loss_chunk,
-            _optimizer,
-            *([_pure_bfloat16] if has_bf16 else []),
+            _instead("train.optimizer", ("adamw",), {"train.optimizer": "adamw_8bit"}),
+            *([_instead("train.precision", ("32-true", "bf16-mixed", "16-mixed"), pure)] if has_bf16 else []),
             length,
         ],
         "cache-teacher": [
             _halved("cache.batch_size"),
             _halved("cache.chunk_size", SMALLEST_CHUNK),
-            _four_bits,
+            four_bits,
             _layer_by_layer,
             length,
         ],
         "evaluate": [
             _halved("evaluate.batch_size"),
             loss_chunk,
-            _four_bits,
+            four_bits,
             _layer_by_layer,
-            lambda experiment: _student_in(half, experiment),
+            _instead("evaluate.student_dtype", ("float32",), half),
             length,
         ],
     }

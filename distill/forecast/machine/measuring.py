@@ -93,14 +93,10 @@ def _set_right(
     is_rate = name == "bandwidth"
     for _ in range(40):
         middle = (low + high) / 2
-        pace = speed(card, _with(efficiency, name, math.exp(middle)))
+        pace = speed(card, replace(efficiency, **{name: math.exp(middle)}))  # type: ignore[arg-type]
         is_slow = sum(math.log(pace.seconds(timed.work) / timed.seconds) for timed in works) > 0
         low, high = (middle, high) if is_slow == is_rate else (low, middle)
-    return _with(efficiency, name, math.exp((low + high) / 2))
-
-
-def _with(efficiency: Efficiency, name: Literal["launch", "bandwidth"], value: float) -> Efficiency:
-    return replace(efficiency, launch=value) if name == "launch" else replace(efficiency, bandwidth=value)
+    return replace(efficiency, **{name: math.exp((low + high) / 2)})  # type: ignore[arg-type]
 
 
 def _precisions(card: Card) -> tuple[str, ...]:

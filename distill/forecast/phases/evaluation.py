@@ -5,8 +5,8 @@ Shapes: N positions of a batch, V vocabulary, D the teacher's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from torch import nn
 from distill.evaluation.fidelity import Each, TeacherStates, student_fidelity, teacher_likelihood, teacher_states
 from distill.forecast.phases.teacher import make_batch
 from distill.forecast.simulation.blocks import alike_once
-from distill.forecast.simulation.fake import without_memory
+from distill.forecast.simulation.fake import tracked
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.repetition import first_two_alike
-from distill.forecast.simulation.result import Simulation, tag_model
+from distill.forecast.simulation.result import Simulation, result_of, tag_model
 from distill.forecast.simulation.tracker import Tracker
 from distill.models.language_model import Head
 
@@ -36,7 +36,7 @@ def simulate_likelihood(
     device: DeviceKind = "cpu",
 ) -> Simulation:
     """Simulate one batch of held-out samples that the teacher reads, including a copy of its head."""
-    with _held_out(batch_size, length, documents, device) as (samples, tracker):
+    with tracked(_samples(batch_size, length, documents), device) as (samples, tracker):
         teacher: Any = make_teacher()
         tag_model(tracker, teacher)
         tracker.forget()
@@ -44,8 +44,7 @@ def simulate_likelihood(
             states = teacher_states(teacher, samples, batch_size, vocab_size, _CPU, lambda tokens: None)
         tracker.tag([states.head.weight_VD], "weights")
         teacher_likelihood(states, samples, batch_size, chunk_size, _CPU, each=_equal_chunks_twice(tracker))
-        peak = tracker.peak()
-    return Simulation(peak.bytes, peak.parts, tracker.work.copy())
+        return result_of(tracker)
 
 
 def simulate_fidelity(
@@ -61,7 +60,7 @@ def simulate_fidelity(
     device: DeviceKind = "cpu",
 ) -> Simulation:
     """Simulate one batch of held-out samples; the teacher has left its head and its hidden states."""
-    with _held_out(batch_size, length, documents, device) as (samples, tracker):
+    with tracked(_samples(batch_size, length, documents), device) as (samples, tracker):
         student: Any = make_student().eval()
         tag_model(tracker, student)
         head = Head(torch.empty(vocab_size, teacher_hidden_size, dtype=teacher_dtype))
@@ -73,19 +72,12 @@ def simulate_fidelity(
         each = _equal_chunks_twice(tracker)
         with alike_once(student, tracker):
             student_fidelity(student, states, samples, batch_size, chunk_size, _CPU, lambda tokens: None, each=each)
-        peak = tracker.peak()
-    return Simulation(peak.bytes, peak.parts, tracker.work.copy())
+        return result_of(tracker)
 
 
-@contextmanager
-def _held_out(batch_size: int, length: int, documents: int, device: DeviceKind) -> Iterator[tuple[Any, Tracker]]:
-    """Yield a batch of samples without memory, and the tracker of all that happens inside."""
-    batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
-    rows = [{name: tensor[row].clone() for name, tensor in batch.items()} for row in range(batch_size)]
-    with without_memory(device) as values:
-        samples = [{name: values.known(tensor) for name, tensor in row.items()} for row in rows]
-        with tracker:
-            yield samples, tracker
+def _samples(batch_size: int, length: int, documents: int) -> Any:
+    batch = make_batch(batch_size, length, documents)
+    return [{name: tensor[row].clone() for name, tensor in batch.items()} for row in range(batch_size)]
 
 
 def _equal_chunks_twice(tracker: Tracker) -> Each:

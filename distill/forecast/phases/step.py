@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from distill.cache.reading.batches import Batch
 from distill.forecast.simulation.blocks import AlikeBlocks, NotAlike, alike_once
 from distill.forecast.simulation.cuda import optimizer_on_cuda
-from distill.forecast.simulation.fake import without_memory
+from distill.forecast.simulation.fake import tracked
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.repetition import EachKindOnce
-from distill.forecast.simulation.result import Simulation, all_tensors, tag_model
+from distill.forecast.simulation.result import Simulation, all_tensors, result_of, tag_model
 from distill.forecast.simulation.tracker import Tracker
 from distill.forecast.simulation.work import Work
 from distill.targets.hidden import HiddenTargets
@@ -69,14 +69,11 @@ def simulate_step(
     `alike_blocks_once` see `distill.forecast.simulation.blocks`; otherwise every block runs. The module's errors are
     raised.
     """
-    batch, tracker = make_batch(shape), Tracker(device)
     # bfloat16 has the same size. Fake tensors are on a CPU, which has no float16 autocast.
     fake_precision = "bf16-mixed" if precision == "16-mixed" else precision
     try:
-        with without_memory(device) as values:
-            fake_batch = _mapped(batch, values.known)
-            with tracker:
-                return run_tracked(make_module, fake_batch, tracker, fake_precision, shortcuts, alike_blocks_once)
+        with tracked(make_batch(shape), device) as (batch, tracker):
+            return run_tracked(make_module, batch, tracker, fake_precision, shortcuts, alike_blocks_once)
     except NotAlike:
         return simulate_step(
             make_module, shape, precision=precision, device=device, shortcuts=shortcuts, alike_blocks_once=False
@@ -108,8 +105,7 @@ def run_tracked(
             blocks.run_all()
         watch = _Watch(tracker, blocks, shortcuts)
         run_steps(module, batch, precision, [watch], steps=1 if shortcuts else STEPS)
-    peak = tracker.peak()
-    return Simulation(peak.bytes, peak.parts, watch.work, watch.update)
+    return result_of(tracker, watch.work, watch.update)
 
 
 def run_steps(
@@ -224,12 +220,3 @@ def _watched_optimizer(
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(tag)
     return optimizer_on_cuda(make, module) if tracker.device == "cuda" else make(module)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a dataclass with all its tensors changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{field.name: _mapped(getattr(value, field.name), change) for field in fields(value)})
-    return value

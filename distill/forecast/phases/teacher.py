@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from distill.cache.making.predict import Sample, TeacherModule
 from distill.forecast.simulation.blocks import alike_once
-from distill.forecast.simulation.fake import without_memory
+from distill.forecast.simulation.fake import tracked
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.repetition import first_two_alike
-from distill.forecast.simulation.result import Simulation, tag_model
+from distill.forecast.simulation.result import Simulation, result_of, tag_model
 from distill.forecast.simulation.tracker import Tracker
 from distill.targets.schemes import AnyScheme, VarOpt
 
@@ -39,14 +39,11 @@ def simulate_teacher(
     and two of them get their targets. For `alike_blocks_once` see `distill.forecast.simulation.blocks`; without it
     every block runs.
     """
-    batch, tracker = make_batch(batch_size, length, documents), Tracker(device)
     widest = scheme.most_atoms if isinstance(scheme, VarOpt) else max(scheme.most_entries, 1)
-    with without_memory(device, widest) as values:
-        batch = {name: values.known(tensor) for name, tensor in batch.items()}
-        with tracker:
-            module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
-            module.each = lambda samples: _in_loss(first_two_alike(samples, tracker), tracker)
-            return run_tracked(module, batch, tracker, alike_blocks_once)
+    with tracked(make_batch(batch_size, length, documents), device, widest) as (batch, tracker):
+        module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
+        module.each = lambda samples: _in_loss(first_two_alike(samples, tracker), tracker)
+        return run_tracked(module, batch, tracker, alike_blocks_once)
 
 
 def run_tracked(
@@ -60,8 +57,7 @@ def run_tracked(
         if not alike_blocks_once:
             blocks.run_all()
         module.predict_step(batch, 0)
-    peak = tracker.peak()
-    return Simulation(peak.bytes, peak.parts, tracker.work.copy())
+    return result_of(tracker)
 
 
 def make_batch(batch_size: int, length: int, documents: int = 1, vocab_size: int = 2) -> dict[str, Tensor]:

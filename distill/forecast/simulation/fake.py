@@ -6,19 +6,25 @@ a CPU, `distill.forecast.simulation.cuda` takes the device's way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import bitsandbytes  # noqa: F401  # makes tensors when it is imported, which must be real ones
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distill.forecast.simulation.cuda import Functions
 from distill.forecast.simulation.kernels import DeviceKind
+from distill.forecast.simulation.tracker import Tracker
 from distill.forecast.simulation.values import Methods, Values
 from distill.models.checkpoints import download
 from distill.models.shapes import finder, shapes_alone
 from distill.system import interrupt
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -39,3 +45,26 @@ def without_memory(device: DeviceKind, integer: int = 1) -> Iterator[Values]:
         if device == "cuda":
             stack.enter_context(Functions())
         yield values
+
+
+@contextmanager
+def tracked(batch: T, device: DeviceKind, integer: int = 1) -> Iterator[tuple[T, Tracker]]:
+    """Track what is made inside `without_memory`; the batch is yielded as tensors that carry their values along."""
+    tracker = Tracker(device)
+    with without_memory(device, integer) as values:
+        known = _mapped(batch, values.known)
+        with tracker:
+            yield known, tracker
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return nested lists, mappings and dataclasses with all their tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    if isinstance(value, dict):
+        return {name: _mapped(item, change) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{field.name: _mapped(getattr(value, field.name), change) for field in fields(value)})
+    return value

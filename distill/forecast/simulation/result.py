@@ -36,6 +36,12 @@ class Simulation:
         return sum(work.bytes * count for work, count in self.work.items())
 
 
+def result_of(tracker: Tracker, work: Counter[Work] | None = None, update: Counter[Work] | None = None) -> Simulation:
+    """Return what a tracker saw; `work` is by default all of it."""
+    peak = tracker.peak()
+    return Simulation(peak.bytes, peak.parts, Counter(tracker.work if work is None else work), update or Counter())
+
+
 def tag_model(tracker: Tracker, module: nn.Module) -> None:
     """Tell the tracker a model's weights and buffers."""
     tracker.tag(module.buffers(), "buffers and batch")
