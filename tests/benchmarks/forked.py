@@ -46,6 +46,7 @@ def write_experiment(folder: Path, **sections: dict[str, Any]) -> Path:
     content = {
         "corpus": {"path": str(folder / "corpus.jsonl"), "sequence_length": 16, "held_out": 0.2},
         "teacher": {"model": str(save_teacher(folder / "teacher", texts)), "quantization": "none"},
+        "student": {"options": {"layers": 1}},
         "run_dir": str(folder / "run"),
         **sections,
     }

@@ -73,8 +73,8 @@ def test_what_a_template_may_not_is_told(template: str, why: str) -> None:
     [
         "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}",
         "{{ 9 ** (9 ** 9) }}",  # is computed while the template is compiled, and no signal is looked at
-        "{% set x = messages %}{% for i in range(30) %}{% set x = [x, x] %}{{ x | string | length }}{% endfor %}"
-        "{% for i in range(99999) %}{{ x | tojson | length }}{% endfor %}",
+        "{% set all = namespace(x=messages) %}{% for i in range(60) %}{% set all.x = [all.x, all.x] %}{% endfor %}"
+        "{{ all.x | string | length }}",
     ],
 )
 def test_a_template_without_end_is_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
