@@ -132,8 +132,8 @@ def test_on_cuda_an_update_in_8_bits_is_a_kernel_a_weight(maker: Maker) -> None:
     assert fused.parts["optimizer states"] == pytest.approx(
         ours.parts["optimizer states"], abs=4096
     )  # the codes' values
-    # The norm and the clipping take as many kernels in both.
-    assert sum(fused.update.values()) < 0.25 * sum(ours.update.values())
+    alike = fused.update & ours.update  # norm and clipping
+    assert alike and sum((fused.update - alike).values()) < 0.2 * sum((ours.update - alike).values())
     weights = sum(parameter.numel() for parameter in maker()().parameters())
     moved = sum(work.bytes * count for work, count in fused.update.items())
     assert moved >= (4 + 2 * (4 + 2)) * weights  # the gradient is read, weight and moments are read and written
