@@ -11,7 +11,7 @@ from torch import Tensor
 from distill import plugins
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
-from distill.experiment.checks import check_length, check_model
+from distill.experiment.checks import OFFERED, check_length, check_model
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.models import checkpoints, tokenizers
@@ -53,6 +53,7 @@ def make_student(
     tokens = vocab_size if vocabulary is None else len(vocabulary)
     with place.making():
         offered = {**offered_options(experiment, place, tokens), "first_samples": samples}
+        assert offered.keys() == set(OFFERED), "what the check before the hours counts on"
         options = plugins.arguments(student.class_path, "student", student.options, offered)
         torch.manual_seed(experiment.train.seed)
         model = plugins.build(student.class_path, "student", options, {})
