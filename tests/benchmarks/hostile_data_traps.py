@@ -103,30 +103,22 @@ def _(place: Path, outside: Path) -> list[str]:
     return ["merge", str(place / "run/cache"), "--to", str(place / "whole")]
 
 
+def training_from_url(place: Path) -> list[str]:
+    """A command that copies the cache from a URL."""
+    experiment, cache = str(place / "experiment.yaml"), f"file://{place}/run/cache"
+    return ["train-student", experiment, "--run_dir", str(place / "other"), "--cache.dir", cache]
+
+
 @add("cache: notes elsewhere, at a URL", 0)
 def _(place: Path, outside: Path) -> list[str]:
     link(place / "run/cache/notes/key", outside / "secrets/key")
-    return [
-        "train-student",
-        str(place / "experiment.yaml"),
-        "--run_dir",
-        str(place / "other"),
-        "--cache.dir",
-        f"file://{place}/run/cache",
-    ]
+    return training_from_url(place)
 
 
 @add("cache: a tokenizer elsewhere, at a URL")
 def _(place: Path, outside: Path) -> list[str]:
     link(place / "run/cache/tokenizer/tokenizer.json", outside / "secrets/key")
-    return [
-        "train-student",
-        str(place / "experiment.yaml"),
-        "--run_dir",
-        str(place / "other"),
-        "--cache.dir",
-        f"file://{place}/run/cache",
-    ]
+    return training_from_url(place)
 
 
 # A corpus, and an experiment file.
