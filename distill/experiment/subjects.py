@@ -118,7 +118,7 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
     def load() -> Loaded:
         model = make_student(experiment, teacher.place, teacher.vocab_size, first, vocabulary)[0]
         model = model.to(device=teacher.device, dtype=_dtype(experiment)).eval()
-        return _checked(experiment, model, teacher.tokenizer, teacher, vocabulary)
+        return Loaded(model, teacher.tokenizer, _tokens(teacher, vocabulary))
 
     identity = {
         "teacher": teacher.fingerprints,
@@ -128,7 +128,7 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
         "dtype": experiment.evaluate.student_dtype,
         **_code(experiment.student.class_path),
     }
-    return Subject("before", identity, [], load)
+    return Subject("before", identity, [], _checked_once(experiment, load))
 
 
 def _trained(
@@ -141,12 +141,12 @@ def _trained(
         student = experiment.student
         options = {**offered_options(experiment, teacher.place, teacher.vocab_size), **student.options}
         model = load_language_model(folder, teacher.device, _dtype(experiment), student.class_path, options)
-        return _checked(experiment, model, load_folder_tokenizer(folder), teacher, vocabulary)
+        return Loaded(model, load_folder_tokenizer(folder), _tokens(teacher, vocabulary))
 
     files = sorted(path for path in folder.iterdir() if path.is_file())
     identity = {file.name: sha256_of(file) for file in files} | _code(experiment.student.class_path)
     identity["dtype"] = experiment.evaluate.student_dtype
-    return Subject(role.name, identity, weights, load)
+    return Subject(role.name, identity, weights, _checked_once(experiment, load))
 
 
 def _dtype(experiment: Experiment) -> torch.dtype:
@@ -158,13 +158,24 @@ def _code(class_path: str) -> dict[str, str]:
     return {} if plugins.is_built_in(class_path, "student") else {"code": plugins.source_of(class_path, "student")}
 
 
-def _checked(
-    experiment: Experiment, model: Any, tokenizer: Any, teacher: Teacher, vocabulary: Vocabulary | None
-) -> Loaded:
-    tokens = teacher.vocab_size if vocabulary is None else len(vocabulary)
-    what = f"student {experiment.student.class_path}"
-    check_model(model, what, tokens, experiment.corpus.pack, length=experiment.corpus.sequence_length)
-    return Loaded(model, tokenizer, tokens)
+def _tokens(teacher: Teacher, vocabulary: Vocabulary | None) -> int:
+    return teacher.vocab_size if vocabulary is None else len(vocabulary)
+
+
+def _checked_once(experiment: Experiment, load: Callable[[], Loaded]) -> Callable[[], Loaded]:
+    """Return `load` with a check of the first model that it makes. It makes the same one each time."""
+    is_checked = False
+
+    def load_checked() -> Loaded:
+        nonlocal is_checked
+        loaded, corpus = load(), experiment.corpus
+        if not is_checked:
+            name = f"student {experiment.student.class_path}"
+            check_model(loaded.model, name, loaded.vocab_size, corpus.pack, length=corpus.sequence_length)
+            is_checked = True
+        return loaded
+
+    return load_checked
 
 
 def _first_samples(samples: SampleSets, max_samples: int | None) -> FirstSamples:

@@ -24,7 +24,7 @@ class Teacher:
     def __init__(self, experiment: Experiment, place: Place) -> None:
         """Find the checkpoint. Raises UserError if it is missing, or reads fewer tokens than a sample has."""
         self.config, self.place, self.device = experiment.teacher, place, place.device
-        self.corpus = experiment.corpus
+        self.corpus, self._is_checked = experiment.corpus, False
         with place.making(), quiet_transformers():
             self.checkpoint = checkpoints.resolve(
                 self.config.model, self.config.revision, self.config.trust_remote_code
@@ -70,7 +70,7 @@ class Teacher:
         return {"teacher_class": hashlib.sha256(text.encode()).hexdigest()}
 
     def load(self) -> Any:
-        """Make the model on its device. If it has values, check its vocabulary and that it keeps documents apart."""
+        """Make the model on its device. The first one that has values is tried for the contract of body and head."""
         offered = {
             "model": self.config.model,
             "quantization": self.config.quantization,
@@ -81,9 +81,10 @@ class Teacher:
         }
         with self.place.making():
             model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
-        if self.place.has_memory:
+        if self.place.has_memory and not self._is_checked:  # every pass of a streamed teacher reads all weights
             name, corpus = f"teacher {self.config.model}", self.corpus
             check_model(model, name, self.vocab_size, corpus.pack, length=corpus.sequence_length)
+            self._is_checked = True
         return model
 
 
