@@ -188,11 +188,6 @@ def _run_steps(command: str, path: str, overrides: list[str]) -> int:
         if command == "run" or slurm.is_restarted():
             # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
             experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
-        if command == "run":
-            from distill.experiment.checks import check_held_out, check_last_steps
-
-            check_held_out(experiment)
-            check_last_steps(experiment)
         for number, step in enumerate(steps):
             interrupt.stop_if_asked()  # a signal may have come in the last batch of the command before
             if command == "run" and step == "train-student" and experiment.train.devices > 1:

@@ -34,7 +34,7 @@ from distill.experiment.cache import (
     with_budgeted_threshold,
     with_order_of,
 )
-from distill.experiment.checks import check_last_steps
+from distill.experiment.checks import check_held_out, check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -64,13 +64,17 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
         raise UserError(f"cache.dir: {cache.dir}: a cache is made in a local folder; copy it there when it is finished")
     part = Part.parse(cache.part) if cache.part else None
     folders = Folders.of(experiment)
+    is_new = not _is_begun(experiment, folders)
+    if is_first_process() and (following or is_new):
+        _check_ahead(experiment, following)
     make_run_folder(folders)
     trainer = make_trainer(devices.pick_device(experiment.train.accelerator).type, cache.devices, cache.num_nodes)
     if not trainer.is_global_zero:
         be_quiet()
     preflight = Preflight(experiment, "cache-teacher", following)
-    if not _is_begun(experiment, folders):
-        _check_ahead(experiment, trains_here="train-student" in following)
+    if is_new:
+        if is_first_process():
+            check_student_ahead(experiment, this_machine("cuda" if preflight.device.type == "cuda" else "cpu"))
         preflight.check()  # before a teacher of many gigabytes is fetched
     teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
     samples = open_samples(experiment, teacher)
@@ -105,16 +109,16 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     return 0
 
 
-def _check_ahead(experiment: Experiment, trains_here: bool) -> None:
+def _check_ahead(experiment: Experiment, following: tuple[str, ...]) -> None:
     """Raise UserError for all that training and evaluation would refuse on settings alone, after the teacher's hours.
 
     A student that does not train here may train on a device that this machine lacks.
     """
+    if "evaluate" in following:
+        check_held_out(experiment)
     here = devices.pick_device(experiment.train.accelerator).type
     elsewhere = "cuda" if experiment.train.accelerator == "auto" else here
-    if is_first_process():
-        check_last_steps(experiment, here if trains_here else elsewhere)
-        check_student_ahead(experiment, this_machine("cuda" if here == "cuda" else "cpu"))
+    check_last_steps(experiment, here if "train-student" in following else elsewhere)
 
 
 def _is_begun(experiment: Experiment, folders: Folders) -> bool:
