@@ -36,16 +36,16 @@ class _Unbreakable:
 def unbreakable_output() -> Iterator[None]:
     """Let prints inside fail in silence: hours of work are worth more than their log."""
     before = sys.stdout, sys.stderr
-    # A program that was started without a stream has None in its place.
-    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # it is open as long as the streams
-    streams = [stream or nowhere for stream in before]
-    sys.stdout, sys.stderr = map(_Unbreakable, streams)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-        for stream in streams:
-            try:
-                stream.flush()
-            except OSError:  # Python's own flush at the end would fail again, with status 120
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        # A program that was started without a stream has None in its place.
+        streams = [stream or nowhere for stream in before]
+        sys.stdout, sys.stderr = map(_Unbreakable, streams)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream in streams:
+                try:
+                    stream.flush()
+                except OSError:  # Python's own flush at the end would fail again, with status 120
+                    os.dup2(nowhere.fileno(), stream.fileno())
