@@ -9,6 +9,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -56,6 +57,9 @@ def _as_a_child_has_it() -> Iterator[None]:
 
     Ctrl-C reaches the parent too, which closes the child. What CUDA has in this process it has read already.
     """
+    if sys.platform != "win32":
+        # A spawn starts this helper of multiprocessing if it is not there, which would let Ctrl-C through again.
+        resource_tracker.ensure_running()
     visible = os.environ.get(_VISIBLE)
     os.environ[_VISIBLE] = ""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if sys.platform != "win32" else []

@@ -62,6 +62,20 @@ except interrupt.Interrupted:
 """
 
 
+BLOCKED = """
+import signal
+from distill.forecast.child import Child
+
+print(signal.SIGINT in Child(signal.pthread_sigmask, {method!r})(signal.SIG_BLOCK, []))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_first_child_of_a_program_never_hears_ctrl_c(method: str) -> None:
+    command = [sys.executable, "-c", BLOCKED.format(method=method)]
+    assert subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout == "True\n"
+
+
 @pytest.mark.parametrize(
     ("signum", "seconds", "method"),
     [

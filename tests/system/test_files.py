@@ -45,8 +45,8 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 def test_a_child_does_not_keep_the_lock_of_a_parent_that_was_killed(tmp_path: Path) -> None:
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom distill.system.files import sole_writer\n"
-        "with sole_writer(Path(sys.argv[1])):\n    child = os.fork()\n    if not child:\n        time.sleep(600)\n"
-        "    print(child, flush=True)\n    os.kill(os.getpid(), 9)"
+        "with sole_writer(Path(sys.argv[1])):\n    if os.fork():\n        os.kill(os.getpid(), 9)\n"
+        "    print(os.getpid(), flush=True)\n    time.sleep(600)"
     )
     done = subprocess.Popen([sys.executable, "-c", code, tmp_path / "folder"], stdout=subprocess.PIPE, text=True)
     assert done.stdout is not None

@@ -312,7 +312,9 @@ def test_out_of_memory_halves_the_batches_and_goes_on(
 # Several processes. Lightning starts them by running the script again.
 
 SCRIPT = """
-import importlib.util, json, sys
+import importlib.util, json, signal, sys
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
 spec = importlib.util.spec_from_file_location("determinism", sys.argv[1])
 determinism = importlib.util.module_from_spec(spec)
 sys.modules["determinism"] = determinism
