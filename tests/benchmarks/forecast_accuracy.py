@@ -11,10 +11,8 @@ On a CUDA device tests/gpu/test_forecast.py compares the same combinations with 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
-import os
 import resource
 import subprocess
 import sys
@@ -29,8 +27,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import transformers
+from paired import allocator_peak
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from distill.cache.making.predict import TeacherModule
 from distill.forecast.machine.calibration import Efficiency, speed
@@ -222,25 +220,6 @@ class _Clock(pl.Callback):
         self.seconds.append(time.process_time() - self.started)
 
 
-def allocator_peak(prepare: Callable[[], Callable[[], object]]) -> int:
-    """Largest number of bytes that torch's CPU allocator held in what `prepare` returns, what it made among them."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run = prepare()
-        with record_function("prepared"):
-            pass
-        run()
-    assert profiler.profiler is not None
-    now = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "prepared":
-            peak = now
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
 def combinations(only: str) -> Iterator[tuple[str, str]]:
     """(model, lever), those of a model one after the other."""
     for model in (*STUDENTS, *TEACHERS):
@@ -290,7 +269,6 @@ def main() -> None:
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)

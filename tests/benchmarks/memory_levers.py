@@ -10,18 +10,17 @@ counter's (`torch.cuda.max_memory_allocated`). Levers that need a CUDA device sa
 from __future__ import annotations
 
 import argparse
-import gc
-import os
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+from paired import allocator_peak
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from distill.losses.chunks import SparseChunk
 from distill.losses.divergences import forward_kl
@@ -148,25 +147,6 @@ class Training:
         self.step_times.append(time.perf_counter() - started)
 
 
-def peak_bytes(levers: Levers, sizes: argparse.Namespace, device: torch.device) -> int:
-    """Largest number of bytes at one time, of two steps from nothing."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _two_steps(levers, sizes, device)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _two_steps(levers, sizes, device)
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def _two_steps(levers: Levers, sizes: argparse.Namespace, device: torch.device) -> None:
     training = Training(levers, sizes, device)
     training.step()
@@ -190,7 +170,8 @@ def table(sizes: argparse.Namespace, device: torch.device) -> Iterator[str]:
         if levers.needs_cuda and device.type != "cuda":
             yield f"| {name} | needs a CUDA device | | | |"
             continue
-        peak, seconds = peak_bytes(levers, sizes, device), step_seconds(levers, sizes, device)
+        seconds = step_seconds(levers, sizes, device)
+        peak = allocator_peak(lambda levers=levers: partial(_two_steps, levers, sizes, device), device.type)
         baseline = baseline or (peak, seconds)
         yield f"| {name} | {peak / 1e6:,.1f} | {peak / baseline[0]:.0%} | {seconds:.2f} | {seconds / baseline[1]:.2f} |"
 
@@ -203,7 +184,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     sizes = parser.parse_args()
     device = torch.device(sizes.device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would log its every start
     # Kernels, autotuning and imports before the first measurement.
     _two_steps(replace(Levers(), optimizer="adamw_8bit"), sizes, device)
     parameters = sum(p.numel() for p in Training(Levers(), sizes, device).student.parameters())

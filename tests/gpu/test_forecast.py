@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import importlib.util
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,21 +39,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
     """tests/benchmarks/forecast_accuracy.py, whose students these are."""
-    path = Path(__file__).parents[1] / "benchmarks" / "forecast_accuracy.py"
-    spec = importlib.util.spec_from_file_location("forecast_accuracy", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def peak_on_the_card(run: Any) -> int:
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated() - before
+    return importlib.import_module("forecast_accuracy")
 
 
 @pytest.mark.parametrize("lever", LEVERS)
@@ -72,7 +56,11 @@ def test_a_step_takes_what_was_forecast(benchmark: Any, student: str, lever: str
 
     forecast = simulate_step(make_module, shape, precision=levers.precision, device="cuda").peak_bytes
     batch = make_batch(shape, benchmark.VOCABULARY)
-    measured = peak_on_the_card(lambda: run_steps(make_module(), batch, levers.precision, accelerator="cuda"))
+
+    def run() -> None:
+        run_steps(make_module(), batch, levers.precision, accelerator="cuda")
+
+    measured = benchmark.allocator_peak(lambda: run, "cuda")
     assert forecast == pytest.approx(measured, rel=0.05)
 
 
@@ -94,7 +82,7 @@ def test_the_teacher_takes_what_was_forecast(benchmark: Any, quantization: str) 
         batch = make_teacher_batch(**sizes, vocab_size=benchmark.TEACHER_VOCABULARY)
         module.predict_step({name: tensor.to("cuda") for name, tensor in batch.items()}, 0)
 
-    assert forecast == pytest.approx(peak_on_the_card(run), rel=0.05)
+    assert forecast == pytest.approx(benchmark.allocator_peak(lambda: run, "cuda"), rel=0.05)
 
 
 def test_a_limit_is_kept_by_the_allocator() -> None:
