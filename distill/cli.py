@@ -16,6 +16,7 @@ from typing import Any
 
 from distill import __version__, folder_commands
 from distill.errors import UserError, did_you_mean, first_line
+from distill.system import interrupt
 from distill.system.progress import visible
 from distill.system.quiet import quiet_command
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         print(f"distill: {visible(str(error))}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:  # before a command took Ctrl-C over, or in one that has nothing to keep
+    except (KeyboardInterrupt, interrupt.Interrupted):  # before a command took signals over, or behind its end
         print("\nstopped", file=sys.stderr)
         status = 130
     except Exception as error:
@@ -143,13 +144,12 @@ def _plan(path: str, rest: list[str]) -> int:
     options, overrides = plan_parser().parse_known_args(rest)
     from distill.experiment.file import load_experiment
 
-    def work() -> int:
-        experiment = load_experiment(path, _spelled_out(overrides))
-        quiet_command()
-        status: int = _imported("distill.recipes.plan").main(experiment, options.card, options.json, options.fit)
-        return status
-
-    return folder_commands.stoppable(work, "nothing was changed")
+    experiment = load_experiment(path, _spelled_out(overrides))
+    quiet_command()
+    recipe = _imported("distill.recipes.plan")
+    return folder_commands.stoppable(
+        lambda: recipe.main(experiment, options.card, options.json, options.fit), "nothing was changed"
+    )
 
 
 def _print_options(command: str) -> int:
@@ -176,18 +176,19 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
 
 def _run_steps(command: str, path: str, overrides: list[str]) -> int:
     from distill.experiment.file import load_experiment
-    from distill.system import interrupt, slurm
+    from distill.system import slurm
 
     steps = ["cache-teacher", "train-student", "evaluate"] if command == "run" else [command]
+    experiment = load_experiment(path, overrides)
+    global _run_folder
+    _run_folder = Path(experiment.run_dir)
+    quiet_command()
+    if command == "run" or slurm.is_restarted():
+        # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
+        experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
+    recipe = _recipe_of(steps[0])  # before signals are taken over: in these seconds they end the program at once
     try:
         interrupt.install()
-        experiment = load_experiment(path, overrides)
-        global _run_folder
-        _run_folder = Path(experiment.run_dir)
-        quiet_command()
-        if command == "run" or slurm.is_restarted():
-            # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
-            experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
         for number, step in enumerate(steps):
             interrupt.stop_if_asked()  # a signal may have come in the last batch of the command before
             if command == "run" and step == "train-student" and experiment.train.devices > 1:
@@ -195,7 +196,9 @@ def _run_steps(command: str, path: str, overrides: list[str]) -> int:
                 if status:
                     return status
             else:
-                recipe = _imported(f"distill.recipes.{step.replace('-', '_')}")
+                if number > 0:
+                    with interrupt.held_back():
+                        recipe = _recipe_of(step)
                 recipe.main(experiment, tuple(steps[number + 1 :]))
         return 0
     except interrupt.Interrupted:
@@ -208,17 +211,19 @@ def _run_steps(command: str, path: str, overrides: list[str]) -> int:
         return 130
 
 
+def _recipe_of(step: str) -> Any:
+    return _imported(f"distill.recipes.{step.replace('-', '_')}")
+
+
 def _in_a_process_of_its_own(arguments: list[str]) -> int:
     """Run a command whose other devices run it too: each of their processes is started with the command line."""
     import signal
     import subprocess
 
-    from distill.system import interrupt
-
     # `-m` looks for modules in the current folder first, and that may be a stranger's (Python 3.10 knows no switch).
     found_at = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, _PART_OF_A_RUN: "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": found_at}
-    with subprocess.Popen([sys.executable, "-m", "distill.cli", *arguments], env=environment) as process:
+    with subprocess.Popen([sys.executable, "-m", "distill", *arguments], env=environment) as process:
         while process.returncode is None:
             try:
                 process.wait()
@@ -241,7 +246,3 @@ def _spelled_out(overrides: list[str]) -> list[str]:
         if argument.startswith("--") and "=" not in argument and following.startswith("--"):
             result.append("true")
     return result
-
-
-if __name__ == "__main__":
-    main()

@@ -55,7 +55,10 @@ def _inspect(parser: argparse.ArgumentParser) -> Recipe:
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import inspect
 
-        return inspect.main(options.cache, options.verify, options.repair, options.sample, options.teacher)
+        return stoppable(
+            lambda: inspect.main(options.cache, options.verify, options.repair, options.sample, options.teacher),
+            "damage that was dropped so far stays dropped" if options.repair else "nothing was changed",
+        )
 
     return recipe
 
@@ -86,7 +89,7 @@ def _compare(parser: argparse.ArgumentParser) -> Recipe:
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import compare
 
-        return compare.main(options.runs, options.to)
+        return stoppable(lambda: compare.main(options.runs, options.to), f"{options.to} was not written")
 
     return recipe
 
@@ -130,14 +133,17 @@ def _chat(parser: argparse.ArgumentParser) -> Recipe:
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import chat
 
-        return chat.main(
-            options.run,
-            options.temperature,
-            options.top_p,
-            options.max_new_tokens,
-            options.seed,
-            options.system,
-            options.class_path,
+        return stoppable(
+            lambda: chat.main(
+                options.run,
+                options.temperature,
+                options.top_p,
+                options.max_new_tokens,
+                options.seed,
+                options.system,
+                options.class_path,
+            ),
+            "nothing was changed",
         )
 
     return recipe

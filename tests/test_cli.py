@@ -69,7 +69,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 def test_help_of_which_a_part_is_read_ends_quietly() -> None:
     """As in `distill plan --help | head -1`."""
-    line = [sys.executable, "-u", "-m", "distill.cli", "plan", "--help"]
+    line = [sys.executable, "-u", "-m", "distill", "plan", "--help"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith("distill plan FILE")

@@ -30,7 +30,8 @@ FLOORS = (
     {"experiment", "forecast"},
     {"recipes"},
     {"folder_commands"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 NEIGHBOURS = {
     ("forecast", "experiment"),
@@ -43,12 +44,14 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # These answer `distill --help`, which has half a second.
 LIGHT = (
     "distill",
+    "distill.__main__",
     "distill.cli",
     "distill.folder_commands",
     "distill.experiment",
     "distill.experiment.configuration",
     "distill.errors",
     "distill.experiment.file",
+    "distill.system.interrupt",
     "distill.system.quiet",
 )
 HEAVY = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "numpy", "safetensors"}

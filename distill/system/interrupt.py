@@ -7,8 +7,6 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from distill.system import slurm
-
 
 class Interrupted(BaseException):
     """Raised when the user (or the machine) asked to stop. It is no Exception, so that nothing swallows it."""
@@ -34,6 +32,8 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 
 def install() -> None:
     """Take over Ctrl-C, SIGTERM and SIGHUP, in a job of SLURM also SIGUSR1, and forget signals that wait."""
+    from distill.system import slurm  # here, because `distill --help` imports this file
+
     global _installed, _requeue
     _installed, _requeue = True, False
     _received.clear()

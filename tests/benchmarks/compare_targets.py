@@ -170,7 +170,7 @@ def run_step(work: Path, command: str, name: str, options: list[str]) -> None:
         file.parent.mkdir(exist_ok=True)
     if command == "train-student":
         options = [*options, "--resume"]
-    line = [sys.executable, "-m", "distill.cli", command, str(work / "experiment.yaml"), *options]
+    line = [sys.executable, "-m", "distill", command, str(work / "experiment.yaml"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     with log.open("a", encoding="utf-8") as words:

@@ -13,7 +13,7 @@ STARTS = 10
 def seconds_of_help() -> float:
     """One start of the program in a process of its own, from nothing to its last line."""
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "distill.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "distill", "--help"], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 

@@ -119,7 +119,7 @@ def stop(tmp_path: Path) -> Callable[..., Stopped]:
     def command(signum: signal.Signals, when: Callable[[str], bool], *arguments: str) -> Stopped:
         out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
         with open(out, "wb") as to_out, open(err, "wb") as to_err:
-            line = [sys.executable, "-m", "distill.cli", *arguments]
+            line = [sys.executable, "-m", "distill", *arguments]
             with subprocess.Popen(line, cwd=ROOT, stdout=to_out, stderr=to_err) as process:
                 deadline = time.monotonic() + PATIENCE
                 while not when(out.read_text()) and process.poll() is None and time.monotonic() < deadline:

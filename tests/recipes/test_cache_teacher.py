@@ -67,7 +67,7 @@ def test_at_the_end_of_its_time_it_keeps_every_batch(cache: Any, contents: Any, 
 @pytest.mark.parametrize("broken", [">/dev/full 2>&1", "| true", ">&- 2>&-"])
 def test_a_broken_output_does_not_end_the_run(world: Any, contents: Any, tmp_path: Path, broken: str) -> None:
     file = world.write(tmp_path / "experiment.yaml")
-    command = f'"{sys.executable}" -m distill.cli cache-teacher "{file}" --cache.max_samples 4'
+    command = f'"{sys.executable}" -m distill cache-teacher "{file}" --cache.max_samples 4'
     done = subprocess.run(["bash", "-c", f"{command} {broken}; exit ${{PIPESTATUS[0]}}"], timeout=PATIENCE)
     assert done.returncode == 0
     assert {path.name for path in (tmp_path / "run/cache/shards").iterdir()} >= {"train-000000.safetensors"}

@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.usefixtures("in_this_process")
 def test_a_killed_export_leaves_nothing_under_the_name(run: Path, tmp_path: Path) -> None:
     folder, growing = tmp_path / "out", tmp_path / ".out.new"
-    command = [sys.executable, "-m", "distill.cli", "export", str(run), "--to", str(folder)]
+    command = [sys.executable, "-m", "distill", "export", str(run), "--to", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + PATIENCE
         while not (growing / "model.safetensors").exists() and time.monotonic() < deadline:

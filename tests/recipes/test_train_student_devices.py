@@ -64,7 +64,7 @@ def make_command(environment: dict[str, str]) -> Command:
     """`command("run", file, ...)`: run it to its end, or `send` a signal to its first process `when` a line is said."""
 
     def command(*arguments: str, when: str | None = None, send: int = signal.SIGTERM) -> Ended:
-        line = [sys.executable, "-m", "distill.cli", *arguments]
+        line = [sys.executable, "-m", "distill", *arguments]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(line, cwd=ROOT, env=environment, **pipes) as process:
             late = threading.Timer(PATIENCE, process.kill)

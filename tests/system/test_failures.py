@@ -98,7 +98,7 @@ def test_a_cache_folder_that_cannot_be_made_ends_a_real_command_in_one_line(worl
     file = world.write(tmp_path / "a.yaml")
     (tmp_path / "file").write_text("")
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "file/datasets")}
-    command = [sys.executable, "-m", "distill.cli", "cache-teacher", file]
+    command = [sys.executable, "-m", "distill", "cache-teacher", file]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "HF_DATASETS_CACHE" in done.stderr.splitlines()[-1]
