@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,8 @@ def make_run_folder(folders: Folders) -> None:
     _check_links(folders.run)
     try:
         folders.run.mkdir(parents=True, exist_ok=True)
-        probe = folders.run / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folders.run):  # a file without a name, of which a kill leaves nothing
+            pass
     except OSError as error:
         raise UserError(f"run_dir {folders.run}: cannot be written ({error.strerror}): choose another") from None
 

@@ -27,8 +27,9 @@ def read_curves(folder: Path) -> dict[str, Points]:
     curves: dict[str, Points] = {column: [] for column in COLUMNS}
     for path in _in_order(folder):
         start = _read_log(path)
-        first = min((points[0][0] for points in start.values() if points), default=math.inf)
         for column in COLUMNS:
+            # A column by itself: a step's loss has the number of steps before it, a measurement that of those made.
+            first = start[column][0][0] if start[column] else math.inf
             curves[column] = [point for point in curves[column] if point[0] < first] + start[column]
     return {column: points for column, points in curves.items() if points}
 

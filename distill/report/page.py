@@ -26,19 +26,21 @@ _SEAL = "<!-- sha256 of what distill wrote above this line: {} -->\n"
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md into a run folder, and return their paths. An edited report.md is kept.
+    """Write report.md and report.html into a run folder, and return their paths. An edited report.md is kept.
+
+    report.html is written last: where it is, both are there.
 
     Raises UserError if the folder is no run, or if a file in it is damaged.
     """
     facts = RunFacts.read(run)
     page = run_page(facts)
     html, markdown = run / "report.html", run / "report.md"
-    write_durably(html, render(page).encode("utf-8", "replace"))
     if _is_changed(markdown):
         say(f"report: {markdown} was changed by hand and is kept; remove it to have it written anew")
     else:
         card = model_card(page, facts, GENERATOR).encode("utf-8", "replace")
         write_durably(markdown, card + _seal(card))
+    write_durably(html, render(page).encode("utf-8", "replace"))
     return html, markdown
 
 

@@ -65,6 +65,7 @@ class MeasureHeldOut(pl.Callback):
             say(f"step {self.measured}: {doubt}")
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self.measured)
+            logger.save()  # before the step's checkpoint, behind which a killed training goes on
         self.waited += 1
         if values[self.monitor] < self.lowest:
             self.lowest, self.waited = values[self.monitor], 0

@@ -19,6 +19,12 @@ from distill.system.processes import is_first_process
 PROJECT = "distill"
 """Name under which the services file the trainings, unless their own environment variables say otherwise."""
 
+COLUMNS = (
+    *("step", "epoch", "loss", "auxiliary_loss", "learning_rate", "gradient_norm"),
+    *("held_out_kl", "held_out_loss", "held_out_nll", "teacher_nll"),
+)
+"""Columns of metrics.csv."""
+
 
 def make_loggers(names: Iterable[str], folder: Path, run_name: str, settings: dict[str, Any]) -> list[Logger]:
     """Start the loggers and note the settings. In the processes that do not write there are none.
@@ -82,7 +88,10 @@ def _csv(folder: Path) -> Logger:
     if log.exists():
         taken = [int(old.suffixes[0][1:]) for old in folder.glob("metrics.*.csv") if old.suffixes[0][1:].isdigit()]
         log.rename(folder / f"metrics.{max(taken, default=0) + 1}.csv")
-    return CSVLogger(folder, name=None, version="")
+    logger = CSVLogger(folder, name=None, version="")
+    # For a new column Lightning writes the file anew, and a kill would leave half of it. So all of ours are there.
+    logger.experiment.metrics_keys = sorted(COLUMNS)
+    return logger
 
 
 def _tensorboard(folder: Path) -> Logger:

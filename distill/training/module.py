@@ -225,12 +225,22 @@ class DistillationModule(pl.LightningModule):
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
 
     def _log_step(self, loss: Tensor, auxiliary: Tensor, norm: Tensor) -> None:
+        """Log the step now. Lightning's own way is after all callbacks, and so after the step's checkpoint.
+
+        A training that was stopped or killed between the two would go on behind the step, and its curve lack it.
+        """
         scheduler: Any = self.lr_schedulers()
-        self.log("loss", loss, prog_bar=True)
+        trainer: Any = self.trainer
+        values: dict[str, Any] = {"loss": loss, "learning_rate": scheduler.get_last_lr()[0], "gradient_norm": norm}
         if auxiliary:
-            self.log("auxiliary_loss", auxiliary)
-        self.log("learning_rate", scheduler.get_last_lr()[0])
-        self.log("gradient_norm", norm)
+            values["auxiliary_loss"] = auxiliary
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == "loss", logger=False)
+        if self.steps_begun % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:
+                numbers = {name: float(value) for name, value in values.items()}
+                logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.steps_begun - 1)
+                logger.save()
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 PATIENCE = 60.0
 """Seconds after which a process counts as hanging."""
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def main(description: str | None, kills: int, storm: Callable[[Path, int], Any]) -> None:
@@ -36,20 +36,21 @@ def main(description: str | None, kills: int, storm: Callable[[Path, int], Any])
         sys.exit(storm(Path(folder), options.seed).rage(options.kills))
 
 
-def write_experiment(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A tiny teacher, a corpus, and an experiment file with these and further `sections`."""
+def write_experiment(folder: Path, **sections: Any) -> Path:
+    """A tiny teacher, a corpus, and an experiment file with these and further `sections` and keys."""
     from conftest import passages, save_teacher
 
     os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
     texts = passages(12)
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    content = {
+    content: dict[str, Any] = {
         "corpus": {"path": str(folder / "corpus.jsonl"), "sequence_length": 16, "held_out": 0.2},
         "teacher": {"model": str(save_teacher(folder / "teacher", texts)), "quantization": "none"},
         "student": {"options": {"layers": 1}},
         "run_dir": str(folder / "run"),
-        **sections,
     }
+    for name, section in sections.items():
+        content[name] = {**content.get(name, {}), **section} if isinstance(section, dict) else section
     (folder / "experiment.yaml").write_text(yaml.safe_dump(content))
     return folder / "experiment.yaml"
 

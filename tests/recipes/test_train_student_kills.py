@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from distill.report.curves import read_curves
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -34,7 +36,7 @@ def test_a_training_that_is_stopped_after_every_single_step(train: Any, contents
     gpt2 = "{config: {model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}}"  # its dropout is 0.1
     arguments = ["--student.class_path", "huggingface", "--student.options", gpt2]
     arguments += ["--train.batch_size", "15", "--train.accumulate_grad_batches", "2", "--train.epochs", "3"]
-    arguments += ["--train.validate_every_steps", "3", "--train.keep_checkpoints", "1"]
+    arguments += ["--train.validate_every_steps", "3", "--train.log_every_steps", "2", "--train.keep_checkpoints", "1"]
     train(*arguments, "--run_dir", tmp_path / "undisturbed").done()
     steps = 3 * 4  # the last one of an epoch has 9 samples of 99
     for step in range(1, steps + 1):
@@ -43,3 +45,5 @@ def test_a_training_that_is_stopped_after_every_single_step(train: Any, contents
         assert [path.stem for path in (tmp_path / "run/checkpoints/student").glob("step-*")] == [f"step-{step:08}"]
     train(*arguments, "--resume").done()
     assert contents(tmp_path / "run/student") == contents(tmp_path / "undisturbed/student")
+    undisturbed, stopped = (read_curves(tmp_path / run / "logs/student") for run in ("undisturbed", "run"))
+    assert stopped == undisturbed and [step for step, _ in stopped["loss"]] == [1, 3, 5, 7, 9, 11]

@@ -57,9 +57,9 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     result = results.view()
     asked = replace(experiment, train=replace(experiment.train, resume=False))  # resuming changes no result
     result |= {**_derived(result), "experiment": names_only(asdict(asked))}
-    is_new = results.write(result)
+    results.write(result)
     print_tables(result)
-    if is_new or not folders.report.exists():
+    if not (folders.report.exists() and folders.report.with_suffix(".md").exists()):
         write_report(folders.run)
     say(f"evaluation: {folders.evaluation}")
     say(f"report: {folders.report}")

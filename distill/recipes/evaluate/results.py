@@ -26,7 +26,7 @@ class Results:
     """
 
     def __init__(self, folders: Folders, subjects: list[Subject], measurements: list[Measurement]) -> None:
-        self.lines, self.evaluation = folders.run / "measured.jsonl", folders.evaluation
+        self.lines, self.evaluation, self.report = folders.run / "measured.jsonl", folders.evaluation, folders.report
         self.subjects, self.measurements = subjects, measurements
         self.teacher = subjects[0].identity
         self.everyone = {subject.name: subject.identity for subject in subjects}
@@ -85,16 +85,19 @@ class Results:
                     entries[subject.name] = found
         return result
 
-    def write(self, result: dict[str, Any]) -> bool:
-        """Write evaluation.json if it is new, and tell whether it was written."""
+    def write(self, result: dict[str, Any]) -> None:
+        """Write evaluation.json if it is new. The page of the one before goes first.
+
+        Otherwise a process that is killed between the two would leave a page of other figures for good.
+        """
         result = json.loads(json.dumps(result))
         try:
             if json.loads(read_bounded(self.evaluation)) == result:
-                return False
+                return
         except (OSError, ValueError):
             pass
+        self.report.unlink(missing_ok=True)
         write_json(self.evaluation, result)
-        return True
 
 
 def _digest(content: Any) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from distill.report import page as report_page
+
 
 @pytest.fixture
 def run(finished: Any, tmp_path: Path) -> Any:
@@ -80,6 +82,30 @@ def test_a_damaged_evaluation_is_written_again(finished: Any, distill: Any, tmp_
     (tmp_path / "run/evaluation.json").write_text(content)
     assert "nothing to do" in distill("evaluate", *finished.elsewhere(tmp_path / "run")).done().out
     assert measured(tmp_path / "run") == measured(finished.run)
+
+
+@pytest.mark.parametrize("page", ["report.html", "report.md"])
+def test_a_process_that_dies_among_its_last_files_leaves_no_page_of_other_figures(
+    finished: Any, distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    """Each page is written after evaluation.json; the next start writes what the one that died did not."""
+    shutil.copytree(finished.run, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
+    real = report_page.write_durably
+
+    def die(path: Path, content: bytes) -> None:
+        if path.name == page:
+            raise KeyboardInterrupt
+        real(path, content)
+
+    command = ["evaluate", *finished.elsewhere(tmp_path / "run"), "--evaluate.max_samples", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(report_page, "write_durably", die)
+        assert distill(*command).status == 130
+    assert len(read(tmp_path / "run")["fidelity"]) and not (tmp_path / "run/report.html").exists()
+    distill(*command).done()
+    found = [(tmp_path / "run" / name).read_bytes() for name in ("report.html", "report.md")]
+    report_page.write_report(tmp_path / "run")
+    assert found == [(tmp_path / "run" / name).read_bytes() for name in ("report.html", "report.md")]
 
 
 def test_a_measurement_of_which_a_part_is_missing_is_made_again(run: Any, distill: Any, tmp_path: Path) -> None:
