@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from distill.errors import UserError
 from distill.system import interrupt
+from distill.system.meeting import meeting
 
 _SECONDS_TO_STOP = 60.0
 _SECONDS_TO_AGREE = 5.0
@@ -37,7 +38,8 @@ def together(trainer: pl.Trainer) -> Iterator[None]:
     """
     with _processes_of_its_own(trainer):
         try:
-            yield
+            with meeting(trainer):
+                yield
         except interrupt.Interrupted:
             leave_if_not_first(trainer)
             raise
