@@ -10,7 +10,7 @@ from distill.experiment.configuration import Experiment
 from distill.forecast.child import Child
 from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import Card
-from distill.forecast.models import Models
+from distill.forecast.models import Models, size_of
 from distill.forecast.simulation.fake import without_memory
 from distill.system.quiet import quiet
 
@@ -24,6 +24,22 @@ def check_student_ahead(experiment: Experiment, card: Card) -> None:
         return  # the child was killed, so nothing is known
     finally:
         child.close()
+
+
+def student_sizes(experiment: Experiment, card: Card) -> dict[str, int] | None:
+    """Return the sizes of the student, as `size_of` has them, or None for one that cannot be made without memory."""
+    child = Child(partial(_sizes, card))
+    try:
+        return child(experiment)
+    except Exception:  # whatever is the matter with a student, its own checks say
+        return None
+    finally:
+        child.close()
+
+
+def _sizes(card: Card, experiment: Experiment) -> dict[str, int]:
+    with quiet(), without_memory(kind_of(card)):
+        return size_of(Models(experiment, card, []).student_to_train())
 
 
 def _check(card: Card, experiment: Experiment) -> None:

@@ -9,10 +9,12 @@ import torch
 from distill.experiment.configuration import Experiment, TrainConfig
 from distill.experiment.folders import Folders
 from distill.experiment.training import roles
+from distill.forecast.ahead import student_sizes
 from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine
 from distill.forecast.phases.simulator import PHASES, NoForecast, Phase, Piece, Simulator
-from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, disk_notes, free_bytes, moment_bytes
+from distill.forecast.room import free_bytes, needs, shortages
+from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, moment_bytes
 from distill.system.units import size
 
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -75,9 +77,12 @@ class Forecast:
     failures: list[str]
     """Reasons why the others could not."""
     disk: dict[str, int | None]
-    """Bytes of `cache`, `checkpoints` and `student`. None means that the amount of text is not known."""
+    """Bytes of `cache`, `checkpoints` and `student`, and of the teacher's `head` beside hidden states. None means that
+    the amount of text is not known."""
     free_disk_bytes: int
     """Free bytes on the disk of the run's folder."""
+    shortages: list[str]
+    """Disks of this machine that lack room for what is still to be written, a line each."""
     notes: list[str] = field(default_factory=list)
     """Assumptions that were made."""
 
@@ -134,11 +139,8 @@ class Forecaster:
         small = [phase for phase, one in made.items() if 0 <= self.limit_bytes - one.needed_bytes < MARGIN_BYTES]
         if small and self.card.is_cuda:
             notes.append(f"{', '.join(small)}: less than {size(MARGIN_BYTES)} to spare, and the allowances are guesses")
-        folders = Folders.of(experiment)
-        free = free_bytes(folders.run)
-        places = {"cache": folders.cache, "checkpoints": folders.run, "student": folders.run}
-        notes += disk_notes({kind: (places[kind], held) for kind, held in disk.items() if held})
-        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, notes)
+        free, short = free_bytes(Folders.of(experiment).run), shortages(needs(experiment, disk, amount.cached))
+        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, short, notes)
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
         """Return the device memory that a phase needs."""
@@ -192,8 +194,11 @@ class Forecaster:
         if "cache-teacher" in found:
             each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), notes)
             disk["cache"] = cache_bytes(experiment, each, amount.cached)
-        if "train-student" in found:
-            sizes, train = found["train-student"][0].sizes, experiment.train
+            if experiment.cache.scheme == "hidden":
+                disk["head"] = found["cache-teacher"][0].sizes["head_bytes"]
+        sizes = self._student_sizes(experiment, found)
+        if sizes is not None:
+            train = experiment.train
             trained = sizes["trained_bytes"]
             moments = moment_bytes(experiment, sizes["trained_parameters"], trained)
             whole, count = train.keep_checkpoints + 1, len(roles(experiment))  # one more while it is written
@@ -202,6 +207,12 @@ class Forecaster:
             disk["checkpoints"] = count * (whole * (trained + moments) + trained)  # and the best weights
             disk["student"] = count * _student_bytes(experiment, sizes)
         return disk
+
+    def _student_sizes(self, experiment: Experiment, found: dict[Phase, list[Piece]]) -> dict[str, int] | None:
+        """Return the student's sizes if a training follows, also one that another command begins later."""
+        if "train-student" in found:
+            return found["train-student"][0].sizes
+        return student_sizes(experiment, self.card) if set(found) == {"cache-teacher"} else None
 
 
 def _left_out(train: TrainConfig) -> list[str]:

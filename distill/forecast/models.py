@@ -128,9 +128,9 @@ def _finder(folder: Path, notes: list[str]) -> Find:
 def size_of(model: nn.Module) -> dict[str, int]:
     """Return parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as kept.
 
-    `bytes_read` is the number that a streamed teacher reads from disk for every batch.
+    `bytes_read` is the number that a streamed teacher reads from disk for every batch; `head_bytes` are the head's.
     """
-    weights = list(model.parameters())
+    weights, head = list(model.parameters()), getattr(model, "head", None)
     packed = [weight for weight in weights if not weight.is_floating_point()]
     trained = [weight for weight in weights if weight.requires_grad]
     return {
@@ -140,4 +140,5 @@ def size_of(model: nn.Module) -> dict[str, int]:
         "trained_bytes": sum(weight.nbytes for weight in trained),
         "bytes": sum(weight.nbytes for weight in weights),
         "bytes_read": getattr(model, "bytes_read", 0),
+        "head_bytes": 0 if head is None else head.weight_VD.nbytes,
     }

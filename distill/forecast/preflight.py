@@ -1,4 +1,4 @@
-"""Guard of a phase: it must fit before it runs, keeps to `memory_limit`, and is compared with its forecast."""
+"""Guard of a phase: memory and disk must hold it before it runs; it keeps to `memory_limit`; forecasts are compared."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Preflight:
     def check(self) -> None:
         """Make the forecast, once, and in the first of several processes alone.
 
-        Raises UserError if a phase does not fit, with the change that makes it fit. A student that cannot be simulated
-        can still be trained, so that is only a message.
+        Raises UserError if a phase does not fit, with the change that makes it fit, and if a disk lacks room for what
+        is still to be written. A student that cannot be simulated can still be trained, so that is only a message.
         """
         if self._is_checked or not self.experiment.preflight or self.device.type == "mps" or not is_first_process():
             return
@@ -62,9 +62,11 @@ class Preflight:
                 say(f"{failure}; going on without one")
             if not self.expected.fits:
                 raise UserError(_refusal(self.experiment, self.expected, forecaster))
-        for note in self.expected.notes:
-            if note.startswith("disk: "):
-                say(note)
+        if self.expected.shortages:
+            raise UserError(
+                f"{'; '.join(self.expected.shortages)}: make room there, or point --run_dir or --cache.dir to another "
+                "disk (--preflight false tries all the same)"
+            )
         if self.device.type == "cuda":
             _say_what_others_hold(self.expected, self.device)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +11,7 @@ from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
 from distill.corpus.reading import local_files
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.system.units import parse_size, size
+from distill.system.units import parse_size
 
 # Bytes a token by threshold or entries: the largest of three corpora in the tables of distill/cache/README.md
 # (OpenStax textbooks, every token with loss). A corpus of plainer text, or with masked questions, takes less.
@@ -123,25 +120,3 @@ def moment_bytes(experiment: Experiment, trained_parameters: int, trained_bytes:
     each = {"adamw": 2.0 * trained_bytes / max(trained_parameters, 1), "adamw_4bit": 1 + 8 / 128}
     held = trained_parameters * each.get(experiment.train.optimizer, 2 + 8 / 256)
     return round(held + (2 * trained_parameters if experiment.train.rounding == "kahan" else 0))
-
-
-def disk_notes(needs: dict[str, tuple[Path, int]]) -> list[str]:
-    """Return a note for each disk that lacks room: folder, bytes needed, bytes free."""
-    disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
-    for folder, needed in needs.values():
-        disks[_nearest(folder).stat().st_dev].append((folder, needed))
-    return [
-        f"disk: {size(total)} are needed for {folders[0][0]}, where {size(free)} are free"
-        for folders in disks.values()
-        if (total := sum(needed for _, needed in folders)) > (free := free_bytes(folders[0][0]))
-    ]
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes on the disk where `folder` is, or would be."""
-    return shutil.disk_usage(_nearest(folder)).free
-
-
-def _nearest(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())

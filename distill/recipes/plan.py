@@ -24,8 +24,9 @@ DOES_NOT_FIT = 3
 
 
 def main(experiment: Experiment, card: str | None = None, as_json: bool = False, fit: str | None = None) -> int:
-    """Print the plan, and return 0 if it fits, 3 if not. `fit` is a new file for the experiment, changed to fit.
+    """Print the plan, and return 0 if it fits, on the disks too, and 3 if not.
 
+    fit: a new file for the experiment, changed so that the memory suffices.
     card: a name (`rtx-3060`) or a size (`12GiB`); default: this machine's CUDA device, else its processor.
     Raises UserError for an unknown card or model, for a `fit` that exists already, and in the end for a phase that
     cannot be simulated.
@@ -44,18 +45,20 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     written = None
     if fit is not None and (advice is None or advice.fits):
         written = _write(fit, advice.experiment if advice else experiment, advice, found)
+    # Another card may stand in another machine, whose disks are not known.
+    shortages = forecast.shortages if card is None else []
     if as_json:
-        print(json.dumps(_as_json(forecast, advice, changed, written), indent=2))
+        print(json.dumps(_as_json(forecast, advice, changed, written, shortages), indent=2))
     else:
-        _print(forecast, advice, changed)
+        _print(forecast, advice, changed, shortages)
         if fit is not None:
             print(f"\nwritten: {written}" if written else f"\n--fit {fit}: not written, for it would not fit either")
     if forecast.failures:
         raise UserError("; ".join(forecast.failures))
-    return 0 if forecast.fits else DOES_NOT_FIT
+    return 0 if forecast.fits and not shortages else DOES_NOT_FIT
 
 
-def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None) -> None:
+def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None, shortages: list[str]) -> None:
     card = forecast.card
     is_calibrated = find(kind_of(card)).is_measured
     timed = (
@@ -66,8 +69,11 @@ def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None) 
     _print_disk(forecast)
     for note in forecast.notes:
         print(f"- {note}")
+    for shortage in shortages:
+        print(f"\nit does not fit on the {shortage}: make room there, or point --run_dir or --cache.dir elsewhere")
     if advice is None:
-        print("\nit fits" + (", as far as there is a forecast" if forecast.failures else ""))
+        if not shortages:
+            print("\nit fits" + (", as far as there is a forecast" if forecast.failures else ""))
         return
     assert changed is not None
     if not advice.fits:
@@ -120,9 +126,10 @@ def _print_disk(forecast: Forecast) -> None:
 
 
 def _as_json(
-    forecast: Forecast, advice: Advice | None, changed: Forecast | None, written: str | None
+    forecast: Forecast, advice: Advice | None, changed: Forecast | None, written: str | None, shortages: list[str]
 ) -> dict[str, Any]:
-    content = {"fits": forecast.fits, **_forecast(forecast), "changes": [], "written": written}
+    fits = forecast.fits and not shortages
+    content = {"fits": fits, **_forecast(forecast), "shortages": shortages, "changes": [], "written": written}
     if advice is not None:
         content |= {"changes": [asdict(step) for step in advice.steps], "changes_suffice": advice.fits}
     if changed is not None:

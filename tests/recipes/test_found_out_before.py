@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from distill.experiment.file import load_experiment
+from distill.forecast.room import needs
+
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a student without its size": ({"student.options": {}}, "give at least one of layers"),
     "an option that is not there": ({"student.options": {"lairs": 2}}, "did you mean 'layers'?"),
@@ -83,3 +86,9 @@ def test_a_student_of_another_tokenizer_is_refused_first(
 def test_a_device_for_training_alone_may_be_elsewhere(world: Any, distill: Any, tmp_path: Path) -> None:
     file = world.write(tmp_path / "experiment.yaml")
     distill("cache-teacher", file, "--train.precision", "16-mixed", "--cache.max_samples", "4").done()
+
+
+def test_what_is_finished_needs_no_room_on_a_disk(finished: Any) -> None:
+    """Or a full disk would refuse a run that has nothing more to write."""
+    disk = {"cache": 10**6, "checkpoints": 10**6, "student": 10**6}
+    assert needs(load_experiment(finished.file, []), disk, 64) == []
