@@ -246,3 +246,7 @@ def _spelled_out(overrides: list[str]) -> list[str]:
         if argument.startswith("--") and "=" not in argument and following.startswith("--"):
             result.append("true")
     return result
+
+
+if __name__ == "__main__":
+    main()

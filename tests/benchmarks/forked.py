@@ -26,14 +26,14 @@ PATIENCE = 60.0
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
-def main(description: str | None, kills: int, storm: Callable[[Path, int], Any]) -> None:
-    """The command line of a storm: `storm(folder, seed).rage(kills)` gives the exit status."""
+def main(description: str | None, number: int, storm: Callable[[Path, int], Any], of: str = "kills") -> None:
+    """The command line of a storm: `storm(folder, seed).rage(number)` gives the exit status. `of` names its option."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=kills)
+    parser.add_argument(f"--{of}", type=int, default=number, dest="number")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(storm(Path(folder), options.seed).rage(options.kills))
+        sys.exit(storm(Path(folder), options.seed).rage(options.number))
 
 
 def write_experiment(folder: Path, **sections: Any) -> Path:
@@ -56,11 +56,12 @@ def write_experiment(folder: Path, **sections: Any) -> Path:
 
 
 def distill_here(*arguments: str) -> int:
-    """Run a command in this process; its exit status."""
+    """Run a command in this process, as a program of its own reports errors; its exit status."""
     from distill.cli import main
 
+    sys.argv = ["distill", *arguments]
     try:
-        main(list(arguments))
+        main()
     except SystemExit as ended:
         return int(ended.code or 0)
     raise AssertionError("the command line ends with SystemExit")
