@@ -255,11 +255,10 @@ def no_traces() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def distill() -> Callable[..., Outcome]:
-    """`distill("run", file, "--train.seed", 1)`: the command line in this process; an exception fails the test."""
-    from distill.cli import main
+def outcome_of() -> Callable[[Callable[[], None]], Outcome]:
+    """`outcome_of(work)`: the output and exit status of work in this process that ends with SystemExit."""
 
-    def command(*arguments: object) -> Outcome:
+    def run(work: Callable[[], None]) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
         with (
             undone(),
@@ -267,10 +266,18 @@ def distill() -> Callable[..., Outcome]:
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as ended,
         ):
-            main([str(argument) for argument in arguments])
+            work()
         return Outcome(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
-    return command
+    return run
+
+
+@pytest.fixture(scope="session")
+def distill(outcome_of: Any) -> Callable[..., Outcome]:
+    """`distill("run", file, "--train.seed", 1)`: the command line in this process; an exception fails the test."""
+    from distill.cli import main
+
+    return lambda *arguments: outcome_of(lambda: main([str(argument) for argument in arguments]))
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,8 @@ class Storm:
         return self.children.wait(self.children.start(name, *self._command(name)))
 
     def _command(self, name: str) -> list[str]:
-        return ["run", str(self.file), "--run_dir", str(self.folder / name / "run"), "--evaluate.cost", "false"]
+        options = ["--evaluate.cost", "false", "--train.loggers", "[csv, tensorboard]"]
+        return ["run", str(self.file), "--run_dir", str(self.folder / name / "run"), *options]
 
 
 if __name__ == "__main__":
