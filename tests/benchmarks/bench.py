@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,44 +49,61 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="the sizes of a test: the figures mean nothing")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of each row")
+    parser.add_argument("--case", default="", help="only cases whose name contains this, such as bf16")
     parser.add_argument("--json", type=Path, help="file for machine and rows")
     parser.add_argument("--markdown", type=Path, help="file for the table")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    setup = Setup(options.device, options.tiny, options.repeats)
+    setup = Setup(options.device, options.tiny, options.repeats, options.case)
     if options.here:
         measure_here(options.only[0], setup, options.here)
         return
-    found: dict[str, Any] = {"machine": machine(setup.device), "command": " ".join(sys.argv[1:]), "rows": []}
+    rows: list[Row] = []
     failed = []
     for name in options.only or (PEERS if options.peers else BENCHES):
         begin = time.perf_counter()
-        rows = measure_apart(name, setup)
-        if rows is None:
-            failed.append(name)
-            continue
-        found["rows"] += [{**asdict(row), "met": row.met} for row in rows]
+        found = measure_apart(name, setup)
+        rows += found.rows
+        failed += [f"{name}: {found.failure}"] if found.failure else []
         print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    text = markdown(found["machine"], [Row(**{k: v for k, v in row.items() if k != "met"}) for row in found["rows"]])
-    print(text)
-    data = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    for path, content in ((options.json, data), (options.markdown, text)):
+    print(markdown(machine(setup.device), rows))
+    write(rows, setup, options.json, options.markdown)
+    if failed:
+        raise SystemExit("not measured, see above: " + "; ".join(failed))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rows of a benchmark, and the reason if there are not all of them."""
+
+    rows: list[Row]
+    failure: str = ""
+
+
+def write(rows: list[Row], setup: Setup, data: Path | None, table: Path | None) -> None:
+    """Write machine and rows as JSON and as a Markdown table."""
+    where = machine(setup.device)
+    content = {"machine": where, "rows": [{**asdict(row), "met": row.met} for row in rows]}
+    texts = {data: json.dumps(content, indent=1, ensure_ascii=False) + "\n", table: markdown(where, rows)}
+    for path, text in texts.items():
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
-    if failed:
-        raise SystemExit(f"not measured, see above: {', '.join(failed)}")
+            path.write_text(text, encoding="utf-8")
 
 
-def measure_apart(name: str, setup: Setup) -> list[Row] | None:
-    """Return the rows of a benchmark, run in a process of its own; None when it fails."""
+def measure_apart(name: str, setup: Setup, limit: float | None = None) -> Found:
+    """Measure a benchmark in a process of its own, in `limit` seconds; rows that came before a failure count."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         line = [sys.executable, __file__, "--only", name, "--here", str(file), "--device", setup.device]
-        line += ["--repeats", str(setup.repeats), *(["--tiny"] if setup.tiny else [])]
-        if subprocess.run(line, stdout=sys.stderr).returncode:
-            return None
-        return [Row(**json.loads(row)) for row in file.read_text(encoding="utf-8").splitlines()]
+        line += ["--case", setup.case, "--repeats", str(setup.repeats), *(["--tiny"] if setup.tiny else [])]
+        try:
+            status = subprocess.run(line, stdout=sys.stderr, timeout=limit).returncode
+            failure = f"exit status {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            failure = "no time was left"
+        rows = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return Found([Row(**json.loads(row)) for row in rows], failure)
 
 
 def measure_here(name: str, setup: Setup, file: Path) -> None:
@@ -124,6 +141,9 @@ def _lines(where: dict[str, Any], rows: Iterable[Row]) -> Iterator[str]:
     yield "| row | case | compared | ours | peer | ratio | of the pairs | processor time | aim | met |"
     yield "|---|---|---|---:|---:|---:|---:|---:|---|---|"
     for row in rows:
+        if row.ratio is None:
+            yield f"| {row.bench} | {row.case} | {row.measure} | | {row.peer} | | | | | |"
+            continue
         met = {True: "yes", False: "no", None: ""}[row.met]
         processor = "" if row.processor is None else f"{row.processor:.2f}"
         between = "" if row.low == row.high else f"{row.low:.2f} – {row.high:.2f}"

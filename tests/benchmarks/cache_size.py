@@ -5,21 +5,24 @@ bytes a token (records as they are written, token ids and scalars included), ent
 target, for a student one nat away: the relative squared error of the loss's gradient in the student's hidden states,
 the bias of the mean KL and the root mean square error of a position's KL. The student is the teacher with noise on its
 hidden states, as much as makes KL(teacher || student) one nat. `--plot FILE.png` draws size against gradient error.
+`make bench ARGS="--only cache_size"` compares the bytes with those of peers' caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from paired import Row, Setup, ratio_row
 from torch import Tensor
 
 from distill.cache.format.arrays import compress
-from distill.cache.format.records import encode
+from distill.cache.format.records import Record, encode
 from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.making.extract import extract
 from distill.cache.reading.batches import collate
@@ -89,7 +92,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Row:
+class SchemeRow:
     """One line of the table."""
 
     name: str
@@ -104,6 +107,28 @@ class Row:
             f"| {self.name} | {self.bytes_per_token:,.1f} | {self.entries:,.1f} | {self.gradient_error:.4f} | "
             f"{self.kl_bias:+.4f} | {self.kl_rms:.3f} |"
         )
+
+
+SPEECHES = Path(__file__).resolve().parents[2] / "data" / "sotu.jsonl"
+
+
+def rows(setup: Setup) -> Iterator[Row]:
+    """Yield bytes a token of the default scheme against top-k caches as peers store them; theirs without token ids.
+
+    DistillKit's are its README's two recommendations: ids in as many bits as the vocabulary needs, `exact_k` values in
+    bfloat16, the others as float32 coefficients of a few functions (github.com/arcee-ai/DistillKit).
+    """
+    text = read(str(SPEECHES), 256, 200 if setup.tiny else 4000)
+    size = scheme_bytes(text, own_records(text, VarOpt(0.02)), VarOpt(0.02))
+    id_bytes = math.ceil(math.log2(text.float_head.weight_VD.shape[0])) / 8
+    peers = {
+        "top-k 100, int32 ids and float16 values": 100 * (4 + 2),
+        "DistillKit, k 128": 128 * id_bytes + 16 * 2 + 6 * 4,
+        "DistillKit, k 50 (its budget pick)": 50 * id_bytes + 2 + 3 * 4,
+        "dense bfloat16": 2 * text.float_head.weight_VD.shape[0],
+    }
+    for name, peer in peers.items():
+        yield ratio_row("cache_size", "varopt τ = 1/50, speeches", f"bytes a token of {name}", [size], [peer])
 
 
 def read(path: str, sequence_length: int, tokens: int) -> Text:
@@ -122,20 +147,30 @@ def read(path: str, sequence_length: int, tokens: int) -> Text:
     return Text(samples, hidden, model.head.with_rows(vocab_size), order, sequence_length * len(samples))
 
 
-def own_scheme(text: Text, name: str, scheme: AnyScheme, reference: tuple[Tensor, Tensor]) -> Row:
+def own_scheme(text: Text, name: str, scheme: AnyScheme, reference: tuple[Tensor, Tensor]) -> SchemeRow:
     """A scheme of ours: through records as they are written and read."""
-    records = [
-        extract(hidden_LD, text.head, s["input_ids"], s["position_ids"], s["loss_mask"], scheme, seed=0)
-        for hidden_LD, s in zip(text.hidden, text.samples, strict=True)
-    ]
-    size = sum(len(encode(text.order.ranked(record), scheme)) for record in records) / text.tokens
+    records = own_records(text, scheme)
+    size = scheme_bytes(text, records, scheme)
     batch = collate(records)
     whole = SparseChunk(*batch.targets.padded(), text.entropy_N, text.true_ids_N)
     entries = float(batch.targets.counts_N.float().mean())
     return _row(name, size, entries, text, lambda logits, rows: forward_kl(logits, whole[rows]), reference)
 
 
-def top_k_rows(text: Text, k: int, reference: tuple[Tensor, Tensor]) -> list[Row]:
+def own_records(text: Text, scheme: AnyScheme) -> list[Record]:
+    """Return the samples as a cache keeps them."""
+    return [
+        extract(hidden_LD, text.head, s["input_ids"], s["position_ids"], s["loss_mask"], scheme, seed=0)
+        for hidden_LD, s in zip(text.hidden, text.samples, strict=True)
+    ]
+
+
+def scheme_bytes(text: Text, records: list[Record], scheme: AnyScheme) -> float:
+    """Return the bytes a token that records take in a shard."""
+    return sum(len(encode(text.order.ranked(record), scheme)) for record in records) / text.tokens
+
+
+def top_k_rows(text: Text, k: int, reference: tuple[Tensor, Tensor]) -> list[SchemeRow]:
     """Top-k with bfloat16 values as peers keep them (ids and values packed by the same codec), read in three ways."""
     parts = [top_k(logp.exp(), k) for logp in text.log_probs]
     ids_NK, weights_NK = SparseTargets.cat(parts).padded()
@@ -164,15 +199,15 @@ def top_k_rows(text: Text, k: int, reference: tuple[Tensor, Tensor]) -> list[Row
     return [_row(f"top-k {k}, {way}", size / text.tokens, k, text, loss, reference) for way, loss in ways.items()]
 
 
-def _row(name: str, size: float, entries: float, text: Text, loss: Loss, reference: tuple[Tensor, Tensor]) -> Row:
+def _row(name: str, size: float, entries: float, text: Text, loss: Loss, reference: tuple[Tensor, Tensor]) -> SchemeRow:
     losses_N, gradients_ND = text.losses_and_gradients(loss)
     dense_N, dense_ND = reference
     error = ((gradients_ND - dense_ND).square().sum() / dense_ND.square().sum()).item()
     difference_N = losses_N - dense_N
-    return Row(name, size, entries, error, difference_N.mean().item(), difference_N.square().mean().sqrt().item())
+    return SchemeRow(name, size, entries, error, difference_N.mean().item(), difference_N.square().mean().sqrt().item())
 
 
-def measure(text: Text) -> list[Row]:
+def measure(text: Text) -> list[SchemeRow]:
     reference = text.losses_and_gradients(text.dense)
     rows = [
         own_scheme(text, f"varopt τ = 1/{inverse}", VarOpt(1 / inverse), reference) for inverse in (25, 50, 100, 200)
@@ -181,11 +216,11 @@ def measure(text: Text) -> list[Row]:
         rows += top_k_rows(text, k, reference)
     rows.append(own_scheme(text, "random N = 50", RandomDraws(50), reference))
     vocab_size = text.float_head.weight_VD.shape[0]
-    rows.append(Row("dense, bfloat16", 2.0 * vocab_size, vocab_size, 0.0, 0.0, 0.0))
+    rows.append(SchemeRow("dense, bfloat16", 2.0 * vocab_size, vocab_size, 0.0, 0.0, 0.0))
     return rows
 
 
-def plot(tables: dict[str, list[Row]], path: str) -> None:
+def plot(tables: dict[str, list[SchemeRow]], path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ class Setup:
     device: str = "cpu"
     tiny: bool = False
     repeats: int = 5
+    case: str = ""
+    """Part of the names of the cases that are wanted; empty: all of them."""
+
+    def wants(self, case: str) -> bool:
+        """Tell whether a case is to be measured."""
+        return self.case in case
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,10 @@ class Row:
     ours: str
     peer: str
     """Medians of both, with unit."""
-    ratio: float
-    low: float
-    high: float
-    """Median, smallest and largest of the pairs' ratios."""
+    ratio: float | None
+    low: float | None
+    high: float | None
+    """Median, smallest and largest of the pairs' ratios; None for a row that was not measured."""
     processor: float | None = None
     """The median ratio in processor time."""
     aim: str = ""
@@ -70,8 +77,8 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """True if the aim is met, None if there is none."""
-        if not self.aim:
+        """True if the aim is met, None if there is none or nothing was measured."""
+        if not self.aim or self.ratio is None:
             return None
         sign, bound = self.aim.split()[:2]
         return self.ratio <= float(bound) if sign == "≤" else self.ratio >= float(bound)
@@ -104,22 +111,38 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def number_row(
-    bench: str, case: str, measure: str, ours: float, peer: float, form: str = "{:.3g}", aim: str = ""
+def ratio_row(
+    bench: str,
+    case: str,
+    measure: str,
+    ours: Sequence[float],
+    peer: Sequence[float],
+    form: str = "{:.3g}",
+    aim: str = "",
 ) -> Row:
-    """Return the row of two numbers that no repeat changes, such as bytes; `form` prints each with its unit."""
-    ratio = ours / peer
-    return Row(bench, case, measure, form.format(ours), form.format(peer), ratio, ratio, ratio, aim=aim)
+    """Return ours divided by the peer's, of numbers that are no times; `form` prints one with its unit."""
+    ratios = [mine / other for mine, other in zip(ours, peer, strict=True)]
+    texts = (form.format(statistics.median(side)) for side in (ours, peer))
+    return Row(bench, case, measure, *texts, *spread(ratios), aim=aim)
+
+
+def not_measured(bench: str, case: str, measure: str, reason: str) -> Row:
+    """Return the row of something that does not run here, with the reason."""
+    return Row(bench, case, measure, "", reason, None, None, None)
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of this process and its ended children so far: user and system."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def cost(run: Callable[[], object], device: str = "cpu") -> Cost:
     """Run once and return the cost; a CUDA device's queue is empty before and after."""
     _wait(device)
-    before, begin = os.times(), time.perf_counter()
+    processor, begin = cpu_seconds(), time.perf_counter()
     run()
     _wait(device)
-    wall, after = time.perf_counter() - begin, os.times()
-    return Cost(wall, sum(after[:4]) - sum(before[:4]))
+    return Cost(time.perf_counter() - begin, cpu_seconds() - processor)
 
 
 def paired(ours: Callable[[], object], peer: Callable[[], object], setup: Setup) -> Pairs:
@@ -134,13 +157,14 @@ def paired(ours: Callable[[], object], peer: Callable[[], object], setup: Setup)
     return found
 
 
-def cost_apart(command: Sequence[str], environment: dict[str, str] | None = None) -> Cost:
+def cost_apart(command: Sequence[str], environment: dict[str, str] | None = None, cwd: Path | None = None) -> Cost:
     """Run a command in a process of its own; its output is dropped, and shown when it fails."""
     line = [sys.executable, "-S", "-c", LAUNCHER, *command]
-    done = subprocess.run(line, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+    done = subprocess.run(line, env={**os.environ, **(environment or {})}, cwd=cwd, capture_output=True, text=True)
     status, *found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (1, 0, 0, 0)
     if status:
         raise SystemExit(f"{' '.join(command)}: exit status {status}\n{done.stdout}{done.stderr}")
+    print(f"  {found[0]:.0f} s: {' '.join(Path(word).name for word in command[:4])}", file=sys.stderr, flush=True)
     return Cost(*found)
 
 

@@ -49,12 +49,12 @@ def manifest(samples: int, shard_samples: int) -> Manifest:
     )
 
 
-def synthetic_records(scheme: schemes.AnyScheme) -> list[Record]:
+def synthetic_records(scheme: schemes.AnyScheme, distinct: int) -> list[Record]:
     """Exact entries and atoms of random logits whose sharpness varies from position to position."""
     generator = torch.Generator().manual_seed(0)
     head = Head(torch.randn(VOCABULARY, 32, generator=generator))
     records = []
-    for _ in range(DISTINCT):
+    for _ in range(distinct):
         sharpness_L1 = 0.6 + torch.rand(LENGTH, 1, generator=generator)
         hidden_LD = torch.randn(LENGTH, 32, generator=generator) * sharpness_L1
         ids_L = torch.randint(VOCABULARY, (LENGTH,), generator=generator)
@@ -63,18 +63,18 @@ def synthetic_records(scheme: schemes.AnyScheme) -> list[Record]:
     return records
 
 
-def make(folder: Path, gigabytes: float, shard_samples: int) -> None:
+def make(folder: Path, gigabytes: float, shard_samples: int, distinct: int = DISTINCT) -> None:
     """Write it as the teacher would: packed, hashed, synced, with journal lines."""
     scheme = manifest(1, 1).make_scheme()
-    records = synthetic_records(scheme)
-    probe = CacheWriter(folder / "probe", manifest(DISTINCT, DISTINCT)).write(0, records)
+    records = synthetic_records(scheme, distinct)
+    probe = CacheWriter(folder / "probe", manifest(distinct, distinct)).write(0, records)
     shutil.rmtree(folder / "probe")
-    samples = int(gigabytes * 1e9 / (probe.bytes / DISTINCT))
+    samples = int(gigabytes * 1e9 / (probe.bytes / distinct))
     writer = CacheWriter(folder / "cache", manifest(samples, shard_samples))
     started = time.perf_counter()
     with reused_encoding():
         for shard in writer.missing():
-            writer.write(shard, [records[sample % DISTINCT] for sample in writer.manifest.shard_range(shard)])
+            writer.write(shard, [records[sample % distinct] for sample in writer.manifest.shard_range(shard)])
     print(f"made: {samples:,} samples in {writer.manifest.shards:,} shards, {time.perf_counter() - started:,.0f} s")
     print(f"  {probe.bytes / probe.positions:.1f} bytes and {probe.entries / probe.positions:.1f} entries a position")
 
