@@ -206,7 +206,15 @@ def load_language_model(
         description["class_path"] = named_class(folder, description["class_path"], class_path)
         offered = {"vocab_size": vocab_size(load_folder_tokenizer(folder))}
         known = {**description["options"], **_in_full(description["options"], options or {})}
-        model = build(description["class_path"], "student", known, offered)
+        try:
+            model = build(description["class_path"], "student", known, offered)
+        except UserError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise UserError(
+                f"{error}; of a path in its options a model's folder keeps the last part alone: run this in the folder "
+                "where that file lies"
+            ) from error
         saving.load_weights(model, folder, description)
         if description.get("source") not in (None, source_of(description["class_path"], "student")):
             say(f"{folder}: the code of {description['class_path']} has changed since this model was trained")

@@ -25,7 +25,8 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.models.generation import context_length, generate
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.language_model import LanguageModel, hidden_states
+from distill.models.language_model import LanguageModel
+from distill.models.micro_batches import MicroBatches
 from distill.system.progress import Progress
 
 LOGITS_AT_A_TIME = 1 << 24
@@ -73,7 +74,7 @@ class HarnessModel(TemplateLM):
         """True while the model answers, and after it failed. Any error at another time is the task's fault."""
         self.cut = 0
         """Number of requests so far whose text was too long for the model, and was cut from the left."""
-        self._device = device
+        self._device, self._passes = device, MicroBatches(model, batch_size)
         self._generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -175,7 +176,8 @@ class HarnessModel(TemplateLM):
         for row, tokens in enumerate(inputs):
             ids_BL[row, : len(tokens)] = torch.tensor(tokens)
         ids_BL = ids_BL.to(self._device)
-        return hidden_states(self.model, ids_BL, torch.arange(ids_BL.shape[1], device=self._device).expand_as(ids_BL))
+        positions_BL = torch.arange(ids_BL.shape[1], device=self._device).expand_as(ids_BL)
+        return self._passes.hidden_states(ids_BL, positions_BL)
 
     def _token_scores(self, hidden_ND: Tensor, rows: list[int], tokens: list[int]) -> tuple[Tensor, Tensor]:
         """Return the log-probability `[M]` of `tokens[m]` at `hidden_ND[rows[m]]`, and if it is the likeliest; on the

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from distill.models.generation import HALF, decode_text, decoder, encode_prompt, ending_tokens, room, sample
 from distill.models.language_model import LanguageModel
+from distill.models.micro_batches import in_halves
 from distill.models.tokenizers import vocab_size
 
 PROMPT_TOKENS = 32
@@ -79,7 +80,8 @@ def continue_text(model: LanguageModel, tokenizer: Any, prompts: Sequence[str], 
         same_length[len(ids)].append(index)
     texts = [""] * len(encoded)
     for indices in same_length.values():
-        written = _greedy(model, [encoded[index] for index in indices], new_tokens, size, stop_ids)
+        some = [encoded[index] for index in indices]
+        written = in_halves(some, lambda few: _greedy(model, few, new_tokens, size, stop_ids))
         for index, ids in zip(indices, written, strict=True):
             texts[index] = _split(tokenizer, [*encoded[index], *ids], len(encoded[index]))[1]
     return texts

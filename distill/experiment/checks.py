@@ -16,8 +16,18 @@ from distill.system.units import parse_duration
 from distill.training.loggers import check_installed
 from distill.training.user_callbacks import check_callbacks
 
-OFFERED = ("vocab_size", "sequence_length", "teacher", "teacher_revision", "device", "first_samples")
-"""Arguments that a student's constructor gets from the pipeline if it names them."""
+
+def offered_options(experiment: Experiment, device: str, vocab_size: int, first_samples: Any = None) -> dict[str, Any]:
+    """Return the arguments that a student's constructor gets if it names them and the user has not given them."""
+    return {
+        "vocab_size": vocab_size,
+        "sequence_length": experiment.corpus.sequence_length,
+        "teacher": experiment.teacher.model,
+        # A teacher that the user gives among the options is another one, with a revision of its own.
+        "teacher_revision": None if "teacher" in experiment.student.options else experiment.teacher.revision,
+        "device": device,
+        "first_samples": first_samples,
+    }
 
 
 def check_model(
@@ -59,7 +69,7 @@ def check_last_steps(experiment: Experiment, device_type: str | None = None) -> 
         parse_duration(config.max_time, "train.max_time")
     device_type = device_type or pick_device(config.accelerator).type
     check_training(experiment, experiment.cache.scheme, experiment.cache.held_out_samples, device_type)
-    offered = dict.fromkeys(OFFERED)
+    offered = offered_options(experiment, device_type, 0)
     plugins.arguments(experiment.student.class_path, "student", experiment.student.options, offered)
     check_evaluation(experiment)
 

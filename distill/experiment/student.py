@@ -11,7 +11,7 @@ from torch import Tensor
 from distill import plugins
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
-from distill.experiment.checks import OFFERED, check_length, check_model
+from distill.experiment.checks import check_length, check_model, offered_options
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.models import checkpoints, tokenizers
@@ -52,8 +52,7 @@ def make_student(
     student, name = experiment.student, f"student {experiment.student.class_path}"
     tokens = vocab_size if vocabulary is None else len(vocabulary)
     with place.making():
-        offered = {**offered_options(experiment, place, tokens), "first_samples": samples}
-        assert offered.keys() == set(OFFERED), "what the check before the hours counts on"
+        offered = offered_options(experiment, str(place.device), tokens, samples)
         options = plugins.arguments(student.class_path, "student", student.options, offered)
         torch.manual_seed(experiment.train.seed)
         model = plugins.build(student.class_path, "student", options, {})
@@ -90,18 +89,6 @@ def check_tokens(experiment: Experiment, place: Place, tokenizer: Any) -> None:
             "learn from this teacher; give a model of the teacher's own family, or a fresh student of any architecture "
             "(student.class_path compact, or huggingface with student.options.config)"
         )
-
-
-def offered_options(experiment: Experiment, place: Place, vocab_size: int) -> dict[str, Any]:
-    """Return the arguments that a student's constructor gets if it names them and the user has not given them."""
-    return {
-        "vocab_size": vocab_size,
-        "sequence_length": experiment.corpus.sequence_length,
-        "teacher": experiment.teacher.model,
-        # A teacher that the user gives among the options is another one, with a revision of its own.
-        "teacher_revision": None if "teacher" in experiment.student.options else experiment.teacher.revision,
-        "device": str(place.device),
-    }
 
 
 def make_student_to_train(

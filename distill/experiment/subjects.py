@@ -15,10 +15,10 @@ from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.experiment import settings
 from distill.experiment.cache import packing_fingerprint
-from distill.experiment.checks import check_model
+from distill.experiment.checks import check_model, offered_options
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.experiment.student import FirstSamples, make_student, offered_options
+from distill.experiment.student import FirstSamples, make_student
 from distill.experiment.teacher import Teacher
 from distill.experiment.training import Role, own_settings, roles
 from distill.models.checkpoints import weight_files
@@ -139,7 +139,7 @@ def _trained(
 
     def load() -> Loaded:
         student = experiment.student
-        options = {**offered_options(experiment, teacher.place, teacher.vocab_size), **student.options}
+        options = {**offered_options(experiment, str(teacher.device), teacher.vocab_size), **student.options}
         model = load_language_model(folder, teacher.device, _dtype(experiment), student.class_path, options)
         return Loaded(model, load_folder_tokenizer(folder), _tokens(teacher, vocabulary))
 

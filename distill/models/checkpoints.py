@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, first_line, nearest, nearest_path
-from distill.models.safety import check_folder, check_weights
+from distill.models.safety import check_folder, check_gguf, check_weights
 from distill.models.shapes import finder
 from distill.system.files import sha256_of
 
@@ -212,9 +212,13 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     options = {} if checkpoint.gguf_file is None else {"gguf_file": checkpoint.gguf_file}
     if checkpoint.gguf_file is None:
         check_folder(checkpoint.folder, checkpoint.name)
+    else:
+        check_weights(checkpoint.path, checkpoint.name)
     try:
         return transformers.AutoConfig.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, **options
         )
     except Exception as error:  # every family checks its own values, with whatever comes of it
+        if checkpoint.gguf_file is not None:
+            check_gguf(checkpoint.path, checkpoint.name)
         raise UserError(f"{checkpoint.name}: unreadable config: {first_line(error)}") from error

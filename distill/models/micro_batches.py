@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from distill.errors import UserError
 from distill.models.language_model import LanguageModel, hidden_states
 from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
+
+Row = TypeVar("Row")
+Answer = TypeVar("Answer")
 
 
 class MicroBatches:
@@ -36,6 +41,22 @@ class MicroBatches:
             free_memory()  # outside of `except`, which holds the tensors of the failed pass
             self.size = -(-before // 2)
             say(f"out of memory with {before} samples a forward pass; from here on {self.size}")
+
+
+def in_halves(rows: list[Row], work: Callable[[list[Row]], list[Answer]]) -> list[Answer]:
+    """Return `work(rows)`, an answer a row; when memory runs out, the answers of one half of the rows after the other.
+
+    Raises the error of `work` if one row alone finds no room.
+    """
+    try:
+        return work(rows)
+    except Exception as error:
+        if len(rows) == 1 or not is_out_of_memory(error):
+            raise
+    free_memory()
+    middle = len(rows) // 2
+    say(f"out of memory with {len(rows)} texts at once: {middle} and {len(rows) - middle} come one after the other")
+    return [*in_halves(rows[:middle], work), *in_halves(rows[middle:], work)]
 
 
 def free_memory() -> None:

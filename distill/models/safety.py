@@ -9,11 +9,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from distill.errors import UserError
+from distill.errors import UserError, first_line
 from distill.system.files import is_inside, open_regular, read_bounded
 
 OPENED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "vocab.*")
 """Names of the files that a model or a tokenizer is read from."""
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+"""JSON files of which transformers leaves a damaged one out, at times without a word."""
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts")
+MOST_LAYERS = 10_000
+"""Layers beyond which a model would be built without end."""
 TEMPLATES = "additional_chat_templates"
 
 
@@ -28,18 +33,22 @@ def check_folder(folder: Path, name: str) -> None:
         _check_index(index, name)
     if (folder / "adapter_config.json").exists() and not (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{name}: its adapter has no adapter_model.safetensors, and pickled weights are refused")
-    _check_config(_object(folder / "config.json", name), name)
+    for file in OBJECTS:
+        _check_config(_object(folder / file, name), file, name)
 
 
 def check_weights(path: Path, name: str) -> None:
-    """Raise UserError for a safetensors or GGUF file that is empty, cut off or something else altogether."""
-    start = b""
+    """Raise UserError for a safetensors or GGUF file that is empty, cut off or something else altogether.
+
+    Of a GGUF file only the beginning is looked at; `check_gguf` reads its table of tensors.
+    """
     try:
-        with open(open_regular(path), "rb") as file:
-            start = file.read(512)
+        if (problem := spoilt(path)) is not None:
+            raise UserError(f"{name}: {path.name} {problem}")
         if path.suffix == ".gguf":
-            if start.startswith(b"GGUF"):
-                return
+            with open(open_regular(path), "rb") as file:
+                if file.read(4) == b"GGUF":
+                    return
             problem = "no GGUF file"
         else:
             with safe_open(path, framework="numpy"):  # which compares the header with the file's size
@@ -48,13 +57,31 @@ def check_weights(path: Path, name: str) -> None:
         problem = f"unreadable ({error.strerror or error})"
     except SafetensorError as error:
         problem = f"cut off or damaged ({error})"
-    if path.exists() and path.stat().st_size == 0:
-        problem = "empty"
-    elif start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{name}: {path.name} is a git-lfs pointer, not the weights: run `git lfs pull` there")
-    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        problem = "an HTML page, not the weights"
     raise UserError(f"{name}: {path.name} is {problem}: fetch it anew")
+
+
+def check_gguf(path: Path, name: str) -> None:
+    """Raise UserError for a GGUF file that is cut off or damaged. This reads its vocabulary, which may take seconds."""
+    check_weights(path, name)
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception as error:  # it relies on what the file says
+        raise UserError(f"{name}: {path.name} is cut off or damaged ({first_line(error)}): fetch it anew") from None
+
+
+def spoilt(path: Path) -> str | None:
+    """Return what became of a file that is no file of a model: empty, a git-lfs pointer, an HTML page; else None."""
+    with open(open_regular(path), "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "is empty: fetch it anew"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself: run `git lfs pull` there"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is an HTML page, not the file itself: fetch it anew"
+    return None
 
 
 def _opened(folder: Path) -> Iterator[Path]:
@@ -73,13 +100,16 @@ def _check_index(path: Path, name: str) -> None:
             raise UserError(f"{name}: {path.name} names {str(file)[:80]!r}, no safetensors file of this folder")
 
 
-def _check_config(config: dict[str, Any], name: str) -> None:
+def _check_config(config: dict[str, Any], file: str, name: str) -> None:
     """Raise UserError for weights under another name, and for kernels of the hub, which are compiled code."""
+    for key, value in config.items():
+        if key in LAYERS and isinstance(value, int | float) and not value <= MOST_LAYERS:
+            raise UserError(f"{name}: {file} says {key} {str(value)[:20]}: no model has so many: fetch the folder anew")
     for key, value in _texts(config):
         if key == "transformers_weights":
-            raise UserError(f"{name}: config.json names other weights, {value[:80]!r}: only model.safetensors is read")
+            raise UserError(f"{name}: {file} names other weights, {value[:80]!r}: only model.safetensors is read")
         if key.endswith("_implementation") and "/" in value:
-            raise UserError(f"{name}: config.json asks for code of the hub ({key}: {value[:80]!r}), which is not run")
+            raise UserError(f"{name}: {file} asks for code of the hub ({key}: {value[:80]!r}), which is not run")
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -96,7 +126,10 @@ def _object(path: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(read_bounded(path))
+        list(_texts(content))  # as deep as it is nested
     except (OSError, ValueError, RecursionError) as error:
+        if (problem := spoilt(path)) is not None:
+            raise UserError(f"{name}: {path.name} {problem}") from None
         raise UserError(f"{name}: {path.name} cannot be read ({str(error)[:80]}): fetch the folder anew") from None
     if not isinstance(content, dict):
         raise UserError(f"{name}: {path.name} holds no object: fetch the folder anew")

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from distill.errors import UserError
+from distill.errors import UserError, first_line
 from distill.models.checkpoints import Checkpoint
 from distill.models.generation import end_as
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
+from distill.models.safety import check_weights
 from distill.system.files import names_only, read_bounded
 from distill.system.staging import replaced_folder
 
@@ -98,9 +99,10 @@ def load_weights(model: Any, folder: Path, description: dict[str, Any]) -> None:
     """Give a model that was built from its `description` the weights in its folder."""
     from safetensors.torch import load_model
 
+    check_weights(folder / WEIGHTS, str(folder))
     try:
         load_model(model, str(folder / WEIGHTS), strict=True)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"{folder}: the weights do not fit {description['class_path']}: {error}") from error
+        raise UserError(f"{folder}: the weights do not fit {description['class_path']}: {first_line(error)}") from error
     if getattr(model, "max_position_embeddings", None) is None and "sequence_length" in description["options"]:
         model.max_position_embeddings = description["options"]["sequence_length"]  # the length that it was made for

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError, did_you_mean, first_line
-from distill.models.safety import check_folder
+from distill.models.safety import check_folder, check_gguf, check_weights, spoilt
 
 if TYPE_CHECKING:
     from distill.models.checkpoints import Checkpoint
@@ -78,9 +78,16 @@ def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: boo
     if gguf_file is None:
         check_folder(folder, name)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if gguf_file is not None:
+        check_weights(folder / gguf_file, name)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # odd content fails anywhere in the libraries' code
+        if gguf_file is not None:
+            check_gguf(folder / gguf_file, name)
+        for file in sorted(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if gguf_file is None):
+            if (problem := spoilt(file)) is not None:
+                raise UserError(f"{name}: {file.name} {problem}") from None
         raise UserError(f"{name}: the tokenizer cannot be read: {first_line(error)}") from error
 
 

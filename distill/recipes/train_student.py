@@ -140,9 +140,7 @@ class _Training:
             )
             progress = Progress(f"train {name}", total=0, unit="steps")
             trainer = self._trainer(progress, deadline)
-            # Of several processes, the one that failed tells it with all details.
-            theirs = blamed(name) if trainer.world_size == 1 else nullcontext()
-            with progress, interrupt.deferred(), theirs, together(trainer):
+            with progress, interrupt.deferred(), together(trainer), blamed(name):
                 # From here Lightning calls `DistillationModule.training_step`.
                 trainer.fit(module, datamodule=self.data, ckpt_path=resume_from, weights_only=True)
             leave_if_not_first(trainer)

@@ -1,14 +1,17 @@
-"""Failures that no other place foresaw, as one line: full and forbidden disks by name, all others with a traceback."""
+"""Failures that no other place foresaw, as one line: full disks and memory by name, all others with a traceback."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+
+from distill.system.memory import is_out_of_memory
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_THE_DISK = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR)
@@ -18,9 +21,10 @@ _LITTLE = 2**24
 
 
 def explain(error: BaseException, run: Path | None = None) -> str | None:
-    """Return the line for an exception that a disk caused: folder, reason, and the variable that moves the folder.
+    """Return the line for an exception of a disk or of memory.
 
-    Returns None for any other. `run` is the command's run folder, where it is known.
+    A disk's has the folder, the reason, and the variable that moves the folder. Returns None for any other exception.
+    `run` is the command's run folder, where it is known.
     """
     for cause in _causes(error):
         if isinstance(cause, OSError) and isinstance(cause.filename, str | os.PathLike) and cause.strerror:
@@ -32,6 +36,11 @@ def explain(error: BaseException, run: Path | None = None) -> str | None:
             places = {"": run or Path.cwd(), **_caches()}
             variable = next((name for name, place in places.items() if _is_full(place)), "")
             return _line(str(places[variable]), "", variable, is_full=True)
+        if isinstance(cause, MemoryError) or ("torch" in sys.modules and is_out_of_memory(cause)):
+            return (
+                "out of memory: free the device from other programs, or lower the batch sizes and "
+                "corpus.sequence_length (`distill plan` says what fits); what was finished before is kept"
+            )
     return None
 
 

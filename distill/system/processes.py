@@ -46,7 +46,7 @@ def together(trainer: pl.Trainer) -> Iterator[None]:
         except Exception as error:
             if trainer.global_rank > 0:
                 _wait_until(interrupt.asked, _SECONDS_TO_AGREE)
-            elif not isinstance(error, UserError):
+            elif not isinstance(error, UserError) or error.__cause__ is not None:  # code of the user's that waited, say
                 _end_with_the_one_that_failed(trainer)
             # If the others ended first on request, the connection to them is lost, and that is the error here.
             if not interrupt.asked():

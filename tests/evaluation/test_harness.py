@@ -220,3 +220,21 @@ def test_the_probabilities_of_all_next_tokens_are_one(folder: Path) -> None:
     scores = mine._loglikelihood_tokens([(None, [5, 6, 7], [token]) for token in range(400)])
     assert math.fsum(math.exp(value) for value, _ in scores) == pytest.approx(1, abs=1e-5)
     assert sum(is_greedy for _, is_greedy in scores) == 1
+
+
+def test_out_of_memory_halves_the_passes_and_goes_on(
+    folder: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = requests("loglikelihood", *((text[:20], text[20:60]) for text in texts[:8]))
+    whole, model = ours(folder).loglikelihood(asked), model_of(folder)
+    body = model.body
+
+    def little_room(input_ids_BL: Any, position_ids_BL: Any) -> Any:
+        if len(input_ids_BL) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return body(input_ids_BL, position_ids_BL)
+
+    monkeypatch.setattr(model, "body", little_room)
+    halved = ours(folder, model).loglikelihood(asked)
+    assert [score for score, _ in halved] == pytest.approx([score for score, _ in whole], abs=1e-4)
+    assert capsys.readouterr().out.count("out of memory") == 2, "from 4 to 2, and from 2 to 1"

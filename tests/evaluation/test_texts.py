@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill import plugins
 from distill.corpus import open_corpus
+from distill.evaluation import texts as evaluation_texts
 from distill.evaluation.texts import HALF, _split, continue_text, pick_prompts
-from distill.models.generation import generate
+from distill.models.generation import decoder, generate
 from distill.models.huggingface import HuggingFaceLanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,3 +118,27 @@ def test_a_student_of_any_architecture_goes_on(tokenizer: Any) -> None:
     student.max_position_embeddings = len(tokenizer.encode("The Congress of the")) + 1
     shorter = continue_text(student, tokenizer, ["The Congress of the"], new_tokens=8)
     assert found[0].startswith(shorter[0]) and len(shorter[0]) < len(found[0]), "up to the end of the context"
+
+
+def test_out_of_memory_halves_the_texts_at_once_and_goes_on(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [tokenizer.decode([token] * 4) for token in (260, 270, 280, 290, 300)]
+    prompts = [prompt for prompt in prompts if len(tokenizer.encode(prompt)) == 4]
+    assert len(prompts) >= 3
+    whole, sizes = continue_text(model, tokenizer, prompts, new_tokens=6), []
+
+    def decoder_of_little_room(*arguments: Any) -> Any:
+        decode = decoder(*arguments)
+
+        def one_at_most(ids_BL: Any) -> Any:
+            sizes.append(len(ids_BL))
+            if len(ids_BL) > 1:
+                raise torch.OutOfMemoryError("no room")
+            return decode(ids_BL)
+
+        return one_at_most
+
+    monkeypatch.setattr(evaluation_texts, "decoder", decoder_of_little_room)
+    assert continue_text(model, tokenizer, prompts, new_tokens=6) == whole
+    assert max(sizes) == len(prompts) and "out of memory" in capsys.readouterr().out

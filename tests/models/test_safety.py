@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -157,18 +160,82 @@ def test_weights_that_are_none_are_called_what_they_are(
             way(resolve(str(llama_folder)))
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"GGML"])
-def test_a_gguf_file_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.gguf is"):
-        weight_files(resolve(str(tmp_path / "model.gguf")))
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (lambda whole: b"", "is empty"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        (lambda whole: b"<html>", "is an HTML page"),
+        (lambda whole: b"GGML", "is no GGUF file"),
+        (lambda whole: whole[:10], "is cut off or damaged"),
+        (lambda whole: whole[:-1], "is cut off or damaged"),
+    ],
+)
+def test_a_gguf_file_that_is_none_is_refused(content: Any, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("token_embd.weight", np.ones((8, 8), dtype=np.float32))
+    for write_part in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write_part()
+    writer.close()
+    path.write_bytes(content(path.read_bytes()))
+    for way in (load_config, load_tokenizer):
+        with pytest.raises(UserError, match=rf"model\.gguf {why}.*(fetch it anew|git lfs pull)"):
+            way(resolve(str(path)))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
+        (b"<!doctype html>", "is an HTML page"),
+        (b'{"eos_token_id": [1, 2', "cannot be read"),
+        (b"null", "holds no object"),
+        (b"[1, 2]", "holds no object"),
+        (b'{"a":' * 10**4 + b"1" + b"}" * 10**4, "cannot be read"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_file_of_settings_is_named(file: str, content: bytes, why: str, llama_folder: Path) -> None:
+    """transformers leaves a damaged generation_config.json out without a word, and with it the end of an answer."""
+    (llama_folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{re.escape(file)} {why}"):
+        weight_files(resolve(str(llama_folder)))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "tokenizer.json is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a git-lfs pointer"),
+        (b"<html>", "tokenizer.json is an HTML page"),
+        (b"null", "the tokenizer cannot be read"),
+        (b'{"model": {}', "the tokenizer cannot be read"),
+        (b'{"model": {"vocab": [9]}}', "the tokenizer cannot be read"),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line(content: bytes, why: str, llama_folder: Path) -> None:
+    (llama_folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(why)) as refused:
+        load_tokenizer(resolve(str(llama_folder)))
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_attention_heads", 0), ("num_hidden_layers", "two"), ("hidden_size", -4), ("vocab_size", {})],
+    [
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", "two"),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", float("nan")),
+        ("num_experts", 1e300),
+        ("hidden_size", -4),
+        ("vocab_size", {}),
+    ],
 )
 def test_odd_values_of_a_config_are_one_line(key: str, value: Any, llama_folder: Path) -> None:
     write(llama_folder, "config.json", **{key: value})
-    with pytest.raises(UserError, match=r"unreadable config|cannot be loaded"):
+    with pytest.raises(UserError, match=r"unreadable config|cannot be loaded|no model has so many"):
         load_pretrained(resolve(str(llama_folder)), torch.float32)

@@ -82,6 +82,25 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path: Path, tokenizer: Any) -> 
     assert torch.equal(hidden(load_language_model(folder)), hidden(changed))
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (lambda whole: whole[:-1], "cut off or damaged"),
+        (lambda whole: b"", "is empty"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        (lambda whole: b"<!DOCTYPE html>", "an HTML page"),
+    ],
+)
+def test_weights_of_a_custom_student_that_are_none_are_called_what_they_are(
+    content: Any, why: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    model = plugins.build("compact", "student", OPTIONS, {})
+    path = save_language_model(model, tmp_path / "student", "compact", OPTIONS, tokenizer) / "model.safetensors"
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"model\.safetensors .*{why}"):
+        load_language_model(tmp_path / "student")
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     model = plugins.build("compact", "student", OPTIONS, {})
     folder = save_language_model(model, tmp_path / "student", "compact", {**OPTIONS, "layers": 3}, tokenizer)
@@ -166,8 +185,10 @@ def test_a_description_that_is_none_is_refused(content: bytes, asking: Any) -> N
         load_language_model(folder)
 
 
-def test_a_description_tells_nothing_of_the_machine(tmp_path: Path, tokenizer: Any) -> None:
-    """The parts of a path that it leaves out can be given again on loading."""
+def test_a_description_tells_nothing_of_the_machine(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of a path that it leaves out can be given again on loading; or the file lies in the current folder."""
     (tmp_path / "mine.py").write_text(
         "from students.compact import CompactDecoder\n"
         "def make(seen, **options):\n    open(seen[0]['file']).close()\n    return CompactDecoder(**options)"
@@ -176,8 +197,11 @@ def test_a_description_tells_nothing_of_the_machine(tmp_path: Path, tokenizer: A
     model = plugins.build(named, "student", {**OPTIONS, "seen": seen}, {})
     folder = save_language_model(model, tmp_path / "student", named, {**OPTIONS, "seen": seen}, tokenizer)
     assert str(tmp_path) not in (folder / "student.json").read_text()
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="No such file.*run this in the folder where that file lies"):
         load_language_model(folder, class_path=named)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(tmp_path)
+        assert torch.equal(hidden(load_language_model(folder, class_path=named)), hidden(model))
     assert torch.equal(
         hidden(load_language_model(folder, class_path=named, options={"seen": seen, "other": 1})), hidden(model)
     )

@@ -217,7 +217,9 @@ def test_what_all_devices_meet_is_told_once(started: Any) -> None:
 
 
 def test_what_one_device_meets_ends_all(started: Any) -> None:
-    ended = started["alone"].result()
-    assert ended.status == 1
-    assert sum("ValueError: this device is too small" in line for line in ended.lines) == 1, ended.lines
+    ended = started["alone"].result().checked()
+    (number,) = [n for n, line in enumerate(STUDENTS.splitlines(), start=1) if "too small" in line]
+    assert ended.status == 2
+    said = [line for line in ended.lines if line.startswith("distill: ")]
+    assert len(said) == 1 and f"ValueError: this device is too small (students.py, line {number})" in said[0], said
     assert not (started["folder"] / "Alone/student").exists()

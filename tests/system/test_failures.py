@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from distill import cli
 from distill.system import failures
 
 BROKEN = """
@@ -66,6 +67,13 @@ def test_a_disk_that_refuses_is_the_users_to_mend(tmp_path: Path, line: str) -> 
     done = run_failing(tmp_path, line)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "then run the same command again" in done.stderr and not list(tmp_path.rglob("traceback-*"))
+
+
+@pytest.mark.parametrize("line", ["raise MemoryError", "import torch; raise torch.OutOfMemoryError('CUDA ...')"])
+def test_a_lack_of_memory_says_what_helps(tmp_path: Path, line: str) -> None:
+    done = run_failing(tmp_path, line)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "out of memory: free the device" in done.stderr and not list(tmp_path.rglob("traceback-*"))
 
 
 @pytest.mark.parametrize(
@@ -125,3 +133,33 @@ def test_a_reader_that_has_ended_is_told_apart_from_another_broken_pipe(tmp_path
     assert process.returncode == 141
     other = run_failing(tmp_path, "raise BrokenPipeError(32, 'Broken pipe')")
     assert other.returncode == 1 and "unforeseen" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "{long}.yaml"],
+        ["cache-teacher", "a.yaml", "--corpus.path", "{long}"],
+        ["cache-teacher", "a.yaml", "--teacher.model", "./{long}"],
+        ["plan", "a.yaml", "--run_dir", "{long}"],
+        ["chat", "{long}"],
+        ["export", "{long}", "--to", "new"],
+        ["inspect", "{long}"],
+        ["merge", "{long}", "--to", "new"],
+        ["compare", "{long}"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("no_traces")
+def test_a_name_that_is_too_long_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("corpus: {path: c.jsonl}\nteacher: {model: ./t}\npreflight: false\n")
+    monkeypatch.setattr(cli.gc, "freeze", lambda: None)  # meant for a program's end
+    monkeypatch.setattr(sys, "argv", ["distill", *(argument.format(long="x" * 300) for argument in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("distill: ") and said.count("\n") == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]

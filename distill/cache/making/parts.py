@@ -107,11 +107,9 @@ def whose_shards(parts: list[Storage]) -> dict[int, tuple[Storage, JournalEntry]
 
 
 def _copy_shard(part: Storage, shard: int, entry: JournalEntry, to: Path) -> None:
-    try:
-        with part.shard(shard).open("rb") as file:
-            content = file.read(entry.bytes + 1)
-    except OSError as error:
-        raise UserError(f"{part.name}: {entry.file} cannot be read ({error.strerror})") from None
+    content = _content(part, shard, entry)
+    if hashlib.sha256(content).hexdigest() != entry.sha256 and part.drop_copy(shard):
+        content = _content(part, shard, entry)
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise UserError(
@@ -119,6 +117,14 @@ def _copy_shard(part: Storage, shard: int, entry: JournalEntry, to: Path) -> Non
             f"run `distill inspect {part.name} --verify`, or copy that part anew"
         )
     write_durably(to / entry.file, content)
+
+
+def _content(part: Storage, shard: int, entry: JournalEntry) -> bytes:
+    try:
+        with part.shard(shard).open("rb") as file:
+            return file.read(entry.bytes + 1)
+    except OSError as error:
+        raise UserError(f"{part.name}: {entry.file} cannot be read ({error.strerror})") from None
 
 
 def _beside_shards(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from distill.cache.format.records import Record
 from distill.cache.format.shards import ShardFile
 from distill.cache.format.token_order import load_order
 from distill.cache.reading.batches import Batch, collate
-from distill.cache.reading.storage import FolderStorage, Storage, open_storage
+from distill.cache.reading.storage import Storage, open_storage
 from distill.errors import UserError
 
 _ATTEMPTS = 3
@@ -44,30 +44,29 @@ class CacheReader(Dataset[Record]):
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        sample, manifest = self._numbers[index], self.manifest
-        shard, row = manifest.place(sample)
-        try:
-            data, key = self._bytes(shard, row), manifest.record_key(sample)
-            has_documents = manifest.version != version1.VERSION
-            return self.order.named(
-                records.decode(data, manifest.sequence_length, self.scheme, key, with_documents=has_documents)
-            )
-        except (DamagedRecord, OSError) as error:
-            raise UserError(
-                f"cache {self.storage.name}: {manifest.shard_file(shard)}, sample {row} cannot be read ({error}): "
-                f"run `distill inspect {self.storage.folder} --verify`"
-            ) from None
-
-    def _bytes(self, shard: int, row: int) -> bytes:
-        for attempt in range(_ATTEMPTS):
+        sample, storage = self._numbers[index], self.storage
+        shard, row = self.manifest.place(sample)
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
-                with ShardFile(self.storage.shard(shard), len(self.manifest.shard_range(shard))) as file:
-                    return file.record(row)
-            except FileNotFoundError:
-                # Another process removed the copy just then, to make room for its own.
-                if isinstance(self.storage, FolderStorage) or attempt == _ATTEMPTS - 1:
-                    raise
+                return self._record(sample, shard, row)
+            except (DamagedRecord, OSError) as error:
+                # Another process removed a URL's copy just then to make room for its own, or the copy is damaged.
+                if attempt < _ATTEMPTS and storage.drop_copy(shard):
+                    continue
+                raise UserError(
+                    f"cache {storage.name}: {self.manifest.shard_file(shard)}, sample {row} cannot be read ({error}): "
+                    f"run `distill inspect {storage.name} --verify`"
+                ) from None
         raise AssertionError("unreachable")
+
+    def _record(self, sample: int, shard: int, row: int) -> Record:
+        manifest = self.manifest
+        with ShardFile(self.storage.shard(shard), len(manifest.shard_range(shard))) as file:
+            data = file.record(row)
+        key, has_documents = manifest.record_key(sample), manifest.version != version1.VERSION
+        return self.order.named(
+            records.decode(data, manifest.sequence_length, self.scheme, key, with_documents=has_documents)
+        )
 
     def collate(self, records: list[Record]) -> Batch:
         """Join records to one batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 from array import array
 from bisect import bisect_left
@@ -29,7 +30,8 @@ from distill.cache.format.folder import (
 )
 from distill.cache.format.head import HEAD
 from distill.errors import UserError
-from distill.system.files import TEMPORARY, is_inside
+from distill.system import failures
+from distill.system.files import TEMPORARY, is_inside, read_bounded, sha256_of, write_durably
 
 LOCAL_COPY_BYTES = 100 * 10**9
 """Default room for the local copies of a URL's shards."""
@@ -51,6 +53,9 @@ class Storage(Protocol):
 
     def shard(self, number: int) -> Path:
         """Return the local file of a shard."""
+
+    def drop_copy(self, number: int) -> bool:
+        """Remove the local copy of a shard, which is then fetched anew. Returns False if there is only the original."""
 
 
 def is_url(location: str | Path) -> bool:
@@ -80,6 +85,9 @@ class FolderStorage:
             raise UserError(f"{path}: is a link out of the cache and is not followed: copy the shard here")
         return path
 
+    def drop_copy(self, number: int) -> bool:
+        return False
+
 
 class UrlStorage:
     """A cache at an fsspec URL.
@@ -100,6 +108,7 @@ class UrlStorage:
         # Another manifest means another cache, so copies of the earlier one are not used for it.
         key = hashlib.sha256(url.encode() + b"\n" + manifest).hexdigest()[:16]
         self.folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / key
+        self._list = self.folder.with_suffix(".json")
         self._copy_beside_shards(filesystem)
         # 48 bytes a shard are all that is kept of the journal, which may be that of a part.
         self._numbers, self._hashes, self._sizes = array("Q"), bytearray(), array("Q")
@@ -115,9 +124,7 @@ class UrlStorage:
         return sum(self._sizes)
 
     def shard(self, number: int) -> Path:
-        place = bisect_left(self._numbers, number)
-        digest, size = self._hashes[32 * place : 32 * place + 32], self._sizes[place]
-        path = self.folder / SHARDS / f"{number:06d}.{digest.hex()[:16]}.safetensors"
+        path, size, digest = self._copy_of(number)
         try:
             os.utime(path)  # used just now
             is_whole = path.stat().st_size == size
@@ -128,12 +135,22 @@ class UrlStorage:
             self._download(self._manifest.shard_file(number), path, size, digest)
         return path
 
+    def drop_copy(self, number: int) -> bool:
+        self._copy_of(number)[0].unlink(missing_ok=True)
+        return True
+
+    def _copy_of(self, number: int) -> tuple[Path, int, bytearray]:
+        """Return the place of a shard's copy, its size and its sha256."""
+        place = bisect_left(self._numbers, number)
+        digest, size = self._hashes[32 * place : 32 * place + 32], self._sizes[place]
+        return self.folder / SHARDS / f"{number:06d}.{digest.hex()[:16]}.safetensors", size, digest
+
     def _download(self, file: str, path: Path, size: int, digest: bytearray) -> None:
         """Copy, check, rename: other processes see all of a file or nothing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
         found, left = hashlib.sha256(), size + 1
         with self._explained(file):
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Asked for anew in each process: connections do not survive a fork, and fsspec knows that.
             filesystem, root = fsspec.core.url_to_fs(self.name)
             self._check(filesystem, f"{root}/{file}")
@@ -166,16 +183,31 @@ class UrlStorage:
             total -= freed
 
     def _copy_beside_shards(self, filesystem: Any) -> None:
+        """Copy what is not here, or not as it came. The journal may have grown; all else belongs to the manifest."""
+        known = self._sums()
+        sums = dict(known)
         for source, relative, size in self._beside_shards(filesystem):
-            target = self.folder / relative
-            with self._explained(str(relative)):
+            target, name = self.folder / relative, str(relative)
+            with self._explained(name):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # The journal may have grown; all else belongs to the manifest.
-                if str(relative) == JOURNAL or not target.exists() or target.stat().st_size != size:
+                is_here = name != JOURNAL and target.is_file() and target.stat().st_size == size
+                if not is_here or sha256_of(target) != known.get(name):
                     temporary = target.with_name(f"{target.name}.{os.getpid()}{TEMPORARY}")
                     with temporary.open("wb") as copy:
                         self._copy(filesystem, source, copy)
+                    sums[name] = sha256_of(temporary)
                     temporary.replace(target)
+        if sums != known:
+            with self._explained():
+                write_durably(self._list, json.dumps(sums).encode())
+
+    def _sums(self) -> dict[str, Any]:
+        """Return the sha256 of each file beside the shards as it came; nothing is known if the list is damaged."""
+        try:
+            found = json.loads(read_bounded(self._list))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _copy(self, filesystem: Any, source: str, target: BinaryIO) -> None:
         """Copy a file that lies beside the shards. Raises UserError if it is too large, a link out, or no file."""
@@ -226,4 +258,6 @@ class UrlStorage:
         except ImportError as error:
             raise UserError(f"{what}: {error}") from None
         except Exception as error:  # every file system has exceptions of its own
+            if (line := failures.explain(error)) is not None:  # the disk of the copies
+                raise UserError(line) from None
             raise UserError(f"{what}: cannot be read ({type(error).__name__}: {error})") from None

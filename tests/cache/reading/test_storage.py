@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Record
+from distill.cache.making.parts import merge
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading import storage
 from distill.cache.reading.reader import CacheReader
@@ -234,3 +235,35 @@ def test_an_emptied_or_cut_copy_is_fetched_again(url: str, folder: Path, copies:
     reader = CacheReader(url, "train")
     assert same(reader[0], CacheReader(folder, "train")[0])
     assert (reader.storage.folder / "tokenizer/tokenizer.json").read_text() == "{}"
+
+
+def test_a_copy_with_flipped_bits_is_fetched_again(url: str, folder: Path, copies: Path, tmp_path: Path) -> None:
+    """Its size is right. The records' checksums find it in a shard, a list of hashes in the files beside the shards."""
+    CacheReader(url, "train")[0]
+    for copy in [path for path in copies.rglob("*") if path.is_file()]:
+        content = bytearray(copy.read_bytes())
+        content[-1] ^= 1
+        copy.write_bytes(content)
+    reader = CacheReader(url, "train")
+    assert same(reader[0], CacheReader(folder, "train")[0])
+    assert (reader.storage.folder / "tokenizer/tokenizer.json").read_text() == "{}"
+
+
+def test_a_merge_fetches_a_damaged_copy_again(url: str, folder: Path, copies: Path, tmp_path: Path) -> None:
+    CacheReader(url, "train")[0]
+    (copy,) = copies.rglob("shards/*")
+    copy.write_bytes(bytes(copy.stat().st_size))
+    merge([open_storage(url)], tmp_path / "whole", lambda _: None)
+    assert {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*")} == {
+        path.relative_to(folder) for path in folder.rglob("*")
+    }
+    CacheReader(tmp_path / "whole", "train")[0]
+
+
+@pytest.mark.parametrize("name", ["home", "home/distill"])
+def test_a_place_for_copies_that_cannot_be_used_names_its_variable(name: str, url: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("a file, where a folder should be")
+    with pytest.raises(UserError, match="let XDG_CACHE_HOME name a folder elsewhere") as caught:
+        CacheReader(url, "train")
+    assert "\n" not in str(caught.value)
