@@ -241,7 +241,7 @@ class EvaluateConfig:
     max_samples: Annotated[int, Between(1, 2**40)] | None = None
     """Held-out samples to measure on at most, spread over all held-out documents; default: all."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
-    """Samples a forward pass (the micro-batch)."""
+    """Samples a forward pass (the micro-batch); halved when the device runs out of memory."""
     student_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights and computations of student and control while they are measured."""
     tasks: list[str] = field(default_factory=list)

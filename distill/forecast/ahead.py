@@ -1,8 +1,9 @@
-"""A look at the student before the teacher's hours: its tokens are compared, and it is made without memory."""
+"""A look at the student before the teacher's hours: its files and tokens, and the student itself without memory."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from distill import plugins
 from distill.errors import UserError
@@ -12,11 +13,13 @@ from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import Card
 from distill.forecast.models import Models, size_of
 from distill.forecast.simulation.fake import without_memory
+from distill.models import checkpoints
 from distill.system.quiet import quiet
 
 
 def check_student_ahead(experiment: Experiment, card: Card) -> None:
-    """Raise UserError for a student that its training would refuse on its options and configuration alone."""
+    """Raise UserError for a student that its training would refuse on its options, configuration and files alone."""
+    _check_weights(experiment)
     child = Child(partial(_check, card))
     try:
         child(experiment)
@@ -40,6 +43,15 @@ def student_sizes(experiment: Experiment, card: Card) -> dict[str, int] | None:
 def _sizes(card: Card, experiment: Experiment) -> dict[str, int]:
     with quiet(), without_memory(kind_of(card)):
         return size_of(Models(experiment, card, []).student_to_train())
+
+
+def _check_weights(experiment: Experiment) -> None:
+    """Raise UserError for a pretrained student in a local folder or file that no weights can be read from."""
+    student = experiment.student
+    option = plugins.declared(student.class_path, "student", "pretrained")
+    name = student.options.get(option) if option else None
+    if isinstance(name, str) and Path(name).expanduser().exists():
+        checkpoints.weight_files(checkpoints.resolve(name))
 
 
 def _check(card: Card, experiment: Experiment) -> None:

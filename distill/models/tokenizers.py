@@ -170,7 +170,10 @@ def difference(theirs: Any, ours: Any) -> str | None:
     for text in PROBES:
         ids = [each.encode(text, add_special_tokens=False) for each in (theirs, ours)]
         if ids[0] != ids[1]:
-            return f"{text!r} is {ids[0][:4]} there, {ids[1][:4]} here"
+            at = next(
+                (at for at, (one, other) in enumerate(zip(*ids, strict=False)) if one != other), min(map(len, ids))
+            )
+            return f"{text!r} is {ids[0][at : at + 4]} there, {ids[1][at : at + 4]} here, from token {at + 1} on"
     return None
 
 

@@ -192,6 +192,7 @@ model("weights elsewhere", lambda f, o: change(f / "config.json", transformers_w
 model("a kernel of the hub", lambda f, o: change(f / "config.json", _attn_implementation="evil/kernel"))
 for _name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
     model(f"{_name} is a link", lambda f, o, n=_name: link(f / n, o / n))  # type: ignore[misc]
+model("layers without end", lambda f, o: change(f / "config.json", num_hidden_layers=10**9))
 model("templates elsewhere", lambda f, o: link(f / "additional_chat_templates", o / "secrets"))
 model("a tokenizer that is a pipe", lambda f, o: pipe(f / "tokenizer.json"))
 model("a configuration without end", lambda f, o: link(f / "tokenizer_config.json", "/dev/zero"))

@@ -197,7 +197,7 @@ def test_a_description_tells_nothing_of_the_machine(
     model = plugins.build(named, "student", {**OPTIONS, "seen": seen}, {})
     folder = save_language_model(model, tmp_path / "student", named, {**OPTIONS, "seen": seen}, tokenizer)
     assert str(tmp_path) not in (folder / "student.json").read_text()
-    with pytest.raises(UserError, match="No such file.*run this in the folder where that file lies"):
+    with pytest.raises(UserError, match=r"No such file.*run this in the folder where that file lies"):
         load_language_model(folder, class_path=named)
     with monkeypatch.context() as elsewhere:
         elsewhere.chdir(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,18 @@ def test_a_student_of_another_tokenizer_is_refused_first(
     student = {"class_path": "huggingface", "options": {"model": other}}
     file = world.write(tmp_path / "experiment.yaml", student=student)
     distill(command, file).refused(other, "another tokenizer than the teacher")
+    assert not (tmp_path / "run/cache").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_student_of_damaged_weights_is_refused_first(
+    world: Any, distill: Any, tmp_path: Path, content: bytes
+) -> None:
+    """Its tokens are the teacher's, so nothing but its weights is wrong."""
+    shutil.copytree(world.folder / "teacher", tmp_path / "other")
+    (tmp_path / "other/model.safetensors").write_bytes(content)
+    student = {"class_path": "huggingface", "options": {"model": str(tmp_path / "other")}}
+    distill("run", world.write(tmp_path / "experiment.yaml", student=student)).refused("other: model.safetensors is")
     assert not (tmp_path / "run/cache").exists()
 
 
