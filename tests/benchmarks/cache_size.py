@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from paired import Row, Setup, ratio_row
+from paired import Row, Setup, number_row
 from torch import Tensor
 
 from distill.cache.format.arrays import compress
@@ -128,7 +128,7 @@ def rows(setup: Setup) -> Iterator[Row]:
         "dense bfloat16": 2 * text.float_head.weight_VD.shape[0],
     }
     for name, peer in peers.items():
-        yield ratio_row("cache_size", "varopt τ = 1/50, speeches", f"bytes a token of {name}", [size], [peer])
+        yield number_row("cache_size", "varopt τ = 1/50, speeches", f"bytes a token of {name}", size, peer)
 
 
 def read(path: str, sequence_length: int, tokens: int) -> Text:

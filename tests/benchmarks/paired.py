@@ -126,6 +126,13 @@ def ratio_row(
     return Row(bench, case, measure, *texts, *spread(ratios), aim=aim)
 
 
+def number_row(
+    bench: str, case: str, measure: str, ours: float, peer: float, form: str = "{:.3g}", aim: str = ""
+) -> Row:
+    """Return the row of two numbers that no repeat changes, such as bytes; `form` prints each with its unit."""
+    return ratio_row(bench, case, measure, [ours], [peer], form, aim)
+
+
 def not_measured(bench: str, case: str, measure: str, reason: str) -> Row:
     """Return the row of something that does not run here, with the reason."""
     return Row(bench, case, measure, "", reason, None, None, None)

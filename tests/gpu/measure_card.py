@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))  # the script runs alone: these are found only from here on
 
 import bench  # noqa: E402
-from paired import Row, Setup, not_measured, ratio_row  # noqa: E402
+from paired import Row, Setup, not_measured, number_row  # noqa: E402
 from random_checkpoints import write_checkpoint  # noqa: E402
 
 RECIPES = ("smollm2-1.7b-to-360m-6gb", "qwen3-1.7b-to-0.6b-8gb", "llama-8b-to-1b-12gb")
@@ -103,8 +103,8 @@ def recipe_rows(name: str, setup: Setup, folder: Path, command: Command) -> Iter
         command(phase, str(file))
     for row in json.loads((folder / "run" / "forecast.json").read_text(encoding="utf-8"))["rows"]:
         scale, form = (1e9, "{:.2f} GB") if row["unit"] == "bytes" else (1, "{:.1f} s")
-        figures = [row["measured"] / scale], [row["forecast"] / scale]
-        yield ratio_row("forecast", name, f"{row['what']}, measured of forecast", *figures, form)
+        figures = row["measured"] / scale, row["forecast"] / scale
+        yield number_row("forecast", name, f"{row['what']}, measured of forecast", *figures, form)
 
 
 def experiment(name: str, setup: Setup, folder: Path) -> dict[str, Any]:
