@@ -81,7 +81,9 @@ def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: boo
     if gguf_file is not None:
         check_weights(folder / gguf_file, name)
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        tokenizer.encode("a")  # some odd settings fail at the first text alone
+        return tokenizer
     except Exception as error:  # odd content fails anywhere in the libraries' code
         if gguf_file is not None:
             check_gguf(folder / gguf_file, name)

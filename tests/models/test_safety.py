@@ -223,6 +223,13 @@ def test_a_damaged_tokenizer_is_one_line(content: bytes, why: str, llama_folder:
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "long"), ("tokenizer_class", [1]), ("eos_token", 7)])
+def test_odd_settings_of_a_tokenizer_are_one_line(key: str, value: Any, llama_folder: Path) -> None:
+    write(llama_folder, "tokenizer_config.json", **{key: value})
+    with pytest.raises(UserError, match="the tokenizer cannot be read"):
+        load_tokenizer(resolve(str(llama_folder)))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
