@@ -103,8 +103,10 @@ def _check_index(path: Path, name: str) -> None:
 def _check_config(config: dict[str, Any], file: str, name: str) -> None:
     """Raise UserError for weights under another name, and for kernels of the hub, which are compiled code."""
     for key, value in config.items():
-        if key in LAYERS and isinstance(value, int | float) and not value <= MOST_LAYERS:
-            raise UserError(f"{name}: {file} says {key} {str(value)[:20]}: no model has so many: fetch the folder anew")
+        if key in LAYERS and isinstance(value, int | float) and not 0 <= value <= MOST_LAYERS:
+            raise UserError(
+                f"{name}: {file} says {key} {str(value)[:20]}: not between 0 and {MOST_LAYERS:,}: fetch the folder anew"
+            )
     for key, value in _texts(config):
         if key == "transformers_weights":
             raise UserError(f"{name}: {file} names other weights, {value[:80]!r}: only model.safetensors is read")
