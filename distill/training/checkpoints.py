@@ -9,7 +9,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
@@ -34,19 +34,21 @@ class DurableCheckpoints(CheckpointIO):
         path = Path(path)
         make_folder(path.parent)
         temporary = path.with_name(path.name + TEMPORARY)
+        failed: list[OSError] = []
         try:
             with temporary.open("wb") as file:
-                torch.save(dict(checkpoint), file)
+                noting: Any = _Noting(file, failed)
+                torch.save(dict(checkpoint), noting)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except (OSError, RuntimeError) as error:  # torch's writer turns OSError into RuntimeError
+        except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or "the writer failed"
+            reason = getattr(failed[0] if failed else error, "strerror", None) or "the writer failed"
             free = f"{size(shutil.disk_usage(path.parent).free)} are free"
             raise UserError(
-                f"{path}: cannot be written ({reason}; {free}); the checkpoints before it are kept: make room and go "
-                "on with --resume"
+                f"{path}: cannot be written ({reason}; {free}); the checkpoints before it are kept: make room, then "
+                "run the same command again (train-student with --resume)"
             ) from None
         sync_folder(path.parent)
 
@@ -56,6 +58,23 @@ class DurableCheckpoints(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+class _Noting:
+    """A file that notes why a write failed: torch's writer turns OSError into a RuntimeError that does not say it."""
+
+    def __init__(self, file: BinaryIO, failed: list[OSError]) -> None:
+        self._file, self._failed = file, failed
+
+    def write(self, content: Any) -> int:
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self._failed.append(error)
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _check_plain(states: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ class Storm:
             lines = [line for line in said if line.startswith("distill: ")]
             if status != 2 or len(lines) != 1 or "Traceback" in "".join(said) or not said[-1].startswith("distill: "):
                 self.problems.append(f"{name}: status {status} in {where(run)}: " + "\n".join(said[-25:]))
-            elif "full" not in lines[0] and "o space left" not in lines[0]:
+            elif "disk full" not in lines[0] and "No space left" not in lines[0]:
                 self.problems.append(f"{name}: in {where(run)} it says: {lines[0]}")
         self._mount(name, f"remount,size={LARGE_KB}k")
         again = self._run(name)

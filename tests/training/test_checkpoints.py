@@ -60,6 +60,15 @@ def test_a_full_disk_costs_that_checkpoint_alone(
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("step-00000003.ckpt", before)]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_the_reason_of_a_failed_write_is_told(tmp_path: Path) -> None:
+    """torch's own writer does not tell it."""
+    path = tmp_path / "step-00000003.ckpt"
+    path.with_name(path.name + ".tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device; .* are free\)"):
+        DurableCheckpoints().save_checkpoint({"state_dict": {"weight": torch.zeros(10**5)}}, path)
+
+
 def test_damaged_ones_neither_count_nor_stand_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two whole ones are there at any time, so that one more that is damaged costs no training."""
     for step in (1, 3, 6, 9):
