@@ -42,22 +42,18 @@ def check_weights(path: Path, name: str) -> None:
 
     Of a GGUF file only the beginning is looked at; `check_gguf` reads its table of tensors.
     """
-    try:
-        if (problem := spoilt(path)) is not None:
-            raise UserError(f"{name}: {path.name} {problem}")
-        if path.suffix == ".gguf":
-            with open(open_regular(path), "rb") as file:
-                if file.read(4) == b"GGUF":
-                    return
-            problem = "no GGUF file"
-        else:
+    problem = spoilt(path)
+    if problem is None and path.suffix == ".gguf":
+        with open(path, "rb") as file:
+            problem = None if file.read(4) == b"GGUF" else "is no GGUF file: fetch it anew"
+    elif problem is None:
+        try:
             with safe_open(path, framework="numpy"):  # which compares the header with the file's size
                 return
-    except OSError as error:
-        problem = f"unreadable ({error.strerror or error})"
-    except SafetensorError as error:
-        problem = f"cut off or damaged ({error})"
-    raise UserError(f"{name}: {path.name} is {problem}: fetch it anew")
+        except SafetensorError as error:
+            problem = f"is cut off or damaged ({error}): fetch it anew"
+    if problem is not None:
+        raise UserError(f"{name}: {path.name} {problem}")
 
 
 def check_gguf(path: Path, name: str) -> None:
@@ -73,8 +69,11 @@ def check_gguf(path: Path, name: str) -> None:
 
 def spoilt(path: Path) -> str | None:
     """Return what became of a file that is no file of a model: empty, a git-lfs pointer, an HTML page; else None."""
-    with open(open_regular(path), "rb") as file:
-        start = file.read(512)
+    try:
+        with open(open_regular(path), "rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
     if not start:
         return "is empty: fetch it anew"
     if start.startswith(b"version https://git-lfs"):

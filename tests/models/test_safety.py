@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distill.errors import UserError
+from distill.models import safety
 from distill.models.checkpoints import load_config, resolve, weight_files
 from distill.models.huggingface import load_pretrained
 from distill.models.tokenizers import load_folder_tokenizer, load_tokenizer
@@ -247,3 +249,12 @@ def test_odd_values_of_a_config_are_one_line(key: str, value: Any, llama_folder:
     write(llama_folder, "config.json", **{key: value})
     with pytest.raises(UserError, match=r"unreadable config|cannot be loaded|not between 0 and"):
         load_pretrained(resolve(str(llama_folder)), torch.float32)
+
+
+def test_weights_that_may_not_be_read_are_one_line(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(safety, "open_regular", refuse)  # root may read everything
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read \(Permission denied\)"):
+        safety.check_weights(llama_folder / "model.safetensors", "mine")
