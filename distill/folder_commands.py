@@ -7,6 +7,8 @@ import shlex
 import sys
 from collections.abc import Callable
 
+from distill.system.output import unbreakable_output
+
 COMMANDS = {
     "inspect": "what is in a cache",
     "merge": "parts of a cache, made on several machines, joined into one",
@@ -77,7 +79,8 @@ def _merge(parser: argparse.ArgumentParser) -> Recipe:
 
         again = shlex.join(["distill", "merge", *arguments])
         words = f"everything so far is kept. To go on: {again}"
-        return stoppable(lambda: merge.main(options.parts, options.to), words)
+        with unbreakable_output():
+            return stoppable(lambda: merge.main(options.parts, options.to), words)
 
     return recipe
 
@@ -89,7 +92,8 @@ def _compare(parser: argparse.ArgumentParser) -> Recipe:
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import compare
 
-        return stoppable(lambda: compare.main(options.runs, options.to), f"{options.to} was not written")
+        with unbreakable_output():
+            return stoppable(lambda: compare.main(options.runs, options.to), f"{options.to} was not written")
 
     return recipe
 
@@ -111,12 +115,13 @@ def _export(parser: argparse.ArgumentParser) -> Recipe:
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import export
 
-        return stoppable(
-            lambda: export.main(
-                options.run, options.to, options.format, options.type, options.with_code, options.class_path
-            ),
-            f"{options.to} was not made",
-        )
+        with unbreakable_output():
+            return stoppable(
+                lambda: export.main(
+                    options.run, options.to, options.format, options.type, options.with_code, options.class_path
+                ),
+                f"{options.to} was not made",
+            )
 
     return recipe
 

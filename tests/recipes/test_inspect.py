@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from distill import cli
 
 
 @pytest.fixture
@@ -72,3 +77,27 @@ def test_a_url_and_a_run_folder_are_inspected_like_the_cache(
 def test_a_run_folder_is_merged_like_its_cache(finished: Any, distill: Any, contents: Any, tmp_path: Path) -> None:
     distill("merge", finished.run, "--to", tmp_path / "merged").done()
     assert contents(tmp_path / "merged") == contents(finished.cache)
+
+
+class Broken(io.StringIO):
+    """The output of `| true`, whose reader has ended."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [("merge", "whole/manifest.json"), ("export", "folder/config.json"), ("compare", "page.html")],
+)
+@pytest.mark.usefixtures("no_traces")
+def test_a_broken_output_does_not_end_what_writes(finished: Any, tmp_path: Path, command: str, made: str) -> None:
+    given = {
+        "merge": [finished.cache, "--to", tmp_path / "whole"],
+        "export": [finished.run, "--to", tmp_path / "folder"],
+        "compare": [finished.run, tmp_path / "other", "--to", tmp_path / "page.html"],
+    }
+    shutil.copytree(finished.run, tmp_path / "other", ignore=shutil.ignore_patterns("cache", "checkpoints"))
+    with contextlib.redirect_stdout(Broken()), pytest.raises(SystemExit) as ended:
+        cli.main([command, *map(str, given[command])])
+    assert ended.value.code == 0 and (tmp_path / made).exists()
