@@ -145,12 +145,17 @@ def _lines(where: dict[str, Any], rows: Iterable[Row]) -> Iterator[str]:
             yield f"| {row.bench} | {row.case} | {row.measure} | | {row.peer} | | | | | |"
             continue
         met = {True: "yes", False: "no", None: ""}[row.met]
-        processor = "" if row.processor is None else f"{row.processor:.2f}"
-        between = "" if row.low == row.high else f"{row.low:.2f} – {row.high:.2f}"
+        processor = "" if row.processor is None else _number(row.processor)
+        between = "" if row.low == row.high else f"{_number(row.low)} – {_number(row.high)}"
         yield (
-            f"| {row.bench} | {row.case} | {row.measure} | {row.ours} | {row.peer} | {row.ratio:.2f} | {between} "
+            f"| {row.bench} | {row.case} | {row.measure} | {row.ours} | {row.peer} | {_number(row.ratio)} | {between} "
             f"| {processor} | {row.aim} | {met} |"
         )
+
+
+def _number(ratio: float) -> str:
+    """Return a ratio with two decimals, or three digits where it is very large or small."""
+    return f"{ratio:.2f}" if 0.1 <= ratio < 100 else f"{ratio:.3g}"
 
 
 if __name__ == "__main__":
