@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import bench
 import paired
@@ -63,3 +64,10 @@ def test_the_table_says_machine_aim_and_whether_it_is_met() -> None:
     assert "torch" in text and "cores" in text
     assert "| 1 s | 4 s | 0.50 | 0.25 – 1.00 | 0.50 | ≤ 0.1 | no |" in text
     assert text.endswith("| 1 | 2 | 0.50 |  |  |  |  |\n")
+
+
+def test_every_benchmark_with_rows_has_its_name_in_the_table() -> None:
+    folder = Path(bench.__file__).parent
+    found = {file.stem for file in folder.glob("*.py") if "\ndef rows(" in file.read_text(encoding="utf-8")}
+    assert found <= {*bench.BENCHES, *bench.PEERS}
+    assert {"cache_size", "decode", "corpus", "end_to_end", *bench.PEERS} <= found

@@ -154,8 +154,8 @@ def _lines(where: dict[str, Any], rows: Iterable[Row]) -> Iterator[str]:
 
 
 def _number(ratio: float) -> str:
-    """Return a ratio with two decimals, or three digits where it is very large or small."""
-    return f"{ratio:.2f}" if 0.1 <= ratio < 100 else f"{ratio:.3g}"
+    """Return a ratio with two decimals, with three digits where it is small, with none where it is large."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3g}"
 
 
 if __name__ == "__main__":
