@@ -95,8 +95,8 @@ class CacheConfig:
     """Samples a forward pass of the teacher (the micro-batch); halved when the device runs out of memory."""
     shard_samples: Annotated[int, Between(1, 2**20)] = 64
     """Samples a shard file."""
-    chunk_size: Annotated[int, Between(1, 2**20)] = 256
-    """Positions whose logits exist at one time."""
+    chunk_size: Annotated[int, Between(1, 2**20)] = 512
+    """Positions whose logits exist at one time, in the teacher's type; a block of them at a time in float32."""
     max_time: str | None = None
     """Stop after this long, such as `90m` or `11h30m`, with every finished batch kept; the same command continues."""
     max_samples: Annotated[int, Between(1, 2**40)] | None = None

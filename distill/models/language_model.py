@@ -33,6 +33,13 @@ class Head:
         hidden_ND = hidden_ND.to(self.weight_VD.dtype)
         return self.transform(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
 
+    def product(self, hidden_ND: Tensor, out_NV: Tensor) -> Tensor:
+        """Write the matrix product (with bias) of `[N, D]` into `out_NV`, and return that. It has no gradient."""
+        hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+        if self.bias_V is None:
+            return torch.mm(hidden_ND, self.weight_VD.T, out=out_NV)
+        return torch.addmm(self.bias_V, hidden_ND, self.weight_VD.T, out=out_NV)
+
     def transform(self, product_NV: Tensor) -> Tensor:
         """Transform the matrix product (with bias) into logits: scale, then soft cap."""
         logits = product_NV if self.scale == 1.0 else product_NV * self.scale

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.targets.random_draws import random_draws
 from distill.targets.sparse import SparseTargets
@@ -247,6 +249,47 @@ def test_rows_do_not_depend_on_their_company(random_rows: Tensor, zipf_rows: Ten
     together = varopt(both_NV, 0.02, uniform_N).dense(1009)
     alone = torch.cat([varopt(both_NV[n : n + 1], 0.02, uniform_N[n : n + 1]).dense(1009) for n in range(28)])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 255, 256, 257, 511, 513, 1009])
+def test_vocabularies_of_any_size(vocab_size: int) -> None:
+    """The last tile of a vocabulary may be short; and the first and last tokens may be the probable ones."""
+    for seed in range(4):
+        probs_NV = (3 * torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(seed))).softmax(-1)
+        probs_NV[:4, -1] = probs_NV[4:6, 0] = 2
+        probs_NV /= probs_NV.sum(-1, keepdim=True)
+        for threshold in (0.5, 0.02, 0.001):
+            check_form(varopt(probs_NV, threshold, uniforms(9, seed=seed)), probs_NV, threshold)
+
+
+def test_equal_probabilities_stand_in_the_order_of_their_ids() -> None:
+    """Half precision makes ties: the order must not be an accident of a sort, nor may rows share anything."""
+    probs_NV = torch.full((3, 1000), 1e-5).index_fill_(1, torch.tensor([999, 3, 700, 255, 256]), 0.198)
+    targets = varopt(probs_NV[:1].expand(3, -1), 0.02, uniforms(3))
+    assert targets.ids_T[targets.exact_mask()].tolist() == [3, 255, 256, 700, 999] * 3
+    flat_NV = torch.full((2, 1000), 1e-3)
+    assert [int(varopt(flat_NV, 0.02, uniforms(2))[n : n + 1].ids_T[0]) for n in (0, 1)] == [0, 0]
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest storage that was made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            self.bytes = max(self.bytes, tensor.untyped_storage().nbytes() if torch.is_tensor(tensor) else 0)
+        return made
+
+
+def test_memory_is_bounded_at_a_low_threshold() -> None:
+    """A flat row at 1/5,000 has thousands of atoms; each looks into a tile."""
+    probs_NV = (0.1 * torch.randn(16, 20_000, generator=torch.Generator().manual_seed(0))).softmax(-1)
+    with Largest() as largest:
+        targets = varopt(probs_NV, 1 / 5000, uniforms(16))
+    assert int(targets.counts_N.min()) > 4000
+    assert largest.bytes <= 8 * probs_NV.nbytes
 
 
 def test_the_input_is_not_changed(random_rows: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from distill.cache.format import records
 from distill.cache.format.manifest import Manifest
 from distill.cache.format.token_order import TokenOrder
-from distill.cache.making.extract import extract
+from distill.cache.making.extract import Scratch, extract
 from distill.cache.making.predict import TeacherModule
 from distill.errors import UserError
 from distill.models.micro_batches import MicroBatches
@@ -61,7 +61,7 @@ class SizeProbe:
     def bytes_per_token(self, scheme: AnyScheme) -> float:
         """Return the size of the samples' records under a scheme, divided by their tokens."""
         module, head = self.module, self.module.teacher.head.with_rows(self.module.vocab_size)
-        size = 0
+        size, scratch = 0, Scratch()
         for row in self._rows:
             ids_L, positions_L, mask_L = row["input_ids"], row["position_ids"], row["loss_mask"]
             device = row["hidden"].device
@@ -75,6 +75,7 @@ class SizeProbe:
                 seed=module.seed,
                 temperature=module.temperature,
                 chunk_size=module.chunk_size,
+                scratch=scratch,
             )
             size += len(records.encode(self.order.ranked(record), scheme))
         return size / self.tokens

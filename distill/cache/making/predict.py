@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Documents, Record
 from distill.cache.making.background import BackgroundWriter
-from distill.cache.making.extract import extract
-from distill.models.language_model import LanguageModel, hidden_states
+from distill.cache.making.extract import Scratch, extract
+from distill.models.language_model import Head, LanguageModel, hidden_states
 from distill.models.micro_batches import free_memory, no_room
 from distill.system import interrupt
 from distill.system.memory import is_out_of_memory
@@ -67,13 +67,15 @@ def shard_loader(
     shards: list[int],
     batch_size: Callable[[int], int],
     begun: Callable[[int], int] = lambda shard: 0,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Return a loader of the samples of unfinished shards; for `batch_size` and `begun` see `ShardBatches`.
 
     `samples[i]` holds `input_ids`, `position_ids`, `loss_mask`, and, where a corpus made it, `document_hash` and
-    `source` of each position.
+    `source` of each position. With `pin_memory`, Lightning's copies to a CUDA device do not wait for one another.
     """
-    return DataLoader(samples, batch_sampler=ShardBatches(manifest, shards, batch_size, begun))
+    batches = ShardBatches(manifest, shards, batch_size, begun)
+    return DataLoader(samples, batch_sampler=batches, pin_memory=pin_memory)
 
 
 class TeacherModule(pl.LightningModule):
@@ -87,13 +89,15 @@ class TeacherModule(pl.LightningModule):
         *,
         seed: int,
         temperature: float = 1.0,
-        chunk_size: int = 256,
+        chunk_size: int = 512,
         each: Callable[[Iterator[Sample]], Iterator[Sample]] = iter,
     ) -> None:
         """Set up the module; `each` is a hook around a batch's samples, by which a forecast leaves out repetitions."""
         super().__init__()
         self.teacher, self.vocab_size, self.scheme = teacher, vocab_size, scheme
         self.seed, self.temperature, self.chunk_size, self.each = seed, temperature, chunk_size, each
+        self.block_bytes: int | None = None
+        """Size of a block of `Scratch`; None for that of the device."""
 
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[Record]:
@@ -110,12 +114,16 @@ class TeacherModule(pl.LightningModule):
 
     def _records(self, batch: dict[str, Tensor]) -> list[Record]:
         ids_BL, positions_BL, mask_BL = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
-        hidden_BLD = hidden_states(self.teacher, ids_BL, positions_BL)
+        end = _read_length(mask_BL)
+        hidden_BLD = hidden_states(self.teacher, ids_BL[:, :end], positions_BL[:, :end])
         head = self.teacher.head.with_rows(self.vocab_size)
         samples = zip(hidden_BLD, ids_BL, positions_BL, mask_BL, strict=True)
-        return [self._record(*sample, head) for sample in self.each(samples)]
+        scratch = Scratch(self.block_bytes)  # of a batch: the body's activations take its place
+        return [self._record(*sample, head, scratch) for sample in self.each(samples)]
 
-    def _record(self, hidden_LD: Tensor, ids_L: Tensor, positions_L: Tensor, mask_L: Tensor, head: Any) -> Record:
+    def _record(
+        self, hidden_LD: Tensor, ids_L: Tensor, positions_L: Tensor, mask_L: Tensor, head: Head, scratch: Scratch
+    ) -> Record:
         return extract(
             hidden_LD,
             head,
@@ -126,7 +134,18 @@ class TeacherModule(pl.LightningModule):
             seed=self.seed,
             temperature=self.temperature,
             chunk_size=self.chunk_size,
+            scratch=scratch,
         )
+
+
+def _read_length(mask_BL: Tensor) -> int:
+    """Return how many positions of a batch the teacher reads: up to the last one with loss, in multiples of 64.
+
+    What follows, such as the padding of short documents, changes nothing before it.
+    """
+    with_loss = mask_BL.any(0).nonzero()
+    last = int(with_loss[-1]) + 1 if len(with_loss) else 1
+    return min(-(-last // 64) * 64, mask_BL.shape[1])
 
 
 class ShardWriter(BasePredictionWriter):

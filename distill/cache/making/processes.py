@@ -91,8 +91,9 @@ class ShardShares(pl.LightningDataModule):
         self.progress.start((done + begun) * manifest.sequence_length)
 
     def predict_dataloader(self) -> DataLoader:
-        writer = self._writer
-        return shard_loader(self.samples, writer.manifest, self._mine, writer.batch_size, writer.begun)
+        assert self.trainer is not None
+        writer, is_cuda = self._writer, self.trainer.strategy.root_device.type == "cuda"
+        return shard_loader(self.samples, writer.manifest, self._mine, writer.batch_size, writer.begun, is_cuda)
 
     def teardown(self, stage: str) -> None:
         """Put the journal in order when all processes have written their shards."""

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from distill.cache.making.extract import SCRATCH_BYTES
 from distill.cache.making.predict import Sample, TeacherModule
 from distill.forecast.simulation.blocks import alike_once
 from distill.forecast.simulation.fake import tracked
@@ -28,7 +29,7 @@ def simulate_teacher(
     length: int,
     vocab_size: int,
     scheme: AnyScheme,
-    chunk_size: int = 256,
+    chunk_size: int = 512,
     documents: int = 1,
     device: DeviceKind = "cpu",
     alike_blocks_once: bool = True,
@@ -42,6 +43,7 @@ def simulate_teacher(
     widest = scheme.most_atoms if isinstance(scheme, VarOpt) else max(scheme.most_entries, 1)
     with tracked(make_batch(batch_size, length, documents), device, widest) as (batch, tracker):
         module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
+        module.block_bytes = SCRATCH_BYTES[device]
         module.each = lambda samples: _in_loss(first_two_alike(samples, tracker), tracker)
         return run_tracked(module, batch, tracker, alike_blocks_once)
 

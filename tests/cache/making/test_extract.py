@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.cache.format.records import Record
-from distill.cache.making.extract import extract
+from distill.cache.making.extract import Scratch, distributions, extract
 from distill.errors import UserError
 from distill.models.language_model import Head
 from distill.targets import schemes
@@ -75,6 +76,88 @@ def test_chunks_do_not_matter(scheme: schemes.AnyScheme) -> None:
     expected = extract(**sample(), scheme=scheme, chunk_size=10**6)
     for chunk_size in (1, 7, 32):
         check_same(extract(**sample(), scheme=scheme, chunk_size=chunk_size), expected)
+
+
+@pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)
+def test_neither_blocks_nor_memory_that_is_used_again_matter(scheme: schemes.AnyScheme) -> None:
+    """Nothing of an earlier sample is left, whether it was longer or shorter."""
+    expected = extract(**sample(), scheme=scheme)
+    fewer = {**sample(), "loss_mask_L": sample()["loss_mask_L"] & (torch.arange(L) < 30)}
+    for block_bytes in (1, 4 * V * 9, 2**20):  # blocks of 8 rows at least, of 9, and one
+        scratch = Scratch(block_bytes)
+        for given, chunk_size in ((sample(1), 61), (fewer, 17), (sample(), 20), (sample(2), 100), (sample(), 1000)):
+            found = extract(**given, scheme=scheme, chunk_size=chunk_size, scratch=scratch)
+        check_same(found, expected)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor whose memory is new."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {
+            tensor.untyped_storage()._cdata for tensor in [*args, *(kwargs or {}).values()] if torch.is_tensor(tensor)
+        }
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def test_no_sample_takes_new_memory_for_its_logits() -> None:
+    """New memory is mapped and zeroed page by page, which costs more than the work in it."""
+    scratch = Scratch()
+    given = sample()
+    extract(**given, scheme=ALL[1], scratch=scratch)
+    with Largest() as largest:
+        extract(**given, scheme=ALL[1], scratch=scratch)
+    assert 0 < largest.elements < int(given["loss_mask_L"].sum()) * V / 2
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias_V": torch.linspace(-3, 3, 1009)},
+    "scale": {"scale": 0.3},
+    "soft cap": {"soft_cap": 7.0},
+    "all": {"bias_V": torch.linspace(-3, 3, 1009), "scale": 1.7, "soft_cap": 11.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("head", HEADS)
+def test_distributions_and_scalars_are_as_exact_as_a_plain_log_softmax(
+    head: str, temperature: float, dtype: torch.dtype
+) -> None:
+    """Against float64, of the same product in the teacher's type; with logits up to some hundreds, and at odd sizes."""
+    generator = torch.Generator().manual_seed(5)
+    options = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in HEADS[head].items()}
+    spread_N1 = torch.logspace(-1, 1.5, 45)[:, None]
+    hidden_ND = (torch.randn(45, 24, generator=generator) * spread_N1).to(dtype)
+    made = Head(torch.randn(1009, 24, generator=generator).to(dtype), **options)
+    true_ids_N = torch.randint(1009, (45,), generator=generator)
+    blocks = distributions(hidden_ND, made, true_ids_N, temperature, 30, Scratch(1))
+    columns = [(probs_RV.clone(), *scalars_2R) for probs_RV, scalars_2R in blocks]
+    assert len(columns) == 4 + 2
+    probs_NV, entropy_N, surprisal_N = (torch.cat(column) for column in zip(*columns, strict=True))
+
+    product_NV = made.product(hidden_ND, torch.empty(45, 1009, dtype=dtype))
+    exact = (made.transform(product_NV.double()) / temperature).log_softmax(-1)
+    plain = (made.transform(product_NV.float()) / temperature).log_softmax(-1)
+    at = true_ids_N[:, None]
+
+    def worst(found: Tensor, expected: Tensor) -> float:
+        return ((found.double() - expected).abs() / (1 + expected.abs())).max().item()
+
+    pairs = {
+        "probabilities": (probs_NV, plain.exp(), exact.exp()),
+        "entropy": (entropy_N, -(plain.exp() * plain).sum(-1), -(exact.exp() * exact).sum(-1)),
+        "surprisal": (surprisal_N, -plain.gather(1, at)[:, 0], -exact.gather(1, at)[:, 0]),
+    }
+    for name, (ours, theirs, expected) in pairs.items():
+        assert worst(ours, expected) <= max(2 * worst(theirs, expected), 2e-7), name
 
 
 @pytest.mark.parametrize("scheme", ALL, ids=lambda scheme: scheme.name)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distill.cache.format.folder import Manifest
-from distill.cache.making.predict import ShardBatches, shard_loader
+from distill.cache.making.extract import extract
+from distill.cache.making.predict import ShardBatches, TeacherModule, shard_loader
+from distill.models.language_model import Head
+from distill.targets import schemes
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 100])
@@ -53,3 +58,37 @@ def test_the_loader_loads_these_batches(make_manifest: Callable[..., Manifest]) 
     loader = shard_loader(range(25), make_manifest(), [0, 6], lambda shard: shard + 3)  # type: ignore[arg-type]
     assert isinstance(loader, DataLoader)
     assert [batch.tolist() for batch in loader] == [[0, 1, 2], [3], [21, 22, 23, 24]]
+
+
+class Widths(nn.Module):
+    """A teacher that remembers how many positions it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table_VD, self.seen = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), [0]
+        self.head = Head(self.table_VD)
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
+        assert input_ids_BL.shape == position_ids_BL.shape
+        self.seen.append(input_ids_BL.shape[1])
+        return self.table_VD[input_ids_BL]
+
+
+@pytest.mark.parametrize(("last", "length", "read"), [(30, 300, 64), (64, 300, 128), (255, 256, 256), (298, 300, 300)])
+def test_padding_is_not_read(last: int, length: int, read: int) -> None:
+    """A row without packing is one document and its padding; the longest of a batch tells where reading ends."""
+    teacher, scheme = Widths(), schemes.make("varopt", threshold=0.1)
+    mask_BL = torch.zeros(3, length, dtype=torch.bool)
+    mask_BL[0, : last + 1], mask_BL[1, :9] = True, True
+    ids_BL = torch.randint(50, (3, length), generator=torch.Generator().manual_seed(1))
+    positions_BL = torch.arange(length).expand(3, -1)
+    module = TeacherModule(teacher, 50, scheme, seed=1)
+    found = module.predict_step({"input_ids": ids_BL, "position_ids": positions_BL, "loss_mask": mask_BL}, 0)
+    assert teacher.seen[-1] == read
+    for record, *sample in zip(found, teacher.table_VD[ids_BL], ids_BL, positions_BL, mask_BL, strict=True):
+        hidden_LD, *rest = sample
+        expected = extract(hidden_LD, teacher.head, *rest, scheme, seed=1)
+        assert torch.equal(record.targets.ids_T, expected.targets.ids_T)  # type: ignore[union-attr]
+        assert len(record.input_ids_L) == len(record.loss_mask_L) == length
+    nothing = {"input_ids": ids_BL, "position_ids": positions_BL, "loss_mask": torch.zeros_like(mask_BL)}
+    assert len(module.predict_step(nothing, 0)) == 3
