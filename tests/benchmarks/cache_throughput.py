@@ -4,12 +4,11 @@ Ours is the whole phase in its steady state, under Lightning, from samples to fi
 head and log-softmax of the same batches, and nothing is kept: head and log-softmax (float32) of 256 positions at a
 time, which is faster than of all at once. The teacher is the demo's, on the demo's corpus.
 
-    python tests/benchmarks/cache_throughput.py --rows "bf16, NF4, 8 x 512" --repeats 3
+    python tests/benchmarks/bench.py --only cache_throughput --case "bf16, NF4, 8 x 512" --repeats 3
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,25 +114,11 @@ class Bench:
                 torch.log_softmax(head(hidden_ND).float(), dim=-1)
 
 
-def rows(setup: Setup, only: list[str] | None = None) -> Iterator[Row]:
+def rows(setup: Setup) -> Iterator[Row]:
     """Yield the speed of the teacher phase, divided by that of the bare passes, for each case."""
     for case in TINY if setup.tiny else CASES:
-        if only and str(case) not in only:
+        if not setup.wants(str(case)):
             continue
         bench = Bench(case, setup.device)
         pairs = paired(bench.ours, bench.bare, setup)
         yield pairs.speed_row("cache_throughput", str(case), "speed of body + head + log-softmax", "≥ 0.97")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=[str(case) for case in CASES], help="some cases alone")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options = parser.parse_args()
-    for row in rows(Setup(options.device, repeats=options.repeats), options.rows):
-        print(
-            f"{row.case}: {row.ratio:.3f} ({row.low:.3f} to {row.high:.3f}), processor time {row.processor:.3f}; "
-            f"ours {row.ours}, bare {row.peer}",
-            flush=True,
-        )
