@@ -10,11 +10,10 @@ from distill.evaluation.benchmarks import check_tasks
 from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training
 from distill.models.contract import checked_head, not_finite, try_model
-from distill.models.devices import pick_device
+from distill.models.devices import check_number, pick_device
 from distill.models.isolation import LENGTH, Rows, find_fault
-from distill.system.units import parse_duration
-from distill.training.loggers import check_installed
-from distill.training.user_callbacks import check_callbacks
+from distill.training.loggers import check_loggers
+from distill.training.user_callbacks import make_callbacks
 
 
 def offered_options(experiment: Experiment, device: str, vocab_size: int, first_samples: Any = None) -> dict[str, Any]:
@@ -58,16 +57,17 @@ def check_length(limit: int | None, name: str, sequence_length: int) -> None:
 def check_last_steps(experiment: Experiment, device_type: str | None = None) -> None:
     """Check before the first step of a run the needs of the last ones, such as installed packages.
 
-    `device_type`: kind of device that the student trains on; default: this machine's. Raises UserError for a logger or
-    lm-eval that is not installed, for unknown callbacks and benchmarks, for options that the student's class lacks or
-    needs, and for settings of the training that exclude one another.
+    `device_type`: kind of device that the student trains on elsewhere; default: this machine's, with its number of
+    devices. Raises UserError for a logger or lm-eval that is not installed, for callbacks that cannot be made, for
+    unknown benchmarks, for options that the student's class lacks or needs, and for settings of the training that
+    exclude one another.
     """
     config = experiment.train
-    check_installed(config.loggers)
-    check_callbacks(config.callbacks)
-    if config.max_time is not None:
-        parse_duration(config.max_time, "train.max_time")
-    device_type = device_type or pick_device(config.accelerator).type
+    check_loggers(config.loggers)
+    make_callbacks(config.callbacks)
+    if device_type is None:
+        device_type = pick_device(config.accelerator).type
+        check_number(config.devices, device_type, "train.devices")
     check_training(experiment, experiment.cache.scheme, experiment.cache.held_out_samples, device_type)
     offered = offered_options(experiment, device_type, 0)
     plugins.arguments(experiment.student.class_path, "student", experiment.student.options, offered)

@@ -7,6 +7,7 @@ import itertools
 import re
 import typing
 import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.experiment.configuration import Between, Experiment
 from distill.experiment.yaml_text import load_yaml
 from distill.system.files import read_bounded
 from distill.system.quiet import quiet
+from distill.system.units import parse_duration, parse_size
 
 _MOST_BYTES = 2**20
 
@@ -33,7 +35,9 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
     except FileNotFoundError:
         near = [str(other) for other in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
         raise UserError(f"{path}: no such experiment file" + (did_you_mean(path, near) if near else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: it is not UTF-8 text ({error.reason}): save it as UTF-8") from None
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: nested too deeply") from None
@@ -79,8 +83,8 @@ def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> 
     known = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in content.items():
         if key not in known:
-            hint = _GONE.get(f"{prefix}{key}") or did_you_mean(str(key), known)
-            raise UserError(f"{path}: {prefix}{key}: unknown key{hint}")
+            hint, name = _GONE.get(f"{prefix}{key}") or did_you_mean(str(key), known), str(key)
+            raise UserError(f"{path}: {prefix}{name if name.isprintable() else ascii(name)}: unknown key{hint}")
         section = _section(known[key])
         if section is not None:
             if not isinstance(value, dict):
@@ -88,6 +92,11 @@ def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> 
             _check_keys(value, section, path, f"{prefix}{key}.")
         elif value is None and "None" not in str(known[key].type):
             raise UserError(f"{path}: {prefix}{key}: {_NO_VALUE}")
+        elif str(known[key].type).startswith("list") and not isinstance(value, list):
+            raise UserError(f"{path}: {prefix}{key}: must be a list, got {value!r}")
+        elif isinstance(value, str) and value.lower() in ("null", "~") and "None" in str(known[key].type):
+            # jsonargparse would take the text for no value
+            raise UserError(f"{path}: {prefix}{key}: is the text {value!r}: choose another, or leave the key out")
 
 
 def _section(entry: dataclasses.Field) -> type | None:
@@ -165,7 +174,6 @@ def _parse(path: str, content: dict[str, Any], overrides: list[str]) -> Experime
     import argparse
 
     import jsonargparse
-    import yaml
 
     # A mapping of class_path alone would be taken for the name of a subclass of the section's dataclass.
     filled = {
@@ -176,7 +184,7 @@ def _parse(path: str, content: dict[str, Any], overrides: list[str]) -> Experime
     parser.add_argument("--experiment_file", action="config")
     parser.add_class_arguments(Experiment, None)
     try:
-        namespace = parser.parse_args(["--experiment_file", yaml.safe_dump(filled), *overrides])
+        namespace = parser.parse_args(["--experiment_file", _as_text(filled), *overrides])
         with quiet():
             values = parser.instantiate_classes(namespace)
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError, ValueError, OverflowError) as error:
@@ -185,6 +193,18 @@ def _parse(path: str, content: dict[str, Any], overrides: list[str]) -> Experime
     return Experiment(**{name: getattr(values, name) for name in names})
 
 
+def _as_text(content: dict[str, Any]) -> str:
+    """Return YAML in which every text stands in quotes, so that none is a number to another reader (1e3)."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+    return yaml.dump(content, Dumper=Dumper)
+
+
+_UNION = r"Does not validate against any of the Union subtypes Subtypes: \[(\w+), NoneType\] .*? Given value:"
 _ANNOTATED = r"(?:typing\.)?Annotated\[(\w+), [^\]]*\]"
 
 
@@ -193,6 +213,7 @@ def _plain(message: str) -> str:
     line = " ".join(message.split())
     if "Subclasses are disabled" in line:  # a section as one override, with its class_path alone
         line = line.split(":")[0] + ": give its class_path as --student.class_path or --teacher.class_path"
+    line = re.sub(_UNION, r"Expected a \1. Got value:", line)
     line = re.sub(r'^Parser key "([^"]+)":', r"\1:", line)
     line = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", line)
     line = re.sub(_ANNOTATED, r"\1", re.sub(r"<class '(\w+)'>", r"\1", line))
@@ -209,6 +230,7 @@ def check_values(experiment: Experiment) -> None:
             continue
         for name, hint in typing.get_type_hints(kind, include_extras=True).items():
             wrong += _wrong(f"{section}.{name}", getattr(values, name), hint)
+    wrong = wrong or list(_misspelt(experiment))
     if wrong:
         raise UserError("; ".join(wrong))
 
@@ -226,6 +248,34 @@ def _wrong(key: str, value: Any, hint: Any) -> list[str]:
         elif limits is not None and not limits.low <= each <= limits.high:
             faults.append(f"{key}: {each} is not {limits}")
     return faults
+
+
+def _misspelt(experiment: Experiment) -> Iterator[str]:
+    """Yield the faults of sizes, times and parts, which are texts of a form."""
+    for key, parse in _FORMS.items():
+        value: Any = experiment
+        for name in key.split("."):
+            value = getattr(value, name)
+        try:
+            if value is not None:
+                parse(value, key)
+        except UserError as error:
+            yield str(error)
+
+
+def _parse_part(text: str, key: str) -> object:
+    from distill.cache.format.part import Part
+
+    return Part.parse(text)
+
+
+_FORMS: dict[str, Callable[[str, str], object]] = {
+    "cache.part": _parse_part,
+    "cache.max_size": parse_size,
+    "cache.max_time": parse_duration,
+    "train.max_time": parse_duration,
+    "memory_limit": parse_size,
+}
 
 
 def limits_of(hint: Any) -> Between | None:

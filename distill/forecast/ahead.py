@@ -1,13 +1,18 @@
-"""A look at the student before the teacher's hours: its files and tokens, and the student itself without memory."""
+"""A look at the student before the teacher's hours: its files, its tokens, and a fresh student itself."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from distill import plugins
 from distill.errors import UserError
+from distill.experiment.checks import OFFERED
 from distill.experiment.configuration import Experiment
+from distill.experiment.place import Place
+from distill.experiment.student import make_student_to_train
 from distill.forecast.child import Child
 from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import Card
@@ -16,9 +21,16 @@ from distill.forecast.simulation.fake import without_memory
 from distill.models import checkpoints
 from distill.system.quiet import quiet
 
+_SHARE = 0.5
+"""Largest share of the free memory that a student may take which is made for a look."""
+
 
 def check_student_ahead(experiment: Experiment, card: Card) -> None:
-    """Raise UserError for a student that its training would refuse on its options, configuration and files alone."""
+    """Raise UserError for a student that its training would refuse before the first step.
+
+    A built-in is made without memory; a fresh student that this machine holds is made, and tried for the contract of
+    body and head, such as packed documents that see one another.
+    """
     _check_weights(experiment)
     child = Child(partial(_check, card))
     try:
@@ -55,15 +67,31 @@ def _check_weights(experiment: Experiment) -> None:
 
 
 def _check(card: Card, experiment: Experiment) -> None:
-    """Make a built-in student. One of the user's own may need real tensors or samples while it is made."""
     models = Models(experiment, card, [])
     models.check_tokens()
-    if experiment.student.class_path not in plugins.BUILT_IN["student"]:
-        return
+    needed = _made_without_memory(models, card)
+    if _is_fresh(experiment) and needed < _SHARE * psutil.virtual_memory().available:
+        with quiet():
+            make_student_to_train(experiment, Place.host(), models.vocab_size)
+
+
+def _made_without_memory(models: Models, card: Card) -> int:
+    """Return the bytes of the student's weights; 0 for a class of the user's own that needs real tensors."""
     try:
         with quiet(), without_memory(kind_of(card)):
-            models.student_to_train()
+            return size_of(models.student_to_train())["bytes"]
     except UserError:
-        raise
+        if plugins.is_built_in(models.experiment.student.class_path, "student"):
+            raise
+        return 0
     except Exception:  # without memory a model may fail in ways that it does not on a device
-        return
+        return 0
+
+
+def _is_fresh(experiment: Experiment) -> bool:
+    """Tell whether a student is made of its options alone: of no weights, and no samples of the cache."""
+    name, options = experiment.student.class_path, experiment.student.options
+    offered = dict.fromkeys(OFFERED)
+    arguments = plugins.arguments(name, "student", options, offered)
+    weights = plugins.declared(name, "student", "pretrained")
+    return "first_samples" not in arguments and "teacher" not in arguments and arguments.get(weights) is None

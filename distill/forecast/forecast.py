@@ -135,6 +135,8 @@ class Forecaster:
             notes.append(
                 f"train.precision {experiment.train.precision}: {self.card.name} has no bfloat16: take 16-mixed"
             )
+        if "evaluate" in phases and not experiment.corpus.held_out:
+            notes.append("evaluate: corpus.held_out is 0, which leaves no text to evaluate on")
         notes += _left_out(experiment.train)
         small = [phase for phase, one in made.items() if 0 <= self.limit_bytes - one.needed_bytes < MARGIN_BYTES]
         if small and self.card.is_cuda:

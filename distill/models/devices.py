@@ -25,6 +25,13 @@ def pick_device(accelerator: str) -> torch.device:
     raise UserError(f"train.accelerator: '{accelerator}' is unknown (known: auto, cpu, cuda, mps)")
 
 
+def check_number(wanted: int, device_type: str, key: str) -> None:
+    """Raise UserError that names the `key` if this machine has fewer devices; on a CPU they are processes."""
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device_type, wanted)
+    if wanted > there:
+        raise UserError(f"{key}: {wanted} are asked for, and this machine has {there} ({device_type}): give {there}")
+
+
 def compute_dtype(name: str, device: torch.device) -> str:
     """Return the name of a type; `auto` is the best that the device has, other names stay."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -68,7 +68,9 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     if is_first_process() and (following or is_new):
         _check_ahead(experiment, following)
     make_run_folder(folders)
-    trainer = make_trainer(devices.pick_device(experiment.train.accelerator).type, cache.devices, cache.num_nodes)
+    device_type = devices.pick_device(experiment.train.accelerator).type
+    devices.check_number(cache.devices, device_type, "cache.devices")
+    trainer = make_trainer(device_type, cache.devices, cache.num_nodes)
     if not trainer.is_global_zero:
         be_quiet()
     preflight = Preflight(experiment, "cache-teacher", following)
@@ -116,9 +118,11 @@ def _check_ahead(experiment: Experiment, following: tuple[str, ...]) -> None:
     """
     if "evaluate" in following:
         check_held_out(experiment)
+    elif not experiment.corpus.held_out:
+        say("corpus.held_out is 0: `distill evaluate` will have no text to measure students of this cache on")
     here = devices.pick_device(experiment.train.accelerator).type
     elsewhere = "cuda" if experiment.train.accelerator == "auto" else here
-    check_last_steps(experiment, here if "train-student" in following else elsewhere)
+    check_last_steps(experiment, None if "train-student" in following else elsewhere)
 
 
 def _is_begun(experiment: Experiment, folders: Folders) -> bool:

@@ -12,12 +12,13 @@ from distill.experiment.checks import check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.file import to_dict
 from distill.forecast.advice import Advice, advise, as_options
+from distill.forecast.ahead import check_student_ahead
 from distill.forecast.forecast import Forecast, Forecaster
 from distill.forecast.machine.calibration import find, kind_of
 from distill.forecast.machine.cards import Card, find_card, this_machine
 from distill.forecast.phases.simulator import Simulator
 from distill.forecast.sizes import memory_limit
-from distill.models.devices import pick_device
+from distill.models.devices import check_number, pick_device
 from distill.system.units import duration, size
 
 DOES_NOT_FIT = 3
@@ -36,7 +37,10 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     if fit is not None and not Path(fit).absolute().parent.is_dir():
         raise UserError(f"--fit {fit}: there is no folder {Path(fit).parent}: make it, or choose another place")
     found = find_card(card) if card is not None else this_machine(pick_device(experiment.train.accelerator).type)
+    if card is None:
+        check_number(experiment.train.devices, pick_device(experiment.train.accelerator).type, "train.devices")
     check_last_steps(experiment, kind_of(found))
+    check_student_ahead(experiment, found)
     with Simulator(found) as simulator:
         forecaster = Forecaster(found, memory_limit(experiment), simulator=simulator)
         forecast = forecaster.forecast(experiment)

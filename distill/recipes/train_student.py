@@ -25,7 +25,7 @@ from distill.experiment.place import Place
 from distill.experiment.student import check_tokens, first_samples, make_student_to_train
 from distill.experiment.training import Role, check_training, make_module, roles, rounding_of, training_settings
 from distill.forecast.preflight import Preflight
-from distill.models.devices import pick_device
+from distill.models.devices import check_number, pick_device
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer
@@ -58,6 +58,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     check_installed(config.loggers)
     check_callbacks(config.callbacks)
+    check_number(config.devices, pick_device(config.accelerator).type, "train.devices")
     folders = Folders.of(experiment)
     make_run_folder(folders)
     storage = open_cache(experiment)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +55,35 @@ def check_installed(names: Iterable[str]) -> None:
     """Raise UserError for the first of the services that cannot be imported."""
     for name in names:
         if name in _SERVICES:
-            try:
+            with _blamed(name):
                 importlib.import_module(name)
-            except ImportError as error:
-                raise _not_installed(name, error) from None
 
 
-def _not_installed(name: str, error: ImportError) -> UserError:
-    why = " ".join(str(error).split())
-    return UserError(f"train.loggers: {name} is not installed ({why}): pip install {name}, or leave it out")
+def check_loggers(names: Iterable[str]) -> None:
+    """Raise UserError for the first of the services whose logger cannot be made. None begins a run."""
+    check_installed(names)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            if name in _SERVICES:
+                with _blamed(name):
+                    _SERVICES[name](Path(folder), "check")
+
+
+@contextlib.contextmanager
+def _blamed(name: str) -> Iterator[None]:
+    """Turn a service's errors into UserErrors."""
+    try:
+        yield
+    except ImportError as error:  # a module of it is missing, or Lightning finds it too old
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"train.loggers: {name} is not installed ({why}): pip install {name}, or leave it out"
+        ) from None
+    except Exception as error:  # no account, no server, no network: each service has error classes of its own
+        lines = [*str(error).strip().splitlines(), type(error).__name__]
+        raise UserError(
+            f"train.loggers: {name} cannot begin: {lines[0].rstrip('.')}: mend that, or leave {name} out"
+        ) from error
 
 
 def _begun(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> Logger:
@@ -69,16 +91,9 @@ def _begun(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> 
         logger = _FILES[name](folder)
         logger.log_hyperparams(settings)
         return logger
-    try:
+    with _blamed(name):
         service = _SERVICES[name](folder, run_name)
         service.log_hyperparams(settings)
-    except ImportError as error:  # a module of it is missing, or Lightning finds it too old
-        raise _not_installed(name, error) from None
-    except Exception as error:  # no account, no server, no network: each service has error classes of its own
-        lines = [*str(error).strip().splitlines(), type(error).__name__]
-        raise UserError(
-            f"train.loggers: {name} cannot begin: {lines[0].rstrip('.')}: mend that, or leave {name} out"
-        ) from error
     return service
 
 

@@ -1,4 +1,4 @@
-"""Lightning callbacks of the user's own, named in the experiment file: checked early, made when a training begins."""
+"""Lightning callbacks of the user's own, named in the experiment file: tried early, made when a training begins."""
 
 from __future__ import annotations
 

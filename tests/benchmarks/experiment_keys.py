@@ -1,11 +1,12 @@
 """Gives every key of the experiment file odd values, one at a time; each must be refused in one line, or be taken.
 
     python tests/benchmarks/experiment_keys.py
-    python tests/benchmarks/experiment_keys.py --every 7 --plan
+    python tests/benchmarks/experiment_keys.py --plan --every 3
 
-`--every 7` tries each seventh case. `--plan` also runs `distill plan` on every file that was taken. A value is taken
-rightly only if the experiment holds it as it was written. Prints a tally; exit status 1 when a traceback, more than one
-line, a late answer, or a value of another meaning came out.
+`--plan` also runs `distill plan` on everything that was taken, with a tiny teacher; what it simulated once is not
+simulated again. `--every 3` tries each third case. A value is taken rightly only if the experiment holds it as it was
+written. Prints a tally; exit status 1 when a traceback, more than one line, a late answer, or a value of another
+meaning came out.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import contextlib
 import copy
 import dataclasses
 import io
-import math
 import signal
+import sys
 import tempfile
 import traceback
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,129 +29,133 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parent))
+from experiment_values import ODD, RAW, SAME, WHOLE, keys, own_values
+
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.file import load_experiment
 
-PATIENCE = 20
-"""Seconds for one case."""
+PATIENCE, LONGEST_WAIT = 30, 300
+"""Seconds of the processor, and of the clock, for one case."""
+LONGEST = 2_000
+"""Characters of a message beside the value that it is about."""
 MINIMAL: dict[str, Any] = {"corpus": {"path": "data"}, "teacher": {"model": "smollm2-135m-demo"}}
-ODD: dict[str, Any] = {
-    "null": None,
-    "true": True,
-    "false": False,
-    "0": 0,
-    "-1": -1,
-    "3": 3,
-    "0.5": 0.5,
-    "-0.0": -0.0,
-    "2**31": 2**31,
-    "2**63": 2**63,
-    "2**64": 2**64,
-    "-2**63": -(2**63),
-    "10**400": 10**400,
-    "1e300": 1e300,
-    "-1e300": -1e300,
-    "5e-324": 5e-324,
-    "nan": math.nan,
-    "inf": math.inf,
-    "-inf": -math.inf,
-    "empty": "",
-    "blank": "  \t ",
-    "text": "nothing of the kind",
-    "number as text": "7",
-    "nan as text": "nan",
-    "null as text": "null",
-    "unicode": "naïve 日本語 😀",
-    "right to left": "\u202eabc",
-    "NUL": "a\0b",
-    "new lines": "a\nb\r\nc",
-    "escape": "\x1b[31mred",
-    "long": "x" * 100_000,
-    "path up": "../../../../etc/passwd",
-    "dashes": "--cache.seed",
-    "list": [],
-    "list of null": [None],
-    "list of lists": [[[]]],
-    "list of numbers": [1, 2.5, -3],
-    "list of text": ["a", ""],
-    "mapping": {},
-    "mapping of null": {"a": None},
-    "mapping of numbers": {1: 2},
-    "class_path": {"class_path": "os.system"},
-    "init_args": {"class_path": "os.system", "init_args": {"command": "true"}},
-}
+FINE = ("refused", "taken", "refused by plan", "planned", "does not fit")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One key and one value; the key of a section's keys is `train.epochs`."""
+    """One key, such as `train.epochs`, and one value; how it is given: `file`, `override` or `raw` YAML."""
 
     key: str
     name: str
-    as_override: bool = False
-
-
-def keys() -> Iterator[str]:
-    """Yield all keys, sections too."""
-    for section, kind in typing.get_type_hints(Experiment).items():
-        yield section
-        if dataclasses.is_dataclass(kind):
-            yield from (f"{section}.{entry.name}" for entry in dataclasses.fields(kind))
+    value: Any = dataclasses.field(repr=False, compare=False)
+    how: str = "file"
 
 
 def all_cases() -> list[Case]:
-    """Return every key with every odd value, in the file and as an override."""
-    return [Case(key, name, as_override) for as_override in (False, True) for key in keys() for name in ODD]
+    """Return every key with every odd value and those of its own, in the file and as an override."""
+    whole = (Case("", name, entry, "whole") for name, entry in WHOLE.items())
+    return [*_cases("file"), *_cases("override"), *_cases("raw"), *whole]
 
 
-def content(case: Case) -> dict[str, Any]:
-    """Return the experiment file with the case's value."""
-    made = copy.deepcopy(MINIMAL)
-    section, _, name = case.key.partition(".")
-    (made.setdefault(section, {}) if name else made)[name or section] = ODD[case.name]
-    return made
+def _cases(how: str) -> Iterator[Case]:
+    for key in keys():
+        values: dict[str, Any] = RAW if how == "raw" else {**ODD, **own_values(key)}
+        yield from (Case(key.name, name, value, how) for name, value in values.items())
 
 
-def judge(case: Case, folder: Path) -> str:
-    """Return `refused`, `taken`, or what is wrong with the answer."""
-    path, overrides = folder / "experiment.yaml", []
-    if case.as_override:
-        path.write_text(yaml.safe_dump(MINIMAL))
-        overrides = [f"--{case.key}={_as_text(ODD[case.name])}"]
-    else:
-        path.write_text(yaml.safe_dump(content(case)))
-    try:
-        experiment = load_experiment(str(path), overrides)
-    except UserError as refusal:
-        lines = str(refusal).splitlines()
-        return "refused" if len(lines) == 1 else f"{len(lines)} lines"
-    section, _, name = case.key.partition(".")
-    held = getattr(experiment, section)
-    return "taken" if _means(ODD[case.name], getattr(held, name) if name else held, case) else "another meaning"
+class Fuzz:
+    """The judge of cases, in a folder, on top of a sound experiment."""
+
+    def __init__(self, folder: Path, sound: dict[str, Any] | None = None) -> None:
+        self.path, self.sound = folder / "experiment.yaml", sound or MINIMAL
+
+    def run(self, case: Case) -> tuple[str, Experiment | None]:
+        """Return the judgement of a case, within the time, and the experiment if it was taken."""
+        with _in_time() as late:
+            try:
+                return self._judge(case)
+            except _Late:
+                return late, None
+            except Exception:
+                return f"traceback: {traceback.format_exc().splitlines()[-1][:300]}", None
+
+    def _judge(self, case: Case) -> tuple[str, Experiment | None]:
+        overrides = self._write(case)
+        try:
+            experiment = load_experiment(str(self.path), overrides)
+        except UserError as refusal:
+            if case.how == "whole" and case.value[0] == SAME:
+                return f"wrongly refused: {refusal}", None
+            return _refusal(str(refusal), case), None
+        if case.how == "whole":
+            is_same = case.value[0] == SAME and experiment.train.epochs == 3
+            return "taken" if is_same else "another meaning: of the whole file", None
+        section, _, name = case.key.partition(".")
+        held = getattr(experiment, section)
+        held = getattr(held, name) if name else held
+        if not _means(case, held):
+            return f"another meaning: {held!r}"[:200], None
+        return "taken", experiment
+
+    def _write(self, case: Case) -> list[str]:
+        """Write the file, and return the overrides."""
+        section, _, name = case.key.partition(".")
+        content = copy.deepcopy(self.sound)
+        if case.how == "whole":
+            self.path.write_bytes(case.value[1])
+        elif case.how == "override":
+            self.path.write_text(yaml.safe_dump(content))
+            return [f"--{case.key}={_as_text(case.value)}"]
+        elif case.how == "file":
+            (content.setdefault(section, {}) if name else content)[name or section] = case.value
+            self.path.write_text(yaml.safe_dump(content, allow_unicode=case.name != "half a pair"))
+        else:
+            (content.setdefault(section, {}) if name else content)[name or section] = "HERE"
+            self.path.write_text(yaml.safe_dump(content).replace("HERE", case.name))
+        return []
+
+
+def _refusal(text: str, case: Case) -> str:
+    if len(text.splitlines()) != 1:
+        return f"{len(text.splitlines())} lines: {text[:300]!r}"
+    return "refused" if len(text) <= LONGEST + 2 * len(str(case.value)) else f"{len(text)} characters"
 
 
 def _as_text(value: Any) -> str:
-    return (
-        value
-        if isinstance(value, str)
-        else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
-    )
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
-def _means(given: Any, held: Any, case: Case) -> bool:
-    """Tell whether the experiment holds what was given. Text may stand for a number, but not the other way round."""
-    if dataclasses.is_dataclass(held):
-        return all(_means(value, getattr(held, key), case) for key, value in (given or {}).items())
+def _means(case: Case, held: Any) -> bool:
+    """Tell whether the experiment holds the value that was given. Text may stand for a number, but not the reverse."""
+    if case.how == "raw":
+        return any(_is(meaning, held) for meaning in case.value)
+    if case.how == "override":
+        return held == _as_text(case.value) if isinstance(held, str) else _stands_for(case.value, held)
+    return _stands_for(case.value, held)
+
+
+def _is(given: Any, held: Any) -> bool:
+    """Tell whether two plain values are one: an int may be held as a float."""
     if isinstance(held, bool) or isinstance(given, bool):
-        return given is held or (case.as_override and str(given).lower() == str(held).lower())
-    if isinstance(given, str) and isinstance(held, (int, float)):
+        return given is held
+    if isinstance(held, float) and isinstance(given, (int, float)):
         return float(given) == held
-    if case.as_override and isinstance(held, str):
-        return _as_text(given) == held
-    if given == "null" and held is None:
-        return True  # the text null in a key that may be left out
-    return type(held) in (type(given), float) and given == held
+    return type(given) is type(held) and given == held
+
+
+def _stands_for(given: Any, held: Any) -> bool:
+    if dataclasses.is_dataclass(held):
+        return all(_stands_for(value, getattr(held, key)) for key, value in (given or {}).items())
+    if isinstance(given, str) and not isinstance(held, str):
+        if held is None:
+            return given in ("null", "~")
+        given = yaml.safe_load(given) if not given.lstrip("-").isdecimal() else int(given)
+    return _is(given, held)
 
 
 class _Late(BaseException):
@@ -162,37 +166,64 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise _Late
 
 
-def run(case: Case, folder: Path, plans: bool = False) -> str:
-    """Return the judgement of a case, within the time. `plans`: a file that was taken is planned with, too."""
-    signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(PATIENCE)
+@contextlib.contextmanager
+def _in_time() -> Iterator[str]:
+    """Raise _Late inside after PATIENCE seconds of the processor, or LONGEST_WAIT of the clock."""
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, PATIENCE), signal.ITIMER_REAL: (signal.SIGALRM, LONGEST_WAIT)}
+    for timer, (signum, seconds) in timers.items():
+        signal.signal(signum, _stop)
+        signal.setitimer(timer, seconds)
     try:
-        found = judge(case, folder)
-        return _plan(folder) if found == "taken" and plans and not case.as_override else found
-    except _Late:
-        return "late"
-    except Exception:
-        return f"traceback: {traceback.format_exc().splitlines()[-1]}"
+        yield "late"
     finally:
-        signal.alarm(0)
+        for timer in timers:
+            signal.setitimer(timer, 0)
 
 
-def _plan(folder: Path) -> str:
-    from distill.cli import main
+class Plans:
+    """`distill plan` on experiments that differ in one value; a simulation that is known is not made again."""
 
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(["plan", str(folder / "experiment.yaml")])
-        except SystemExit as ended:
-            lines = err.getvalue().strip().splitlines()
-            if ended.code == 2:
-                return "refused by plan" if len(lines) == 1 else f"plan: {len(lines)} lines"
-            return "planned" if ended.code in (0, 3) else f"plan: status {ended.code}"
-    return "plan: no end"
+    def __init__(self) -> None:
+        from distill.forecast.phases.simulator import Simulator
+        from distill.recipes import plan
 
+        kept: dict[str, Any] = {}
 
-FINE = ("refused", "taken", "refused by plan", "planned")
+        class Kept(Simulator):
+            """The one simulator of a card."""
+
+            def __new__(cls, card: Any) -> Any:
+                return kept.setdefault(card.name, super().__new__(cls))
+
+            def __init__(self, card: Any) -> None:
+                if not hasattr(self, "card"):
+                    super().__init__(card)
+
+            def __exit__(self, *_: object) -> None: ...
+
+        self.simulators, self._plan, self._known = kept, plan, dict[str, str]()
+        plan.Simulator = Kept  # type: ignore[misc]
+
+    def of(self, experiment: Experiment) -> str:
+        """Return `planned`, `does not fit`, `refused by plan`, or what is wrong."""
+        if (key := repr(experiment)) not in self._known:
+            self._known[key] = self._of(experiment)
+        return self._known[key]
+
+    def _of(self, experiment: Experiment) -> str:
+        out = io.StringIO()
+        with _in_time() as late, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                return "planned" if self._plan.main(experiment) == 0 else "does not fit"
+            except UserError as refusal:
+                lines = str(refusal).splitlines()
+                return "refused by plan" if len(lines) == 1 else f"plan: {len(lines)} lines: {lines[:2]}"
+            except _Late:
+                for simulator in self.simulators.values():
+                    simulator.close()
+                return f"plan: {late}"
+            except Exception:
+                return f"plan: traceback: {traceback.format_exc().splitlines()[-1][:300]}"
 
 
 def main() -> None:
@@ -201,9 +232,19 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     options = parser.parse_args()
     tally: collections.Counter[str] = collections.Counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder, sound, plans = Path(name), None, None
+        if options.plan:
+            from own_students import make_experiment
+
+            sound = yaml.safe_load(Path(make_experiment(folder, preflight=True)).read_text())
+            sound["student"] = {"options": {"layers": 1}}
+            plans = Plans()
+        fuzz = Fuzz(folder, sound)
         for case in all_cases()[:: options.every]:
-            found = run(case, Path(folder), options.plan)
+            found, experiment = fuzz.run(case)
+            if plans is not None and experiment is not None:
+                found = plans.of(experiment)
             tally[found if found in FINE else found.split(":")[0]] += 1
             if found not in FINE:
                 print(f"{case}: {found}", flush=True)

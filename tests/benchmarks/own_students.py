@@ -75,6 +75,20 @@ CONSTRUCTORS: dict[str, dict[str, str]] = {
     "all frozen": {"last": "self.requires_grad_(False)"},
     "nan weights": {"last": "self.tokens.weight.data.fill_(float('nan'))"},
     "half the tokens": {"first": "super().__init__(); vocab_size //= 2"},
+    "text in colours": {"last": "raise ValueError('\\x1b[31mno\\x1b[0m such\\r size')"},
+    "a text of a megabyte": {"last": "raise ValueError('x' * 1_000_000)"},
+    "a warning as error": {"last": "import warnings; warnings.simplefilter('error'); warnings.warn('old')"},
+    "KeyboardInterrupt's kind": {"module": "class Strange(BaseException): pass", "last": "raise Strange('x')"},
+    "an exception that cannot be printed": {
+        "module": "class Strange(Exception):\n    def __str__(self): raise ValueError('no')",
+        "last": "raise Strange",
+    },
+    "an option without a use": {"arguments": ", depth: int"},
+    "weights without memory": {"last": "self.to('meta')"},
+    "infinite weights": {"last": "self.tokens.weight.data.fill_(float('inf'))"},
+    "weights of 64 bits": {"last": "self.double()"},
+    "a weight of whole numbers": {"last": "self.ids = nn.Parameter(torch.zeros(3).long())"},
+    "no weights": {"after": "class Student(nn.Module):\n    def __init__(self, vocab_size: int): super().__init__()"},
     "missing package": {"module": "import no_such_package_here"},
     "syntax": {"module": "def broken(:"},
     "indentation": {"module": "if True:\npass"},
@@ -113,6 +127,21 @@ HEADS: dict[str, str] = {
     "drawn anew": "return Head(torch.randn_like(self.tokens.weight))",
     "a copy": "return Head(self.tokens.weight.detach().clone())",
     "infinite": "return Head(self.tokens.weight * float('inf'))",
+    "without memory": "return Head(self.tokens.weight.to('meta'))",
+    "sparse": "return Head(self.tokens.weight.to_sparse())",
+    "complex": "return Head(torch.complex(self.tokens.weight, self.tokens.weight))",
+    "three dimensions": "return Head(self.tokens.weight[None])",
+    "no rows": "return Head(self.tokens.weight[:0])",
+    "no columns": "return Head(self.tokens.weight[:, :0])",
+    "an array": "return Head(self.tokens.weight.detach().numpy())",
+    "scale infinite": "return Head(self.tokens.weight, scale=float('inf'))",
+    "scale is a tensor": "return Head(self.tokens.weight, scale=self.zero)",
+    "soft cap nan": "return Head(self.tokens.weight, soft_cap=float('nan'))",
+    "bias nan": "return Head(self.tokens.weight, torch.full((len(self.tokens.weight),), float('nan')))",
+    "bias of the wrong shape": "return Head(self.tokens.weight, self.tokens.weight)",
+    "another at each call": "self.state += 1; return Head(self.tokens.weight * self.state)",
+    "recursion": "return self.head",
+    "a tuple": "return self.tokens.weight, None",
     "exit": "sys.exit(1)",
 }
 ODD_HEADS: dict[str, str] = {
@@ -181,6 +210,25 @@ BODIES: dict[str, str] = {
     "dropout left on": "return functional.dropout(x, 0.2)",
     "routing": "return torch.where(torch.rand(x.shape[:2])[..., None] < 0.5, x, self.mix(x))",
     "state": "self.state = self.state + x.mean().detach(); return x + self.state",
+    "sparse": "return x.to_sparse()",
+    "without memory": "return x.to('meta')",
+    "auxiliary nan": "return x, x.sum() * float('nan')",
+    "auxiliary complex": "return x, torch.complex(x, x).sum()",
+    "auxiliary of whole numbers": "return x, x.long().sum()",
+    "auxiliary is True": "return x, True",
+    "a vector more": "return torch.cat([x, x[:, :1]], 1)",
+    "no positions": "return x[:, :0]",
+    "no columns": "return x[..., :0]",
+    "mean of the future": "return x + x.flip(1).cumsum(1).flip(1)",
+    "last token": "return x + x[:, -1:]",
+    "largest of the row": "return x + x.amax(1, keepdim=True)",
+    "norm over positions": "return x / x.norm(dim=1, keepdim=True)",
+    "length of the row": "return x * input_ids.shape[1] * (input_ids[:, -1:, None] % 7 + 1)",
+    "sorted": "return x.sort(1).values",
+    "of the batch's size": "return x * len(x)",
+    "cleared gradient": "return x.clone().detach_()",
+    "threads": "import threading; threading.Thread(target=int).start(); raise RuntimeError('x')",
+    "time": "import time; return x * (time.perf_counter_ns() % 1000)",
     "weights in place": "self.tokens.weight.data.mul_(0.9); return x",
 }
 ODD_BODIES: dict[str, str] = {
@@ -191,6 +239,10 @@ ODD_BODIES: dict[str, str] = {
     "async": "async def body(self, input_ids, position_ids):\n        return self.tokens(input_ids)",
     "a tensor": "body = torch.zeros(3)",
     "a module": "body = nn.Identity()",
+    "a static method": "@staticmethod\n    def body(input_ids, position_ids):\n        return input_ids",
+    "a class method": "@classmethod\n    def body(cls, input_ids, position_ids):\n        return cls.tokens(input_ids)",
+    "forward alone": "def forward(self, input_ids, position_ids):\n        return self.tokens(input_ids)",
+    "None": "body = None",
     "a property": "@property\n    def body(self):\n        raise ValueError('later')",
 }
 
@@ -283,6 +335,8 @@ def run(arguments: list[str]) -> tuple[object, str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--every", type=int, default=1, help="try each so-manieth of the single faults")
+    parser.add_argument("--first", type=int, default=0, help="begin with this one of the single faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--preflight", action="store_true", help="forecast first, as users' commands do")
     options = parser.parse_args()
@@ -295,7 +349,9 @@ def main() -> int:
         folder = Path(name)
         file = make_experiment(folder, options.preflight)
         assert run(["cache-teacher", file])[0] == 0
-        for number, case in enumerate([*single_faults(), *random_faults(options.pairs, options.seed)]):
+        for number, case in enumerate(
+            [*single_faults()[options.first :: options.every], *random_faults(options.pairs, options.seed)]
+        ):
             student = folder / f"student{number}.py"
             student.write_text(case.source())
             given = ["--student.class_path", f"{student}:Student", "--run_dir", str(folder / f"run{number}")]

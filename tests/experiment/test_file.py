@@ -75,6 +75,28 @@ def test_numbers_written_as_people_write_them(tmp_path: Path) -> None:
     assert isinstance(train.learning_rate, float)
 
 
+def test_names_that_look_like_numbers_and_dates_stay_as_they_are(tmp_path: Path) -> None:
+    text = "corpus: {path: 2026-1-1 1:00:00}\nteacher: {model: 1e3, revision: 12e4567}\nrun_dir: 2026-11-30T10:00:00Z\n"
+    experiment = load_experiment(write(tmp_path, text), [])
+    assert experiment.corpus.path == "2026-1-1 1:00:00" and experiment.run_dir == "2026-11-30T10:00:00Z"
+    assert (experiment.teacher.model, experiment.teacher.revision) == ("1e3", "12e4567")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cache.max_size", "20"),
+        ("cache.max_size", "9" * 400 + "GB"),
+        ("cache.max_time", "soon"),
+        ("cache.part", "0/3"),
+        ("train.max_time", "9" * 5000 + "d"),
+        ("memory_limit", "12 gigs"),
+    ],
+)
+def test_sizes_times_and_parts_are_refused_with_the_file(minimal: str, key: str, value: str) -> None:
+    assert refusal(minimal, f"--{key}", value).startswith(f"{key}: '{value}'")
+
+
 def test_to_dict_gives_back_an_equal_experiment(tmp_path: Path, minimal: str) -> None:
     experiment = load_experiment(minimal, ["--student.options", "{layers: 2}"])
     assert load_experiment(write(tmp_path, yaml.safe_dump(to_dict(experiment))), []) == experiment
@@ -87,7 +109,17 @@ def test_to_dict_gives_back_an_equal_experiment(tmp_path: Path, minimal: str) ->
         ("a: b: c\n", ["not valid YAML: line 1, column 5"]),
         ("- a\n- b\n", ["an experiment file is a mapping"]),
         ("", ["an experiment file is a mapping"]),
-        (b"corpus: \xff\xfe\n", ["cannot be read"]),
+        (b"corpus: \xff\xfe\n", ["cannot be read", "save it as UTF-8"]),
+        ("corpus: {path: !!binary aGVsbG8=}\n", ["line 1: binary is no plain value"]),
+        ("evaluate: {tasks: !!set {a}}\n", ["line 1: set is no plain value"]),
+        ("train: {epochs: !!int 3.0}\n", ["not valid YAML: ", "3.0"]),
+        ('corpus: {path: "\\ud83d"}\n', ["line 1: ", "half of a character"]),
+        ('"a\\nb": 1\n', ["'a\\nb': unknown key"]),
+        ('corpus: {path: c, name: "null"}\n', ["corpus.name: is the text 'null'", "leave the key out"]),
+        (
+            "corpus: {path: c}\nteacher: {model: t}\ntrain: {max_steps: 1.5}\n",
+            ["max_steps: expected int. Got value: 1.5"],
+        ),
         ("corpsu: {path: c}\n", ["corpsu: unknown key", "did you mean 'corpus'?"]),
         ("teacher: {quantisation: nf4}\n", ["teacher.quantisation: unknown key", "did you mean 'quantization'?"]),
         ("teacher: {zzz: 1}\n", ["teacher.zzz: unknown key", "known: class_path, compute_dtype, model"]),

@@ -22,7 +22,7 @@ from distill.forecast.advice import advise, apply
 from distill.forecast.forecast import Forecaster
 from distill.forecast.machine.cards import find_card
 from distill.forecast.models import Models
-from distill.forecast.phases.simulator import PHASES, Simulator
+from distill.forecast.phases.simulator import PHASES, NoForecast, Simulator
 from distill.forecast.simulation.fake import without_memory
 
 CARD = find_card("12GiB")
@@ -197,6 +197,16 @@ def test_a_card_without_bfloat16_is_told_to_one_who_asks_for_it(
     asked = experiment(train={"precision": "bf16-mixed"})
     notes = Forecaster(find_card(card)).forecast(asked, ("train-student",)).notes
     assert any("has no bfloat16: take 16-mixed" in note for note in notes) == is_told
+
+
+def test_a_plan_says_that_there_is_nothing_to_evaluate_on(experiment: Callable[..., Experiment]) -> None:
+    class Nothing(Simulator):
+        def pieces(self, *_: Any) -> Any:
+            raise NoForecast("evaluate: no forecast")
+
+    for share, is_told in ((0.0, True), (0.1, False)):
+        forecast = Forecaster(CARD, simulator=Nothing(CARD)).forecast(experiment(corpus={"held_out": share}), PHASES)
+        assert any("corpus.held_out is 0" in note for note in forecast.notes) == is_told
 
 
 STRANGER = """

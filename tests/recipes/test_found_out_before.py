@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distill.experiment.file import load_experiment
 from distill.forecast.room import needs
@@ -40,8 +41,93 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"evaluate.cost": True, "evaluate.cost_batch_sizes": []},
         "evaluate.cost_batch_sizes",
     ),
+    "a constructor that fails": (
+        {"train.callbacks": [{"class_path": "lightning.pytorch.callbacks:Timer", "init_args": {"duration": "soon"}}]},
+        "train.callbacks: lightning.pytorch.callbacks:Timer: its constructor failed",
+    ),
+    "a callback that stands there twice": (
+        {"train.callbacks": ["lightning.pytorch.callbacks:Timer", "lightning.pytorch.callbacks:Timer"]},
+        "stands there twice",
+    ),
+    "a task that does not load": (
+        {"evaluate.tasks": ["own"], "evaluate.tasks_path": "tasks"},
+        "task 'own' (",
+    ),
+    "a folder of tasks that is not there": (
+        {"evaluate.tasks": ["own"], "evaluate.tasks_path": "nowhere"},
+        "evaluate.tasks_path: nowhere is no folder",
+    ),
+    "blocks that are not there": (
+        {
+            "student.class_path": "own.py:Own",
+            "student.options": {},
+            "train.activation_checkpointing": True,
+        },
+        "no nn.ModuleList of equal blocks",
+    ),
+    "a student whose documents see one another": (
+        {"student.class_path": "own.py:Running", "student.options": {}},
+        "cache and train with --corpus.pack false",
+    ),
+    "a student that sees the future": (
+        {"student.class_path": "own.py:Seer", "student.options": {}, "corpus.pack": False},
+        "a position sees the tokens behind it",
+    ),
+    "a student whose constructor fails": (
+        {"student.class_path": "own.py:Failing", "student.options": {}},
+        "own.py, line ",
+    ),
+    "a size that is none": ({"cache.max_size": "much"}, "cache.max_size: 'much' is not a size"),
+    "a limit that is none": ({"memory_limit": "12"}, "memory_limit: '12' is not a size"),
+    "a part of more than there are": ({"cache.part": "9/8"}, "cache.part: '9/8'"),
     "a control on several machines": ({"evaluate.control": True, "train.num_nodes": 2}, "train.num_nodes"),
 }
+
+
+OWN = """
+import torch
+from torch import nn
+from distill.models.language_model import Head
+
+class Own(nn.Module):
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, 8)
+
+    @property
+    def head(self):
+        return Head(self.tokens.weight)
+
+    def body(self, input_ids, position_ids):
+        return self.mixed(self.tokens(input_ids))
+
+    def mixed(self, hidden):
+        return hidden
+
+class Running(Own):
+    def mixed(self, hidden):
+        return hidden.cumsum(1)
+
+class Seer(Own):
+    def mixed(self, hidden):
+        return hidden + hidden.roll(-1, 1)
+
+class Failing(Own):
+    def __init__(self, vocab_size: int):
+        raise KeyError("size")
+"""
+
+
+TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {data_files: {test: nowhere.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+"""
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
@@ -62,6 +148,9 @@ def test_an_error_of_the_last_phases_comes_first(
 ) -> None:
     settings, words = ERRORS[what]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/own.yaml").write_text(TASK)
     file = world.write(tmp_path / "experiment.yaml")
     distill(command, file, *arguments(settings)).refused(words)
     assert not (tmp_path / "run/cache").exists()
@@ -71,6 +160,37 @@ def test_a_run_with_nothing_to_evaluate_on_is_refused(world: Any, distill: Any, 
     file = world.write(tmp_path / "experiment.yaml")
     distill("run", file, "--corpus.held_out", "0").refused("corpus.held_out: 0 leaves nothing to evaluate on")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_with_nothing_to_evaluate_on_says_so_first(world: Any, distill: Any, tmp_path: Path) -> None:
+    file = world.write(tmp_path / "experiment.yaml", corpus={"held_out": 0}, cache={"max_samples": 4})
+    said = distill("cache-teacher", file).done().out
+    assert said.index("corpus.held_out is 0") < said.index("teacher: ")
+
+
+def test_a_recurrent_student_is_told_how_before_the_hours(
+    world: Any, distill: Any, tmp_path: Path, mamba2: dict[str, Any]
+) -> None:
+    student = {"class_path": "huggingface", "options": {"config": mamba2}}
+    file = world.write(tmp_path / "experiment.yaml")
+    given = [file, *arguments({f"student.{key}": value for key, value in student.items()})]
+    distill("run", *given).refused("student huggingface: packed documents see one another", "--corpus.pack false")
+    assert not (tmp_path / "run/cache").exists()
+    distill("cache-teacher", *given, "--corpus.pack", "false", "--cache.max_samples", 4).done()
+
+
+@pytest.mark.parametrize("key", ["train.devices", "cache.devices"])
+def test_more_cards_than_there_are(
+    world: Any, distill: Any, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of this machine's: the card is imagined, and refused before it is touched."""
+    monkeypatch.setattr("distill.models.devices.pick_device", lambda accelerator: torch.device("cuda", 0))
+    for room in ("experiment.checks", "recipes.train_student"):
+        monkeypatch.setattr(f"distill.{room}.pick_device", lambda accelerator: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    file = world.write(tmp_path / "experiment.yaml")
+    distill("run", file, f"--{key}", 2).refused(f"{key}: 2 are asked for, and this machine has 1 (cuda): give 1")
+    assert not (tmp_path / "run/cache").exists()
 
 
 @pytest.mark.parametrize("command", ["run", "cache-teacher", "plan"])

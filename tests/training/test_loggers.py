@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from distill.cache.reading.batches import collate
 from distill.errors import UserError
-from distill.training.loggers import TrackioLogger, check_installed, make_loggers
+from distill.training.loggers import TrackioLogger, check_installed, check_loggers, make_loggers
 from distill.training.trainer import make_trainer
 
 SETTINGS = {"alpha": 0.3, "train": {"optimizer": "adamw", "max_steps": None, "betas": [0.9, 0.95]}}
@@ -124,7 +124,15 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "logs").exists()
     with pytest.raises(UserError, match=f"pip install {name}"):
         check_installed(["tensorboard", name])
-    check_installed(["tensorboard", "csv"])
+    check_loggers(["tensorboard", "csv"])
+
+
+def test_a_service_that_lightning_finds_too_old_is_found_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", ModuleType("mlflow"))
+    monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", False)
+    check_installed(["mlflow"])
+    with pytest.raises(UserError, match=r"^train\.loggers: mlflow is not installed"):
+        check_loggers(["csv", "mlflow"])
 
 
 @pytest.fixture
