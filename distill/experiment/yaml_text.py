@@ -30,9 +30,10 @@ def load_yaml(text: str) -> Any:
             return None
         if _values(root, {}) > MOST_VALUES:
             raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
-        return loader.construct_document(root)
-    except ValueError as error:
-        raise ValueError(f"not valid YAML: {error}") from None
+        try:
+            return loader.construct_document(root)
+        except ValueError as error:  # a number with a tag of another kind
+            raise ValueError(f"not valid YAML: {error}") from None
     finally:
         loader.dispose()
 
