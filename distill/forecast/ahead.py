@@ -9,7 +9,7 @@ import psutil
 
 from distill import plugins
 from distill.errors import UserError
-from distill.experiment.checks import OFFERED
+from  import OFFERED
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.experiment.student import make_student_to_train
