@@ -9,7 +9,7 @@ import psutil
 
 from distill import plugins
 from distill.errors import UserError
-from  import OFFERED
+from distill.experiment.checks import offered_options
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.experiment.student import make_student_to_train
@@ -91,7 +91,7 @@ def _made_without_memory(models: Models, card: Card) -> int:
 def _is_fresh(experiment: Experiment) -> bool:
     """Tell whether a student is made of its options alone: of no weights, and no samples of the cache."""
     name, options = experiment.student.class_path, experiment.student.options
-    offered = dict.fromkeys(OFFERED)
+    offered = offered_options(experiment, "cpu", 0)
     arguments = plugins.arguments(name, "student", options, offered)
     weights = plugins.declared(name, "student", "pretrained")
     return "first_samples" not in arguments and "teacher" not in arguments and arguments.get(weights) is None
