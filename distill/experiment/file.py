@@ -97,6 +97,15 @@ def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> 
         elif isinstance(value, str) and value.lower() in ("null", "~") and "None" in str(known[key].type):
             # jsonargparse would take the text for no value
             raise UserError(f"{path}: {prefix}{key}: is the text {value!r}: choose another, or leave the key out")
+        elif isinstance(value, str):
+            _check_text(f"{path}: {prefix}{key}", value, known[key])
+
+
+def _check_text(key: str, value: str, field: dataclasses.Field) -> None:
+    """Raise UserError for a text of several words for a number or a truth value: "3 # of them" would be taken for 3."""
+    kind = re.sub(_ANNOTATED, r"\1", str(field.type)).removesuffix(" | None")
+    if kind in ("int", "float", "bool") and len(value.split()) > 1:
+        raise UserError(f"{key}: expected {kind}. Got value: {value!r}")
 
 
 def _section(entry: dataclasses.Field) -> type | None:
@@ -106,7 +115,7 @@ def _section(entry: dataclasses.Field) -> type | None:
 
 
 def _check_overrides(overrides: list[str]) -> None:
-    for argument in overrides:
+    for argument, following in itertools.pairwise([*overrides, ""]):
         if not argument.startswith("--"):
             continue
         kind: type = Experiment
@@ -122,6 +131,9 @@ def _check_overrides(overrides: list[str]) -> None:
                 break  # a free mapping such as student.options: the plug-in checks its keys
             kind = _section(known[key]) or str
             walked += f"{key}." if dataclasses.is_dataclass(kind) else key
+            if kind is str:
+                _, has_value, value = argument.partition("=")
+                _check_text(walked, value if has_value else following, known[key])
 
 
 def _in_a_section(key: str) -> str:
@@ -213,10 +225,10 @@ def _plain(message: str) -> str:
     line = " ".join(message.split())
     if "Subclasses are disabled" in line:  # a section as one override, with its class_path alone
         line = line.split(":")[0] + ": give its class_path as --student.class_path or --teacher.class_path"
-    line = re.sub(_UNION, r"Expected a \1. Got value:", line)
     line = re.sub(r'^Parser key "([^"]+)":', r"\1:", line)
     line = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", line)
     line = re.sub(_ANNOTATED, r"\1", re.sub(r"<class '(\w+)'>", r"\1", line))
+    line = re.sub(_UNION, r"Expected a \1. Got value:", line)
     return line.replace("Expected a one of", "expected one of").replace("Expected a", "expected")
 
 

@@ -32,8 +32,8 @@ def load_yaml(text: str) -> Any:
             raise ValueError(f"it stands for more than {MOST_VALUES:,} values")
         try:
             return loader.construct_document(root)
-        except ValueError as error:  # a number with a tag of another kind
-            raise ValueError(f"not valid YAML: {error}") from None
+        except (ValueError, KeyError) as error:  # `!!int many`, `!!bool maybe`
+            raise ValueError(f"not valid YAML: a value is not of its tag's kind ({error})") from None
     finally:
         loader.dispose()
 
