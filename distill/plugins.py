@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill.errors import UserError, did_you_mean
-from distill.system.blame import blame
+from distill.system.blame import blame, failed
 from distill.system.files import last_part, names_only
 from distill.system.progress import say
 from distill.system.sources import source_hash
@@ -90,7 +90,9 @@ def _from_package(name: str, kind: Kind) -> ModuleType:
         raise UserError(
             f"{SETTING[kind]}: no module '{name}' here or installed" + (did_you_mean(name, near) if near else "")
         ) from error
-    except (Exception, SystemExit) as error:  # a stranger's module may fail in any way while it is imported
+    except BaseException as error:  # a stranger's module may fail in any way while it is imported
+        if not failed(error):
+            raise
         raise UserError(f"{SETTING[kind]}: importing {name} failed: {blame(error)}") from error
 
 
@@ -108,8 +110,10 @@ def _from_file(name: str, kind: Kind) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses look their module up while it runs
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a stranger's file may fail in any way while it is imported
+    except BaseException as error:  # a stranger's file may fail in any way while it is imported
         del sys.modules[module_name]
+        if not failed(error):
+            raise
         raise UserError(f"{SETTING[kind]}: importing {name} failed: {blame(error)}") from error
     return module
 
@@ -164,7 +168,9 @@ def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str
         model = factory(**chosen)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if not failed(error):
+            raise
         meant = isinstance(error, (ValueError, TypeError))
         # A stranger's constructor may fail in any way; without memory, also in ways that it does not on a device.
         if reference not in BUILT_IN[kind] and (meant or finder() is None):

@@ -257,6 +257,8 @@ def _wrong(key: str, value: Any, hint: Any) -> list[str]:
             faults.append(f"{key}: is empty: give it a value, or leave the key out")
         elif isinstance(each, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in each):
             faults.append(f"{key}: {each!r} has control characters: remove them")
+        elif isinstance(value, list) and isinstance(each, str) and each.startswith(("[", "{")):
+            faults.append(f"{key}: {each!r} is a list as text: give names")  # of an override that is no list of names
         elif limits is not None and not limits.low <= each <= limits.high:
             faults.append(f"{key}: {each} is not {limits}")
     return faults

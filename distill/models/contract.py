@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.models.language_model import Head, check_rows
-from distill.system.blame import blame
+from distill.system.blame import blame, failed
 
 
 def check_members(model: Any, name: str) -> None:
@@ -27,7 +27,9 @@ def check_members(model: Any, name: str) -> None:
         raise UserError(f"{name}: {kind} does not call super().__init__() in its constructor")
     try:
         body = getattr(model, "body", None)
-    except Exception as error:  # a property's code
+    except BaseException as error:  # a property's code
+        if not failed(error):
+            raise
         raise UserError(f"{name}: its body failed: {blame(error)}") from error
     if not callable(body):
         raise UserError(f"{name}: {kind} has no method 'body(input_ids_BL, position_ids_BL)'")
@@ -60,8 +62,10 @@ def try_model(
     try:
         cards = [ids_BL.device] if ids_BL.device.type == "cuda" else []
         with torch.random.fork_rng(cards), torch.set_grad_enabled(trains):
+            _check_memory(model, name)
             hidden_BLD = _hidden_states(model, name, ids_BL, positions_BL)
             head = checked_head(model, name, vocab_size)
+            _check_head_stays(head, checked_head(model, name, vocab_size), name)
             _check_size(hidden_BLD, head, name)
             if trains:
                 _check_gradients(model, name, hidden_BLD, head)
@@ -78,7 +82,9 @@ def _hidden_states(model: Any, name: str, ids_BL: Tensor, positions_BL: Tensor) 
         output = model.body(ids_BL.clone(), positions_BL.clone())
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (Exception, SystemExit) as error:  # a stranger's code may fail in any way
+    except BaseException as error:  # a stranger's code may fail in any way
+        if not failed(error):
+            raise
         raise UserError(f"{name}: its body failed: {blame(error, model.body)}") from error
     wanted = "hidden states [B, L, D], or a tuple (hidden states, auxiliary loss)"
     if isinstance(output, tuple):
@@ -87,6 +93,8 @@ def _hidden_states(model: Any, name: str, ids_BL: Tensor, positions_BL: Tensor) 
             raise UserError(
                 f"{name}: its body returned a tuple ({kinds}): return {wanted}, a tensor without dimensions"
             )
+        if output[1] is not None and not bool(output[1].isfinite()):
+            raise UserError(f"{name}: its body returned the auxiliary loss {float(output[1])}: it must be finite")
         output = output[0]
     if not isinstance(output, Tensor):
         if inspect.iscoroutine(output):
@@ -94,6 +102,8 @@ def _hidden_states(model: Any, name: str, ids_BL: Tensor, positions_BL: Tensor) 
         raise UserError(f"{name}: its body returned {_kind(output)}: return {wanted}")
     if not output.is_floating_point():
         raise UserError(f"{name}: its body returned a tensor of {_type(output)}: hidden states are of a float type")
+    if not _has_values(output):
+        raise UserError(f"{name}: its body returned {_kind(output)}: hidden states are dense, and have values")
     if output.dim() != 3 or output.shape[:2] != ids_BL.shape:
         batch, length = ids_BL.shape
         raise UserError(
@@ -111,7 +121,9 @@ def checked_head(model: Any, name: str, vocab_size: int) -> Head:
         head = model.head
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # a property's code
+    except BaseException as error:  # a property's code
+        if not failed(error):
+            raise
         getter = getattr(getattr(type(model), "head", None), "fget", None)
         raise UserError(f"{name}: its head failed: {blame(error, getter)}") from error
     if not isinstance(head, Head):
@@ -122,6 +134,8 @@ def checked_head(model: Any, name: str, vocab_size: int) -> Head:
     weight, bias = head.weight_VD, head.bias_V
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise UserError(f"{name}: its head's weight is {_kind(weight)}: give a float tensor [tokens, hidden size]")
+    if weight.layout != torch.strided:
+        raise UserError(f"{name}: its head's weight is {_kind(weight)}: give a dense one")
     rows = len(weight)
     try:
         check_rows(rows, vocab_size)
@@ -130,10 +144,26 @@ def checked_head(model: Any, name: str, vocab_size: int) -> Head:
     if bias is not None and (not isinstance(bias, Tensor) or bias.shape != (rows,) or not bias.is_floating_point()):
         raise UserError(f"{name}: its head's bias is {_kind(bias)}: give a float tensor [{rows}], or None")
     if not _is_number(head.scale) or head.scale == 0:
-        raise UserError(f"{name}: its head's scale is {head.scale!r}: give a number other than 0")
+        raise UserError(f"{name}: its head's scale is {_shown(head.scale)}: give a number other than 0")
     if head.soft_cap is not None and not (_is_number(head.soft_cap) and head.soft_cap > 0):
-        raise UserError(f"{name}: its head's soft_cap is {head.soft_cap!r}: give a number above 0, or None")
+        raise UserError(f"{name}: its head's soft_cap is {_shown(head.soft_cap)}: give a number above 0, or None")
     return head
+
+
+def _check_memory(model: nn.Module, name: str) -> None:
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UserError(f"{name}: {path} is {_kind(tensor)}: give it values in the constructor")
+
+
+def _check_head_stays(head: Head, again: Head, name: str) -> None:
+    """Raise UserError for a head without values, or one that is another when it is asked for again."""
+    if not _has_values(head.weight_VD):
+        raise UserError(f"{name}: its head's weight is {_kind(head.weight_VD)}: give it values")
+    pairs = [(head.weight_VD, again.weight_VD), (head.bias_V, again.bias_V)]
+    for one, other in pairs:
+        if one is not other and (one is None or other is None or not torch.equal(one, other)):
+            raise UserError(f"{name}: its head is another one each time it is asked for (random, or a counter?)")
 
 
 def _check_size(hidden_BLD: Tensor, head: Head, name: str) -> None:
@@ -197,9 +227,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _has_values(tensor: Tensor) -> bool:
+    """Tell whether a tensor is dense, and more than a shape."""
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, (int, float, str)) else _kind(value)
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)} of {_type(value)}"
+        without = "" if _has_values(value) else " without memory" if value.is_meta else " that is sparse"
+        return f"a tensor {list(value.shape)} of {_type(value)}{without}"
     return "None" if value is None else f"a {type(value).__name__}"
 
 

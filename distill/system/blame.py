@@ -12,6 +12,7 @@ from types import CodeType
 from typing import Any
 
 from distill.errors import UserError
+from distill.system.interrupt import Interrupted
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OURS = tuple(f"{_ROOT / name}{os.sep}" for name in ("distill", "students", "teachers"))
@@ -57,8 +58,16 @@ def blamed(name: str) -> Iterator[None]:
         ) from error
 
 
+def failed(error: BaseException) -> bool:
+    """Tell whether an exception is no wish to stop. A native extension's panic is a failure, though no `Exception`."""
+    return not isinstance(error, (KeyboardInterrupt, Interrupted, GeneratorExit))
+
+
 def _what(error: BaseException) -> str:
-    text = str(error).strip()
+    try:
+        text = str(error).strip()
+    except Exception:  # of a class of theirs
+        text = ""
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 

@@ -86,7 +86,6 @@ CONSTRUCTORS: dict[str, dict[str, str]] = {
     "an option without a use": {"arguments": ", depth: int"},
     "weights without memory": {"last": "self.to('meta')"},
     "infinite weights": {"last": "self.tokens.weight.data.fill_(float('inf'))"},
-    "weights of 64 bits": {"last": "self.double()"},
     "a weight of whole numbers": {"last": "self.ids = nn.Parameter(torch.zeros(3).long())"},
     "no weights": {"after": "class Student(nn.Module):\n    def __init__(self, vocab_size: int): super().__init__()"},
     "missing package": {"module": "import no_such_package_here"},

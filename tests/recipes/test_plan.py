@@ -172,7 +172,9 @@ class Mine(torch.nn.Module):
         self.embedding = torch.nn.Embedding(vocab_size, 8)
         self.head = Head(self.embedding.weight)
     def body(self, input_ids, position_ids):
-        raise RuntimeError("not today")
+        if type(input_ids) is not torch.Tensor:  # one without memory
+            raise RuntimeError("not today")
+        return self.embedding(input_ids)
 """
 
 
