@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
+from tqdm import tqdm
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 P = ParamSpec("P")
@@ -82,6 +84,7 @@ def _serve(connection: Connection, parents: Connection, function: Callable[..., 
     parents.close()  # else it would never be closed
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    tqdm.set_lock(threading.RLock())  # the one of before is shared: killed while it holds it, a child stops the parent
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             args, kwargs = connection.recv()

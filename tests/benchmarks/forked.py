@@ -12,12 +12,14 @@ import json
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
@@ -92,6 +94,7 @@ class Children:
             words = os.open(self.logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(words, 1)
             os.dup2(words, 2)
+            tqdm.set_lock(threading.RLock())  # the one of before is shared: killed with it, a child stops all others
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             status = distill_here(*arguments)
         except (KeyboardInterrupt, Interrupted):  # before the command was under way, or behind its end

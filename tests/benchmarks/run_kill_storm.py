@@ -148,8 +148,10 @@ class Storm:
 
     def _kill(self, child: int, name: str, phase: str) -> signal.Signals | None:
         """Wait for a random instant of the phase and send a signal; None means that the process was done before."""
-        run, wanted = self._run(name), PHASES.index(phase)
+        run, wanted, deadline = self._run(name), PHASES.index(phase), time.monotonic() + forked.PATIENCE
         while not exited(child) and (here := where(run)) != END and PHASES.index(here) < wanted:
+            if time.monotonic() > deadline:
+                return None  # it hangs: whoever waits for its end kills it and says so
             time.sleep(0.0003)
         until = time.monotonic() + self.random.uniform(0, self.lengths.get(phase, 0.0))
         while time.monotonic() < until and not exited(child) and where(run) == phase:
@@ -189,7 +191,10 @@ class Storm:
     def _check_end(self, name: str, status: int, said: str, killed: signal.Signals | None) -> None:
         allowed = {0} if killed is None else {0, *BY_SIGNAL, -signal.SIGKILL}
         if status not in allowed or "Traceback" in said:
-            self.problems.append(f"{name}: exit status {status} after {killed}: {said[-2500:]}")
+            _, found, traceback = said.partition("Traceback")
+            self.problems.append(
+                f"{name}: exit status {status} after {killed}: {found + traceback[:2500] or said[-2500:]}"
+            )
 
     def _compare(self, name: str) -> None:
         found = artefacts(self._run(name), self.folder / "pages") if where(self._run(name)) == END else {}
