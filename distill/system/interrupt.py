@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class Interrupted(BaseException):
@@ -19,6 +23,8 @@ _received: set[int] = set()
 process may be sent SIGTERM because of the same Ctrl-C that reached it already.
 """
 _requeue = False
+_SECONDS_TO_LEAVE = 0.05
+"""Time in which a destructor has surely ended."""
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -30,6 +36,17 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signal.Signals(signum).name)
 
 
+def _send_again(lost: Any) -> None:
+    """Send a signal again whose exception Python would print and drop, as it does in destructors and callbacks."""
+    name = str(lost.exc_value)
+    if not isinstance(lost.exc_value, Interrupted) or name not in signal.Signals.__members__:
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(_SECONDS_TO_LEAVE, os.kill, (os.getpid(), signal.Signals[name]))
+    again.daemon = True
+    again.start()
+
+
 def install() -> None:
     """Take over Ctrl-C, SIGTERM and SIGHUP, in a job of SLURM also SIGUSR1, and forget signals that wait."""
     from distill.system import slurm  # here, because `distill --help` imports this file
@@ -37,6 +54,7 @@ def install() -> None:
     global _installed, _requeue
     _installed, _requeue = True, False
     _received.clear()
+    sys.unraisablehook = _send_again
     signal.signal(signal.SIGINT, _handle)
     signal.signal(signal.SIGTERM, _handle)
     # Whoever started the program with `nohup` does not want it to end with the terminal.
