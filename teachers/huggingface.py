@@ -29,7 +29,7 @@ def load_teacher(
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """Return the compute dtype. `auto` is bfloat16 on CUDA cards that have it, float16 on older ones, else float32."""
+    """Return the compute dtype. `auto` is the fastest one of the device."""
     if name != "auto" and name not in devices.DTYPES:
         raise ValueError(f"compute_dtype '{name}' is unknown (known: auto, {', '.join(devices.DTYPES)})")
     return devices.DTYPES[devices.compute_dtype(name, torch.device(device))]

@@ -151,7 +151,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     content: dict[str, Any] = {
         "corpus": {"path": str(folder / "corpus.jsonl"), "sequence_length": 48, "held_out": 0.2},
-        "teacher": {"model": str(save_teacher(folder / "teacher", texts)), "quantization": "none"},
+        "teacher": {
+            "model": str(save_teacher(folder / "teacher", texts)),
+            "quantization": "none",
+            "compute_dtype": "float32",
+        },
         "cache": {"batch_size": 4, "shard_samples": 8, "held_out_samples": 8},
         "student": {"class_path": "pruned", "options": {"layers": 2}},
         "evaluate": {"cost": False, "texts": 0},

@@ -50,7 +50,7 @@ class TeacherConfig:
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     """4-bit NF4 with double quantisation, 8-bit, or the checkpoint unquantised (bitsandbytes)."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of activations and unquantised weights; auto: the best the device can do."""
+    """Type of activations and unquantised weights; auto: the fastest one of the device, kept by later starts."""
     tokenizer: str | None = None
     """A tokenizer folder or a SentencePiece `.model` file; default: the model's own."""
     revision: str | None = None
@@ -164,8 +164,9 @@ class TrainConfig:
     """The micro-batch: samples of one forward pass on each device; halved when the device runs out of memory."""
     accumulate_grad_batches: Annotated[int, Between(1, 2**16)] = 1
     """Passes (micro-batches) of an optimiser step."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "bf16-mixed"
-    """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto"
+    """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone; auto: 32-true
+    or mixed, the fastest one of the device, kept by later starts."""
     rounding: Literal["auto", "nearest", "stochastic", "kahan"] = "auto"
     """bf16-true: rounding of steps smaller than a weight's last digit (auto: stochastic); kahan keeps a remainder."""
     optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit", "paged_adamw_8bit"] = "adamw"

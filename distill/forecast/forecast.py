@@ -8,6 +8,7 @@ import torch
 
 from distill.experiment.configuration import Experiment, TrainConfig
 from distill.experiment.folders import Folders
+from distill.experiment.precision import with_types_of_card
 from distill.experiment.training import roles
 from distill.forecast.ahead import student_sizes
 from distill.forecast.machine.calibration import kind_of
@@ -118,6 +119,7 @@ class Forecaster:
 
     def forecast(self, experiment: Experiment, phases: tuple[Phase, ...] = PHASES) -> Forecast:
         """Return the forecast. Raises UserError for models that are neither here nor known, or cannot be made."""
+        experiment = with_types_of_card(experiment, self.card.is_cuda, self.card.has_bf16)
         notes: list[str] = []
         failures: list[str] = []
         found: dict[Phase, list[Piece]] = {}
@@ -146,6 +148,7 @@ class Forecaster:
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
         """Return the device memory that a phase needs."""
+        experiment = with_types_of_card(experiment, self.card.is_cuda, self.card.has_bf16)
         peak = max(piece.simulation.peak_bytes for piece in self.simulator.pieces(experiment, phase, []))
         return peak + round(FRAGMENTATION * peak) + self._context_bytes()
 

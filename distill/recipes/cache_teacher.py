@@ -38,6 +38,7 @@ from distill.experiment.checks import check_held_out, check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
+from distill.experiment.precision import with_types_of_machine
 from distill.experiment.teacher import Teacher, open_samples
 from distill.forecast.ahead import check_student_ahead
 from distill.forecast.machine.cards import this_machine
@@ -63,6 +64,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     if cache.dir and is_url(cache.dir):
         raise UserError(f"cache.dir: {cache.dir}: a cache is made in a local folder; copy it there when it is finished")
     part = Part.parse(cache.part) if cache.part else None
+    experiment = with_types_of_machine(experiment, "teacher.compute_dtype")
     folders = Folders.of(experiment)
     is_new = not _is_begun(experiment, folders)
     if is_first_process() and (following or is_new):

@@ -11,6 +11,7 @@ from distill.errors import UserError
 from distill.experiment.checks import check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.file import to_dict
+from distill.experiment.precision import with_types_of_card, with_types_of_machine
 from distill.forecast.advice import Advice, advise, as_options
 from distill.forecast.ahead import check_student_ahead
 from distill.forecast.forecast import Forecast, Forecaster
@@ -39,11 +40,13 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     found = find_card(card) if card is not None else this_machine(pick_device(experiment.train.accelerator).type)
     if card is None:
         check_number(experiment.train.devices, pick_device(experiment.train.accelerator).type, "train.devices")
+    asked, experiment = experiment, _with_types(experiment, None if card is None else found)
     check_last_steps(experiment, kind_of(found))
     check_student_ahead(experiment, found)
     with Simulator(found) as simulator:
         forecaster = Forecaster(found, memory_limit(experiment), simulator=simulator)
         forecast = forecaster.forecast(experiment)
+        forecast.notes[:0] = _choices(asked, experiment)
         advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
         changed = forecaster.forecast(advice.experiment) if advice else None
     written = None
@@ -60,6 +63,23 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
     if forecast.failures:
         raise UserError("; ".join(forecast.failures))
     return 0 if forecast.fits and not shortages else DOES_NOT_FIT
+
+
+def _with_types(experiment: Experiment, card: Card | None) -> Experiment:
+    """Return the experiment with the types that its `auto` stands for: here, or on a card that is named."""
+    if card is None:
+        return with_types_of_machine(experiment)
+    return with_types_of_card(experiment, card.is_cuda, card.has_bf16)
+
+
+def _choices(asked: Experiment, experiment: Experiment) -> list[str]:
+    """Return a note for each type that was chosen."""
+    found = []
+    if asked.teacher.compute_dtype == "auto":
+        found.append(f"teacher.compute_dtype: auto takes {experiment.teacher.compute_dtype}")
+    if asked.train.precision == "auto":
+        found.append(f"train.precision: auto takes {experiment.train.precision}")
+    return found
 
 
 def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None, shortages: list[str]) -> None:

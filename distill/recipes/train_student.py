@@ -22,6 +22,7 @@ from distill.experiment.cache import check_cache_settings, open_cache
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
+from distill.experiment.precision import with_types_of_machine
 from distill.experiment.student import check_tokens, first_samples, make_student_to_train
 from distill.experiment.training import Role, check_training, make_module, roles, rounding_of, training_settings
 from distill.forecast.preflight import Preflight
@@ -52,9 +53,10 @@ from distill.training.watch import ProbeAgain, TellOfLostSteps, WarnOfFirstLoss
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     """Train the student and, if asked for, the control. `following` are phases that run next and must fit too."""
-    config = experiment.train
     if not is_first_process():
         be_quiet()
+    experiment = with_types_of_machine(experiment, "train.precision")
+    config = experiment.train
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     check_installed(config.loggers)
     check_callbacks(config.callbacks)

@@ -39,7 +39,7 @@ def calls(path: Path) -> Iterator[str]:
         ("DistillationModule", {"experiment/training.py"}),
         ("Manifest", {"experiment/cache.py", "cache/format/manifest.py"}),  # the second reads one
         ("open_corpus", {"experiment/teacher.py"}),
-        ("best_dtype", {"experiment/place.py", "models/devices.py"}),
+        ("dtype_of_card", {"experiment/place.py", "experiment/precision.py", "models/devices.py"}),
     ],
 )
 def test_each_object_is_made_in_one_place(made_by: str, files: set[str]) -> None:

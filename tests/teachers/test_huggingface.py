@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from distill.models import devices
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import full_weight, quantize_linears
 from teachers.huggingface import load_teacher, resolve_dtype
@@ -230,5 +231,6 @@ def test_the_compute_dtype_fits_the_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_it)
     assert resolve_dtype("auto", "cuda:0") is expected
-    assert resolve_dtype("auto", "cpu") is torch.float32
+    monkeypatch.setattr(devices, "bfloat16_speed", lambda: 2.0 if has_it else 0.5)
+    assert resolve_dtype("auto", "cpu") is (torch.bfloat16 if has_it else torch.float32)
     assert resolve_dtype("float16", "cpu") is torch.float16

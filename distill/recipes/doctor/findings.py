@@ -69,7 +69,7 @@ def _of_card(facts: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "note",
             f"{device['name']} has no bfloat16",
-            "--train.precision 16-mixed; the teacher computes in float16 by itself",
+            "nothing to do: with auto the teacher computes in float16, and the training is 16-mixed",
         )
     held = device["memory_bytes"] - device["free_bytes"]
     if held > max(0.1 * device["memory_bytes"], 1e9):
