@@ -22,11 +22,9 @@ class ShowProgress(pl.Callback):
         self.progress.total = int(trainer.estimated_stepping_batches)
         self.progress.start(done=self._step)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         values = {
-            "loss": f"{trainer.callback_metrics['loss']:.3f}" if "loss" in trainer.callback_metrics else "-",
+            "loss": "-" if pl_module.last_loss is None else f"{pl_module.last_loss:.3f}",
             "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.1e}",
         }
         if torch.cuda.is_available():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -77,6 +79,18 @@ class Samples(Dataset[Record | None]):
         return batch if self.vocabulary is None else trim_batch(batch, self.vocabulary)[0]
 
 
+class ReadAhead(DataLoader):
+    """A loader whose next batch a thread reads and decodes while the caller computes with this one."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            following = thread.submit(next, batches, None)
+            while (batch := following.result()) is not None:
+                following = thread.submit(next, batches, None)
+                yield batch
+
+
 class CacheDataModule(pl.LightningDataModule):
     """Batches of a cache.
 
@@ -125,7 +139,7 @@ class CacheDataModule(pl.LightningDataModule):
 
     def _loader(self, reader: CacheReader, order: EpochPermutation, num_workers: int) -> DataLoader:
         samples = Samples(reader, self.vocabulary)
-        return DataLoader(
+        return (DataLoader if num_workers else ReadAhead)(
             samples,
             batch_size=order.batch_size,
             sampler=order,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill.errors import UserError
 from distill.system.progress import say
@@ -23,17 +23,17 @@ class NonFinite:
     skipped: int = 0
     in_a_row: int = 0
 
-    def step_is_fine(self, loss: Tensor, norm: Tensor | None, student: nn.Module, step: int) -> bool:
+    def step_is_fine(self, loss: float, norm: float | None, student: nn.Module, step: int) -> bool:
         """Return False for a step to leave out. Raise UserError for one that must not go on.
 
         `norm` is that of all gradients; None leaves them to the scaler of float16. A norm can also overflow where no
         gradient does.
         """
-        if not torch.isfinite(loss):
-            return self._found(f"the loss is {float(loss)}", step)
+        if not math.isfinite(loss):
+            return self._found(f"the loss is {loss}", step)
         if norm is None:
             return True
-        if torch.isfinite(norm):
+        if math.isfinite(norm):
             self.in_a_row = 0
             return True
         gradients = ((name, parameter.grad) for name, parameter in student.named_parameters())

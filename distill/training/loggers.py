@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from distill.errors import UserError
 from distill.system.files import make_folder, names_only
-from distill.system.processes import is_first_process
+from distill.system.rank import is_first_process
 
 PROJECT = "distill"
 """Name under which the services file the trainings, unless their own environment variables say otherwise."""

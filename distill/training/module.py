@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from distill.cache.reading.batches import Batch
+from distill.cache.reading.batches import Batch, moved
 from distill.errors import UserError
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.features import feature_distance
@@ -93,6 +93,8 @@ class DistillationModule(pl.LightningModule):
         """Context in which head and loss run. A forecast marks their tensors in it."""
         self.steps_begun = 0
         """Steps that were begun, including those left out."""
+        self.last_loss: float | None = None
+        """Loss of the last step that was not left out."""
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Leave the batch on the host, because only the micro-batch of a pass needs to be on the device."""
@@ -108,8 +110,8 @@ class DistillationModule(pl.LightningModule):
 
         # Count. The loss is a mean over the positions of all passes on all devices. Their number is known before the
         # first pass, so each pass is divided by it, and nothing is corrected later.
-        positions = float(self._summed(batch.loss_mask_BL.sum().float()))
-        tokens = float(self._summed(batch.loss_mask_BL.any(1).sum().float())) * batch.input_ids_BL.shape[1]
+        positions, samples = self._counted(batch)
+        tokens = samples * batch.input_ids_BL.shape[1]
 
         # Passes: forward and backward of a micro-batch each. The gradients add up in place.
         while positions:
@@ -117,7 +119,7 @@ class DistillationModule(pl.LightningModule):
                 self._seed(1 + self.global_rank)  # dropout differs between devices
                 losses = torch.zeros(2, device=self.device)
                 for micro_batch in self._micro_batches(batch):
-                    losses += self._pass(micro_batch.to(self.device), positions, tokens)
+                    losses += self._pass(micro_batch, positions, tokens)
                 break
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -132,13 +134,15 @@ class DistillationModule(pl.LightningModule):
         if positions:
             # Sum over devices: once a step, after the passes of all devices have succeeded.
             sum_gradients(self)
-            loss, auxiliary = self._summed(losses)
-            norm = gradient_norm(self, optimizer.optimizer) / scale
-            # Guard. Under float16 the scaler looks at the gradients itself.
+            scaled_norm = gradient_norm(self, optimizer.optimizer)
+            # Guard. Here alone the host waits for the device: a step that is not finite must not reach the weights.
+            # Under float16 the scaler looks at the gradients itself.
+            loss, auxiliary, norm = torch.stack([*self._summed(losses), scaled_norm / scale]).tolist()
             if self.non_finite.step_is_fine(loss, None if scaler else norm, self.student, self.steps_begun):
+                self.last_loss = loss
                 self._log_step(loss, auxiliary, norm)
                 if self.gradient_clip:
-                    torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip * scale, norm * scale)
+                    torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip * scale, scaled_norm)
                 self._seed(0)  # stochastic rounding is the same on all devices
                 optimizer.step()
                 if scaler is not None:  # after an overflow the scaler left the step out, and lowered its scale
@@ -147,7 +151,10 @@ class DistillationModule(pl.LightningModule):
         scheduler.step()
 
     def _pass(self, micro_batch: Batch, positions: float, tokens: float) -> Tensor:
-        """Run forward and backward; return the pass's share of the step's loss, and of that the auxiliary loss."""
+        """Run forward and backward; return the pass's share of the step's loss, and of that the auxiliary loss.
+
+        `micro_batch` is on the host.
+        """
         loss, auxiliary = self._losses(micro_batch, self._objective())
         auxiliary = auxiliary / tokens
         loss = loss / positions + auxiliary
@@ -191,13 +198,18 @@ class DistillationModule(pl.LightningModule):
         what = f"out of memory{where}; from here on {self.micro_batch} samples a forward pass"
         say(f"step {self.steps_begun}: {what}", by_any=True)
 
-    def _losses(self, batch: Batch, objective: Mixture) -> tuple[Tensor, Tensor]:
+    def _losses(self, on_host: Batch, objective: Mixture) -> tuple[Tensor, Tensor]:
         """Return the sum of the loss over the batch's positions, and the student's auxiliary loss (0 without one)."""
-        target = self._target(batch)
+        # Sizes that follow from values, such as the number of positions, are found on the host: it would wait for the
+        # device to tell them.
+        target = self._target(on_host)
+        positions_N = on_host.loss_mask_BL.flatten().nonzero().squeeze(1).to(self.device, non_blocking=True)
+        inputs = (on_host.input_ids_BL, on_host.position_ids_BL)
+        ids_BL, positions_BL = (tensor.to(self.device, non_blocking=True) for tensor in inputs)
         with self.saved_activations(self.student):
-            output = self.student.body(batch.input_ids_BL, batch.position_ids_BL)
+            output = self.student.body(ids_BL, positions_BL)
         hidden_BLD, auxiliary = split_output(output)
-        hidden_ND = hidden_BLD[batch.loss_mask_BL]
+        hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
         head = self.student.head.with_rows(self.vocab_size)
         with self.loss_context():
             loss = fused_loss(hidden_ND, head, target, objective, self.chunk_size)
@@ -210,21 +222,31 @@ class DistillationModule(pl.LightningModule):
         if auxiliary is None:
             return loss, torch.zeros_like(loss)
         # A pass without loss only joins the other devices' collectives; its sample counts nothing.
-        return loss, auxiliary.to(loss.dtype) * bool(batch.loss_mask_BL.any())
+        return loss, auxiliary.to(loss.dtype) * bool(on_host.loss_mask_BL.any())
 
-    def _target(self, batch: Batch) -> ChunkTarget:
-        true_ids_N, targets = next_ids(batch.input_ids_BL, batch.loss_mask_BL), batch.targets
+    def _target(self, on_host: Batch) -> ChunkTarget:
+        """Return the targets of a batch on the host, on the device."""
+        true_ids_N, targets = next_ids(on_host.input_ids_BL, on_host.loss_mask_BL), on_host.targets
         if isinstance(targets, HiddenTargets):
             assert self.teacher_head is not None, "a cache of hidden states comes with the teacher's head"
-            self.teacher_head = self.teacher_head.to(targets.hidden_ND.device)
-            return DenseChunk(targets.hidden_ND, self.teacher_head, true_ids_N, self.objective.temperature)
-        return SparseChunk(*targets.padded(), batch.entropy_N, true_ids_N, targets.rest_N)
+            self.teacher_head = self.teacher_head.to(self.device)
+            hidden_ND, true_ids_N = (
+                each.to(self.device, non_blocking=True) for each in (targets.hidden_ND, true_ids_N)
+            )
+            return DenseChunk(hidden_ND, self.teacher_head, true_ids_N, self.objective.temperature)
+        return moved(SparseChunk(*targets.padded(), on_host.entropy_N, true_ids_N, targets.rest_N), self.device)
+
+    def _counted(self, batch: Batch) -> tuple[float, float]:
+        """Return the positions with loss, and the samples that have any, of all devices."""
+        counts = torch.stack([batch.loss_mask_BL.sum(), batch.loss_mask_BL.any(1).sum()])
+        positions, samples = (counts if self.trainer.world_size == 1 else self._summed(counts.float())).tolist()
+        return float(positions), float(samples)
 
     def _summed(self, sums: Tensor) -> Tensor:
         """Return the sum over all devices."""
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
 
-    def _log_step(self, loss: Tensor, auxiliary: Tensor, norm: Tensor) -> None:
+    def _log_step(self, loss: float, auxiliary: float, norm: float) -> None:
         """Log the step now. Lightning's own way is after all callbacks, and so after the step's checkpoint.
 
         A training that was stopped or killed between the two would go on behind the step, and its curve lack it.
@@ -238,8 +260,7 @@ class DistillationModule(pl.LightningModule):
             self.log(name, value, prog_bar=name == "loss", logger=False)
         if self.steps_begun % trainer.log_every_n_steps == 0:
             for logger in trainer.loggers:
-                numbers = {name: float(value) for name, value in values.items()}
-                logger.log_metrics({"epoch": self.current_epoch, **numbers}, step=self.steps_begun - 1)
+                logger.log_metrics({"epoch": self.current_epoch, **values}, step=self.steps_begun - 1)
                 logger.save()
 
     @torch.no_grad()
@@ -254,7 +275,7 @@ class DistillationModule(pl.LightningModule):
             for on_host in (micro_batch for batch in batches for micro_batch in self._micro_batches(batch)):
                 micro_batch = on_host.to(self.device)
                 hidden_BLD = hidden_states(self.student, micro_batch.input_ids_BL, micro_batch.position_ids_BL)
-                hidden_ND, target = hidden_BLD[micro_batch.loss_mask_BL], self._target(micro_batch)
+                hidden_ND, target = hidden_BLD[micro_batch.loss_mask_BL], self._target(on_host)
                 head = self.student.head.with_rows(self.vocab_size)
                 losses = [fused_loss(hidden_ND, head, target, one, self.chunk_size).float() for one in divergences]
                 counts = on_host.surprisal_N.sum(), on_host.loss_mask_BL.sum().float()

@@ -42,6 +42,7 @@ def maker() -> Callable[..., Callable[[], DistillationModule]]:
         step_in_backward: bool = False,
         vocab_size: int = VOCABULARY,
         device_type: str | None = None,
+        is_scaled: bool = False,
         **options: Any,
     ) -> Callable[[], DistillationModule]:
         def make_module() -> DistillationModule:
@@ -64,7 +65,8 @@ def maker() -> Callable[..., Callable[[], DistillationModule]]:
 
         def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
             settings: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
-            made = make_optimizer(module, name=optimizer, rounding=rounding, device_type=device_type, **settings)
+            kind: dict[str, Any] = {"name": optimizer, "rounding": rounding, "device_type": device_type}
+            made = make_optimizer(module, **kind, is_scaled=is_scaled, **settings)
             return StepInBackward(made, module) if step_in_backward else made
 
         return make_module

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from distill.training.data import CacheDataModule, EpochPermutation
+from distill.errors import UserError
+from distill.training.data import CacheDataModule, EpochPermutation, ReadAhead
 
 
 def order(size: int, seed: int, epoch: int) -> list[int]:
@@ -84,3 +87,30 @@ def test_lightning_goes_through_all_samples_in_a_new_order_each_epoch() -> None:
 
 def test_held_out_samples_come_in_their_own_order() -> None:
     assert watch(0, Numbers()).held_out == [*range(13)] * 3
+
+
+class Asked(Dataset[int]):
+    """Ten samples, which tell when one of the second batch is read; the last one is damaged."""
+
+    def __init__(self) -> None:
+        self.second = threading.Event()
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index >= 2:
+            self.second.set()
+        if index == 9:
+            raise UserError("sample 9 cannot be read")
+        return index
+
+
+def test_the_next_batch_is_read_while_the_caller_has_this_one() -> None:
+    samples = Asked()
+    batches = iter(ReadAhead(samples, batch_size=2))
+    assert next(batches).tolist() == [0, 1]
+    assert samples.second.wait(30), "nobody has asked for the second batch"
+    assert [next(batches).tolist() for _ in range(3)] == [[2, 3], [4, 5], [6, 7]]
+    with pytest.raises(UserError, match="sample 9"):
+        next(batches)

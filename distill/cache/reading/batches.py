@@ -6,7 +6,7 @@ Shapes: B batch, L sequence length, N positions with loss in the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
-        return cast(Batch, _moved(self, device))
+        return moved(self, device)
 
     def rows(self, start: int, stop: int) -> Batch:
         """Return some of the samples, with their targets."""
@@ -89,8 +89,15 @@ def _nats(steps: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(steps).astype(np.float32) * np.float32(SCALAR_STEP))
 
 
+T = TypeVar("T")
+
+
+def moved(value: T, device: torch.device) -> T:
+    """Return a dataclass of tensors (and of such dataclasses) on another device."""
+    return cast(T, _moved(value, device))
+
+
 def _moved(value: Any, device: torch.device) -> Any:
-    """Move a dataclass of tensors (and of such dataclasses) to another device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if value is None:

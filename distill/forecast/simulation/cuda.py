@@ -35,11 +35,11 @@ class Functions(TorchFunctionMode):
 def optimizer_on_cuda(make: Callable[[nn.Module], torch.optim.Optimizer], module: nn.Module) -> torch.optim.Optimizer:
     """Make an optimiser that allocates as on a CUDA device.
 
-    torch's optimisers take all parameters at once there, with a temporary as large as all of them.
+    torch's optimisers that are not fused take all parameters at once there, with a temporary as large as all of them.
     """
     optimizer = make(module)
     for group in optimizer.param_groups:
-        if "foreach" in group:
+        if "foreach" in group and not group.get("fused"):
             group["foreach"] = True
     if isinstance(optimizer, StepInBackward) and getattr(optimizer.optimizer, "is_paged", False):
         optimizer.optimizer = _Paged(optimizer.param_groups)

@@ -25,6 +25,7 @@ def make_optimizer(
     betas: tuple[float, float],
     rounding: Rounding | Literal["auto"] = "nearest",
     device_type: str | None = None,
+    is_scaled: bool = False,
 ) -> torch.optim.Optimizer:
     """Make AdamW over the trainable parameters of `module`, on their device (a forecast takes it to be `device_type`).
 
@@ -34,6 +35,9 @@ def make_optimizer(
     rounding does not matter. bfloat16 weights lose updates smaller than half their last digit, 0.2 to 0.4 percent,
     unless these are rounded at random (`stochastic`, from torch's global generator) or kept beside the weight (`kahan`,
     two bytes a weight).
+
+    `adamw` updates all weights in one kernel on a CPU and on CUDA. Not so where gradients are scaled (`is_scaled`, by
+    the scaler of float16): that kernel would undo the scale by itself, after callbacks have looked at the gradients.
 
     All state is tensors and numbers, so a checkpoint is read with `torch.load(weights_only=True)` and resumes bitwise.
     Raises UserError for combinations that do not exist and for libraries that are not there.
@@ -56,7 +60,7 @@ def make_optimizer(
 
         return FusedAdamW8bit(groups, **settings)
     if name == "adamw" and rounding == "nearest":
-        return torch.optim.AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, **settings, fused=device_type in ("cpu", "cuda") and not is_scaled)
     return ChunkedAdamW(groups, **settings, rounding=rounding, moment_bits=MOMENT_BITS[name])
 
 
