@@ -40,6 +40,7 @@ def measure_cost(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     weight_files: Iterable[Path] = (),
+    with_memory: bool = True,
 ) -> dict[str, Any]:
     """Measure the speed and memory of `model`, which is in evaluation mode on `device`.
 
@@ -47,7 +48,8 @@ def measure_cost(
     * `weight_bytes`: bytes of parameters and buffers as they lie in memory, see `weight_bytes`
     * `peak_bytes`: `weight_bytes` plus the most bytes of other tensors at one time, while the largest of the batches
       that fit reads all its tokens but one and then writes one. The count is the same on every device: it sees
-      everything that torch's operators return, but neither scratch inside an operator nor the reserve of an allocator
+      everything that torch's operators return, but neither scratch inside an operator nor the reserve of an allocator.
+      It is the same in every round, and absent unless `with_memory`
     * `prefill`, `decode`: tokens a second at each batch size (a string) for reading prompts and for writing after them,
       the median of several prompts or steps after a warm-up; None for a batch that does not fit in memory
     * `kv_cache`: True if a token is written without reading the text before it again
@@ -64,7 +66,11 @@ def measure_cost(
     generator = torch.Generator().manual_seed(0)
     size = (max(batch_sizes), prompt_tokens + new_tokens)
     ids_BL = torch.randint(0, vocab_size, size, generator=generator).to(device)
-    for batch_size in sorted(batch_sizes, reverse=True):  # the first that fits; it warms the others up
+    if not with_memory:
+        _if_it_fits(lambda rows: _read(model, rows, vocab_size), ids_BL[: min(batch_sizes)])  # to warm up
+    for batch_size in (
+        sorted(batch_sizes, reverse=True) if with_memory else ()
+    ):  # the first that fits; it warms the others up
         grown = _if_it_fits(lambda rows: peak_growth(model, rows, vocab_size), ids_BL[:batch_size])
         if grown is not None:
             result["peak_bytes"] = result["weight_bytes"] + grown

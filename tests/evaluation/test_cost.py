@@ -63,6 +63,13 @@ def test_rates_are_tokens_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.lengths == [14, 15] + [*([10] * cost.REPEATS), 11, 12, 13, 14, 15] * 2
 
 
+def test_memory_is_measured_in_one_round_and_the_others_warm_up_with_the_smallest_batch() -> None:
+    model = Clocked()
+    found = measured(model, prompt_tokens=10, new_tokens=5, with_memory=False)
+    assert "peak_bytes" not in found and found["prefill"].keys() == {"1", "4"}
+    assert model.lengths[:2] == [14, 15]
+
+
 def test_a_slow_model_is_measured_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Clocked()
     monkeypatch.setattr(cost.time, "perf_counter", lambda: model.now)

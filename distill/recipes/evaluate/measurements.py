@@ -223,6 +223,7 @@ class Cost(Measurement):
     def __init__(self, experiment: Experiment, teacher: Teacher) -> None:
         self.batch_sizes, self.device = experiment.evaluate.cost_batch_sizes, teacher.device
         self.dtype: torch.dtype = getattr(torch, teacher.compute_dtype)
+        self._weighed: set[str] = set()
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -232,12 +233,15 @@ class Cost(Measurement):
     def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
         if subject.name != "teacher":
             loaded.model.to(self.dtype)
+        is_first = subject.name not in self._weighed
+        self._weighed.add(subject.name)
         return cost.measure_cost(
             loaded.model,
             vocab_size=loaded.vocab_size,
             device=self.device,
             batch_sizes=self.batch_sizes,
             weight_files=subject.weights,
+            with_memory=is_first,
         )
 
     def join(self, entries: list[Any]) -> Any:
