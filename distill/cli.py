@@ -17,8 +17,9 @@ from typing import Any
 from distill import __version__, folder_commands
 from distill.errors import UserError, did_you_mean, first_line
 from distill.system import interrupt
-from distill.system.progress import visible
+from distill.system.progress import say, visible
 from distill.system.quiet import quiet_command
+from distill.system.rank import is_first_process
 
 EXPERIMENT_COMMANDS = {
     "cache-teacher": "phase 1: the teacher reads the corpus once, its answers go to disk",
@@ -183,6 +184,8 @@ def _run_steps(command: str, path: str, overrides: list[str]) -> int:
     global _run_folder
     _run_folder = Path(experiment.run_dir)
     quiet_command()
+    if is_first_process() and _PART_OF_A_RUN not in os.environ:
+        say(f"distill {command}: {path}, results in {experiment.run_dir}")  # what follows takes seconds to import
     if command == "run" or slurm.is_restarted():
         # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
         experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))

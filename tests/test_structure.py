@@ -53,6 +53,7 @@ LIGHT = (
     "distill.experiment.file",
     "distill.system.interrupt",
     "distill.system.quiet",
+    "distill.system.rank",
 )
 HEAVY = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "numpy", "safetensors"}
 

@@ -16,9 +16,10 @@ from distill.errors import UserError
 from distill.experiment import settings
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.experiment.training import roles
+from distill.experiment.roles import roles
 from distill.models import devices
 from distill.system.progress import say
+from distill.system.rank import is_first_process
 
 PRECISIONS = {"bfloat16": "bf16-mixed", "float16": "16-mixed", "float32": "32-true"}
 """Lightning's precision of a training that computes in a type. Its weights stay float32."""
@@ -95,7 +96,9 @@ def _reason(experiment: Experiment) -> str:
 def _recorded_dtype(experiment: Experiment) -> str | None:
     """Return the type of the teacher whose answers the run has, or None."""
     folder = Folders.of(experiment).cache
-    if (folder / MANIFEST).is_file() and not is_unused(folder) and not experiment.cache.overwrite:
+    # The first of several processes has begun the cache that the others find.
+    counts = not is_first_process() or not (experiment.cache.overwrite or is_unused(folder))
+    if counts and (folder / MANIFEST).is_file():
         return _dtype_of(read_manifest(folder).fingerprints)
     return next((_dtype_of(found["cache"]["fingerprints"]) for found in _trainings(experiment)), None)
 

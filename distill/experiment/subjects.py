@@ -18,9 +18,9 @@ from distill.experiment.cache import packing_fingerprint
 from distill.experiment.checks import check_model, offered_options
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
+from distill.experiment.roles import Role, own_settings, roles
 from distill.experiment.student import FirstSamples, make_student
 from distill.experiment.teacher import Teacher
-from distill.experiment.training import Role, own_settings, roles
 from distill.models.checkpoints import weight_files
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.models.vocabulary import Vocabulary

@@ -9,7 +9,7 @@ import torch
 from distill.experiment.configuration import Experiment, TrainConfig
 from distill.experiment.folders import Folders
 from distill.experiment.precision import with_types_of_card
-from distill.experiment.training import roles
+from distill.experiment.roles import roles
 from distill.forecast.ahead import student_sizes
 from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine

@@ -16,9 +16,10 @@ from distill.errors import UserError, did_you_mean
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.place import Place
+from distill.experiment.roles import Role
 from distill.experiment.student import check_tokens, make_student, make_student_to_train
 from distill.experiment.teacher import Teacher
-from distill.experiment.training import Role, make_module
+from distill.experiment.training import make_module
 from distill.forecast.machine.cards import Card
 from distill.forecast.published import published_models
 from distill.models import checkpoints, tokenizers

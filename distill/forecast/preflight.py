@@ -22,8 +22,8 @@ from distill.models.devices import pick_device
 from distill.system import ledger
 from distill.system.files import read_bounded
 from distill.system.memory import held_memory
-from distill.system.processes import is_first_process
 from distill.system.progress import say
+from distill.system.rank import is_first_process
 from distill.system.units import duration, size
 
 FILE = "forecast.json"

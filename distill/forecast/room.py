@@ -14,7 +14,7 @@ from distill.cache.format.part import Part
 from distill.cache.reading.storage import is_url
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.experiment.training import roles
+from distill.experiment.roles import roles
 from distill.system.units import parse_size, size
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, Subset
 
 from distill.cache.format import version1
@@ -18,10 +17,7 @@ from distill.cache.format.leftovers import is_unused
 from distill.cache.format.part import Part
 from distill.cache.format.token_order import TokenOrder, save_order
 from distill.cache.format.tokenizer_files import save_tokenizer
-from distill.cache.making.budget import SizeProbe
 from distill.cache.making.parts import claim_part
-from distill.cache.making.predict import TeacherModule
-from distill.cache.making.processes import ShardShares, make_trainer, predict
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.storage import is_url
 from distill.cache.reading.verify import shards_of
@@ -34,22 +30,24 @@ from distill.experiment.cache import (
     with_budgeted_threshold,
     with_order_of,
 )
-from distill.experiment.checks import check_held_out, check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.teacher import Teacher, open_samples
-from distill.forecast.ahead import check_student_ahead
 from distill.forecast.machine.cards import this_machine
-from distill.forecast.preflight import Preflight
 from distill.models import devices
 from distill.system import interrupt, ledger, units
 from distill.system.locks import cannot_write, sole_writer
-from distill.system.processes import is_first_process
 from distill.system.progress import Progress, be_quiet, say
+from distill.system.rank import is_first_process
 from distill.system.units import parse_duration, parse_size
 from distill.targets.schemes import VarOpt
+
+if TYPE_CHECKING:  # by statement these take seconds, which a finished cache does not need
+    import lightning.pytorch as pl
+
+    from distill.cache.making.predict import TeacherModule
 
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
@@ -67,6 +65,71 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     experiment = with_types_of_machine(experiment, "teacher.compute_dtype")
     folders = Folders.of(experiment)
     is_new = not _is_begun(experiment, folders)
+    if not is_new and cache.devices * cache.num_nodes == 1:
+        work = _Work.of(experiment, folders, Teacher(experiment, Place.of(experiment)), part)
+        if _is_of_version_1(experiment, folders):
+            work.describe()
+            return _accept_version_1(folders, work.manifest)
+        with sole_writer(folders.cache):
+            if not work.missing() and not _lacks_head(folders, work.manifest):
+                work.describe()
+                work.say_complete()
+                return 0
+    return _make(experiment, folders, part, deadline, following)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The cache that the experiment asks for: its text, its manifest, and the shards that this command makes."""
+
+    experiment: Experiment
+    folders: Folders
+    teacher: Teacher
+    samples: SampleSets
+    order: TokenOrder
+    manifest: Manifest
+    part: Part | None
+    shards: range
+
+    @classmethod
+    def of(cls, experiment: Experiment, folders: Folders, teacher: Teacher, part: Part | None) -> _Work:
+        """Open the corpus, and find the threshold of a budget."""
+        samples = open_samples(experiment, teacher)
+        order = make_token_order(experiment, teacher, samples)
+        experiment = _within_budget(experiment, folders, teacher, samples, order)
+        manifest = make_manifest(experiment, teacher, samples, order)
+        if _is_begun(experiment, folders):
+            manifest = with_order_of(manifest, read_manifest(folders.cache))
+        shards = part.shards(manifest.shards) if part else range(manifest.shards)
+        return cls(experiment, folders, teacher, samples, order, manifest, part, shards)
+
+    def missing(self) -> list[int]:
+        """Begin the folder, or open it, and return the shards to make."""
+        folder = self.folders.cache
+        overwrite = self.experiment.cache.overwrite or is_unused(folder)
+        writer = CacheWriter(folder, self.manifest, overwrite=overwrite)
+        claim_part(folder, self.part)
+        save_tokenizer(folder, self.teacher.tokenizer)
+        save_order(folder, self.order)
+        return [shard for shard in writer.missing() if shard in self.shards]
+
+    def describe(self) -> None:
+        """Tell the teacher and the corpus."""
+        _describe(self.experiment, self.manifest, self.samples)
+
+    def say_complete(self) -> None:
+        say(f"cache: {_name(self.folders, self.part)} is complete ({len(self.shards)} shards); nothing to do")
+
+
+def _make(
+    experiment: Experiment, folders: Folders, part: Part | None, deadline: float, following: tuple[str, ...]
+) -> int:
+    """Make the cache, or its missing shards, as one of the job's processes."""
+    from distill.cache.making.processes import make_trainer
+    from distill.forecast.ahead import check_student_ahead
+    from distill.forecast.preflight import Preflight
+
+    cache, is_new = experiment.cache, not _is_begun(experiment, folders)
     if is_first_process() and (following or is_new):
         _check_ahead(experiment, following)
     make_run_folder(folders)
@@ -81,34 +144,23 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
             check_student_ahead(experiment, this_machine("cuda" if preflight.device.type == "cuda" else "cpu"))
         preflight.check()  # before a teacher of many gigabytes is fetched
     teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
-    samples = open_samples(experiment, teacher)
-    order = make_token_order(experiment, teacher, samples)
-    experiment = _within_budget(experiment, folders, teacher, samples, order)
-    manifest = make_manifest(experiment, teacher, samples, order)
-    if _is_begun(experiment, folders):
-        manifest = with_order_of(manifest, read_manifest(folders.cache))
-    _describe(experiment, manifest, samples)
+    work = _Work.of(experiment, folders, teacher, part)
+    work.describe()
     if _is_of_version_1(experiment, folders):
-        return _accept_version_1(folders, manifest)
-    shards = part.shards(manifest.shards) if part else range(manifest.shards)
+        return _accept_version_1(folders, work.manifest)
     # The process of rank 0 holds the folder for all of them, and opens it before they do.
     with sole_writer(folders.cache) if trainer.is_global_zero else contextlib.nullcontext():
         if trainer.is_global_zero:
-            overwrite = cache.overwrite or is_unused(folders.cache)
-            writer = CacheWriter(folders.cache, manifest, overwrite=overwrite)
-            claim_part(folders.cache, part)
-            save_tokenizer(folders.cache, teacher.tokenizer)
-            save_order(folders.cache, order)
-            missing = [shard for shard in writer.missing() if shard in shards]
-            if not missing and not _lacks_head(folders, manifest):
-                say(f"cache: {_name(folders, part)} is complete ({len(shards)} shards); nothing to do")
+            missing = work.missing()
+            if not missing and not _lacks_head(folders, work.manifest):
+                work.say_complete()
                 return 0
-            if len(missing) < len(shards):
-                say(f"cache: {len(shards) - len(missing)} of {len(shards)} shards are there; continuing")
-        elif _is_finished(folders, manifest, shards):
+            if len(missing) < len(work.shards):
+                say(f"cache: {len(work.shards) - len(missing)} of {len(work.shards)} shards are there; continuing")
+        elif _is_finished(folders, work.manifest, work.shards):
             return 0
         with preflight, ledger.phase(folders.run, "cache-teacher"):
-            _predict(experiment, folders, teacher, samples, manifest, shards, trainer, deadline)
+            _predict(work, trainer, deadline)
     _summarise(folders, part)
     return 0
 
@@ -118,6 +170,8 @@ def _check_ahead(experiment: Experiment, following: tuple[str, ...]) -> None:
 
     A student that does not train here may train on a device that this machine lacks.
     """
+    from distill.experiment.last_steps import check_held_out, check_last_steps
+
     if "evaluate" in following:
         check_held_out(experiment)
     elif not experiment.corpus.held_out:
@@ -172,6 +226,8 @@ def _within_budget(
     begun = _is_begun(experiment, folders)
     if begun or (cache.bytes_per_token is None and cache.max_size is None):
         return with_budgeted_threshold(experiment, read_manifest(folders.cache)) if begun else experiment
+    from distill.cache.making.budget import SizeProbe
+
     manifest = make_manifest(experiment, teacher, samples, order)
     module = _teacher_module(experiment, teacher.load(), manifest)
     probe = SizeProbe(module, order, samples.train, manifest.splits["train"], cache.batch_size, teacher.device)
@@ -189,6 +245,8 @@ def _within_budget(
 
 
 def _teacher_module(experiment: Experiment, model: Any, manifest: Manifest) -> TeacherModule:
+    from distill.cache.making.predict import TeacherModule
+
     return TeacherModule(
         model,
         manifest.vocab_size,
@@ -232,34 +290,28 @@ def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -
         say(f"corpus: {left_out:,} documents left out ({samples.empty_documents} empty, others with no token to learn)")
 
 
-def _predict(
-    experiment: Experiment,
-    folders: Folders,
-    teacher: Teacher,
-    samples: SampleSets,
-    manifest: Manifest,
-    shards: range,
-    trainer: pl.Trainer,
-    deadline: float,
-) -> None:
-    cache = experiment.cache
-    splits, numbers = {"held_out": samples.held_out, "train": samples.train}, sample_numbers(manifest, samples)
+def _predict(work: _Work, trainer: pl.Trainer, deadline: float) -> None:
+    from distill.cache.making.processes import ShardShares, predict
+
+    folders, manifest = work.folders, work.manifest
+    splits = {"held_out": work.samples.held_out, "train": work.samples.train}
+    numbers = sample_numbers(manifest, work.samples)
     numbered: ConcatDataset = ConcatDataset([Subset(splits[name], numbers[name]) for name in SPLITS if numbers[name]])
-    model = teacher.load()
+    model = work.teacher.load()
     if trainer.is_global_zero and _lacks_head(folders, manifest):
         try:
             save_head(folders.cache, model.head.with_rows(manifest.vocab_size))
         except OSError as error:
             raise cannot_write(folders.cache, error) from None
-    module = _teacher_module(experiment, model, manifest)
+    module = _teacher_module(work.experiment, model, manifest)
     world = trainer.world_size
     title = f"cache-teacher, process 1 of {world}" if world > 1 else "cache-teacher"
     with Progress(title, total=0, unit="tokens") as progress, interrupt.deferred():
 
         def open_writer() -> CacheWriter:
-            return CacheWriter(folders.cache, manifest, batch_size=cache.batch_size)
+            return CacheWriter(folders.cache, manifest, batch_size=work.experiment.cache.batch_size)
 
-        predict(trainer, module, ShardShares(numbered, open_writer, shards, progress, deadline))
+        predict(trainer, module, ShardShares(numbered, open_writer, work.shards, progress, deadline))
 
 
 def _summarise(folders: Folders, part: Part | None) -> None:

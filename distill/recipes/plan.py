@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.experiment.checks import check_last_steps
 from distill.experiment.configuration import Experiment
 from distill.experiment.file import to_dict
+from distill.experiment.last_steps import check_last_steps
 from distill.experiment.precision import with_types_of_card, with_types_of_machine
 from distill.forecast.advice import Advice, advise, as_options
 from distill.forecast.ahead import check_student_ahead

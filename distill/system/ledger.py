@@ -15,6 +15,7 @@ from distill.system.energy import measure_energy
 from distill.system.interrupt import Interrupted
 from distill.system.memory import peak_memory, reset_peak_memory
 from distill.system.progress import say
+from distill.system.rank import is_first_process
 
 FILE = "costs.jsonl"
 _LIMIT = 64 << 20
@@ -32,10 +33,6 @@ def phase(run: Path, name: str, meters: Sequence[Meter] | None = None) -> Iterat
     torch held on one CUDA card), `joules` and `energy_source`. It does not include the memory of other processes: those
     of other devices and those that load data. A killed process leaves no line. Phases may be nested.
     """
-    from distill.system.processes import (
-        is_first_process,  # here, where Lightning is there already; reading does not need it
-    )
-
     if not is_first_process():
         yield
         return

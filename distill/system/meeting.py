@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch.distributed as dist
 
 from distill.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl  # by statement it takes seconds
 
 _SECONDS_OF_SILENCE = 3.0
 _POLL_SECONDS = 0.2

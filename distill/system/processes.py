@@ -9,24 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from distill.errors import UserError
 from distill.system import interrupt
 from distill.system.meeting import meeting
 
+if TYPE_CHECKING:
+    import lightning.pytorch as pl  # by statement it takes seconds
+
 _SECONDS_TO_STOP = 60.0
 _SECONDS_TO_AGREE = 5.0
 """Seconds in which the process of rank 0 meets the same error as another, if all meet it. Then it alone reports."""
 _SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def is_first_process() -> bool:
-    """Tell whether this process has rank 0, as far as it is known before there is a Trainer."""
-    return getattr(rank_zero_only, "rank", 0) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
 @contextlib.contextmanager

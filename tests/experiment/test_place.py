@@ -12,9 +12,10 @@ import torch
 
 from distill.experiment.file import load_experiment
 from distill.experiment.place import Place
+from distill.experiment.roles import roles
 from distill.experiment.student import make_student_to_train
 from distill.experiment.teacher import Teacher
-from distill.experiment.training import make_module, roles
+from distill.experiment.training import make_module
 from distill.forecast.simulation.fake import without_memory
 from distill.models.checkpoints import Checkpoint
 from distill.models.shapes import finder

@@ -60,18 +60,18 @@ def test_the_first_start_records_its_choice_and_another_machine_keeps_to_it(
     """Resuming, repairing and evaluating where float32 is faster goes on in the types of the first machine."""
     file = world.write(tmp_path / "a.yaml", **AUTO)
     speed(3.0)
-    said = distill("cache-teacher", file, *SMALL).done()
+    said = distill("cache-teacher", file, *SMALL).done().out
     assert "teacher.compute_dtype: auto takes bfloat16" in said and said.count("auto takes") == 1
     assert read_manifest(tmp_path / "run" / "cache").fingerprints["quantization"] == "none, bfloat16"
     speed(0.5)
-    assert "auto takes" not in distill("cache-teacher", file, *SMALL).done()
-    said = distill("train-student", file).done()
+    assert "auto takes" not in distill("cache-teacher", file, *SMALL).done().out
+    said = distill("train-student", file).done().out
     assert "train.precision: auto takes 32-true" in said and said.count("auto takes") == 1
     speed(3.0)
     settings = json.loads((tmp_path / "run" / "student" / "settings.json").read_text())
     assert settings["train"]["precision"] == "32-true"
-    assert "is trained; nothing to do" in distill("train-student", file).done()
-    assert "auto takes" not in distill("evaluate", file, "--evaluate.max_samples", "2").done()
+    assert "is trained; nothing to do" in distill("train-student", file).done().out
+    assert "auto takes" not in distill("evaluate", file, "--evaluate.max_samples", "2").done().out
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["experiment"]["train"]["precision"] == "32-true"
     assert result["fingerprints"]["quantization"] == result["experiment"]["teacher"]["compute_dtype"].join(
@@ -116,7 +116,7 @@ def test_a_training_on_several_machines_must_be_told(world: Any, distill: Any, s
 def test_a_plan_makes_the_same_choice(world: Any, distill: Any, speed: Any, tmp_path: Path) -> None:
     speed(3.0)
     file = world.write(tmp_path / "a.yaml", **AUTO)
-    said = distill("plan", file).done()
+    said = distill("plan", file).done().out
     assert "teacher.compute_dtype: auto takes bfloat16" in said and "train.precision: auto takes bf16-mixed" in said
-    said = distill("plan", file, "--card", "rtx-2060").done()
+    said = distill("plan", file, "--card", "rtx-2060").done().out
     assert "teacher.compute_dtype: auto takes float16" in said and "train.precision: auto takes 16-mixed" in said

@@ -28,8 +28,9 @@ from distill.experiment.configuration import (
     TrainConfig,
 )
 from distill.experiment.place import Place
+from distill.experiment.roles import roles
 from distill.experiment.student import make_student
-from distill.experiment.training import make_module, roles
+from distill.experiment.training import make_module
 from distill.forecast.machine.calibration import DEFAULTS, Efficiency, kind_of, speed
 from distill.forecast.machine.cards import Card, this_machine
 from distill.forecast.machine.disk import time_disk

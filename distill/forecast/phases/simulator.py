@@ -13,7 +13,8 @@ import torch
 from distill.errors import UserError, first_line
 from distill.experiment.cache import make_scheme
 from distill.experiment.configuration import Experiment
-from distill.experiment.training import check_training, roles
+from distill.experiment.roles import roles
+from distill.experiment.training import check_training
 from distill.forecast.child import Child
 from distill.forecast.machine.calibration import Efficiency, find, kind_of, speed
 from distill.forecast.machine.cards import Card

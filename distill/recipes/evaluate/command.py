@@ -10,14 +10,12 @@ import torch
 
 from distill.errors import UserError
 from distill.evaluation.statistics import mean_and_deviation, speculative
-from distill.experiment.checks import check_evaluation
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.experiment.teacher import Teacher, open_samples
-from distill.forecast.preflight import Preflight
 from distill.recipes.evaluate.measurements import Measurement, all_measurements
 from distill.recipes.evaluate.results import Results
 from distill.report.page import write_report
@@ -48,6 +46,10 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     if results.is_complete:
         say("evaluation: all is measured; nothing to do")
     else:
+        # Imported here, because these take seconds that an evaluation without work does not need.
+        from distill.experiment.last_steps import check_evaluation
+        from distill.forecast.preflight import Preflight
+
         check_evaluation(experiment)
         preflight = Preflight(experiment, "evaluate", following)
         with sole_writer(folders.run), preflight, ledger.phase(folders.run, "evaluate"):

@@ -1,10 +1,9 @@
-"""`distill train-student`: the student learns from the cache; a control, from the text alone."""
+"""The training of the student or a control, from existing checkpoints to the finished folder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,72 +17,35 @@ from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage
 from distill.errors import UserError
 from distill.experiment import settings
-from distill.experiment.cache import check_cache_settings, open_cache
 from distill.experiment.configuration import Experiment
-from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.folders import Folders
 from distill.experiment.place import Place
-from distill.experiment.precision import with_types_of_machine
-from distill.experiment.student import check_tokens, first_samples, make_student_to_train
-from distill.experiment.training import Role, check_training, make_module, roles, rounding_of, training_settings
-from distill.forecast.preflight import Preflight
-from distill.models.devices import check_number, pick_device
+from distill.experiment.roles import Role, rounding_of, training_settings
+from distill.experiment.student import first_samples, make_student_to_train
+from distill.experiment.training import make_module
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.models.vocabulary import Vocabulary, trim_head
 from distill.system import interrupt, ledger
 from distill.system.blame import blamed
-from distill.system.files import sole_writer
-from distill.system.processes import is_first_process, leave_if_not_first, together
-from distill.system.progress import Progress, be_quiet, say
-from distill.system.staging import recover
-from distill.system.units import parse_duration
+from distill.system.processes import leave_if_not_first, together
+from distill.system.progress import Progress, say
+from distill.system.rank import is_first_process
 from distill.targets.kl_name import kl_qualifier
 from distill.training.callbacks import ShowProgress
 from distill.training.checkpoints import BEST, KeepCheckpoints, is_whole, newest
 from distill.training.data import CacheDataModule
 from distill.training.held_out import MeasureHeldOut
-from distill.training.loggers import check_installed, make_loggers
+from distill.training.loggers import make_loggers
 from distill.training.parallel import is_sharded
 from distill.training.trainer import make_trainer
-from distill.training.user_callbacks import check_callbacks, make_callbacks
+from distill.training.user_callbacks import make_callbacks
 from distill.training.vocabulary import count_tokens, trim_batch
 from distill.training.watch import ProbeAgain, TellOfLostSteps, WarnOfFirstLoss
 
 
-def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
-    """Train the student and, if asked for, the control. `following` are phases that run next and must fit too."""
-    if not is_first_process():
-        be_quiet()
-    experiment = with_types_of_machine(experiment, "train.precision")
-    config = experiment.train
-    deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
-    check_installed(config.loggers)
-    check_callbacks(config.callbacks)
-    check_number(config.devices, pick_device(config.accelerator).type, "train.devices")
-    folders = Folders.of(experiment)
-    make_run_folder(folders)
-    storage = open_cache(experiment)
-    train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
-    check_cache_settings(experiment, train.manifest, storage.name)
-    check_training(experiment, train.manifest.scheme, len(held_out), pick_device(config.accelerator).type)
-    pending = [
-        training
-        for role in roles(experiment)
-        if not (training := _Training(role.own(experiment), folders, train, role)).is_done()
-    ]
-    if not pending:
-        return 0
-    check_tokens(experiment, Place.of(experiment), load_folder_tokenizer(checked_tokenizer(storage.folder)))
-    with Preflight(experiment, "train-student", following):
-        vocabulary = _vocabulary(experiment, storage, train, held_out)
-        for training in pending:
-            with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
-                training.fit(held_out, vocabulary, deadline)
-    return 0
-
-
-def _vocabulary(
+def kept_vocabulary(
     experiment: Experiment, storage: Storage, train: CacheReader, held_out: CacheReader
 ) -> Vocabulary | None:
     if experiment.student.vocabulary == "full":
@@ -106,7 +68,7 @@ def _mass(train: CacheReader, vocabulary: Vocabulary) -> str:
     return f"; it gives {float(dropped) / max(len(batch.entropy_N), 1):.2%} of its probability to the others"
 
 
-class _Training:
+class Training:
     """The training of one role, from existing checkpoints to the finished folder."""
 
     data: CacheDataModule
@@ -151,25 +113,6 @@ class _Training:
                 say(f"{name}: {module.non_finite.skipped} of {module.steps_begun} steps were left out (not finite)")
             self._save(self._handed_over(student), options)
         say(f"{name}: {self.folders.model(name)} after {time.monotonic() - started:,.0f} s")
-
-    def is_done(self) -> bool:
-        """Tell whether the model is finished. Raises UserError if the folder holds another one."""
-        folder = self.folders.model(self.role.name)
-        recover(folder)
-        if not folder.exists():
-            return False
-        if not (folder / settings.FILE).exists():
-            raise UserError(
-                f"{folder}: not a {self.role.name} that was finished here: choose another --run_dir, or remove it"
-            )
-        different = settings.differences(folder, self.settings)
-        if different:
-            raise UserError(
-                f"{folder} was trained with other settings ({'; '.join(different)}): "
-                f"choose another --run_dir, or remove {folder} and {self.checkpoints}"
-            )
-        say(f"{self.role.name}: {folder} is trained; nothing to do")
-        return True
 
     def _checkpoint_to_resume(self) -> Path | None:
         last = newest(self.checkpoints)

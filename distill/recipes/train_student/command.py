@@ -1,0 +1,94 @@
+"""`distill train-student`: the student learns from the cache; a control, from the text alone."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from distill.cache.format.tokenizer_files import checked_tokenizer
+from distill.cache.reading.reader import CacheReader
+from distill.cache.reading.storage import Storage
+from distill.errors import UserError
+from distill.experiment import settings
+from distill.experiment.cache import check_cache_settings, open_cache
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.place import Place
+from distill.experiment.precision import with_types_of_machine
+from distill.experiment.roles import Role, roles, training_settings
+from distill.experiment.student import check_tokens
+from distill.models.devices import check_number, pick_device
+from distill.models.tokenizers import load_folder_tokenizer
+from distill.system.files import sole_writer
+from distill.system.progress import be_quiet, say
+from distill.system.rank import is_first_process
+from distill.system.staging import recover
+from distill.system.units import parse_duration
+
+
+def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
+    """Train the student and, if asked for, the control. `following` are phases that run next and must fit too."""
+    if not is_first_process():
+        be_quiet()
+    experiment = with_types_of_machine(experiment, "train.precision")
+    config = experiment.train
+    deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
+    folders = Folders.of(experiment)
+    make_run_folder(folders)
+    storage = open_cache(experiment)
+    train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
+    check_cache_settings(experiment, train.manifest, storage.name)
+    pending = [role for role in roles(experiment) if not is_done(role, experiment, folders, train)]
+    if pending:
+        _train(experiment, folders, storage, train, held_out, pending, deadline, following)
+    return 0
+
+
+def is_done(role: Role, experiment: Experiment, folders: Folders, train: CacheReader) -> bool:
+    """Tell whether a model is finished. Raises UserError if the folder holds another one."""
+    folder = folders.model(role.name)
+    recover(folder)
+    if not folder.exists():
+        return False
+    if not (folder / settings.FILE).exists():
+        raise UserError(f"{folder}: not a {role.name} that was finished here: choose another --run_dir, or remove it")
+    different = settings.differences(folder, training_settings(role.own(experiment), role, train.manifest))
+    if different:
+        raise UserError(
+            f"{folder} was trained with other settings ({'; '.join(different)}): "
+            f"choose another --run_dir, or remove {folder} and {folders.checkpoints(role.name)}"
+        )
+    say(f"{role.name}: {folder} is trained; nothing to do")
+    return True
+
+
+def _train(
+    experiment: Experiment,
+    folders: Folders,
+    storage: Storage,
+    train: CacheReader,
+    held_out: CacheReader,
+    pending: list[Role],
+    deadline: float | None,
+    following: Any,
+) -> None:
+    # Imported here, because these take seconds that a finished training does not need.
+    from distill.experiment.training import check_training
+    from distill.forecast.preflight import Preflight
+    from distill.recipes.train_student.fit import Training, kept_vocabulary
+    from distill.training.loggers import check_installed
+    from distill.training.user_callbacks import check_callbacks
+
+    check_installed(experiment.train.loggers)
+    check_callbacks(experiment.train.callbacks)
+    device_type = pick_device(experiment.train.accelerator).type
+    check_number(experiment.train.devices, device_type, "train.devices")
+    check_training(experiment, train.manifest.scheme, len(held_out), device_type)
+    trainings = [Training(role.own(experiment), folders, train, role) for role in pending]
+    check_tokens(experiment, Place.of(experiment), load_folder_tokenizer(checked_tokenizer(storage.folder)))
+    with Preflight(experiment, "train-student", following):
+        vocabulary = kept_vocabulary(experiment, storage, train, held_out)
+        for training in trainings:
+            with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
+                training.fit(held_out, vocabulary, deadline)
