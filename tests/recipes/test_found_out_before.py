@@ -185,7 +185,7 @@ def test_more_cards_than_there_are(
 ) -> None:
     """Two of this machine's: the card is imagined, and refused before it is touched."""
     monkeypatch.setattr("distill.models.devices.pick_device", lambda accelerator: torch.device("cuda", 0))
-    for room in ("experiment.checks", "recipes.train_student"):
+    for room in ("experiment.last_steps", "recipes.train_student.command"):
         monkeypatch.setattr(f"distill.{room}.pick_device", lambda accelerator: torch.device("cuda", 0))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     file = world.write(tmp_path / "experiment.yaml")

@@ -85,7 +85,7 @@ def test_a_meter_that_fails_hides_nothing(tmp_path: Path) -> None:
 
 
 def test_only_the_first_process_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.system.processes.is_first_process", lambda: False)
+    monkeypatch.setattr("distill.system.ledger.is_first_process", lambda: False)
     with ledger.phase(tmp_path, "a"):
         pass
     assert list(tmp_path.iterdir()) == []
