@@ -114,7 +114,8 @@ class Children:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def said(self, name: str) -> str:
-        return (self.logs / f"{name}.log").read_text(errors="replace")
+        log = self.logs / f"{name}.log"
+        return log.read_text(errors="replace") if log.exists() else ""  # it was killed before it said anything
 
 
 def exited(child: int) -> bool:
