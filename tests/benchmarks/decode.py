@@ -1,7 +1,7 @@
 """Reading and decoding a cache against the training step that needs it: `make bench ARGS="--only decode"`.
 
 The cache is made as in read_large_cache.py. The step is that of the demo's student (8 layers of 576, vocabulary 49,152,
-bf16-mixed) on the very batch, body, fused loss, backward and optimiser. Decoding is timed alone: a training reads ahead.
+bf16-mixed) on the same batch: body, fused loss, backward, optimiser. Decoding is timed alone; a training reads ahead.
 """
 
 from __future__ import annotations
