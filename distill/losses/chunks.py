@@ -6,7 +6,7 @@ Shapes: N positions, V vocabulary, K entries of a target, D the teacher's hidden
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,15 +43,24 @@ class DenseChunk:
     head: Head
     true_ids_N: Tensor
     temperature: float = 1.0
+    logits_NV: Tensor | None = None
+    """The teacher's logits, in its head's dtype, where they were computed for a whole block."""
 
     def __getitem__(self, rows: slice) -> DenseChunk:
-        return DenseChunk(self.hidden_ND[rows], self.head, self.true_ids_N[rows], self.temperature)
+        logits_NV = None if self.logits_NV is None else self.logits_NV[rows]
+        return DenseChunk(self.hidden_ND[rows], self.head, self.true_ids_N[rows], self.temperature, logits_NV)
+
+    @torch.no_grad()
+    def with_logits(self) -> DenseChunk:
+        """Return the same chunk with its logits. A product for each few rows of it would read the head each time."""
+        return replace(self, logits_NV=self.head(self.hidden_ND.to(self.head.weight_VD.dtype)))
 
     @torch.no_grad()
     def log_probs_NV(self) -> Tensor:
         """Return the teacher's log-probabilities, float32."""
-        logits_NV = self.head(self.hidden_ND.to(self.head.weight_VD.dtype)).float()
-        return torch.log_softmax(logits_NV / self.temperature, dim=-1)
+        logits_NV = self.with_logits().logits_NV if self.logits_NV is None else self.logits_NV
+        assert logits_NV is not None
+        return torch.log_softmax(logits_NV.float() / self.temperature, dim=-1)
 
 
 ChunkTarget = SparseChunk | DenseChunk

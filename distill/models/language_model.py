@@ -45,6 +45,17 @@ class Head:
         logits = product_NV if self.scale == 1.0 else product_NV * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
+    def transform_(self, product_NV: Tensor) -> Tensor | float:
+        """Transform the product in place; return the logits' derivative in it, a number or `[.., V]`."""
+        if self.scale != 1.0:
+            product_NV.mul_(self.scale)
+        if self.soft_cap is None:
+            return self.scale
+        product_NV.div_(self.soft_cap).tanh_()
+        slope_NV = product_NV.square().neg_().add_(1).mul_(self.scale)
+        product_NV.mul_(self.soft_cap)
+        return slope_NV
+
     def to(self, device: torch.device) -> Head:
         """Return the same head on another device."""
         bias = None if self.bias_V is None else self.bias_V.to(device)
@@ -56,6 +67,8 @@ class Head:
         Raises ValueError if the head has fewer rows than the vocabulary.
         """
         check_rows(self.weight_VD.shape[0], vocab_size)
+        if self.weight_VD.shape[0] == vocab_size:  # a view of all rows would copy the gradient of them all
+            return self
         bias = None if self.bias_V is None else self.bias_V[:vocab_size]
         return replace(self, weight_VD=self.weight_VD[:vocab_size], bias_V=bias)
 

@@ -19,7 +19,7 @@ from distill.cache.reading.batches import Batch, moved
 from distill.errors import UserError
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.features import feature_distance
-from distill.losses.fused import fused_loss
+from distill.losses.fused import Walk, fused_loss
 from distill.losses.objective import Mixture
 from distill.models.language_model import Head, hidden_states, split_output
 from distill.system.memory import is_out_of_memory
@@ -91,6 +91,8 @@ class DistillationModule(pl.LightningModule):
         self.projection = _projection(student, teacher_head) if feature_weight else None
         self.loss_context: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Context in which head and loss run. A forecast marks their tensors in it."""
+        self.loss_walk = Walk()
+        """Way through the logits of a block. A forecast leaves out parts of it."""
         self.steps_begun = 0
         """Steps that were begun, including those left out."""
         self.last_loss: float | None = None
@@ -212,7 +214,7 @@ class DistillationModule(pl.LightningModule):
         hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
         head = self.student.head.with_rows(self.vocab_size)
         with self.loss_context():
-            loss = fused_loss(hidden_ND, head, target, objective, self.chunk_size)
+            loss = fused_loss(hidden_ND, head, target, objective, self.chunk_size, self.loss_walk)
         if self.projection is not None and torch.is_grad_enabled():
             assert isinstance(target, DenseChunk)
             distance_N = feature_distance(

@@ -23,7 +23,7 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.products += func is torch.ops.aten.mm.default
+        self.products += func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         if isinstance(result, torch.Tensor) and result.numel() >= self.head.weight_VD.numel():
             own = self.head.weight_VD.untyped_storage().data_ptr()
             self.as_large += result.untyped_storage().data_ptr() != own

@@ -21,10 +21,11 @@ from distill.forecast.simulation.blocks import AlikeBlocks, NotAlike, alike_once
 from distill.forecast.simulation.cuda import optimizer_on_cuda
 from distill.forecast.simulation.fake import tracked
 from distill.forecast.simulation.kernels import DeviceKind
-from distill.forecast.simulation.repetition import EachKindOnce
+from distill.forecast.simulation.repetition import EachKindOnce, first_two_alike
 from distill.forecast.simulation.result import Simulation, all_tensors, result_of, tag_model
 from distill.forecast.simulation.tracker import Tracker
 from distill.forecast.simulation.work import Work
+from distill.losses.fused import SCRATCH, Walk
 from distill.targets.hidden import HiddenTargets
 from distill.targets.sparse import SparseTargets
 from distill.training.module import DistillationModule
@@ -97,6 +98,8 @@ def run_tracked(
         tracker.tag([module.teacher_head.weight_VD], "weights")
     module.make_optimizer = partial(_watched_optimizer, tracker, module.make_optimizer)
     module.loss_context = tracker.loss
+    each = partial(first_two_alike, tracker=tracker, kind=lambda rows: rows.stop - rows.start) if shortcuts else iter
+    module.loss_walk = Walk(SCRATCH[tracker.device], each)
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # copies tensors past torch
     tracker.forget()
     with alike_once(module.student, tracker) as blocks:
