@@ -87,6 +87,9 @@ class _Gradients:
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    product_VD: Tensor | None
+    """Place of a block's product, in the type of the products, where the sum is in another. The system would clear a
+    new one for every block."""
     walk: Walk
 
     def add_products(self, rows: slice, grad_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
@@ -96,10 +99,10 @@ class _Gradients:
         if self.weight_VD is None:
             return
         is_first = rows.start == 0
-        if self.weight_VD.dtype == grad_CV.dtype:
+        if self.product_VD is None:
             torch.addmm(self.weight_VD, grad_CV.T, hidden_CD, beta=0 if is_first else 1, out=self.weight_VD)
             return
-        product_VD = grad_CV.T @ hidden_CD
+        product_VD = torch.mm(grad_CV.T, hidden_CD, out=self.product_VD)
         # A sum of two types casts one of them whole, on a CPU. So it is made a part at a time.
         for part in self.walk.parts(product_VD):
             if is_first:
@@ -118,7 +121,10 @@ class _FusedLoss(torch.autograd.Function):
             make(tensor, dtype=wide) if tensor is not None and needs and loss.backward_follows else None
             for tensor, needs in zip(inputs, ctx.needs_input_grad, strict=False)
         )
-        gradients = _Gradients(hidden, weight, None if bias is None else bias.zero_(), loss.walk)
+        product = None
+        if weight is not None and wide != loss.compute_dtype:
+            product = torch.empty_like(weight, dtype=loss.compute_dtype)
+        gradients = _Gradients(hidden, weight, None if bias is None else bias.zero_(), product, loss.walk)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             total = _walk(*inputs, loss, gradients, wide)
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD, gradients.bias_V)

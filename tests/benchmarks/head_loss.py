@@ -1,7 +1,6 @@
 """Time and memory of head and loss, beside materialised logits with the same target: a benchmark of `bench.py`.
 
-    python tests/benchmarks/bench.py --only head_loss
-    python tests/benchmarks/head_loss.py --chunk 256 --chunk 1024
+    python tests/benchmarks/bench.py --only head_loss --case "bf16, D 576"
 
 Forward and backward of 4,096 positions, hidden states and weight in one type, sparse targets of 16 entries. The peer is
 plain PyTorch: logits of all positions, in float32 from the product on, logsumexp, autograd; and, for the true token
@@ -11,7 +10,6 @@ number of bytes that torch's allocator held, less the weight's gradient, which b
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -52,22 +50,21 @@ class Problem:
 
 
 def rows(setup: Setup) -> Iterator[Row]:
-    """Yield ratios of time and of memory for each case, with the default `loss.chunk_size`."""
+    """Yield ratios of time and of memory for each case, in blocks of the default `loss.chunk_size`."""
+    chunk_size = LossConfig().chunk_size
     for hidden_size, vocab_size, dtype, aim in CASES:
         if setup.tiny:
             hidden_size, vocab_size = 16, 512
-        yield from measure(setup, hidden_size, vocab_size, dtype, LossConfig().chunk_size, aim)
+        case = f"{dtype}, D {hidden_size}, V {vocab_size:,}"
+        if setup.wants(case):
+            problem = make_problem(64 if setup.tiny else POSITIONS, hidden_size, vocab_size, dtype, setup.device)
+            yield from measure(setup, case, problem, chunk_size, aim)
 
 
-def measure(
-    setup: Setup, hidden_size: int, vocab_size: int, dtype: str, chunk_size: int, aim: str = "", entries: int = ENTRIES
-) -> Iterator[Row]:
-    """Yield the rows of one case, the time's and the memory's."""
-    positions = 64 if setup.tiny else POSITIONS
-    problem = make_problem(positions, hidden_size, vocab_size, DTYPES[dtype], entries, setup.device)
+def measure(setup: Setup, case: str, problem: Problem, chunk_size: int, aim: str) -> Iterator[Row]:
+    """Yield the rows of one case: two of time, one of memory."""
     ours = partial(problem.run, partial(fused_loss, divergence=forward_kl, chunk_size=chunk_size))
     plain = partial(problem.run, materialised)
-    case = f"{dtype}, D {hidden_size}, V {vocab_size:,}, blocks of {chunk_size}"
     yield paired(ours, plain, setup).time_row("head_loss", case, "time of materialised logits, same target", aim)
     text = partial(problem.run, partial(fused_loss, divergence=cross_entropy, chunk_size=chunk_size))
     plain_text = partial(problem.run, materialised_text)
@@ -93,34 +90,13 @@ def materialised_text(hidden_ND: Tensor, head: Head, target: SparseChunk) -> Ten
     return torch.nn.functional.cross_entropy(head(hidden_ND).float(), target.true_ids_N, reduction="sum")
 
 
-def make_problem(
-    positions: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, entries: int, device: str
-) -> Problem:
+def make_problem(positions: int, hidden_size: int, vocab_size: int, dtype: str, device: str) -> Problem:
     """Make random hidden states, weights and sparse targets on a device."""
+    kind = DTYPES[dtype]
     generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(positions, hidden_size, generator=generator).to(device, dtype)
-    weight_VD = (torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5).to(device, dtype)
-    ids_NK = torch.randint(vocab_size, (positions, entries), generator=generator).to(device)
-    weights_NK = torch.full((positions, entries), 1 / entries, device=device)
+    hidden_ND = torch.randn(positions, hidden_size, generator=generator).to(device, kind)
+    weight_VD = (torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5).to(device, kind)
+    ids_NK = torch.randint(vocab_size, (positions, ENTRIES), generator=generator).to(device)
+    weights_NK = torch.full((positions, ENTRIES), 1 / ENTRIES, device=device)
     target = SparseChunk(ids_NK, weights_NK, torch.ones(positions, device=device), ids_NK[:, 0].clone())
     return Problem(hidden_ND.requires_grad_(), weight_VD.requires_grad_(), target)
-
-
-def main() -> None:
-    """Print the rows for blocks of several sizes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chunk", type=int, action="append", help="positions of a block; one or several")
-    parser.add_argument("--case", type=int, action="append", choices=range(len(CASES)), help="one or several of CASES")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    setup = Setup(options.device, repeats=options.repeats)
-    for case in options.case or range(len(CASES)):
-        for chunk_size in options.chunk or [LossConfig().chunk_size]:
-            for row in measure(setup, *CASES[case][:3], chunk_size, CASES[case][3]):
-                spread = f"{row.low:.2f} to {row.high:.2f}, processor time {row.processor or 0:.2f}"
-                print(f"{row.case}: {row.measure}: {row.ratio:.3f} ({spread}); {row.ours} / {row.peer}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
