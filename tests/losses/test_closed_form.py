@@ -79,8 +79,10 @@ def test_errors_are_no_larger_than_plain_pytorchs(
         size = expected.norm()
         error, plain_error = (found - expected).norm() / size, (theirs - expected).norm() / size
         assert plain_error < 0.05
-        # Both round the same logits; which of the two is luckier by a few per cent is chance at this size.
-        assert error <= 1.15 * plain_error + torch.finfo(torch.float32).eps
+        # Both round the same logits, and at this size chance decides who is luckier by a few per cent; in the loss,
+        # a single number, by as much as a hundredth of a rounding.
+        slack = max(torch.finfo(torch.float32).eps, 0.01 * torch.finfo(dtype).eps)
+        assert error <= 1.15 * plain_error + slack
 
 
 def test_sure_and_wrong_students_have_finite_losses(make_target: MakeTarget) -> None:
