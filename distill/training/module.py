@@ -28,7 +28,7 @@ from distill.targets.hidden import HiddenTargets
 from distill.targets.next_token import next_ids
 from distill.training.guards import NonFinite, too_large
 from distill.training.optimizers.schedule import Schedule
-from distill.training.optimizers.step_in_backward import StepInBackward, gradient_norm
+from distill.training.optimizers.step_in_backward import StepInBackward, gradient_norm, whole
 from distill.training.parallel import is_sharded, shard, sum_gradients
 
 
@@ -139,7 +139,7 @@ class DistillationModule(pl.LightningModule):
             scaled_norm = gradient_norm(self, optimizer.optimizer)
             # Guard. Here alone the host waits for the device: a step that is not finite must not reach the weights.
             # Under float16 the scaler looks at the gradients itself.
-            loss, auxiliary, norm = torch.stack([*self._summed(losses), scaled_norm / scale]).tolist()
+            loss, auxiliary, norm = torch.stack([*self._summed(losses), whole(scaled_norm) / scale]).tolist()
             if self.non_finite.step_is_fine(loss, None if scaler else norm, self.student, self.steps_begun):
                 self.last_loss = loss
                 self._log_step(loss, auxiliary, norm)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distill.errors import UserError
 
@@ -77,6 +78,11 @@ def gradient_norm(module: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor
     if isinstance(optimizer, StepInBackward):
         return optimizer.gradient_norm()
     return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def whole(norm: Tensor) -> Tensor:
+    """Return a norm as a plain tensor. Of gradients that devices share, each holds a part: that is a collective."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def check_step_in_backward(
