@@ -25,14 +25,15 @@ _SHARE = 0.5
 """Largest share of the free memory that a student may take which is made for a look."""
 
 
-def check_student_ahead(experiment: Experiment, card: Card) -> None:
+def check_student_ahead(experiment: Experiment, card: Card, *, with_weights: bool) -> None:
     """Raise UserError for a student that its training would refuse before the first step.
 
     A built-in is made without memory; a fresh student that this machine holds is made, and tried for the contract of
-    body and head, such as packed documents that see one another.
+    body and head, such as packed documents that see one another. `with_weights`: so is a pretrained one whose folder
+    is here. (A pruned one is of the teacher's family, and the teacher is tried when it is loaded.)
     """
     _check_weights(experiment)
-    child = Child(partial(_check, card))
+    child = Child(partial(_check, card, with_weights))
     try:
         child(experiment)
     except RuntimeError:
@@ -66,11 +67,11 @@ def _check_weights(experiment: Experiment) -> None:
         checkpoints.weight_files(checkpoints.resolve(name))
 
 
-def _check(card: Card, experiment: Experiment) -> None:
+def _check(card: Card, with_weights: bool, experiment: Experiment) -> None:
     models = Models(experiment, card, [])
     models.check_tokens()
     needed = _made_without_memory(models, card)
-    if _is_fresh(experiment) and needed < _SHARE * psutil.virtual_memory().available:
+    if _can_be_made(experiment, with_weights) and needed < _SHARE * psutil.virtual_memory().available:
         with quiet():
             make_student_to_train(experiment, Place.host(), models.vocab_size)
 
@@ -88,10 +89,11 @@ def _made_without_memory(models: Models, card: Card) -> int:
         return 0
 
 
-def _is_fresh(experiment: Experiment) -> bool:
-    """Tell whether a student is made of its options alone: of no weights, and no samples of the cache."""
+def _can_be_made(experiment: Experiment, with_weights: bool) -> bool:
+    """Tell whether a student is made of its options, or also of weights that are here: of no samples of the cache."""
     name, options = experiment.student.class_path, experiment.student.options
-    offered = offered_options(experiment, "cpu", 0)
-    arguments = plugins.arguments(name, "student", options, offered)
-    weights = plugins.declared(name, "student", "pretrained")
-    return "first_samples" not in arguments and "teacher" not in arguments and arguments.get(weights) is None
+    arguments = plugins.arguments(name, "student", options, offered_options(experiment, "cpu", 0))
+    if "first_samples" in arguments or "teacher" in arguments:
+        return False
+    weights = arguments.get(plugins.declared(name, "student", "pretrained"))
+    return weights is None or (with_weights and Path(weights).expanduser().exists())

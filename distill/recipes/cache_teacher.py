@@ -141,7 +141,8 @@ def _make(
     preflight = Preflight(experiment, "cache-teacher", following)
     if is_new:
         if is_first_process():
-            check_student_ahead(experiment, this_machine("cuda" if preflight.device.type == "cuda" else "cpu"))
+            card = this_machine("cuda" if preflight.device.type == "cuda" else "cpu")
+            check_student_ahead(experiment, card, with_weights=True)
         preflight.check()  # before a teacher of many gigabytes is fetched
     teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
     work = _Work.of(experiment, folders, teacher, part)

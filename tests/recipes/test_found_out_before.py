@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from distill.experiment.file import load_experiment
 from distill.forecast.room import needs
@@ -177,6 +178,18 @@ def test_a_recurrent_student_is_told_how_before_the_hours(
     distill("run", *given).refused("student huggingface: packed documents see one another", "--corpus.pack false")
     assert not (tmp_path / "run/cache").exists()
     distill("cache-teacher", *given, "--corpus.pack", "false", "--cache.max_samples", 4).done()
+
+
+def test_so_is_a_pretrained_one(world: Any, distill: Any, tmp_path: Path, mamba2: dict[str, Any]) -> None:
+    values = dict(mamba2)
+    tokenizer = AutoTokenizer.from_pretrained(world.content["teacher"]["model"])
+    config = AutoConfig.for_model(values.pop("model_type"), **{**values, "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba2")
+    tokenizer.save_pretrained(tmp_path / "mamba2")
+    student = {"class_path": "huggingface", "options": {"model": str(tmp_path / "mamba2")}}
+    file = world.write(tmp_path / "experiment.yaml", student=student)
+    distill("run", file).refused("packed documents see one another", "--corpus.pack false")
+    assert not (tmp_path / "run/cache").exists()
 
 
 @pytest.mark.parametrize("key", ["train.devices", "cache.devices"])
