@@ -69,5 +69,4 @@ def test_the_table_says_machine_aim_and_whether_it_is_met() -> None:
 def test_every_benchmark_with_rows_has_its_name_in_the_table() -> None:
     folder = Path(bench.__file__).parent
     found = {file.stem for file in folder.glob("*.py") if "\ndef rows(" in file.read_text(encoding="utf-8")}
-    assert found <= {*bench.BENCHES, *bench.PEERS}
-    assert {"cache_size", "decode", "corpus", "end_to_end", *bench.PEERS} <= found
+    assert found == {*bench.BENCHES, *bench.PEERS}
