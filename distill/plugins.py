@@ -270,7 +270,7 @@ def source_of(reference: str, kind: Kind) -> str:
     name = BUILT_IN[kind].get(reference, reference).rpartition(":")[0]
     modules = [sys.modules.get(each) for each in (name, getattr(found, "__module__", ""))]
     files = [Path(name).expanduser()] if name.endswith(".py") else []
-    files += [Path(module.__file__) for module in modules if module is not None and module.__file__]
+    files += [Path(file) for module in modules if (file := getattr(module, "__file__", None))]  # builtins have none
     return source_hash([file for file in files if file.is_file()])
 
 

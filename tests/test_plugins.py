@@ -136,3 +136,10 @@ def test_the_seed_is_the_callers() -> None:
         torch.manual_seed(3)
         made.append(plugins.build("compact", "student", sizes, {}).state_dict())
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+
+
+def test_the_source_of_a_name_for_a_builtin_is_the_file_that_was_named(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("Student = dict\n")
+    first = plugins.source_of(f"{tmp_path}/own.py:Student", "student")
+    (tmp_path / "own.py").write_text("Student = dict  # another\n")
+    assert first != plugins.source_of(f"{tmp_path}/own.py:Student", "student")

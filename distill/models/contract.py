@@ -94,7 +94,9 @@ def _hidden_states(model: Any, name: str, ids_BL: Tensor, positions_BL: Tensor) 
                 f"{name}: its body returned a tuple ({kinds}): return {wanted}, a tensor without dimensions"
             )
         if output[1] is not None and not bool(output[1].isfinite()):
-            raise UserError(f"{name}: its body returned the auxiliary loss {float(output[1])}: it must be finite")
+            raise UserError(
+                f"{name}: its body returned the auxiliary loss {float(output[1].detach())}: it must be finite"
+            )
         output = output[0]
     if not isinstance(output, Tensor):
         if inspect.iscoroutine(output):
