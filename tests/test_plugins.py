@@ -141,5 +141,5 @@ def test_the_seed_is_the_callers() -> None:
 def test_the_source_of_a_name_for_a_builtin_is_the_file_that_was_named(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("Student = dict\n")
     first = plugins.source_of(f"{tmp_path}/own.py:Student", "student")
-    (tmp_path / "own.py").write_text("Student = dict  # another\n")
+    (tmp_path / "own.py").write_text("Student = dict\nsize = 2\n")
     assert first != plugins.source_of(f"{tmp_path}/own.py:Student", "student")
