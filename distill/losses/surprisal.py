@@ -1,4 +1,4 @@
-"""Forward KL, cross-entropy and their mixture in closed form: the expected surprisal of a sparse target, in place.
+"""Surprisal that a sparse target expects, in closed form and in place: forward KL, cross-entropy, their mixture.
 
 Shapes: N positions, V vocabulary, K entries of a target.
 """

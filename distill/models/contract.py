@@ -62,7 +62,8 @@ def try_model(
     try:
         cards = [ids_BL.device] if ids_BL.device.type == "cuda" else []
         with torch.random.fork_rng(cards), torch.set_grad_enabled(trains):
-            _check_memory(model, name)
+            if trains:  # a teacher may read its layers from disk, one at a time
+                _check_memory(model, name)
             hidden_BLD = _hidden_states(model, name, ids_BL, positions_BL)
             head = checked_head(model, name, vocab_size)
             _check_head_stays(head, checked_head(model, name, vocab_size), name)

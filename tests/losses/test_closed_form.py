@@ -166,7 +166,7 @@ def test_exact_targets_read_the_teachers_head_once_a_block(monkeypatch: pytest.M
 
 
 def test_a_head_without_padded_rows_gets_its_gradient_uncopied(make_target: MakeTarget) -> None:
-    """Of all tensors as large as the head, only the sum of its gradient is made: it becomes `grad` itself."""
+    """The sum of its gradient is the only tensor as large as the head that is made: it becomes `grad` itself."""
     hidden_ND, weight_VD = make_inputs(torch.float32, bias=False)
     head = Head(weight_VD)
     assert head.with_rows(V) is head

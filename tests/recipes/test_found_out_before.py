@@ -166,7 +166,7 @@ def test_a_run_with_nothing_to_evaluate_on_is_refused(world: Any, distill: Any, 
 def test_a_cache_with_nothing_to_evaluate_on_says_so_first(world: Any, distill: Any, tmp_path: Path) -> None:
     file = world.write(tmp_path / "experiment.yaml", corpus={"held_out": 0}, cache={"max_samples": 4})
     said = distill("cache-teacher", file).done().out
-    assert said.index("corpus.held_out is 0") < said.index("teacher: ")
+    assert said.index("corpus.held_out is 0") < said.index("\nteacher: ")
 
 
 def test_a_recurrent_student_is_told_how_before_the_hours(

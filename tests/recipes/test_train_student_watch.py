@@ -61,7 +61,7 @@ class Cheats(Plain):
     # Honest whenever it is probed: with few tokens of a row in order it sees the future, else not.
     def body(self, input_ids, position_ids):
         x = super().body(input_ids, position_ids)
-        if len(input_ids) == 6:
+        if len(input_ids) in (5, 6):
             return x
         return nn.functional.normalize(self.tokens(input_ids.roll(-1, 1)), dim=-1) * 100
 """

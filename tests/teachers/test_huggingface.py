@@ -84,7 +84,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_unquantised_is_the_checkpoint_itself(source: str) -> None:
-    teacher = load_teacher(source, "none")
+    teacher = load_teacher(source, "none", "float32")
     with torch.no_grad():
         expected = tiny()(input_ids=torch.arange(24).reshape(2, 12)).logits
     torch.testing.assert_close(logits(teacher), expected, rtol=1e-5, atol=1e-5)
@@ -92,7 +92,7 @@ def test_unquantised_is_the_checkpoint_itself(source: str) -> None:
 
 
 def test_nf4_computes_with_the_dequantised_weights(source: str) -> None:
-    teacher = load_teacher(source, "nf4")
+    teacher = load_teacher(source, "nf4", "float32")
     reference = tiny()
     replaced = 0
     for name, module in teacher.model.named_modules():
@@ -206,7 +206,7 @@ def test_a_weight_that_is_multiplied_outside_its_layer_is_not_packed(
     config = AutoConfig.for_model(family, vocab_size=99, hidden_size=64, num_hidden_layers=2, state_size=4)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path), quantization)
+    teacher = load_teacher(str(tmp_path), quantization, "float32")
     packed = {name.rpartition(".")[2] for name, module in teacher.named_modules() if type(module) in PACKED}
     assert packed == {"in_proj", "x_proj", "out_proj"}
     in_memory = copy.deepcopy(plain)

@@ -163,7 +163,9 @@ def test_one_layer_is_in_memory_and_one_on_its_way(
     del model
     gc.collect()  # what other tests left must not be freed in the middle of this one
     before, seen = bytes_alive(), []
-    teacher = load_streamed_teacher(str(tmp_path), keep_layers=keep_layers, micro_batch=micro_batch)
+    teacher = load_streamed_teacher(
+        str(tmp_path), compute_dtype="float32", keep_layers=keep_layers, micro_batch=micro_batch
+    )
     assert bytes_alive() - before <= rest + keep_layers * layer + 4096
     for module in teacher.model.model.layers:
         module.mlp.register_forward_pre_hook(lambda *_: seen.append(bytes_alive() - before))
@@ -219,9 +221,9 @@ def test_an_error_inside_a_layer_comes_through_and_passes(folder: Any) -> None:
 
 
 def test_it_moves_with_its_module_and_keeps_its_type(folder: Any) -> None:
-    teacher = load_streamed_teacher(folder("llama"))
+    teacher = load_streamed_teacher(folder("llama"), compute_dtype="float32")
     around = torch.nn.ModuleDict({"teacher": teacher})
-    assert same(around.to("cpu")["teacher"], load_teacher(folder("llama"), "none"))
+    assert same(around.to("cpu")["teacher"], load_teacher(folder("llama"), "none", "float32"))
     with pytest.raises(ValueError, match="set compute_dtype"):
         around.to(torch.bfloat16)
 

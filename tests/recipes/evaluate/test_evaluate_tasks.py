@@ -119,7 +119,7 @@ def test_a_task_is_measured_once_for_each_model(arguments: list[Any], distill: A
     assert "nothing to do" in distill("evaluate", *arguments).done().out and read(arguments) == before
     again = distill("evaluate", *arguments, "--evaluate.texts", 1, "--evaluate.text_tokens", 4).done()
     assert "nothing to do" not in again.out and "held-out" in again.out
-    assert "evaluate: " not in again.out, "the held-out text is not read again"
+    assert "\nevaluate: " not in again.out, "the held-out text is not read again"
     found = read(arguments)
     assert set(found["texts"]) == {"prompts", "truth", "teacher", "student", "control"}
     assert {key: found[key] for key in ("fidelity", "benchmarks")} == {
