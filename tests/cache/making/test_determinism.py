@@ -371,13 +371,17 @@ def test_processes_make_the_same_bytes(
     assert contents(tmp_path / "several") == contents(tmp_path / "one")
 
 
+def has_lines(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
 def test_the_first_process_stops_all_and_they_continue(tmp_path: Path, manifest_of: Any, contents: Any) -> None:
     manifest, folder = manifest_of(shard_samples=1), tmp_path / "several"
     process = start(tmp_path, folder, manifest, batch_size=1, devices=2, seconds=0.3)
     deadline = time.monotonic() + 120
-    while not (folder / "journal.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not has_lines(folder / "journal.jsonl") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output = end(process)
