@@ -11,20 +11,20 @@ import datasets
 import numpy as np
 
 from distill.corpus.reading import Source
+from distill.corpus.shapes import BY_NAME, Columns, find_shape
 from distill.errors import UserError, did_you_mean
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Part of the key of stored tables. Raise it when the same file gives another table."""
 
 MAX_DOCUMENT_BYTES = 32 << 20
 """Largest document; a larger one is refused, because tokenising it takes a hundred times its size in memory."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
 FEATURES = datasets.Features(
     {
         "document": datasets.Value("large_string"),  # the text, or the messages as JSON; "" when there is nothing
         "conversation": datasets.Value("bool"),
+        "shape": datasets.Value("int8"),  # number in `shapes.NAMES`
         "digest": datasets.Value("binary"),  # sha256 of the content; empty for an empty document
         "share": datasets.Value("float64"),  # the digest as a number in [0, 1]; 2 for an empty document
         "source": datasets.Value("int32"),
@@ -33,15 +33,16 @@ FEATURES = datasets.Features(
 )
 
 
-def load_documents(sources: Sequence[Source], text_field: str, messages_field: str) -> datasets.Dataset:
+def load_documents(sources: Sequence[Source], columns: Columns = BY_NAME) -> datasets.Dataset:
     """Load the documents of all `sources` in order, empty ones included, as a memory-mapped table (see `FEATURES`).
 
-    The table is kept in the cache folder of `datasets` under a hash of the files' bytes and read from there next time.
+    `columns` are the names that the user gave. The table is kept in the cache folder of `datasets` under a hash of the
+    files' bytes and read from there next time.
     """
-    key = json.dumps([READER_VERSION, text_field, messages_field, [source.content_key() for source in sources]])
+    key = json.dumps([READER_VERSION, columns.key(), [source.content_key() for source in sources]])
     try:
         return datasets.Dataset.from_generator(
-            lambda: _documents(sources, text_field, messages_field),
+            lambda: _documents(sources, columns),
             features=FEATURES,
             fingerprint=hashlib.sha256(key.encode()).hexdigest(),
             writer_batch_size=64,  # documents held in memory at one time
@@ -71,56 +72,38 @@ def document_hashes(documents: datasets.Dataset) -> np.ndarray:
     return np.frombuffer(first, dtype="<i8").astype(np.int64)
 
 
-def _documents(sources: Sequence[Source], text_field: str, messages_field: str) -> Iterator[dict[str, Any]]:
+def _documents(sources: Sequence[Source], columns: Columns) -> Iterator[dict[str, Any]]:
     first = None
     for index, source in enumerate(sources):
         for number, row in source.rows():
             where = f"{source.label}: row {number}"
-            conversation = messages_field in row
-            if not conversation and text_field not in row:
-                raise UserError(
-                    f"{where}: no column '{text_field}' or '{messages_field}'{did_you_mean(text_field, row)}: "
-                    "name the column with corpus.text_field or corpus.messages_field"
-                )
-            first = first or (conversation, where)
-            if conversation != first[0]:
-                kinds = ("a conversation", "plain text") if conversation else ("plain text", "a conversation")
+            shape = find_shape(tuple(row), columns)
+            if shape is None:
+                raise UserError(f"{where}: {_no_shape(row, columns)}")
+            first = first or (shape.is_conversation, where)
+            if shape.is_conversation != first[0]:
+                kinds = ("a conversation", "plain text") if shape.is_conversation else ("plain text", "a conversation")
                 raise UserError(f"{where} is {kinds[0]} but {first[1]} is {kinds[1]}: make two corpora of them")
-            value = row[messages_field if conversation else text_field]
-            content = _messages(value, where) if conversation else _text(value, where, text_field)
-            yield _document(content, where) | {"conversation": conversation, "source": index, "row": number}
+            content, kind = shape.document(row, where)
+            found = {"conversation": shape.is_conversation, "shape": kind, "source": index, "row": number}
+            yield _document(content, where) | found
     if first is None:
         raise UserError(
             f"{', '.join(source.label for source in sources[:3])}: no document in it, not even an empty one"
         )
 
 
-def _text(value: Any, where: str, field: str) -> str:
-    if not isinstance(value, str):
-        found = "null" if value is None else type(value).__name__
-        raise UserError(f"{where}: column '{field}' is {found}, not text: mend or remove the row")
-    return value if value.strip() else ""
+def _no_shape(row: Mapping[str, Any], columns: Columns) -> str:
+    if columns.named:
+        missing = next(name for _, name in columns.named if name not in row)
+        return f"no column '{missing}', which corpus.columns names{did_you_mean(missing, row)}"
+    return (
+        f"no column '{columns.text}' or '{columns.messages}'{did_you_mean(columns.text, row)}: name the columns with "
+        "corpus.columns, such as {prompt: NAME, completion: NAME}, with corpus.text_field or corpus.messages_field"
+    )
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return the messages without keys that are null: tables fill them in, and a template may ask if a key is there."""
-    if not isinstance(value, list):
-        raise UserError(f"{where}: messages are a {type(value).__name__}, not a list of objects with role and content")
-    messages = []
-    for position, message in enumerate(value, start=1):
-        place = f"{where}: message {position}"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            keys = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-            raise UserError(f"{place}: needs a role and a content, both text (found: {keys})")
-        if message["role"] not in ROLES:
-            raise UserError(f"{place}: unknown role '{message['role']}'{did_you_mean(message['role'], ROLES)}")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise UserError(f"{place}: content is {type(message.get('content')).__name__}, not text")
-        messages.append({key: entry for key, entry in message.items() if entry is not None})
-    return messages
-
-
-def _document(content: str | list[dict[str, Any]], where: str) -> dict[str, Any]:
+def _document(content: Any, where: str) -> dict[str, Any]:
     if not content:
         return {"document": "", "digest": b"", "share": 2.0}
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from distill.corpus.templates import ChatTemplate, tokens_in_spans
+from distill.corpus.conversations import Conversation
+from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_in_spans
 
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 """Part of the key of stored tables. Raise it when the same document gives other tokens or another mask."""
 
 BATCH_BYTES = 4 << 20
@@ -28,21 +28,28 @@ FEATURES = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "loss_mask": datasets.List(datasets.Value("bool")),  # True where the document's next token is to be learned
         "learned": datasets.Value("int64"),  # number of True in loss_mask
+        "thoughts": datasets.Value("int32"),  # thoughts that the chat template takes out
     }
 )
 
 Batch = dict[str, list[Any]]
 
 
-def encode(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> datasets.Dataset:
+def encode(
+    documents: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    learning: Learning = DEFAULTS,
+) -> datasets.Dataset:
     """Return a row of tokens (see `FEATURES`) for every row of `documents`. An empty document has no tokens.
 
     The table is kept beside that of the documents, under a hash of both and of everything that the tokenizer saves.
-    `labels` are the sources' names, for messages to the user.
+    `labels` are the sources' names, for messages to the user; `learning` says what is learned of conversations.
     """
     batch_size = max(1, min(512, BATCH_BYTES * len(documents) // max(1, documents.data.nbytes)))
-    function = _encode_conversations(tokenizer, labels) if documents[0]["conversation"] else _encode_texts(tokenizer)
-    key = f"{ENCODER_VERSION} {documents._fingerprint} {_tokenizer_key(tokenizer)}"
+    conversations = documents[0]["conversation"]
+    function = _encode_conversations(tokenizer, labels, learning) if conversations else _encode_texts(tokenizer)
+    key = f"{ENCODER_VERSION} {documents._fingerprint} {_tokenizer_key(tokenizer)} {learning if conversations else ''}"
     return documents.map(
         function,
         batched=True,
@@ -71,23 +78,27 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Batch], Batch
     return function
 
 
-def _encode_conversations(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Callable[[Batch], Batch]:
-    """Return a function that renders and tokenises conversations, with loss on the assistant's tokens alone."""
-    template = ChatTemplate.of(tokenizer)
+def _encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], learning: Learning
+) -> Callable[[Batch], Batch]:
+    """Return a function that renders and tokenises conversations, with loss on the learned characters' tokens alone."""
+    template = ChatTemplate.of(tokenizer, learning)
+    nothing = Rendered("", [])
 
     def function(batch: Batch) -> Batch:
         rendered = [
-            template.render(json.loads(document), f"{labels[source]}: row {row}") if document else ("", [])
+            template.render(Conversation.parse(document), f"{labels[source]}: row {row}") if document else nothing
             for document, source, row in zip(batch["document"], batch["source"], batch["row"], strict=True)
         ]
         encoded = _token_ids(
-            tokenizer, [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
+            tokenizer, [found.text for found in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
         answers = [
-            tokens_in_spans(offsets, spans)
-            for offsets, (_, spans) in zip(encoded["offset_mapping"], rendered, strict=True)
+            tokens_in_spans(offsets, found.spans)
+            for offsets, found in zip(encoded["offset_mapping"], rendered, strict=True)
         ]
-        return _table([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]], answers)
+        table = _table([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]], answers)
+        return table | {"thoughts": [found.thoughts_left_out for found in rendered]}
 
     return function
 
@@ -105,7 +116,8 @@ def _table(ids: list[np.ndarray], to_learn: list[np.ndarray]) -> Batch:
     The next-token shift of the loss mask happens here and nowhere else. The last position predicts nothing.
     """
     masks = [np.append(row[1:], False) if len(row) else row for row in to_learn]
-    return {"input_ids": ids, "loss_mask": masks, "learned": [int(mask.sum()) for mask in masks]}
+    learned = [int(mask.sum()) for mask in masks]
+    return {"input_ids": ids, "loss_mask": masks, "learned": learned, "thoughts": [0] * len(masks)}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -13,7 +13,9 @@ from distill.corpus.documents import corpus_fingerprint, document_hashes, load_d
 from distill.corpus.encoding import encode
 from distill.corpus.packing import Samples
 from distill.corpus.reading import find_sources
+from distill.corpus.shapes import BY_NAME, NAMES, Columns
 from distill.corpus.splitting import check_sides, split_rows
+from distill.corpus.templates import DEFAULTS, Learning
 from distill.errors import UserError
 from distill.system.files import last_part
 from distill.system.quiet import quiet_datasets
@@ -35,6 +37,12 @@ class SampleSets:
     """Documents left out because no position in them carries loss: conversations without an answer, single tokens."""
     sources: tuple[str, ...] = ()
     """Names of the files (below the corpus's folder) or of the data set, by the number that samples give."""
+    shapes: dict[str, int] = field(default_factory=dict)
+    """Number of rows of each shape (`distill.corpus.shapes.NAMES`)."""
+    thoughts_left_out: int = 0
+    """Thoughts of earlier turns that the chat template takes out by its own rule."""
+    rendering: dict[str, str] = field(default_factory=dict)
+    """Settings that the text of conversations depends on beside the tokenizer, in words; empty at the defaults."""
 
 
 def open_corpus(
@@ -44,13 +52,14 @@ def open_corpus(
     sequence_length: int,
     name: str | None = None,
     split: str = "train",
-    text_field: str = "text",
-    messages_field: str = "messages",
+    columns: Columns = BY_NAME,
+    learning: Learning = DEFAULTS,
     pack: bool = True,
     held_out: float = 0.05,
     seed: int = 0,
 ) -> SampleSets:
-    """Read, tokenise, split and pack a corpus. The arguments are those of the configuration's `CorpusConfig`.
+    """Read, tokenise, split and pack a corpus. The arguments are those of the configuration's `CorpusConfig`, with its
+    names of columns as `columns` and its keys for conversations as `learning`.
 
     Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`). Their keys are the
     files' bytes and the tokenizer's content, so a second opening is quick and never stale.
@@ -62,16 +71,16 @@ def open_corpus(
         raise UserError(f"corpus.sequence_length: {sequence_length} is too short; a sample needs 2 tokens at least")
     if seed < 0:
         raise UserError(f"corpus.seed: {seed} is negative; give 0 or more")
-    sources = find_sources(path, name, split, text_field, messages_field)
+    sources = find_sources(path, name, split, columns)
     with quiet_datasets():
-        documents = load_documents(sources, text_field, messages_field)
+        documents = load_documents(sources, columns)
         shares = _numbers(documents, "share")
         empty = int((shares > 1).sum())
         if empty == len(shares):
             raise UserError(f"{path}: no document with any text in it ({empty} empty ones)")
         train_rows, held_rows = split_rows(shares, held_out, seed)
         check_sides(path, train_rows, held_rows, held_out)
-        encoded = encode(documents, tokenizer, [source.label for source in sources])
+        encoded = encode(documents, tokenizer, [source.label for source in sources], learning)
     learnable = _numbers(encoded, "learned") > 0
     if not learnable.any():
         lacking = "an answer of the assistant" if documents[0]["conversation"] else "a second token"
@@ -92,7 +101,22 @@ def open_corpus(
     )
     unlearnable = len(shares) - empty - train.documents - held.documents
     names = tuple(_name_below(path, source.label) for source in sources)
-    return SampleSets(train, held, corpus_fingerprint(documents), empty, unlearnable, names)
+    return SampleSets(
+        train,
+        held,
+        corpus_fingerprint(documents),
+        empty,
+        unlearnable,
+        names,
+        shapes={NAMES[kind]: int(count) for kind, count in zip(*_counted(documents, "shape"), strict=True)},
+        thoughts_left_out=int(_numbers(encoded, "thoughts").sum()),
+        rendering=learning.described(tokenizer) if documents[0]["conversation"] else {},
+    )
+
+
+def _counted(table: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    values, counts = np.unique(_numbers(table, column), return_counts=True)
+    return values, counts
 
 
 def _name_below(path: str, label: str) -> str:

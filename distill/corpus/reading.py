@@ -7,11 +7,12 @@ import gzip
 import hashlib
 import json
 import logging
+import lzma
 import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,12 +21,16 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from distill.corpus.text_files import LONGEST_LINE, lines, open_text
+from distill.corpus.folders import documents_in, files_of_split
+from distill.corpus.shapes import BY_NAME, Columns, columns_to_read
+from distill.corpus.text_files import COMPRESSIONS, LONGEST_LINE, lines, open_text
 from distill.errors import UserError, first_line, nearest_path
 from distill.system.files import is_inside
 
-KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-KNOWN_KINDS = f"{', '.join(KINDS)}; all but parquet also with .gz behind"
+KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+TABLES = (".parquet", ".arrow")
+"""Formats that are compressed inside."""
+KNOWN_KINDS = f"{', '.join(KINDS)}; all but parquet and arrow also with {', '.join(COMPRESSIONS)} behind"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 Row = tuple[int, Mapping[str, Any]]
@@ -39,8 +44,7 @@ class CorpusFile:
     """One local file. Every format becomes numbered rows of named columns."""
 
     path: Path
-    text_field: str
-    messages_field: str
+    columns: Columns
 
     @property
     def label(self) -> str:
@@ -49,33 +53,34 @@ class CorpusFile:
 
     def content_key(self) -> str:
         """Return a hash of the file's bytes and format, never of its date, so that an edited file is noticed."""
-        digest = hashlib.sha256(f"{kind_of(self.path)} {self.path.suffix} {self.text_field}\n".encode())
+        digest = hashlib.sha256(f"{kind_of(self.path)} {self.path.suffix} {self.columns.text_column}\n".encode())
         with open(self.path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         return digest.hexdigest()
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows in file order. A text file is one row, and its only column takes the name `text_field`.
+        """Yield the rows in file order. A text file is one row, and its only column takes the name of the texts.
 
         Text is UTF-8 (a byte order mark is dropped) and its line ends arrive as "\\n".
         """
         kind = kind_of(self.path)
         try:
-            if kind == ".parquet":
-                yield from _parquet_rows(self.path, self.text_field, self.messages_field)
+            if kind in TABLES:
+                yield from (_parquet_rows if kind == ".parquet" else _arrow_rows)(self.path, self.columns)
                 return
             with open_text(self.path) as file:
-                if kind == ".txt":
-                    yield 1, {self.text_field: file.read(LONGEST_LINE)}
-                elif kind == ".csv":
-                    yield from _csv_rows(file, self.label)
+                if kind in (".txt", ".md"):
+                    yield 1, {self.columns.text_column: file.read(LONGEST_LINE)}
+                elif kind in (".csv", ".tsv"):
+                    yield from _csv_rows(file, self.label, "," if kind == ".csv" else "\t")
                 else:
                     yield from _json_rows(file, self.label)
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: not UTF-8 text ({error.reason}): convert the file to UTF-8") from error
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.path}: damaged or incomplete gzip file ({error})") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+            packed = {".gz": "gzip", ".xz": "xz"}.get(self.path.suffix.lower(), "compressed")
+            raise UserError(f"{self.path}: damaged or incomplete {packed} file ({error})") from error
         except PermissionError as error:
             raise UserError(f"{self.path}: no permission to read it") from error
         except (pa.ArrowException, csv.Error, OSError) as error:  # OSError: how pyarrow reports damaged pages
@@ -88,8 +93,7 @@ class HubDataset:
 
     label: str
     data: datasets.Dataset
-    text_field: str
-    messages_field: str
+    columns: Columns
 
     def content_key(self) -> str:
         """Return the fingerprint that `datasets` gives to this split of this revision."""
@@ -97,27 +101,27 @@ class HubDataset:
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows in the data set's order."""
-        wanted = _wanted(self.data.column_names, self.text_field, self.messages_field)
+        wanted = columns_to_read(self.data.column_names, self.columns)
         yield from enumerate(self.data.select_columns(wanted), start=1)
 
 
 Source = CorpusFile | HubDataset
 
 
-def find_sources(path: str, name: str | None, split: str, text_field: str, messages_field: str) -> list[Source]:
+def find_sources(path: str, name: str | None, split: str, columns: Columns = BY_NAME) -> list[Source]:
     """Return the files at `path` (a folder's files recursively, sorted by name), or the hub data set of that name.
 
-    The hub is asked only if nothing on this machine has the name. Files of other formats in a folder are left out with
-    one
+    The hub is asked only if nothing on this machine has the name. In a folder whose files are named after splits, only
+    those of `split` are read. Files of other formats, and those that only tell about a data set, are left out with one
     logged line. Hidden files and folders are left out.
     """
-    files = local_files(path)
+    files = local_files(path, split)
     if files is None:
-        return [HubDataset(path, _load_from_hub(path, name, split), text_field, messages_field)]
-    return [CorpusFile(file, text_field, messages_field) for file in files]
+        return [HubDataset(path, _load_from_hub(path, name, split), columns)]
+    return [CorpusFile(file, columns) for file in files]
 
 
-def local_files(path: str) -> list[Path] | None:
+def local_files(path: str, split: str = "train") -> list[Path] | None:
     """Return the corpus's files on this machine in order, or None if nothing here has the name and the hub may know it.
 
     Raises UserError if a file cannot be read, or if the path is neither here nor a name that the hub could know.
@@ -126,7 +130,7 @@ def local_files(path: str) -> list[Path] | None:
         raise UserError("corpus.path: is empty: give a file, a folder, or a hub data set's name")
     local = Path(path).expanduser()
     if local.is_dir():
-        return _files_in(local, path)
+        return _files_in(local, path, split)
     if local.exists():
         if kind_of(local) is None:
             raise UserError(f"{path}: not a format that can be read (known: {KNOWN_KINDS})")
@@ -140,15 +144,15 @@ def local_files(path: str) -> list[Path] | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the format that a file's name promises, without `.gz`, or None if it cannot be read."""
+    """Return the format that a file's name promises, without `.gz` and the like, or None if it cannot be read."""
     kind = path.suffix.lower()
-    if kind == ".gz":
+    if kind in COMPRESSIONS:
         kind = Path(path.stem).suffix.lower()
-        return kind if kind in KINDS and kind != ".parquet" else None
+        return kind if kind in KINDS and kind not in TABLES else None
     return kind if kind in KINDS else None
 
 
-def _files_in(folder: Path, path: str) -> list[Path]:
+def _files_in(folder: Path, path: str, split: str) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}): allow it, or remove the folder")
 
@@ -163,13 +167,23 @@ def _files_in(folder: Path, path: str) -> list[Path]:
             raise UserError(f"{file}: is a link out of {path} and is not followed: copy it here, or remove the link")
         if not file.exists():
             raise UserError(f"{file}: is a link to nothing: remove it")
-    files = [file for file in visible if kind_of(file)]
-    for file in files:
+    readable = [file for file in documents_in(visible) if kind_of(file)]
+    for file in readable:
         _check_plain(file)
-    if not files:
+    if not readable:
         raise UserError(f"{path}: no corpus file in this folder (known: {KNOWN_KINDS})")
-    if others := [file.name for file in visible if not kind_of(file)]:
-        log.warning("%s: read %d files, left out %d of other formats: %s", path, len(files), len(others), others[:5])
+    files = files_of_split(folder, readable, split, path)
+    if others := [file.name for file in visible if file not in set(readable)]:
+        log.warning(
+            "%s: read %d files, left out %d of other formats or about the data: %s",
+            path,
+            len(files),
+            len(others),
+            others[:5],
+        )
+    if len(files) < len(readable):
+        left_out = [file.name for file in readable if file not in set(files)]
+        log.warning("%s: split %s is %s; left out %s", path, split, [file.name for file in files][:5], left_out[:5])
     return files
 
 
@@ -214,23 +228,41 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not JSON ({error}); expected one object a line, or one list of objects") from error
 
 
-def _csv_rows(file: TextIO, label: str) -> Iterator[Row]:
+def _csv_rows(file: TextIO, label: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB, which articles exceed
-    for number, row in enumerate(csv.DictReader(lines(file, label), strict=True), start=1):
+    for number, row in enumerate(csv.DictReader(lines(file, label), strict=True, delimiter=delimiter), start=1):
         if None in row:
-            raise UserError(f"{label}: row {number}: more fields than the header has: quote fields that hold a comma")
+            mark = "comma" if delimiter == "," else "tab"
+            raise UserError(f"{label}: row {number}: more fields than the header has: quote fields that hold a {mark}")
         yield number, row
 
 
-def _parquet_rows(path: Path, *fields: str) -> Iterator[Row]:
-    number = 0
+def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256, columns=_wanted(file.schema_arrow.names, *fields)):
-            for row in batch.to_pylist():
+        wanted = columns_to_read(file.schema_arrow.names, columns)
+        yield from _rows(file.iter_batches(batch_size=256, columns=wanted))
+
+
+def _arrow_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """Yield the rows of an Arrow file in either of its two formats; `datasets` writes streams."""
+    with pa.OSFile(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        wanted = columns_to_read(reader.schema.names, columns)
+        yield from _rows(_checked(batch).select(wanted) for batch in batches)
+
+
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    batch.validate(full=True)
+    return batch
+
+
+def _rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, 256):  # rows as Python values, a few at a time
+            for row in batch.slice(start, 256).to_pylist():
                 number += 1
                 yield number, row
-
-
-def _wanted(columns: list[str], *fields: str) -> list[str]:
-    """Return the columns to read, or all columns if none is wanted, so that an error can name them."""
-    return [column for column in columns if column in fields] or columns

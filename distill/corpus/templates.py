@@ -1,39 +1,82 @@
-"""Rendering of conversations with the tokenizer's chat template, and the assistant's answers in the rendered text."""
+"""Rendering of conversations with the tokenizer's chat template, and the learned stretches of the rendered text."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from distill.corpus.answers import Answers, Skeleton, Unfit
+from distill.corpus.conversations import Conversation
+from distill.corpus.marks import MOST, Form, Marked, Marking, align, mark, shaped, split
 from distill.errors import UserError
-from distill.models.chat_templates import Span, TemplateError, render
+from distill.models.chat_templates import GENERATION, Span, TemplateError, render
 
-GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
-REMEDY = "mark the answers in the chat template with {% generation %} and {% endgeneration %}"
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+_PART = re.compile(r"""["']type["']: ["']text["']""")
+_SKELETONS = 1024
+"""Skeletons that are kept. Conversations of the same form have the same ones."""
 
-Message = dict[str, Any]
+Turns = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is learned of conversations, and the text in which they are."""
+
+    turns: Turns = "assistant"
+    """Whose turns: the assistant's, the assistant's last one, or all that is said."""
+    keep_thoughts: bool = True
+    """Render the assistant's thoughts too."""
+    date: str | None = None
+    """The day that the template takes for today, YYYY-MM-DD; None for the clock's."""
+
+    def described(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+        """Return what differs from the defaults, and the day if the tokenizer's template prints one, in words."""
+        found = {}
+        if self.turns != "assistant" or not self.keep_thoughts:
+            found["conversations"] = f"learn {self.turns}, thoughts {'keep' if self.keep_thoughts else 'drop'}"
+        if self.date and prints_the_date(tokenizer):
+            found["date"] = self.date
+        return found
+
+
+DEFAULTS = Learning()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    spans: list[Span]
+    """The characters to learn: answers, each with its end-of-turn token."""
+    thoughts_left_out: int = 0
+    """Thoughts of earlier turns that the template takes out by its own rule."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template, as a function from messages to text and the answers' character spans in it."""
+    """A tokenizer's chat template, as a function from conversations to text and the character spans to learn in it."""
 
     source: str
     special_tokens: dict[str, str]
     added_tokens: tuple[str, ...]
+    learning: Learning = DEFAULTS
+    _skeletons: dict[str, Skeleton | Unfit] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, learning: Learning = DEFAULTS) -> ChatTemplate:
         """Return the default chat template of `tokenizer`. Raises UserError if it or character offsets are missing."""
         if not tokenizer.chat_template:
             raise UserError(
                 "the corpus holds conversations, but the tokenizer has no chat template: take the instruction-tuned "
-                "version of the teacher, or a corpus of plain text"
+                "version of the teacher, name a template file with corpus.chat_template, or take a corpus of plain text"
             )
         if not tokenizer.is_fast:
             raise UserError(
@@ -41,73 +84,144 @@ class ChatTemplate:
                 "stands for, so the answers cannot be found: take a tokenizer folder with a tokenizer.json"
             )
         added = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace())
-        return cls(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map), added)
+        return cls(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map), added, learning)
 
-    def render(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
-        """Return the conversation as text, and the spans of the answers in it, each with its end-of-turn token.
+    def render(self, conversation: Conversation, where: str) -> Rendered:
+        """Return the conversation as text, and the characters of it that are learned.
 
-        A template with `{% generation %}` marks the answers itself. Otherwise an answer is the text that the template
-        adds for
-        the assistant's message after the prompt, which is rendered from the messages before it.
+        Every content, thought and call of a message is found in the text, or UserError tells which is not. Each way of
+        handing the messages over is tried in turn, since templates differ in what they can read.
         """
-        if GENERATION.search(self.source):
-            return self._rendered(messages, where)
-        text, _ = self._rendered(messages, where)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [self._answer_span(text, messages, i, where) for i in answers]
+        if not self.learning.keep_thoughts:
+            conversation = conversation.without_thoughts()
+        reasons: list[Unfit] = []
+        for form in _forms(conversation):
+            for marking in _markings(conversation):
+                try:
+                    return self._rendered(conversation, form, marking)
+                except Unfit as reason:
+                    reason.weight -= form.parts / 2
+                    reasons.append(reason)
+        raise UserError(f"{where}: {max(reasons, key=lambda reason: reason.weight)}")
 
-    def _answer_span(self, text: str, messages: Sequence[Message], i: int, where: str) -> Span:
-        if i == 0:
-            raise UserError(f"{where}: the conversation begins with the assistant; nothing asks for that answer")
-        prompt, _ = self._rendered(messages[:i], where, add_generation_prompt=True)
-        answered, _ = self._rendered(messages[: i + 1], where)
-        if not (text.startswith(prompt) and answered.startswith(prompt)):
-            raise UserError(
-                f"{where}: message {i + 1}: the chat template renders the conversation so far in another way once it "
-                f"goes on, so the answer cannot be told from the prompt: {REMEDY}"
-            )
-        answer = answered[len(prompt) :]
-        if not text.startswith(answer, len(prompt)):
-            answer = self._without_trimmings(answer, messages[i])
-            if not answer or not text.startswith(answer, len(prompt)):
-                raise UserError(
-                    f"{where}: message {i + 1}: the chat template renders this answer in another way once the "
-                    f"conversation goes on: {REMEDY}"
-                )
-        # A separator after the end-of-turn token ("\n" in ChatML) is never generated, so it is not learned either.
-        ended = answer.rstrip()
-        return len(prompt), len(prompt) + len(ended if ended.endswith(self.added_tokens) else answer)
+    def _rendered(self, conversation: Conversation, form: Form, marking: Marking) -> Rendered:
+        marked = mark(conversation, self._kept, marking)
+        if len(marked.pieces) > MOST:
+            raise Unfit(f"more than {MOST:,} pieces of text in one conversation: split it", 5)
+        marked = Marked(shaped(marked.conversation, form), marked.pieces)
+        answers = Answers(marked, self._skeleton, self._units)
+        if form.parts and _PART.search(answers.whole.text):
+            raise Unfit("the chat template writes a content's parts as data")
+        left_out = answers.check_all_is_written()
+        text, generated = self._text(shaped(conversation, form))
+        skeleton = answers.whole
+        spans = align(skeleton.literals, [marked.pieces[number] for number in skeleton.numbers], text)
+        if spans is None:
+            raise Unfit("the chat template does not write the messages' text as it is, so the answers cannot be found")
+        learned = self._learned(conversation, answers, spans, text, generated)
+        return Rendered(text, learned, left_out)
 
-    @staticmethod
-    def _without_trimmings(answer: str, message: Message) -> str:
-        """Return the bare content and the text after it: Qwen3 puts an empty `<think>` block before the last answer
-        only.
-        """
-        content = str(message.get("content", "")).strip()
-        return answer[answer.rindex(content) :] if content and content in answer else ""
+    def _learned(
+        self, conversation: Conversation, answers: Answers, spans: list[Span], text: str, generated: list[Span]
+    ) -> list[Span]:
+        if self.learning.turns == "all":
+            return answers.all_but_unlearned(conversation, spans, len(text))
+        chosen = answers.chosen(conversation, only_last=self.learning.turns == "last")
+        if not GENERATION.search(self.source):
+            return [span for index in chosen for span in answers.learned(index, spans)]
+        everything = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if chosen == everything:
+            return generated
+        places = [answers.place(index, spans) for index in chosen]
+        return [span for span in generated if any(span[0] < end and start < span[1] for start, end in places)]
 
-    def _rendered(
-        self, messages: Sequence[Message], where: str, add_generation_prompt: bool = False
-    ) -> tuple[str, list[Span]]:
-        marked = bool(GENERATION.search(self.source))
+    @property
+    def _kept(self) -> re.Pattern[str]:
+        return _kept_marks(self.source)
+
+    @property
+    def _units(self) -> re.Pattern[str]:
+        return _units_of(self.added_tokens)
+
+    def _text(self, conversation: Conversation) -> tuple[str, list[Span]]:
         try:
-            return render(
-                self.source,
-                messages,
-                self.special_tokens,
-                add_generation_prompt=add_generation_prompt,
-                marked=marked,
-            )
+            return self._render(conversation, marked=bool(GENERATION.search(self.source)))
         except TemplateError as error:
-            raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error
+            raise Unfit(f"the chat template refuses the conversation: {error}", 2) from error
+
+    def _skeleton(self, conversation: Conversation, prompt: bool) -> Skeleton:
+        """Return what the template renders of marked messages. Raises Unfit if it refuses them."""
+        key = json.dumps([conversation.document(), prompt], sort_keys=False)
+        found = self._skeletons.get(key)
+        if found is None:
+            try:
+                text, _ = self._render(conversation, add_generation_prompt=prompt)
+                found = Skeleton(text, *split(text))
+            except TemplateError as error:
+                found = Unfit(f"the chat template refuses the conversation: {error}", 2)
+            if len(self._skeletons) >= _SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = found
+        if isinstance(found, Unfit):
+            raise Unfit(str(found), found.weight)
+        return found
+
+    def _render(self, conversation: Conversation, **how: bool) -> tuple[str, list[Span]]:
+        return render(
+            self.source,
+            conversation.messages,
+            self.special_tokens,
+            tools=conversation.tools,
+            options=conversation.options,
+            date=self.learning.date,
+            **how,
+        )
 
 
-def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+def prints_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if what the tokenizer's chat template renders may depend on the day."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _forms(conversation: Conversation) -> Iterator[Form]:
+    has_calls = any(message.get("tool_calls") for message in conversation.messages)
+    for parts in (False, True):
+        for json_arguments in (False, True)[: 1 + has_calls]:
+            yield Form(parts, json_arguments)
+
+
+def _markings(conversation: Conversation) -> Iterator[Marking]:
+    has_empty = any(not str(message.get("content", "")).strip() for message in conversation.messages)
+    has_calls = any(message.get("tool_calls") for message in conversation.messages)
+    for empties in (True, False)[: 1 + has_empty]:
+        for names in (True, False)[: 1 + has_calls]:
+            yield Marking(empties, names)
+
+
+def _kept_marks(source: str) -> re.Pattern[str]:
+    """Return a pattern of the marks at which a template may look in a content, such as `</think>`.
+
+    They are the template's own quoted texts without blanks, of at least three characters that are not all letters.
+    """
+    words: set[str] = {"<think>", "</think>"}
+    for single, double in _QUOTED.findall(source):
+        words.update((single or double).replace("\\n", " ").split())
+    marks = [word for word in words if 3 <= len(word) <= 64 and not word.isalnum() and "\\" not in word]
+    return re.compile("|".join(re.escape(word) for word in sorted(marks, key=len, reverse=True)))
+
+
+def _units_of(added_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern of the units in which a template's own texts are compared: tokens, tags, words, characters."""
+    tokens = "|".join(re.escape(token) for token in sorted(added_tokens, key=len, reverse=True) if token)
+    group = f"({tokens})" if tokens else "((?!))"
+    return re.compile(rf"{group}|<[^<>\s]{{1,64}}>|\[[^\[\]\s]{{1,64}}\]|\w+|.", re.DOTALL)
+
+
+def tokens_in_spans(offsets: list[Span], spans: list[Span]) -> np.ndarray:
     """Return a mask (bool [tokens]) of the tokens that share at least one character with a span.
 
     transformers' own mask is not used. It looks up the span's first character alone. If no token covers that character
-    (a
-    blank that the tokenizer trims off), it gives up the conversation's remaining answers without a message.
+    (a blank that the tokenizer trims off), it gives up the conversation's remaining answers without a message.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     inside = np.zeros(len(starts), dtype=bool)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from distill.cache.format import token_order
 from distill.cache.format.checks import printable
-from distill.cache.format.folder import Manifest, differences
+from distill.cache.format.folder import MANIFEST, Manifest, differences, read_journal, read_manifest
 from distill.cache.format.manifest import MOST_SOURCES
+from distill.cache.format.records import token_hash
 from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
@@ -25,6 +30,10 @@ from distill.targets import schemes
 
 HELD_OUT_ORDER = "held_out_order"
 """Fingerprint of caches whose held-out samples are spread over all held-out documents. Earlier ones hold the first."""
+
+
+DATE = "date"
+"""Fingerprint of caches whose chat template prints the day: the one that it takes for today."""
 
 
 def make_scheme(experiment: Experiment, hidden_size: int) -> schemes.AnyScheme:
@@ -81,6 +90,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
         fingerprints={
             **teacher.fingerprints,
             "corpus": samples.fingerprint,
+            **samples.rendering,
             token_order.FINGERPRINT: order.fingerprint,
             "packing": packing_fingerprint(experiment),
             HELD_OUT_ORDER: "spread",
@@ -91,12 +101,58 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
     )
 
 
-def with_order_of(manifest: Manifest, found: Manifest) -> Manifest:
-    """Return the manifest with the held-out samples' order of a cache that was begun, `found`, and stays as it is."""
-    if HELD_OUT_ORDER in found.fingerprints:
-        return manifest
-    kept = {name: value for name, value in manifest.fingerprints.items() if name != HELD_OUT_ORDER}
+def as_begun(manifest: Manifest, found: Manifest) -> Manifest:
+    """Return the manifest without what a cache that was begun, `found`, did not say yet: it stays as it is.
+
+    That is the held-out samples' order, and the day that a chat template prints.
+    """
+    unsaid = {name for name in (HELD_OUT_ORDER, DATE) if name not in found.fingerprints}
+    kept = {name: value for name, value in manifest.fingerprints.items() if name not in unsaid}
     return replace(manifest, fingerprints=kept)
+
+
+def date_of(folders: Folders) -> str | None:
+    """Return the day that the chat template prints in a cache that was begun; None without one."""
+    manifest = folders.cache / MANIFEST
+    return read_manifest(folders.cache).fingerprints.get(DATE) if manifest.is_file() else None
+
+
+def check_tokens(folder: Path, manifest: Manifest, samples: SampleSets) -> None:
+    """Raise UserError if a cache that was begun holds other tokens than the corpus gives now, by its first shard.
+
+    A chat template may print the day, and a version of this program may learn other tokens of the same corpus.
+    """
+    found = read_manifest(folder)
+    if found.version != manifest.version or differences(manifest, found):
+        return  # the writer tells
+    journal = read_journal(folder, found)
+    shard = min((number for number, entry in journal.items() if entry.tokens and not entry.is_dropped), default=None)
+    if shard is None:
+        return
+    numbers, places = sample_numbers(found, samples), found.shard_range(shard)
+    split = "held_out" if places.start < found.splits["held_out"] else "train"
+    start = 0 if split == "held_out" else found.splits["held_out"]
+    sets = {"held_out": samples.held_out, "train": samples.train}
+    here = [sets[split][numbers[split][place - start]] for place in places if place - start < len(sets[split])]
+    if token_hash(map(_Tokens.of, here)) != journal[shard].tokens:
+        raise UserError(
+            f"cache {folder}: {journal[shard].file} holds other tokens than the corpus gives now: it was begun on "
+            "another day with a chat template that prints it (give it as --corpus.date), or by another version of "
+            "distill or of its libraries: finish it there, or make a new one with --cache.overwrite"
+        )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A sample of the corpus, as its hash is computed."""
+
+    input_ids_L: np.ndarray
+    position_ids_L: np.ndarray
+    loss_mask_L: np.ndarray
+
+    @classmethod
+    def of(cls, sample: dict[str, Tensor]) -> _Tokens:
+        return cls(*(sample[name].numpy() for name in ("input_ids", "position_ids", "loss_mask")))
 
 
 def sample_numbers(manifest: Manifest, samples: SampleSets) -> dict[str, Sequence[int]]:

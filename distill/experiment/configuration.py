@@ -22,15 +22,25 @@ class CorpusConfig:
     """The text the teacher reads and the student learns from."""
 
     path: str
-    """A text, jsonl, jsonl.gz, parquet or csv file, a folder of such files, or a Hugging Face data set name."""
+    """A txt, md, jsonl, json, csv, tsv, parquet or arrow file, a folder of such files, or a hub data set's name."""
     name: str | None = None
     """Configuration name of a hub data set (for example `sample-10BT`)."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder whose files are named after splits; several as `train+test`."""
     text_field: str = "text"
     """Column that holds plain text."""
     messages_field: str = "messages"
     """Column that holds conversations (lists of `role` and `content`); used when the file has it."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns by their meaning, such as `{prompt: question, completion: reply}`, where names do not tell them."""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    """Turns of a conversation that are learned: the assistant's, the assistant's last one, or all text."""
+    thoughts: Literal["keep", "drop"] = "keep"
+    """drop: leave the assistant's thoughts out of conversations (`reasoning_content`, and text before `</think>`)."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) to use instead of the tokenizer's; the student gets it too."""
+    date: str | None = None
+    """Day (YYYY-MM-DD) that chat templates print as today's; default: the day on which the cache is begun."""
     sequence_length: Annotated[int, Between(2, 2**20)] = 1024
     """Tokens a sample."""
     pack: bool = True

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from distill import plugins
 from distill.corpus import SampleSets, open_corpus
+from distill.corpus.shapes import Columns
+from distill.corpus.templates import Learning, prints_the_date
+from distill.errors import UserError, nearest_path
 from distill.experiment.checks import check_length, check_model
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.models import checkpoints, tokenizers
+from distill.models.chat_templates import LONGEST_TEMPLATE
 from distill.models.generation import context_of
-from distill.system.files import last_part, names_only
+from distill.system.files import last_part, names_only, read_bounded
 from distill.system.quiet import quiet_transformers
 
 
@@ -40,8 +46,11 @@ class Teacher:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that the experiment names, else the checkpoint's own."""
-        return tokenizers.load_tokenizer(self.checkpoint, self.config.tokenizer, self.config.trust_remote_code)
+        """The tokenizer that the experiment names, else the checkpoint's own, with the corpus's chat template."""
+        tokenizer = tokenizers.load_tokenizer(self.checkpoint, self.config.tokenizer, self.config.trust_remote_code)
+        if self.corpus.chat_template is not None:
+            tokenizer.chat_template = read_template(self.corpus.chat_template)
+        return tokenizer
 
     @cached_property
     def vocab_size(self) -> int:
@@ -88,8 +97,8 @@ class Teacher:
         return model
 
 
-def open_samples(experiment: Experiment, teacher: Teacher) -> SampleSets:
-    """Open the corpus as samples of the teacher's tokens."""
+def open_samples(experiment: Experiment, teacher: Teacher, date: str | None = None) -> SampleSets:
+    """Open the corpus as samples of the teacher's tokens. `date` is the day on which its cache was begun."""
     corpus = experiment.corpus
     return open_corpus(
         corpus.path,
@@ -97,9 +106,33 @@ def open_samples(experiment: Experiment, teacher: Teacher) -> SampleSets:
         sequence_length=corpus.sequence_length,
         name=corpus.name,
         split=corpus.split,
-        text_field=corpus.text_field,
-        messages_field=corpus.messages_field,
+        columns=Columns.of(corpus.columns, corpus.text_field, corpus.messages_field),
+        learning=Learning(
+            corpus.learn,
+            corpus.thoughts == "keep",
+            _day(corpus.date or date) if prints_the_date(teacher.tokenizer) else None,
+        ),
         pack=corpus.pack,
         held_out=corpus.held_out,
         seed=corpus.seed,
     )
+
+
+def read_template(path: str) -> str:
+    """Return the text of a chat template's file. Raises UserError if it cannot be read."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"corpus.chat_template: {path}: no such file{nearest_path(file, cutoff=0.5)}")
+    try:
+        return read_bounded(file, LONGEST_TEMPLATE).decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"corpus.chat_template: {path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _day(text: str | None) -> str:
+    if text is None:
+        return datetime.date.today().isoformat()
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise UserError(f"corpus.date: '{text}' is no day: write it as 2026-11-30") from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
+from distill.models.chat_templates import untagged
 from distill.models.tokenizer_trimming import BYTE
 from distill.models.tokenizers import vocab_size
 
@@ -196,7 +197,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, c
         writer.add_add_space_prefix(vocabulary.space_prefix)
     _add_special_tokens(writer, tokenizer, config, len(vocabulary.tokens))
     if tokenizer.chat_template:
-        templates = tokenizer.chat_template
+        templates = untagged(tokenizer.chat_template)
         if isinstance(templates, dict):
             templates = [{"name": name, "template": template} for name, template in templates.items()]
         writer.add_chat_template(templates)

@@ -9,6 +9,7 @@ import numpy as np
 
 from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
 from distill.corpus.reading import local_files
+from distill.corpus.text_files import COMPRESSIONS
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.system.units import parse_size
@@ -70,10 +71,12 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
 
 
 def _samples_in_files(experiment: Experiment) -> int | None:
-    files = local_files(experiment.corpus.path)
+    files = local_files(experiment.corpus.path, experiment.corpus.split)
     if files is None:
         return None
-    held = sum(file.stat().st_size * (_COMPRESSION if file.suffix in (".gz", ".parquet") else 1) for file in files)
+    held = sum(
+        file.stat().st_size * (_COMPRESSION if file.suffix in (*COMPRESSIONS, ".parquet") else 1) for file in files
+    )
     return max(1, math.ceil(held / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
 
 

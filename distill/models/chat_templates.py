@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -20,6 +21,9 @@ SECONDS = 10
 START_SECONDS = 300
 LONGEST_TEMPLATE = 2**20
 """Characters of a template. Real templates have up to 20,000."""
+
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+"""Tags with which a template marks what is generated. Only programs that train models know them."""
 
 Span = tuple[int, int]
 
@@ -45,9 +49,14 @@ def render(
     *,
     add_generation_prompt: bool = False,
     marked: bool = False,
+    tools: Sequence[dict[str, Any]] | None = None,
+    options: dict[str, Any] | None = None,
+    date: str | None = None,
 ) -> tuple[str, list[Span]]:
     """Return the conversation as text, and if the template is `marked`, the spans in it that it marks as generated.
 
+    `tools` are the schemas of the functions that the model may call, `options` further variables of the template (such
+    as `enable_thinking`), and `date` (YYYY-MM-DD) the day that the template takes for today.
     Equals transformers' `render_jinja_template` for messages of JSON. Raises TemplateError for a template that refuses
     the conversation, or exceeds a limit.
     """
@@ -59,6 +68,9 @@ def render(
         "special_tokens": special_tokens,
         "add_generation_prompt": add_generation_prompt,
         "marked": marked,
+        "tools": None if tools is None else list(tools),
+        "options": options or {},
+        "date": date,
     }
     try:
         line = json.dumps(request, default=str)
@@ -68,6 +80,13 @@ def render(
     if "error" in answer:
         raise TemplateError(answer["error"])
     return answer["text"], [(start, end) for start, end in answer["spans"]]
+
+
+def untagged(template: Any) -> Any:
+    """Return a template (or a dict of several, or None) that renders the same without `{% generation %}` tags."""
+    if isinstance(template, str):
+        return GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", template)
+    return {name: untagged(one) for name, one in template.items()} if isinstance(template, dict) else template
 
 
 class _Process:

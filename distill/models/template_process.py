@@ -7,6 +7,7 @@ Each line of standard input is a request as JSON, each line of standard output i
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import signal
@@ -26,26 +27,28 @@ def main(seconds: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends an answer of `chat`, and not its template
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # a library's prints are no part of an answer
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
     _limit_memory()
     print(json.dumps("ready"), file=answers, flush=True)
     alarm = getattr(signal, "alarm", lambda _: None)  # Windows has none
     for line in sys.stdin:
         alarm(2 * seconds)  # whoever asked is gone if this ever rings
-        answer = _answer(render_jinja_template, json.loads(line))
+        answer = _answer(chat_template_utils, json.loads(line))
         alarm(0)  # it may be long until the next request
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(render: Any, request: dict[str, Any]) -> dict[str, Any]:
+def _answer(library: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        texts, spans = render(
+        _set_today(library._compile_jinja_template(request["template"]), request["date"])
+        texts, spans = library.render_jinja_template(
             conversations=[request["messages"]],
+            tools=request["tools"],
             chat_template=request["template"],
             return_assistant_tokens_mask=request["marked"],
             add_generation_prompt=request["add_generation_prompt"],
-            **request["special_tokens"],
+            **{**request["special_tokens"], **request["options"]},
         )
     except (MemoryError, OverflowError):
         return {"error": f"it takes more than {MEMORY >> 20} MiB of memory"}
@@ -56,6 +59,17 @@ def _answer(render: Any, request: dict[str, Any]) -> dict[str, Any]:
     if len(texts[0]) > LONGEST:
         return {"error": f"it makes a text of more than {LONGEST >> 20} Mi characters"}
     return {"text": texts[0], "spans": spans[0] if spans else []}
+
+
+def _set_today(template: Any, date: str | None) -> None:
+    """Let `strftime_now` tell `date` (YYYY-MM-DD), or None for the clock's.
+
+    The library keeps compiled templates, so this holds for its next rendering of the same source.
+    """
+    if date is None:
+        template.globals.pop("strftime_now", None)
+    else:
+        template.globals["strftime_now"] = datetime.date.fromisoformat(date).strftime
 
 
 def _limit_memory() -> None:

@@ -24,11 +24,13 @@ from distill.cache.reading.verify import shards_of
 from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.experiment.cache import (
+    as_begun,
+    check_tokens,
+    date_of,
     make_manifest,
     make_token_order,
     sample_numbers,
     with_budgeted_threshold,
-    with_order_of,
 )
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
@@ -94,12 +96,13 @@ class _Work:
     @classmethod
     def of(cls, experiment: Experiment, folders: Folders, teacher: Teacher, part: Part | None) -> _Work:
         """Open the corpus, and find the threshold of a budget."""
-        samples = open_samples(experiment, teacher)
+        samples = open_samples(experiment, teacher, date_of(folders) if _is_begun(experiment, folders) else None)
         order = make_token_order(experiment, teacher, samples)
         experiment = _within_budget(experiment, folders, teacher, samples, order)
         manifest = make_manifest(experiment, teacher, samples, order)
         if _is_begun(experiment, folders):
-            manifest = with_order_of(manifest, read_manifest(folders.cache))
+            manifest = as_begun(manifest, read_manifest(folders.cache))
+            check_tokens(folders.cache, manifest, samples)
         shards = part.shards(manifest.shards) if part else range(manifest.shards)
         return cls(experiment, folders, teacher, samples, order, manifest, part, shards)
 
@@ -286,6 +289,13 @@ def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -
         f"corpus: {experiment.corpus.path}, {train:,} of {len(samples.train):,} training samples and "
         f"{held_out:,} held out, {manifest.sequence_length} tokens each"
     )
+    say(f"corpus: {', '.join(f'{kind}, {rows:,} rows' for kind, rows in samples.shapes.items())}")
+    if samples.thoughts_left_out:
+        say(
+            f"corpus: {samples.thoughts_left_out:,} thoughts of earlier turns are taken out by the chat template's rule"
+        )
+    if "date" in samples.rendering:
+        say(f"corpus: the chat template's today is {samples.rendering['date']} (corpus.date)")
     left_out = samples.empty_documents + samples.unlearnable_documents
     if left_out:
         say(f"corpus: {left_out:,} documents left out ({samples.empty_documents} empty, others with no token to learn)")

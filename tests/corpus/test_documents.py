@@ -15,6 +15,7 @@ import pytest
 from distill.corpus import documents as documents_module
 from distill.corpus.documents import corpus_fingerprint, load_documents
 from distill.corpus.reading import find_sources
+from distill.corpus.shapes import Columns
 from distill.errors import UserError
 
 Write = Callable[..., str]
@@ -23,7 +24,8 @@ ANSWER = {"role": "assistant", "content": "The fox."}
 
 
 def load(path: str, text_field: str = "text") -> datasets.Dataset:
-    return load_documents(find_sources(path, None, "train", text_field, "messages"), text_field, "messages")
+    columns = Columns(text=text_field)
+    return load_documents(find_sources(path, None, "train", columns), columns)
 
 
 def test_text_is_kept_to_the_letter_and_blank_text_is_empty(write: Write) -> None:
@@ -89,7 +91,7 @@ def test_a_failed_reading_leaves_nothing_behind(write: Write) -> None:
 
 
 BAD_ROWS: list[tuple[list[Any], str]] = [
-    ([{"body": "x", "id": 1}], r"row 1: no column 'text' or 'messages' \(known: body, id\): name the column"),
+    ([{"body": "x", "id": 1}], r"row 1: no column 'text' or 'messages' \(known: body, id\): name the columns"),
     ([{"text": "x"}, {"tex": "x"}], r"row 2: no column 'text'.*did you mean 'tex'"),
     ([{"text": "x"}, {"text": None}], r"row 2: column 'text' is null, not text"),
     ([{"text": 3}], r"row 1: column 'text' is int, not text"),
@@ -98,7 +100,7 @@ BAD_ROWS: list[tuple[list[Any], str]] = [
     ([{"messages": "Who?"}], r"row 1: messages are a str, not a list"),
     ([{"messages": None}], r"row 1: messages are a NoneType"),
     ([{"messages": [USER, "x"]}], r"row 1: message 2: needs a role and a content.*found: str"),
-    ([{"messages": [{"from": "human", "value": "x"}]}], r"row 1: message 1: needs a role.*found: from, value"),
+    ([{"messages": [{"speaker": "human", "value": "x"}]}], r"row 1: message 1: needs a role.*found: speaker, value"),
     (
         [{"messages": [{"role": "asistant", "content": "x"}]}],
         r"row 1: message 1: unknown role 'asistant'; did you mean 'assistant'",

@@ -32,7 +32,7 @@ SPACED = (
 
 
 def encoded_rows(path: str, tokenizer: Any) -> list[dict[str, Any]]:
-    documents = load_documents(find_sources(path, None, "train", "text", "messages"), "text", "messages")
+    documents = load_documents(find_sources(path, None, "train"))
     return list(encode(documents, tokenizer, [path]))
 
 

@@ -26,7 +26,7 @@ ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
 
 
 def texts(path: str) -> list[str]:
-    return [row["text"] for source in find_sources(path, None, "train", "text", "messages") for _, row in source.rows()]
+    return [row["text"] for source in find_sources(path, None, "train") for _, row in source.rows()]
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
@@ -149,7 +149,7 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
-    (source,) = find_sources("owner/data-set_1.0", "tiny", "validation", "text", "messages")
+    (source,) = find_sources("owner/data-set_1.0", "tiny", "validation")
     assert asked == [("owner/data-set_1.0", "tiny", "validation")]
     assert list(source.rows()) == [(i, {"text": text}) for i, text in enumerate(TEXTS, start=1)]
 
@@ -161,13 +161,13 @@ def test_hub_failure_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reading.datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"owner/name: neither .*split trian\): Unknown split 'trian'.*\]\.$"):
-        find_sources("owner/name", None, "trian", "text", "messages")
+        find_sources("owner/name", None, "trian")
 
 
 def test_an_empty_name_is_no_corpus() -> None:
     for path in ("", "  "):
         with pytest.raises(UserError, match=r"corpus\.path: is empty"):
-            find_sources(path, None, "train", "text", "messages")
+            find_sources(path, None, "train")
 
 
 @pytest.mark.parametrize("name", ["chapters", "b.md", "deeper/c"])
@@ -177,7 +177,7 @@ def test_a_link_to_nothing_is_said(tmp_path: Path, name: str) -> None:
     (tmp_path / "deeper").mkdir()
     (tmp_path / name).symlink_to("gone")
     with pytest.raises(UserError, match=f"{name}: is a link to nothing"):
-        find_sources(str(tmp_path), None, "train", "text", "messages")
+        find_sources(str(tmp_path), None, "train")
 
 
 def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
-        find_sources(str(tmp_path), None, "train", "text", "messages")
+        find_sources(str(tmp_path), None, "train")
 
 
 def test_every_damaged_parquet_file_is_rows_or_one_line(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_every_damaged_parquet_file_is_rows_or_one_line(tmp_path: Path) -> None:
     for place in range(0, len(whole), 7):
         (tmp_path / "a.parquet").write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
         try:
-            for source in find_sources(str(tmp_path), None, "train", "text", "messages"):
+            for source in find_sources(str(tmp_path), None, "train"):
                 list(source.rows())
         except UserError as error:
             assert "a.parquet" in str(error) and "\n" not in str(error)

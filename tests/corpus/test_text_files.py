@@ -18,7 +18,7 @@ ROW = '{"text": "The cat sat on the mat."}\n'
 
 
 def rows(path: Path) -> int:
-    sources = find_sources(str(path), None, "train", "text", "messages")
+    sources = find_sources(str(path), None, "train")
     return sum(1 for source in sources for _ in source.rows())
 
 

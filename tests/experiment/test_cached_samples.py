@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distill.cache.format.manifest import Manifest, differences
-from distill.experiment.cache import HELD_OUT_ORDER, sample_numbers, with_order_of
+from distill.experiment.cache import HELD_OUT_ORDER, as_begun, sample_numbers
 
 SAMPLES: Any = SimpleNamespace(held_out=range(1000), train=range(5000))
 
@@ -48,8 +48,8 @@ def test_a_larger_cache_begins_with_the_samples_of_a_smaller_one() -> None:
 def test_a_cache_begun_by_an_earlier_release_goes_on_in_its_own_order() -> None:
     earlier, now = manifest(16), manifest(16, **{HELD_OUT_ORDER: "spread"})
     assert differences(now, earlier), "the two orders are never mixed"
-    continued = with_order_of(now, earlier)
+    continued = as_begun(now, earlier)
     assert not differences(continued, earlier) and continued.identity == earlier.identity
     assert sample_numbers(continued, SAMPLES)["held_out"] == range(16)
-    assert with_order_of(now, now) == now
-    assert differences(with_order_of(replace(now, seed=1), earlier), earlier)
+    assert as_begun(now, now) == now
+    assert differences(as_begun(replace(now, seed=1), earlier), earlier)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -150,7 +151,18 @@ def _read_documents(fields: Iterator[bytes], count: int) -> Documents | None:
     return Documents(np.frombuffer(hashes, dtype="<u8").astype(np.uint64), np.array(numbers, dtype=np.uint32))
 
 
-def token_hash(samples: Iterable[Record]) -> str:
+class Tokens(Protocol):
+    """A sample's tokens, whatever else it has."""
+
+    @property
+    def input_ids_L(self) -> NDArray: ...
+    @property
+    def position_ids_L(self) -> NDArray: ...
+    @property
+    def loss_mask_L(self) -> NDArray: ...
+
+
+def token_hash(samples: Iterable[Tokens]) -> str:
     """Return the sha256 of samples' token ids, position ids (u32, little-endian) and loss masks (bytes 0 and 1)."""
     digest = hashlib.sha256()
     for sample in samples:

@@ -13,7 +13,7 @@ from distill.corpus import SampleSets
 from distill.corpus.splitting import spread
 from distill.errors import UserError
 from distill.evaluation import benchmarks, cost, fidelity, statistics, texts
-from distill.experiment.configuration import Experiment
+from distill.experiment.configuration import CorpusConfig, Experiment
 from distill.experiment.subjects import Loaded, Subject
 from distill.experiment.teacher import Teacher
 from distill.models.vocabulary import Vocabulary
@@ -70,7 +70,7 @@ class FidelityToTeacher(Measurement):
         self, experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None, models: int
     ) -> None:
         self.experiment, self.teacher, self.vocabulary = experiment, teacher, vocabulary
-        self.corpus = samples.fingerprint
+        self.corpus, self.rendering = samples.fingerprint, samples.rendering
         limit = min(experiment.evaluate.max_samples or len(samples.held_out), len(samples.held_out))
         self.samples = Subset(samples.held_out, sorted(spread(len(samples.held_out))[:limit].tolist()))
         if vocabulary is not None:
@@ -89,7 +89,8 @@ class FidelityToTeacher(Measurement):
         experiment = self.experiment
         return {
             "corpus": self.corpus,
-            "corpus_settings": asdict(experiment.corpus),
+            "corpus_settings": _settings_of(experiment.corpus),
+            **({"rendering": self.rendering} if self.rendering else {}),
             "max_samples": experiment.evaluate.max_samples,
             "metrics": 3,  # version of the metrics and of the way in which they are measured
         }
@@ -264,6 +265,19 @@ def all_measurements(
     if config.cost:
         found.append(Cost(experiment, teacher))
     return found
+
+
+def _settings_of(corpus: CorpusConfig) -> dict[str, Any]:
+    """Return the corpus's settings. Those that came later count where they are not the default."""
+    settings = asdict(corpus)
+    later: dict[str, Any] = {
+        "columns": {},
+        "learn": "assistant",
+        "thoughts": "keep",
+        "chat_template": None,
+        "date": None,
+    }
+    return {key: value for key, value in settings.items() if key not in later or value != later[key]}
 
 
 def parameters(model: Any) -> int:

@@ -1,0 +1,191 @@
+"""Shapes of rows: which columns hold a document, recognised by their names or named with `corpus.columns`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill.corpus.messages import messages_of, options_of, parsed, text_of, tools_of
+from distill.errors import UserError, did_you_mean
+
+MEANINGS = ("text", "messages", "prompt", "completion", "input", "chosen", "system", "tools", "chat_template_kwargs")
+"""Meanings that `corpus.columns` can give to a column."""
+
+NAMES = (
+    "plain text",
+    "conversations",
+    "ShareGPT conversations",
+    "pairs of prompt and completion",
+    "chosen answers of preferences",
+)
+"""Shapes of rows, by the number that a document carries."""
+TEXT, MESSAGES, SHAREGPT, PAIR, CHOSEN = range(len(NAMES))
+
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("problem", "solution"),
+)
+_INPUTS = ("input", "context")
+_SYSTEMS = ("system", "system_prompt")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns that the user named: by their meaning, and by the two keys for text and messages."""
+
+    named: tuple[tuple[str, str], ...] = ()
+    text: str = "text"
+    messages: str = "messages"
+
+    @classmethod
+    def of(cls, columns: Mapping[str, str], text: str = "text", messages: str = "messages") -> Columns:
+        """Check the names. Raises UserError for a meaning that is unknown or lacks its partner."""
+        for meaning in columns:
+            if meaning not in MEANINGS:
+                raise UserError(
+                    f"corpus.columns: '{meaning}' is no meaning of a column{did_you_mean(meaning, MEANINGS)}"
+                )
+        main = [meaning for meaning in ("text", "messages", "chosen", "completion") if meaning in columns]
+        if columns and len(main) != 1:
+            raise UserError(
+                "corpus.columns: name one of text, messages, chosen, or prompt and completion "
+                f"(named: {', '.join(columns)})"
+            )
+        if ("completion" in columns) and "prompt" not in columns:
+            raise UserError("corpus.columns: a completion needs a prompt: name its column too")
+        return cls(tuple(sorted(columns.items())), text, messages)
+
+    def key(self) -> list[Any]:
+        """Return what identifies the choice, as JSON values."""
+        return [self.text, self.messages, [list(pair) for pair in self.named]]
+
+    @property
+    def text_column(self) -> str:
+        """The column that the text of a text file is given."""
+        return dict(self.named).get("text", self.text)
+
+
+BY_NAME = Columns()
+"""Columns are recognised by their names."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The columns of one row that make a document."""
+
+    kind: int
+    """Number in `NAMES`."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Column of each meaning."""
+
+    @property
+    def is_conversation(self) -> bool:
+        return self.kind != TEXT
+
+    def document(self, row: Mapping[str, Any], where: str) -> tuple[Any, int]:
+        """Return the row's text, or its conversation as JSON values, and the shape's number. Raises UserError."""
+        columns = self.columns
+        if self.kind == TEXT:
+            return text_of(row[columns["text"]], where, columns["text"]), TEXT
+        kind = self.kind
+        if kind == PAIR:
+            messages = _pair(row, columns, where, "completion")
+        elif kind == CHOSEN:
+            chosen = parsed(row[columns["chosen"]])
+            is_whole = isinstance(chosen, list) and _is_whole(chosen)
+            messages = messages_of(chosen, where) if is_whole else _pair(row, columns, where, "chosen")
+        else:
+            value = parsed(row[columns["messages"]])
+            messages = messages_of(value, where)
+            if isinstance(value, list) and value and "from" in value[0]:
+                kind = SHAREGPT
+        if (system := columns.get("system")) and row.get(system) and messages and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": text_of(row[system], where, system)}, *messages]
+        tools = tools_of(row.get(columns.get("tools", "")), where)
+        options = options_of(row.get(columns.get("chat_template_kwargs", "")), where)
+        if not messages or (tools is None and not options):
+            return messages, kind
+        content: dict[str, Any] = {"messages": messages}
+        if tools is not None:
+            content["tools"] = tools
+        if options:
+            content["chat_template_kwargs"] = options
+        return content, kind
+
+
+@functools.lru_cache(maxsize=4096)
+def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
+    """Return the shape of rows with columns of these names, or None if they are not told."""
+    own = dict(wanted.named)
+    extras: dict[str, str] = {meaning: meaning for meaning in ("tools", "chat_template_kwargs") if meaning in names}
+    extras |= _first("system", _SYSTEMS, names)
+    if own:
+        columns = extras | own
+        if any(column not in names for meaning, column in own.items() if meaning not in ("system", "input")):
+            return None
+        kind = next(kind for meaning, kind in _KINDS.items() if meaning in own)
+        return Shape(kind, columns)
+    for name in (wanted.messages, "conversations", "conversation"):
+        if name in names:
+            return Shape(MESSAGES, extras | {"messages": name})
+    if wanted.text in names:
+        return Shape(TEXT, {"text": wanted.text})
+    if "chosen" in names:
+        prompt = _first("prompt", ("prompt", "instruction", "question"), names)
+        return Shape(CHOSEN, extras | prompt | {"chosen": "chosen"})
+    for prompt_name, completion in _PAIRS:
+        if prompt_name in names and completion in names:
+            more = _first("input", _INPUTS, names)
+            return Shape(PAIR, extras | more | {"prompt": prompt_name, "completion": completion})
+    return None
+
+
+def _first(meaning: str, candidates: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    return next(({meaning: name} for name in candidates if name in names), {})
+
+
+_KINDS = {"text": TEXT, "messages": MESSAGES, "chosen": CHOSEN, "completion": PAIR}
+
+
+def columns_to_read(names: Sequence[str], wanted: Columns) -> list[str]:
+    """Return the columns to read, or all of them if no shape is recognised, so that an error can name them."""
+    shape = find_shape(tuple(names), wanted)
+    if shape is None:
+        return list(names)
+    return [name for name in names if name in shape.columns.values()]
+
+
+def _is_whole(messages: list[Any]) -> bool:
+    """Return True for messages with a question: some preference sets have the prompt in them, some beside them."""
+    return any(isinstance(m, Mapping) and (m.get("role") or m.get("from")) in ("user", "human") for m in messages)
+
+
+def _pair(row: Mapping[str, Any], columns: Mapping[str, str], where: str, answer: str) -> list[dict[str, Any]]:
+    """Return prompt and completion, each a text or messages, as one conversation."""
+    if "prompt" not in columns:
+        raise UserError(
+            f"{where}: column '{columns[answer]}' has no question, and there is no column with a prompt: "
+            "name it with corpus.columns"
+        )
+    prompt, completion = parsed(row[columns["prompt"]]), parsed(row[columns[answer]])
+    if isinstance(prompt, list):
+        asked = messages_of(prompt, where)
+    else:
+        question = text_of(prompt, where, columns["prompt"])
+        addition = row.get(columns.get("input", ""))
+        if addition is not None and (more := text_of(addition, where, columns["input"])):
+            question = f"{question}\n\n{more}" if question else more
+        asked = [{"role": "user", "content": question}] if question else []
+    if isinstance(completion, list):
+        return asked + messages_of(completion, where)
+    said = text_of(completion, where, columns[answer])
+    return [*asked, {"role": "assistant", "content": said}] if asked and said else []

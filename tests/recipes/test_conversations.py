@@ -1,0 +1,56 @@
+"""A cache of conversations holds the text that it was begun with, on any day; the student's template is everybody's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.corpus.templates import Learning
+
+TEMPLATE = (
+    "Today is {{ strftime_now('%d %B %Y') }}.\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+    "{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def experiment(world: Any, tmp_path: Path) -> str:
+    rows = [{"question": f"Question {i}?", "answer": "Yes, " * (i + 1)} for i in range(20)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "dated.jinja").write_text(TEMPLATE)
+    corpus = {"path": str(tmp_path / "chats.jsonl"), "chat_template": str(tmp_path / "dated.jinja"), "held_out": 0.3}
+    return str(world.write(tmp_path / "experiment.yaml", corpus=corpus, train={"max_steps": 1}))
+
+
+def test_the_day_is_fixed_when_the_cache_is_begun(distill: Any, tmp_path: Path, experiment: str) -> None:
+    begun = distill("cache-teacher", experiment, "--corpus.date", "2024-07-26").done().out
+    assert "pairs of prompt and completion, 20 rows" in begun and "today is 2024-07-26" in begun
+    fingerprints = json.loads((tmp_path / "run/cache/manifest.json").read_text())["fingerprints"]
+    assert fingerprints["date"] == "2024-07-26" and "conversations" not in fingerprints
+    assert "nothing to do" in distill("cache-teacher", experiment).done().out
+    distill("cache-teacher", experiment, "--corpus.date", "2024-07-27").refused("date", "2024-07-26", "2024-07-27")
+    distill("cache-teacher", experiment, "--corpus.learn", "last").refused("learn last, thoughts keep")
+    distill("cache-teacher", experiment, "--corpus.date", "soon").refused("corpus.date: 'soon' is no day")
+    distill("cache-teacher", experiment, "--corpus.chat_template", "no.jinja").refused(
+        "corpus.chat_template", "no such"
+    )
+    distill("train-student", experiment).done()
+    (student,) = tmp_path.glob("run/student/chat_template.jinja")
+    assert "generation %}" not in student.read_text().replace("add_generation_prompt %}", "")
+    assert student.read_text().startswith("Today is")
+
+
+def test_other_tokens_of_an_earlier_day_are_not_continued(
+    distill: Any, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache of an earlier release does not say its day."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Learning, "described", lambda *_: {})
+        distill("cache-teacher", experiment, "--corpus.date", "2024-07-26").done()
+    distill("cache-teacher", experiment, "--corpus.date", "2024-07-27").refused("other tokens", "--corpus.date")
+    assert "nothing to do" in distill("cache-teacher", experiment, "--corpus.date", "2024-07-26").done().out
