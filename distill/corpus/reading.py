@@ -182,8 +182,11 @@ def _files_in(folder: Path, path: str, split: str) -> list[Path]:
             others[:5],
         )
     if len(files) < len(readable):
-        left_out = [file.name for file in readable if file not in set(files)]
-        log.warning("%s: split %s is %s; left out %s", path, split, [file.name for file in files][:5], left_out[:5])
+        chosen, left_out = (
+            [file.relative_to(folder).as_posix() for file in readable if (file in set(files)) is wanted][:5]
+            for wanted in (True, False)
+        )
+        log.warning("%s: split %s is %s; left out %s", path, split, chosen, left_out)
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -36,11 +37,16 @@ class Learning:
     date: str | None = None
     """The day that the template takes for today, YYYY-MM-DD; None for the clock's."""
 
+    @property
+    def words(self) -> str:
+        """What is learned, in words."""
+        return f"learn {self.turns}, thoughts {'keep' if self.keep_thoughts else 'drop'}"
+
     def described(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         """Return what differs from the defaults, and the day if the tokenizer's template prints one, in words."""
         found = {}
         if self.turns != "assistant" or not self.keep_thoughts:
-            found["conversations"] = f"learn {self.turns}, thoughts {'keep' if self.keep_thoughts else 'drop'}"
+            found["conversations"] = self.words
         if self.date and prints_the_date(tokenizer):
             found["date"] = self.date
         return found
@@ -68,6 +74,8 @@ class ChatTemplate:
     special_tokens: dict[str, str]
     added_tokens: tuple[str, ...]
     learning: Learning = DEFAULTS
+    with_tools: ChatTemplate | None = None
+    """The tokenizer's template for conversations with tools, if it has one of its own."""
     _skeletons: dict[str, Skeleton | Unfit] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -84,7 +92,11 @@ class ChatTemplate:
                 "stands for, so the answers cannot be found: take a tokenizer folder with a tokenizer.json"
             )
         added = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace())
-        return cls(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map), added, learning)
+        special = dict(tokenizer.special_tokens_map)
+        with_tools = None
+        if isinstance(tokenizer.chat_template, dict) and (source := tokenizer.chat_template.get("tool_use")):
+            with_tools = cls(source, special, added, learning)
+        return cls(tokenizer.get_chat_template(), special, added, learning, with_tools)
 
     def render(self, conversation: Conversation, where: str) -> Rendered:
         """Return the conversation as text, and the characters of it that are learned.
@@ -92,6 +104,8 @@ class ChatTemplate:
         Every content, thought and call of a message is found in the text, or UserError tells which is not. Each way of
         handing the messages over is tried in turn, since templates differ in what they can read.
         """
+        if conversation.tools and self.with_tools is not None:
+            return self.with_tools.render(conversation, where)
         if not self.learning.keep_thoughts:
             conversation = conversation.without_thoughts()
         reasons: list[Unfit] = []
@@ -198,18 +212,20 @@ def _markings(conversation: Conversation) -> Iterator[Marking]:
             yield Marking(empties, names)
 
 
+@functools.lru_cache(maxsize=8)
 def _kept_marks(source: str) -> re.Pattern[str]:
     """Return a pattern of the marks at which a template may look in a content, such as `</think>`.
 
-    They are the template's own quoted texts without blanks, of at least three characters that are not all letters.
+    They are words of the template's own quoted texts, of at least three characters, with a bracket or a bar in them.
     """
     words: set[str] = {"<think>", "</think>"}
     for single, double in _QUOTED.findall(source):
         words.update((single or double).replace("\\n", " ").split())
-    marks = [word for word in words if 3 <= len(word) <= 64 and not word.isalnum() and "\\" not in word]
+    marks = [word for word in words if 3 <= len(word) <= 64 and set("<>[]|") & set(word) and "\\" not in word]
     return re.compile("|".join(re.escape(word) for word in sorted(marks, key=len, reverse=True)))
 
 
+@functools.lru_cache(maxsize=8)
 def _units_of(added_tokens: tuple[str, ...]) -> re.Pattern[str]:
     """Return a pattern of the units in which a template's own texts are compared: tokens, tags, words, characters."""
     tokens = "|".join(re.escape(token) for token in sorted(added_tokens, key=len, reverse=True) if token)

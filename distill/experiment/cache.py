@@ -20,6 +20,7 @@ from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
 from distill.corpus.splitting import spread
+from distill.corpus.templates import Learning
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
@@ -182,14 +183,20 @@ def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -
     """Raise UserError if the experiment asks for a cache other than `found`, as far as its own settings tell."""
     experiment = with_budgeted_threshold(experiment, found)
     scheme = make_scheme(experiment, found.scheme_parameters.get("size", 0))
+    corpus, asked = experiment.corpus, dict(found.fingerprints)
+    if "conversations" in asked:
+        asked["conversations"] = Learning(corpus.learn, corpus.thoughts == "keep").words
+    if DATE in asked and corpus.date is not None:
+        asked[DATE] = corpus.date
     expected = replace(
         found,
+        fingerprints=asked,
         scheme=scheme.name,
         scheme_parameters=schemes.parameters(scheme),
         temperature=experiment.cache.temperature,
         seed=experiment.cache.seed,
-        sequence_length=experiment.corpus.sequence_length,
-        pack=experiment.corpus.pack,
+        sequence_length=corpus.sequence_length,
+        pack=corpus.pack,
     )
     different = differences(expected, found)
     if different:

@@ -199,6 +199,12 @@ def test_a_call_without_content_and_its_result(make: Callable[..., Any]) -> None
     )
 
 
+def test_a_template_of_its_own_for_tools(make: Callable[..., Any]) -> None:
+    tokenizer = make({"default": CHATML, "tool_use": "{{ tools[0].function | tojson }}" + CHATML})
+    assert rendered(tokenizer, CHAT, tools=TOOLS).text.startswith('{"name": "weather"')
+    assert rendered(tokenizer).text.startswith("<|im_start|>")
+
+
 def test_arguments_as_text_where_a_template_needs_it(make: Callable[..., Any]) -> None:
     (found,) = answers(make(TEXT_ARGUMENTS), said("1", {"content": "", "tool_calls": [CALL]}))
     assert found == 'weather {"city": "Graz \\"W\\"", "days": 3, "now": true}<|im_end|>'

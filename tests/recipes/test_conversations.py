@@ -39,10 +39,16 @@ def test_the_day_is_fixed_when_the_cache_is_begun(distill: Any, tmp_path: Path, 
     distill("cache-teacher", experiment, "--corpus.chat_template", "no.jinja").refused(
         "corpus.chat_template", "no such"
     )
+    distill("train-student", experiment, "--corpus.date", "2024-07-27").refused("2024-07-26", "2024-07-27")
     distill("train-student", experiment).done()
     (student,) = tmp_path.glob("run/student/chat_template.jinja")
     assert "generation %}" not in student.read_text().replace("add_generation_prompt %}", "")
     assert student.read_text().startswith("Today is")
+
+
+def test_a_cache_of_other_turns_is_not_trained_from(distill: Any, experiment: str) -> None:
+    distill("cache-teacher", experiment, "--corpus.learn", "last", "--corpus.thoughts", "drop").done()
+    distill("train-student", experiment).refused("learn assistant, thoughts keep", "learn last, thoughts drop")
 
 
 def test_other_tokens_of_an_earlier_day_are_not_continued(
