@@ -18,12 +18,12 @@ class Unfit(Exception):
     def __init__(self, reason: str, weight: float = 1) -> None:
         super().__init__(reason)
         self.weight = weight
-        """How much it tells the user, if several ways fail."""
+        """Rank of the reason, if several ways fail: the user is told the highest."""
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a template renders of marked messages."""
+    """Rendering of marked messages: the template's own text, and the pieces in it."""
 
     text: str
     literals: list[str]

@@ -19,7 +19,8 @@ from distill.errors import UserError
 from distill.models.chat_templates import GENERATION, Span, TemplateError, render
 
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
-_PART = re.compile(r"""["']type["']: ["']text["']""")
+_DATA = re.compile(r"""["']type["']: ["']text["']|\\U000f[0-9a-f]{4}""", re.IGNORECASE)
+"""A content's parts written as JSON or Python: by their keys, or by a mark that Python's `repr` has escaped."""
 _SKELETONS = 1024
 """Skeletons that are kept. Conversations of the same form have the same ones."""
 
@@ -28,10 +29,10 @@ Turns = Literal["assistant", "last", "all"]
 
 @dataclass(frozen=True)
 class Learning:
-    """What is learned of conversations, and the text in which they are."""
+    """Choice of the turns that are learned, and of the text around them."""
 
     turns: Turns = "assistant"
-    """Whose turns: the assistant's, the assistant's last one, or all that is said."""
+    """Turns that are learned: the assistant's, the assistant's last one, or all that is said."""
     keep_thoughts: bool = True
     """Render the assistant's thoughts too."""
     date: str | None = None
@@ -39,7 +40,7 @@ class Learning:
 
     @property
     def words(self) -> str:
-        """What is learned, in words."""
+        """The choice in words."""
         return f"learn {self.turns}, thoughts {'keep' if self.keep_thoughts else 'drop'}"
 
     def described(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -124,7 +125,7 @@ class ChatTemplate:
             raise Unfit(f"more than {MOST:,} pieces of text in one conversation: split it", 5)
         marked = Marked(shaped(marked.conversation, form), marked.pieces)
         answers = Answers(marked, self._skeleton, self._units)
-        if form.parts and _PART.search(answers.whole.text):
+        if form.parts and _DATA.search(answers.whole.text):
             raise Unfit("the chat template writes a content's parts as data")
         left_out = answers.check_all_is_written()
         text, generated = self._text(shaped(conversation, form))

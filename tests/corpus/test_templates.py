@@ -245,6 +245,7 @@ REFUSED: list[tuple[str | None, list[dict[str, Any]], dict[str, Any], str]] = [
     (THINKING.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else 'cut' }}"), CHAT, {},
      r"message 1 \(system\): the chat template does not write its content"),
     (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"), CHAT, {}, "does not write the messages' text"),
+    (CHATML.replace("{{ m['content'] }}", "{{ m['content'] | e }}"), said("a & b"), {}, "not write the messages' text"),
     (CHATML, said("1", thinking("hm", "a")), {}, r"message 2: .* does not write its thought .corpus.thoughts: drop"),
     (CHATML, said("1", {"content": "", "tool_calls": [CALL]}), {}, r"message 2 .assistant.: .* write its tool call"),
     (CHATML.replace("{{ m['content'] }}", "{{ m.content }}{% if m.tool_calls %}weather{% endif %}"),
