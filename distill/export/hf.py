@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.export import alone, custom, probe
-from distill.models.chat_templates import untagged
+from distill.models.chat_templates import save_untagged
 from distill.models.checkpoints import Checkpoint, weight_files
 from distill.models.generation import end_as
 from distill.models.huggingface import load_pretrained
@@ -105,8 +105,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the tokenizer without transformers' notes about how this one was opened."""
     for note in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(note, None)
-    tokenizer.chat_template = untagged(tokenizer.chat_template)
-    tokenizer.save_pretrained(folder)
+    save_untagged(tokenizer, folder)
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from distill.models import template_process
@@ -87,6 +88,18 @@ def untagged(template: Any) -> Any:
     if isinstance(template, str):
         return GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", template)
     return {name: untagged(one) for name, one in template.items()} if isinstance(template, dict) else template
+
+
+def save_untagged(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files, with a chat template without `{% generation %}` tags. It itself stays as it is."""
+    template = getattr(tokenizer, "chat_template", None)
+    if template is not None:
+        tokenizer.chat_template = untagged(template)
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        if template is not None:
+            tokenizer.chat_template = template
 
 
 class _Process:

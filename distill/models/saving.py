@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distill.errors import UserError, first_line
-from distill.models.chat_templates import untagged
+from distill.models.chat_templates import save_untagged
 from distill.models.checkpoints import Checkpoint
 from distill.models.generation import end_as
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
@@ -51,8 +51,7 @@ def save_language_model(
             model.save_pretrained(new)
         else:
             _save_custom(model, new, {"class_path": class_path, "options": options, "source": source})
-        tokenizer.chat_template = untagged(tokenizer.chat_template)
-        tokenizer.save_pretrained(new)
+        save_untagged(tokenizer, new)
         if write_more is not None:
             write_more(new)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill import plugins
 from distill.errors import UserError
+from distill.models.chat_templates import untagged
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.saving import save_language_model
 from distill.plugins import load_language_model
@@ -40,6 +42,15 @@ def test_a_custom_student_comes_back_bit_for_bit(tie: bool, tmp_path: Path, toke
     assert torch.equal(hidden(again), hidden(model))
     assert (again.output.weight is again.embedding.weight) is tie
     assert not again.training
+
+
+def test_a_saved_chat_template_has_no_tags_and_the_tokenizer_keeps_its_own(tmp_path: Path, tokenizer: Any) -> None:
+    tagged = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = tagged
+    save_language_model(plugins.build("compact", "student", OPTIONS, {}), tmp_path / "s", "compact", OPTIONS, tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "s").chat_template == untagged(tagged) != tagged
+    assert tokenizer.chat_template == tagged
 
 
 def test_a_hugging_face_student_is_an_ordinary_folder(tmp_path: Path, tiny_model: Any, tokenizer: Any) -> None:

@@ -25,7 +25,7 @@ def measurement(documents: int, max_samples: int | None) -> FidelityToTeacher:
     experiment: Any = SimpleNamespace(
         evaluate=SimpleNamespace(max_samples=max_samples), corpus=SimpleNamespace(sequence_length=LENGTH)
     )
-    samples: Any = SimpleNamespace(held_out=held_out(documents), fingerprint="")
+    samples: Any = SimpleNamespace(held_out=held_out(documents), fingerprint="", rendering={})
     teacher: Any = None
     return FidelityToTeacher(experiment, teacher, samples, None, 1)
 
