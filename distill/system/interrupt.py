@@ -42,7 +42,13 @@ def _send_again(lost: Any) -> None:
     if not isinstance(lost.exc_value, Interrupted) or name not in signal.Signals.__members__:
         sys.__unraisablehook__(lost)
         return
-    again = threading.Timer(_SECONDS_TO_LEAVE, os.kill, (os.getpid(), signal.Signals[name]))
+    number = signal.Signals[name]
+
+    def send() -> None:
+        if signal.getsignal(number) is _handle:
+            os.kill(os.getpid(), number)
+
+    again = threading.Timer(_SECONDS_TO_LEAVE, send)
     again.daemon = True
     again.start()
 
