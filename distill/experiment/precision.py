@@ -121,7 +121,8 @@ def _trainings(experiment: Experiment) -> Iterator[dict[str, Any]]:
         for folder in (folders.model(role.name), folders.checkpoints(role.name)):
             try:
                 found = settings.read(folder)
-                assert isinstance(found["train"]["precision"], str) and isinstance(found["cache"]["fingerprints"], dict)
-            except (UserError, KeyError, TypeError, AssertionError):
+                precision, fingerprints = found["train"]["precision"], found["cache"]["fingerprints"]
+            except (UserError, KeyError, TypeError):
                 continue
-            yield found
+            if isinstance(precision, str) and isinstance(fingerprints, dict):
+                yield found

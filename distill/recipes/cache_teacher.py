@@ -66,8 +66,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     part = Part.parse(cache.part) if cache.part else None
     experiment = with_types_of_machine(experiment, "teacher.compute_dtype")
     folders = Folders.of(experiment)
-    is_new = not _is_begun(experiment, folders)
-    if not is_new and cache.devices * cache.num_nodes == 1:
+    work = None
+    if _is_begun(experiment, folders) and cache.devices * cache.num_nodes == 1:
         work = _Work.of(experiment, folders, Teacher(experiment, Place.of(experiment)), part)
         if _is_of_version_1(experiment, folders):
             work.describe()
@@ -77,7 +77,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
                 work.describe()
                 work.say_complete()
                 return 0
-    return _make(experiment, folders, part, deadline, following)
+    return _make(experiment, folders, part, deadline, following, work)
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,14 @@ class _Work:
 
 
 def _make(
-    experiment: Experiment, folders: Folders, part: Part | None, deadline: float, following: tuple[str, ...]
+    experiment: Experiment,
+    folders: Folders,
+    part: Part | None,
+    deadline: float,
+    following: tuple[str, ...],
+    work: _Work | None,
 ) -> int:
-    """Make the cache, or its missing shards, as one of the job's processes."""
+    """Make the cache, or its missing shards, as one of the job's processes. `work` is known for one that was begun."""
     from distill.cache.making.processes import make_trainer
     from distill.forecast.ahead import check_student_ahead
     from distill.forecast.preflight import Preflight
@@ -147,8 +152,9 @@ def _make(
             card = this_machine("cuda" if preflight.device.type == "cuda" else "cpu")
             check_student_ahead(experiment, card, with_weights=True)
         preflight.check()  # before a teacher of many gigabytes is fetched
-    teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
-    work = _Work.of(experiment, folders, teacher, part)
+    if work is None:
+        teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
+        work = _Work.of(experiment, folders, teacher, part)
     work.describe()
     if _is_of_version_1(experiment, folders):
         return _accept_version_1(folders, work.manifest)
