@@ -84,5 +84,6 @@ def take_all_(surprisals: list[Surprisal], logits_NV: Tensor, needs_grad: bool) 
 
 def _of_text(target: ChunkTarget, alpha: float) -> Surprisal:
     true_N = target.true_ids_N
-    weights_NK = torch.full_like(true_N, 1, dtype=torch.float64)[:, None] * alpha
+    exact = torch.float32 if true_N.device.type == "mps" else torch.float64  # of which that device has none
+    weights_NK = torch.full_like(true_N, alpha, dtype=exact)[:, None]
     return Surprisal(true_N[:, None], weights_NK, torch.zeros_like(true_N, dtype=torch.float32))
