@@ -27,6 +27,7 @@ from typing import Any
 import forked  # first: it sets the number of threads
 import torch
 from forked import Children, contents, distill_here, exited, send, write_experiment
+from train_kill_storm import STUDENT, TRAIN
 
 from distill.cache.making.predict import TeacherModule
 from distill.recipes.evaluate.results import Results
@@ -47,22 +48,11 @@ BY_SIGNAL = (130, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT, -signal.
 MOST_REDONE = {"batches": 4, "steps": EVERY_STEPS, "measurements": 2}
 """Work that one kill may cost: the batch at hand and those in the writer's queue; the steps since a checkpoint; the
 teacher and one student, who are measured together."""
-STUDENT = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}  # dropout is 0.1
 SECTIONS: dict[str, Any] = {
     "corpus": {"sequence_length": 48},
     "cache": {"batch_size": 3, "shard_samples": 4, "held_out_samples": 3, "max_samples": 16},
-    "student": {"class_path": "huggingface", "options": {"config": STUDENT}},
-    "train": {
-        "epochs": 4,
-        "batch_size": 2,
-        "accumulate_grad_batches": 2,
-        "precision": "32-true",
-        "learning_rate": 5e-3,
-        "validate_every_steps": 5,
-        "checkpoint_every_steps": EVERY_STEPS,
-        "log_every_steps": 4,
-        "loggers": ["csv"],
-    },
+    "student": {"class_path": "huggingface", "options": {"config": {**STUDENT, "n_positions": 64}}},
+    "train": {**TRAIN, "checkpoint_every_steps": EVERY_STEPS, "loggers": ["csv"]},
     "evaluate": {"control": True, "cost_batch_sizes": [1], "texts": 1, "text_tokens": 4},
     "preflight": False,
 }

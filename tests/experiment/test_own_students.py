@@ -19,8 +19,8 @@ V = 50
 
 
 def _grid() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "own_students.py"
-    spec = importlib.util.spec_from_file_location("own_students", path)
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "own_student_faults.py"
+    spec = importlib.util.spec_from_file_location("own_student_faults", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
