@@ -98,8 +98,8 @@ def _no_shape(row: Mapping[str, Any], columns: Columns) -> str:
         missing = next(name for _, name in columns.named if name not in row)
         return f"no column '{missing}', which corpus.columns names{did_you_mean(missing, row)}"
     return (
-        f"no column '{columns.text}' or '{columns.messages}'{did_you_mean(columns.text, row)}: name the columns with "
-        "corpus.columns, such as {prompt: NAME, completion: NAME}, with corpus.text_field or corpus.messages_field"
+        f"no column 'text' or 'messages'{did_you_mean('text', row)}: name the columns with corpus.columns, such as "
+        "{text: NAME}, {messages: NAME} or {prompt: NAME, completion: NAME}"
     )
 
 

@@ -40,14 +40,12 @@ _SYSTEMS = ("system", "system_prompt")
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns that the user named: by their meaning, and by the two keys for text and messages."""
+    """Columns that the user named by their meaning. Without any, rows are recognised by their columns' names."""
 
     named: tuple[tuple[str, str], ...] = ()
-    text: str = "text"
-    messages: str = "messages"
 
     @classmethod
-    def of(cls, columns: Mapping[str, str], text: str = "text", messages: str = "messages") -> Columns:
+    def of(cls, columns: Mapping[str, str]) -> Columns:
         """Check the names. Raises UserError for a meaning that is unknown or lacks its partner."""
         for meaning in columns:
             if meaning not in MEANINGS:
@@ -62,16 +60,16 @@ class Columns:
             )
         if ("completion" in columns) and "prompt" not in columns:
             raise UserError("corpus.columns: a completion needs a prompt: name its column too")
-        return cls(tuple(sorted(columns.items())), text, messages)
+        return cls(tuple(sorted(columns.items())))
 
     def key(self) -> list[Any]:
         """Return what identifies the choice, as JSON values."""
-        return [self.text, self.messages, [list(pair) for pair in self.named]]
+        return [list(pair) for pair in self.named]
 
     @property
     def text_column(self) -> str:
         """The column that the text of a text file is given."""
-        return dict(self.named).get("text", self.text)
+        return dict(self.named).get("text", "text")
 
 
 BY_NAME = Columns()
@@ -134,11 +132,11 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
             return None
         kind = next(kind for meaning, kind in _KINDS.items() if meaning in own)
         return Shape(kind, columns)
-    for name in (wanted.messages, "conversations", "conversation"):
+    for name in ("messages", "conversations", "conversation"):
         if name in names:
             return Shape(MESSAGES, extras | {"messages": name})
-    if wanted.text in names:
-        return Shape(TEXT, {"text": wanted.text})
+    if "text" in names:
+        return Shape(TEXT, {"text": "text"})
     if "chosen" in names:
         prompt = _first("prompt", ("prompt", "instruction", "question"), names)
         return Shape(CHOSEN, extras | prompt | {"chosen": "chosen"})

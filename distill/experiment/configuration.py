@@ -27,12 +27,8 @@ class CorpusConfig:
     """Configuration name of a hub data set (for example `sample-10BT`)."""
     split: str = "train"
     """Split of a hub data set, or of a folder whose files are named after splits; several as `train+test`."""
-    text_field: str = "text"
-    """Column that holds plain text."""
-    messages_field: str = "messages"
-    """Column that holds conversations (lists of `role` and `content`); used when the file has it."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns by their meaning, such as `{prompt: question, completion: reply}`, where names do not tell them."""
+    """Columns by their meaning, such as `{text: body}` or `{prompt: question, completion: answer}`."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Turns of a conversation that are learned: the assistant's, the assistant's last one, or all text."""
     thoughts: Literal["keep", "drop"] = "keep"

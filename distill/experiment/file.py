@@ -55,6 +55,8 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
 
 
 _GONE = {
+    "corpus.text_field": "; it is gone: name the column of plain text as corpus.columns: {text: NAME}",
+    "corpus.messages_field": "; it is gone: name the column of conversations as corpus.columns: {messages: NAME}",
     "cache.draws": "; it is gone: remove it, and give a lower cache.threshold instead "
     "(0.01 costs as much as a second draw at 0.02, and is better in every epoch)",
     "cache.exponent": "; it is gone: remove it (random draws come from the teacher's own distribution, "

@@ -106,7 +106,7 @@ def open_samples(experiment: Experiment, teacher: Teacher, date: str | None = No
         sequence_length=corpus.sequence_length,
         name=corpus.name,
         split=corpus.split,
-        columns=Columns.of(corpus.columns, corpus.text_field, corpus.messages_field),
+        columns=Columns.of(corpus.columns),
         learning=Learning(
             corpus.learn,
             corpus.thoughts == "keep",

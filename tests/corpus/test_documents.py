@@ -23,8 +23,8 @@ USER = {"role": "user", "content": "Who?"}
 ANSWER = {"role": "assistant", "content": "The fox."}
 
 
-def load(path: str, text_field: str = "text") -> datasets.Dataset:
-    columns = Columns(text=text_field)
+def load(path: str, **columns_by_meaning: str) -> datasets.Dataset:
+    columns = Columns.of(columns_by_meaning)
     return load_documents(find_sources(path, None, "train", columns), columns)
 
 
@@ -35,7 +35,7 @@ def test_text_is_kept_to_the_letter_and_blank_text_is_empty(write: Write) -> Non
 
 
 def test_another_column(write: Write) -> None:
-    assert load(write("a.jsonl", [{"body": "x", "text": "y"}]), "body")["document"][:] == ["x"]
+    assert load(write("a.jsonl", [{"body": "x", "text": "y"}]), text="body")["document"][:] == ["x"]
 
 
 def test_fingerprint_is_of_content_and_order(write: Write, tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def test_to_dict_gives_back_an_equal_experiment(tmp_path: Path, minimal: str) ->
         ("train: {learning_rate: fast}\n", ["train.learning_rate", "fast", "float"]),
         ("corpus: {path: c, pack: perhaps}\n", ["corpus.pack", "perhaps", "bool"]),
         ("student: {options: 3}\n", ["student.options", "3"]),
+        ("corpus: {path: c, text_field: body}\n", ["corpus.text_field", "gone", "corpus.columns: {text: NAME}"]),
+        ("corpus: {path: c, messages_field: m}\n", ["corpus.messages_field", "corpus.columns: {messages: NAME}"]),
         ("1: 2\n", ["1: unknown key"]),
     ],
     ids=lambda value: repr(value) if isinstance(value, (str, bytes)) else "",
