@@ -104,22 +104,36 @@ class StreamedTeacher(HuggingFaceLanguageModel):
     @torch.no_grad()
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
         """Return the hidden states `[B, L, D]` after the last norm. Raises the error of reading a layer."""
-        ids, positions = (x.split(self._micro_batch or max(len(x), 1)) for x in (input_ids_BL, position_ids_BL))
+        size = self._micro_batch or max(len(input_ids_BL), 1)
+        return torch.cat(self._together(list(zip(input_ids_BL.split(size), position_ids_BL.split(size), strict=True))))
+
+    @torch.no_grad()
+    def bodies(self, groups: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return the hidden states of several batches, token ids and positions of each: every layer is read once."""
+        size, passes, counts = self._micro_batch, [], []
+        for ids_BL, positions_BL in groups:
+            each = size or max(len(ids_BL), 1)
+            split = list(zip(ids_BL.split(each), positions_BL.split(each), strict=True))
+            passes += split
+            counts.append(len(split))
+        hidden = iter(self._together(passes))
+        return [torch.cat([next(hidden) for _ in range(count)]) for count in counts]
+
+    def _together(self, passes: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return the hidden states of passes that go through the layers together."""
+        hidden: list[Any] = [None] * len(passes)
+
+        def run(index: int) -> None:
+            hidden[index] = super(StreamedTeacher, self).body(*passes[index])
+
         try:
-            if len(ids) == 1:
-                return super().body(input_ids_BL, position_ids_BL)
-            hidden: list[Any] = [None] * len(ids)
-
-            def run(index: int) -> None:
-                hidden[index] = super(StreamedTeacher, self).body(ids[index], positions[index])
-
-            if self._weights is None:
-                for index in range(len(ids)):
-                    run(index)
-            else:
-                self._turns = Turns(len(ids), input_ids_BL.device)
+            if len(passes) > 1 and self._weights is not None:
+                self._turns = Turns(len(passes), passes[0][0].device)
                 self._turns.run(run)
-            return torch.cat(hidden)
+            else:
+                for index in range(len(passes)):
+                    run(index)
+            return hidden
         finally:
             self._turns = None
             self._stream.release()

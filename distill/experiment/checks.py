@@ -7,7 +7,9 @@ from typing import Any
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.models.contract import checked_head, not_finite, try_model
-from distill.models.isolation import LENGTH, Rows, find_fault
+from distill.models.isolation import LENGTH, Fault, Rows, find_fault
+from distill.models.language_model import ONE_DOCUMENT_A_ROW
+from distill.system.progress import say
 
 
 def offered_options(experiment: Experiment, device: str, vocab_size: int, first_samples: Any = None) -> dict[str, Any]:
@@ -24,9 +26,19 @@ def offered_options(experiment: Experiment, device: str, vocab_size: int, first_
 
 
 def check_model(
-    model: Any, name: str, vocab_size: int, pack: bool, *, length: int = LENGTH, trains: bool = False
-) -> None:
+    model: Any,
+    name: str,
+    vocab_size: int,
+    pack: bool,
+    *,
+    length: int = LENGTH,
+    trains: bool = False,
+    tells: bool = True,
+) -> bool:
     """Raise UserError if a model breaks the contract of body and head, on a few tokens, at most `length` a row.
+
+    A model in which packed documents see one another gets each in a row of its own from here on. That is said, if the
+    check `tells`, and returned, for other copies of the same model: see `run_apart`.
 
     The head has too few rows, the code fails, outputs are not finite, or a position sees what it must not. Isolation
     cannot be measured on values that are not finite, so these are found first. `pack`: documents share rows. `trains`:
@@ -38,8 +50,21 @@ def check_model(
     logits_BLV = try_model(model, name, rows.ids_BL, rows.positions_BL, vocab_size, trains=trains)
     if not logits_BLV.isfinite().all():
         raise UserError(f"{name}: {not_finite(logits_BLV.dtype)}")
-    if (fault := find_fault(model, vocab_size, device, pack=pack, length=length)) is not None:
+    fault = find_fault(model, vocab_size, device, pack=pack, length=length)
+    apart = fault is Fault.DOCUMENTS
+    if apart:
+        run_apart(model)
+        fault = find_fault(model, vocab_size, device, pack=pack, length=length)
+    if fault is not None:
         raise UserError(f"{name}: {fault.value}")
+    if apart and tells:
+        say(f"{name}: documents that share a row would see one another in this model: each is read in a row of its own")
+    return apart
+
+
+def run_apart(model: Any) -> None:
+    """Make a model read each document of a packed batch in a row of its own."""
+    setattr(model, ONE_DOCUMENT_A_ROW, True)
 
 
 def check_length(limit: int | None, name: str, sequence_length: int) -> None:

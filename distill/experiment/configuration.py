@@ -40,7 +40,10 @@ class CorpusConfig:
     sequence_length: Annotated[int, Between(2, 2**20)] = 1024
     """Tokens a sample."""
     pack: bool = True
-    """Put several documents into a sample, isolated from one another; false: one a sample, padded and masked."""
+    """Put several documents into a sample, isolated from one another; false: one a sample, padded and masked.
+
+    A model that cannot isolate them, such as a recurrent one, reads each in a row of its own, by itself.
+    """
     held_out: Annotated[float, Between(0, 0.5)] = 0.05
     """Share of the documents, chosen by a hash of their content, that is never trained on."""
     seed: Annotated[int, Between(0, 2**63)] = 0

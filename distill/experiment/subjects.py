@@ -15,7 +15,7 @@ from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.experiment import settings
 from distill.experiment.cache import packing_fingerprint
-from distill.experiment.checks import check_model, offered_options
+from distill.experiment.checks import check_model, offered_options, run_apart
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.roles import Role, own_settings, roles
@@ -164,15 +164,17 @@ def _tokens(teacher: Teacher, vocabulary: Vocabulary | None) -> int:
 
 def _checked_once(experiment: Experiment, load: Callable[[], Loaded]) -> Callable[[], Loaded]:
     """Return `load` with a check of the first model that it makes. It makes the same one each time."""
-    is_checked = False
+    runs_apart: bool | None = None  # until it is checked
 
     def load_checked() -> Loaded:
-        nonlocal is_checked
+        nonlocal runs_apart
         loaded, corpus = load(), experiment.corpus
-        if not is_checked:
+        if runs_apart is None:
             name = f"student {experiment.student.class_path}"
-            check_model(loaded.model, name, loaded.vocab_size, corpus.pack, length=corpus.sequence_length)
-            is_checked = True
+            length = corpus.sequence_length
+            runs_apart = check_model(loaded.model, name, loaded.vocab_size, corpus.pack, length=length, tells=False)
+        if runs_apart:
+            run_apart(loaded.model)
         return loaded
 
     return load_checked

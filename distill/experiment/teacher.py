@@ -14,7 +14,7 @@ from distill.corpus import SampleSets, open_corpus
 from distill.corpus.shapes import Columns
 from distill.corpus.templates import Learning, prints_the_date
 from distill.errors import UserError, nearest_path
-from distill.experiment.checks import check_length, check_model
+from distill.experiment.checks import check_length, check_model, run_apart
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.models import checkpoints, tokenizers
@@ -30,7 +30,7 @@ class Teacher:
     def __init__(self, experiment: Experiment, place: Place) -> None:
         """Find the checkpoint. Raises UserError if it is missing, or reads fewer tokens than a sample has."""
         self.config, self.place, self.device = experiment.teacher, place, place.device
-        self.corpus, self._is_checked = experiment.corpus, False
+        self.corpus, self._is_checked, self._runs_apart = experiment.corpus, False, False
         with place.making(), quiet_transformers():
             self.checkpoint = checkpoints.resolve(
                 self.config.model, self.config.revision, self.config.trust_remote_code
@@ -92,8 +92,10 @@ class Teacher:
             model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
         if self.place.has_memory and not self._is_checked:  # every pass of a streamed teacher reads all weights
             name, corpus = f"teacher {self.config.model}", self.corpus
-            check_model(model, name, self.vocab_size, corpus.pack, length=corpus.sequence_length)
+            self._runs_apart = check_model(model, name, self.vocab_size, corpus.pack, length=corpus.sequence_length)
             self._is_checked = True
+        if self._runs_apart:
+            run_apart(model)
         return model
 
 

@@ -1,15 +1,18 @@
 """The one contract that teachers and students meet: a language model is a body and a head.
 
-Shapes: B batch, L sequence length, N positions, V vocabulary, D hidden size.
+Shapes: B batch, L sequence length, N positions, V vocabulary, D hidden size; R, M, T as in `documents_apart`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from distill.models.documents_apart import Group, split
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,32 @@ def split_output(output: BodyOutput) -> tuple[Tensor, Tensor | None]:
     return output if isinstance(output, tuple) else (output, None)
 
 
+ONE_DOCUMENT_A_ROW = "one_document_a_row"
+"""The attribute of a model in which documents that share a row see one another, so that each gets a row of its own."""
+
+
+def run_body(model: LanguageModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> BodyOutput:
+    """Return the output of a model's body, for a batch whose documents do not see one another.
+
+    Most bodies keep them apart by their positions. A model with the attribute `ONE_DOCUMENT_A_ROW` gets each document
+    in a row of its own (`documents_apart`); its auxiliary loss is then the sum over these passes. A model with a method
+    `bodies` (groups of rows → hidden states of each) runs them together, as a teacher that reads its layers from disk.
+    """
+    if not getattr(model, ONE_DOCUMENT_A_ROW, False):
+        return model.body(input_ids_BL, position_ids_BL)
+    # Each pass of a model whose weights are shared out (torch's FSDPModule) gathers them from all devices: one a batch.
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    in_one = any(hasattr(module, "unshard") for module in modules)
+    groups, places_T = split(input_ids_BL, position_ids_BL, in_one)
+    together: Callable[[list[Group]], list[BodyOutput]] | None = getattr(model, "bodies", None)
+    outputs = [model.body(*group) for group in groups] if together is None else together(groups)
+    parts = [split_output(output) for output in outputs]
+    hidden_TD = torch.cat([hidden_RMD.flatten(0, 1) for hidden_RMD, _ in parts])
+    hidden_BLD = hidden_TD.index_select(0, places_T).unflatten(0, input_ids_BL.shape)
+    losses = [loss for _, loss in parts if loss is not None]
+    return (hidden_BLD, torch.stack(losses).sum()) if losses else hidden_BLD
+
+
 def hidden_states(model: LanguageModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
     """Return the hidden states `[B, L, D]` of a model's body, without an auxiliary loss."""
-    return split_output(model.body(input_ids_BL, position_ids_BL))[0]
+    return split_output(run_body(model, input_ids_BL, position_ids_BL))[0]

@@ -21,7 +21,7 @@ from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.features import feature_distance
 from distill.losses.fused import Walk, fused_loss
 from distill.losses.objective import Mixture
-from distill.models.language_model import Head, hidden_states, split_output
+from distill.models.language_model import Head, hidden_states, run_body, split_output
 from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
 from distill.targets.hidden import HiddenTargets
@@ -209,7 +209,7 @@ class DistillationModule(pl.LightningModule):
         inputs = (on_host.input_ids_BL, on_host.position_ids_BL)
         ids_BL, positions_BL = (tensor.to(self.device, non_blocking=True) for tensor in inputs)
         with self.saved_activations(self.student):
-            output = self.student.body(ids_BL, positions_BL)
+            output = run_body(self.student, ids_BL, positions_BL)
         hidden_BLD, auxiliary = split_output(output)
         hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
         head = self.student.head.with_rows(self.vocab_size)

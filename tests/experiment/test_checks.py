@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.experiment.checks import check_model
-from distill.models.language_model import Head
+from distill.models.language_model import Head, hidden_states
 
 V, D = 50, 8
 
@@ -71,9 +71,15 @@ def test_rows_beyond_the_vocabulary_do_not_count() -> None:
     check_model(model, "student own", V, True)
 
 
-def test_a_leak_and_a_short_head_are_still_found() -> None:
-    with pytest.raises(UserError, match="packed documents see one another"):
-        check_model(Model(leaks=True), "student own", V, True)
-    check_model(Model(leaks=True), "student own", V, False)
+def test_documents_that_see_one_another_get_rows_of_their_own() -> None:
+    model, positions_BL = Model(leaks=True), torch.arange(5).repeat(2)[None]
+    assert check_model(model, "student own", V, True) and not check_model(model, "student own", V, True)
+    hidden_BLD = hidden_states(model, torch.ones_like(positions_BL), positions_BL)
+    torch.testing.assert_close(hidden_BLD[0, 5:], hidden_BLD[0, :5])
+    assert not check_model(Model(), "student own", V, True), "the positions of this one say enough"
+    assert not check_model(Model(leaks=True), "student own", V, False), "no documents share a row"
+
+
+def test_a_short_head_is_still_found() -> None:
     with pytest.raises(UserError, match="53 rows, the tokenizer 54 tokens"):
         check_model(Model(), "student own", V + 4, True)

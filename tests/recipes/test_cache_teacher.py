@@ -247,9 +247,7 @@ def test_a_folder_that_cannot_be_written_is_refused(cache: Any, tmp_path: Path, 
     assert (tmp_path / "occupied").read_text() == "a file"
 
 
-def test_a_recurrent_teacher_needs_unpacked_samples(make_teacher: Any, cache: Any, tmp_path: Path) -> None:
-    mamba = make_teacher("mamba2")
-    cache("--teacher.model", mamba).refused("packed documents see one another", "--corpus.pack false")
-    unpacked = cache("--teacher.model", mamba, "--corpus.pack", "false")  # the refused run blocks nothing
-    assert json.loads((tmp_path / "run/cache/manifest.json").read_text())["pack"] is False
-    assert "nothing to do" not in unpacked.done().out
+def test_a_recurrent_teacher_reads_a_document_a_row(make_teacher: Any, cache: Any, tmp_path: Path) -> None:
+    said = cache("--teacher.model", make_teacher("mamba2")).done().out
+    assert said.count("each is read in a row of its own") == 1
+    assert json.loads((tmp_path / "run/cache/manifest.json").read_text())["pack"] is True

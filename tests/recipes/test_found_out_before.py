@@ -66,10 +66,6 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "no nn.ModuleList of equal blocks",
     ),
-    "a student whose documents see one another": (
-        {"student.class_path": "own.py:Running", "student.options": {}},
-        "cache and train with --corpus.pack false",
-    ),
     "a student that sees the future": (
         {"student.class_path": "own.py:Seer", "student.options": {}, "corpus.pack": False},
         "a position sees the tokens behind it",
@@ -104,10 +100,6 @@ class Own(nn.Module):
 
     def mixed(self, hidden):
         return hidden
-
-class Running(Own):
-    def mixed(self, hidden):
-        return hidden.cumsum(1)
 
 class Seer(Own):
     def mixed(self, hidden):
@@ -169,18 +161,9 @@ def test_a_cache_with_nothing_to_evaluate_on_says_so_first(world: Any, distill: 
     assert said.index("corpus.held_out is 0") < said.index("\nteacher: ")
 
 
-def test_a_recurrent_student_is_told_how_before_the_hours(
+def test_a_pretrained_recurrent_student_is_no_hindrance(
     world: Any, distill: Any, tmp_path: Path, mamba2: dict[str, Any]
 ) -> None:
-    student = {"class_path": "huggingface", "options": {"config": mamba2}}
-    file = world.write(tmp_path / "experiment.yaml")
-    given = [file, *arguments({f"student.{key}": value for key, value in student.items()})]
-    distill("run", *given).refused("student huggingface: packed documents see one another", "--corpus.pack false")
-    assert not (tmp_path / "run/cache").exists()
-    distill("cache-teacher", *given, "--corpus.pack", "false", "--cache.max_samples", 4).done()
-
-
-def test_so_is_a_pretrained_one(world: Any, distill: Any, tmp_path: Path, mamba2: dict[str, Any]) -> None:
     values = dict(mamba2)
     tokenizer = AutoTokenizer.from_pretrained(world.content["teacher"]["model"])
     config = AutoConfig.for_model(values.pop("model_type"), **{**values, "vocab_size": len(tokenizer)})
@@ -188,8 +171,8 @@ def test_so_is_a_pretrained_one(world: Any, distill: Any, tmp_path: Path, mamba2
     tokenizer.save_pretrained(tmp_path / "mamba2")
     student = {"class_path": "huggingface", "options": {"model": str(tmp_path / "mamba2")}}
     file = world.write(tmp_path / "experiment.yaml", student=student)
-    distill("run", file).refused("packed documents see one another", "--corpus.pack false")
-    assert not (tmp_path / "run/cache").exists()
+    distill("cache-teacher", file, "--cache.max_samples", 4).done()
+    assert "each is read in a row of its own" in distill("train-student", file, "--train.max_steps", 1).done().out
 
 
 @pytest.mark.parametrize("key", ["train.devices", "cache.devices"])

@@ -29,10 +29,6 @@ class BareHead(NoBody):
     def body(self, input_ids, position_ids):
         return self.embedding(input_ids)
 
-class Leaky(NoBody):
-    def body(self, input_ids, position_ids):
-        return self.embedding(input_ids).cumsum(1)
-
 class Plain(NoBody):
     def __init__(self, vocab_size: int, width: int = 8):
         super().__init__(vocab_size)
@@ -63,7 +59,6 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (student("mine.py:NoBody"), ["NoBody has no method 'body"]),
         (student("mine.py:NoHead"), ["NoHead has no 'head'"]),
         (student("mine.py:BareHead"), ["'head' is a tensor", "Head"]),
-        (student("mine.py:Leaky"), ["packed documents see one another", "--corpus.pack false"]),
         (student("mine.py:Plain", widht=3), ["unknown option 'widht'", "did you mean 'width'?"]),
         (student("mine.py:Plain", width="wide"), ["width", "expected int", "'wide'"]),
         (student("mine.py:Plian"), ["has no 'Plian'", "did you mean 'Plain'?"]),
@@ -111,20 +106,18 @@ def test_a_config_is_refused(
     assert files(tmp_path) == set()
 
 
-def test_a_recurrent_student_trains_on_unpacked_samples_alone(
-    world: Any, distill: Any, train: Any, mamba2: dict[str, Any], tmp_path: Path
+def test_a_recurrent_student_learns_from_a_packed_cache(
+    world: Any, distill: Any, mamba2: dict[str, Any], tmp_path: Path
 ) -> None:
-    refused = train(*student("huggingface", config=mamba2), "--run_dir", tmp_path / "packed")
-    refused.refused("packed documents see one another", "--corpus.pack false")
     file = world.write(
         tmp_path / "experiment.yaml",
-        corpus={"pack": False},
         cache={"max_samples": 12},
         student={"class_path": "huggingface", "options": {"config": mamba2}},
         train={"validate_every_steps": 3},
         evaluate={"max_samples": 4},
     )
-    distill("run", file).done()
+    said = distill("run", file).done().out
+    assert said.count("student huggingface: documents that share a row would see one another in this model") == 1
     result = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert 0 < result["fidelity"]["student"]["kl"] < result["fidelity"]["before"]["kl"]
 
