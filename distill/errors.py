@@ -19,7 +19,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def nearest(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
     """Return `"; did you mean 'x'?"` with up to `most` of the known names, or nothing when none is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=most, cutoff=cutoff)
+    near = difflib.get_close_matches(str(word), sorted(known), n=most, cutoff=cutoff)  # a YAML key may be a number
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

@@ -51,12 +51,13 @@ def run_tasks(
     examples and sampled texts; with lm-eval's own seed the prompts are lm-eval's. With a `title` the progress is shown.
     Nothing else is printed.
 
-    Raises UserError if lm-eval is missing, for unknown tasks, for wrong task files, and for data sets that are neither
-    on this machine nor can be fetched.
+    Raises UserError if lm-eval is missing, for a tokenizer without BOS and EOS, for unknown tasks, for wrong task
+    files, and for data sets that are neither on this machine nor can be fetched.
     """
     if limit is not None and limit < 1:
         raise UserError(f"evaluate.tasks_limit: {limit}; at least 1 document, or null for all")
     demand_lm_eval()
+    check_tokenizer(tokenizer)
     from distill.evaluation.harness import HarnessModel
 
     with lm_eval_alone(seed), _evaluating(model):
@@ -83,6 +84,15 @@ def check_tasks(tasks: list[str], tasks_path: str | None = None) -> None:
     with lm_eval_alone(SEED):
         for name in tasks:
             load_task(name, tasks_path)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise UserError for a tokenizer without a token to begin a text with, which a text without context needs."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            "evaluate.tasks: the teacher's tokenizer has neither a BOS nor an EOS token to begin a text with: name one "
+            "in its tokenizer_config.json, or leave the tasks out"
+        )
 
 
 def _run(harness: Any, name: str, loaded: dict[str, Any], limit: int | None, seed: int) -> dict[str, Any]:

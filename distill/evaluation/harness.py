@@ -64,8 +64,6 @@ class HarnessModel(TemplateLM):
     ) -> None:
         """Set up the model; `max_length` (tokens) is for models that do not say their own, see `longest_text`."""
         super().__init__()
-        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-            raise UserError("benchmarks: the tokenizer has neither a BOS nor an EOS token to begin a text with")
         self.model, self.tokenizer, self.vocab_size, self.batch_size = model, tokenizer, vocab_size, batch_size
         self.max_length = longest_text(model, tokenizer, max_length)
         self.title: str | None = None

@@ -254,6 +254,8 @@ def _wrong(key: str, value: Any, hint: Any) -> list[str]:
     if value is None:
         return [] if type(None) in typing.get_args(hint) else [f"{key}: {_NO_VALUE}"]
     limits, faults = limits_of(hint), []
+    if isinstance(value, dict):
+        faults += [f"{key}: {name!r} is no text, as a name is" for name in value if not isinstance(name, str)]
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, str) and not each.strip():
             faults.append(f"{key}: is empty: give it a value, or leave the key out")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from distill import plugins
 from distill.errors import UserError
-from distill.evaluation.benchmarks import check_tasks
+from distill.evaluation import benchmarks
 from distill.experiment.checks import offered_options
 from distill.experiment.configuration import Experiment
 from distill.experiment.training import check_training
@@ -48,4 +50,10 @@ def check_evaluation(experiment: Experiment) -> None:
     if config.cost and not config.cost_batch_sizes:
         raise UserError("evaluate.cost_batch_sizes: give at least one size, or --evaluate.cost false")
     if config.tasks:
-        check_tasks(config.tasks, config.tasks_path)
+        benchmarks.check_tasks(config.tasks, config.tasks_path)
+
+
+def check_tokenizer(experiment: Experiment, tokenizer: Any) -> None:
+    """Raise UserError for a teacher's tokenizer that the benchmarks, if there are any, cannot begin a text with."""
+    if experiment.evaluate.tasks:
+        benchmarks.check_tokenizer(tokenizer)

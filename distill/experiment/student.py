@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,20 +64,37 @@ def make_student(
     return model, {**plugins.defaults(student.class_path, "student"), **options}
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """The checkpoint that a student's weights come from, as the user names it."""
+
+    option: str
+    """The option that names it."""
+    name: str
+    revision: str | None
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Pretrained | None:
+        """Return that of the experiment's student; None for a fresh one."""
+        student = experiment.student
+        option = plugins.declared(student.class_path, "student", "pretrained")
+        name = student.options.get(option) if option else None
+        revision = student.options.get("revision") or student.options.get("teacher_revision")
+        return cls(option, name, revision) if isinstance(name, str) else None
+
+
 def check_tokens(experiment: Experiment, place: Place, tokenizer: Any) -> None:
     """Raise UserError if the student is a pretrained one whose tokens are not those of the teacher's `tokenizer`.
 
     Its folder's own tokenizer is compared. One without a tokenizer is believed, and said.
     """
-    student = experiment.student
-    option = plugins.declared(student.class_path, "student", "pretrained")
-    name = student.options.get(option) if option else None
-    if not isinstance(name, str) or (name == experiment.teacher.model and experiment.teacher.tokenizer is None):
+    student, pretrained = experiment.student, Pretrained.of(experiment)
+    if pretrained is None or (pretrained.name == experiment.teacher.model and experiment.teacher.tokenizer is None):
         return
-    revision = student.options.get("revision") or student.options.get("teacher_revision")
+    name = pretrained.name
     is_trusted = student.options.get("trust_remote_code") is True
     with place.making(), quiet_transformers():
-        checkpoint = checkpoints.resolve(name, revision, is_trusted)
+        checkpoint = checkpoints.resolve(name, pretrained.revision, is_trusted)
     if not tokenizers.is_here(checkpoint):
         if place.has_memory:
             say(f"student {student.class_path}: {name} has no tokenizer, so its tokens are taken to be the teacher's")

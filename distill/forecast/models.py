@@ -15,6 +15,7 @@ from distill.cache.format.folder import MANIFEST, read_manifest
 from distill.errors import UserError, did_you_mean
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
+from distill.experiment.last_steps import check_tokenizer
 from distill.experiment.place import Place
 from distill.experiment.roles import Role
 from distill.experiment.student import check_tokens, make_student, make_student_to_train
@@ -58,10 +59,14 @@ class Models:
         return make_student_to_train(self.experiment, self.place, self.vocab_size)[0]
 
     def check_tokens(self) -> None:
-        """Raise UserError for a pretrained student of another tokenizer, where both tokenizers are on this machine."""
+        """Raise UserError for a teacher's tokenizer that benchmarks refuse, or that a pretrained student does not have.
+
+        It is looked at where it is on this machine; so is the student's.
+        """
         name = self.experiment.teacher.tokenizer
         is_here = tokenizers.is_here(self.checkpoint) if name is None else Path(name).expanduser().exists()
         if is_here:
+            check_tokenizer(self.experiment, self._teacher.tokenizer)
             check_tokens(self.experiment, self.place, self._teacher.tokenizer)
 
     def module(self, role: Role) -> DistillationModule:
@@ -103,14 +108,8 @@ def _finder(folder: Path, notes: list[str]) -> Find:
     """Return a function that finds the configuration of a hub name: on this machine, published here, or on the hub."""
 
     def find(name: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
-        import huggingface_hub
-
-        try:
-            file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-        except huggingface_hub.errors.HFValidationError:
-            file = None
-        if isinstance(file, str):
-            return Checkpoint(Path(file).parent, None, name)
+        if (checkpoint := checkpoints.kept(name, revision)) is not None:
+            return checkpoint
         model = published_models().get(name)
         if model is not None:
             note = f"{name}: not on this machine; its published architecture was used"

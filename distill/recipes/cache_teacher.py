@@ -134,7 +134,7 @@ def _make(
 ) -> int:
     """Make the cache, or its missing shards, as one of the job's processes. `work` is known for one that was begun."""
     from distill.cache.making.processes import make_trainer
-    from distill.forecast.ahead import check_student_ahead
+    from distill.forecast.ahead import check_student_ahead, check_tokens_ahead
     from distill.forecast.preflight import Preflight
 
     cache, is_new = experiment.cache, not _is_begun(experiment, folders)
@@ -150,11 +150,15 @@ def _make(
     if is_new:
         if is_first_process():
             card = this_machine("cuda" if preflight.device.type == "cuda" else "cpu")
-            check_student_ahead(experiment, card, with_weights=True)
+            untried = check_student_ahead(experiment, card, with_weights=True)
+            if untried is not None:
+                say(untried)
         preflight.check()  # before a teacher of many gigabytes is fetched
     if work is None:
         teacher = Teacher(experiment, replace(Place.of(experiment), device=trainer.strategy.root_device))
         work = _Work.of(experiment, folders, teacher, part)
+        if is_new and is_first_process():
+            check_tokens_ahead(experiment, teacher.tokenizer)  # which may have come from the hub just now
     work.describe()
     if _is_of_version_1(experiment, folders):
         return _accept_version_1(folders, work.manifest)

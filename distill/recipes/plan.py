@@ -42,11 +42,11 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
         check_number(experiment.train.devices, pick_device(experiment.train.accelerator).type, "train.devices")
     asked, experiment = experiment, _with_types(experiment, None if card is None else found)
     check_last_steps(experiment, kind_of(found))
-    check_student_ahead(experiment, found, with_weights=False)
+    untried = check_student_ahead(experiment, found, with_weights=False)
     with Simulator(found) as simulator:
         forecaster = Forecaster(found, memory_limit(experiment), simulator=simulator)
         forecast = forecaster.forecast(experiment)
-        forecast.notes[:0] = _choices(asked, experiment)
+        forecast.notes[:0] = [*_choices(asked, experiment), *([] if untried is None else [untried])]
         advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
         changed = forecaster.forecast(advice.experiment) if advice else None
     written = None

@@ -60,13 +60,25 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """Raise UserError for the first of the services whose logger cannot be made. None begins a run."""
+    """Raise UserError for the first of the services whose logger cannot be made, or that lacks an account.
+
+    None begins a run, and none is asked over the network.
+    """
     check_installed(names)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             if name in _SERVICES:
                 with _blamed(name):
                     _SERVICES[name](Path(folder), "check")
+                    if name == "wandb":
+                        _find_account()
+
+
+def _find_account() -> None:
+    """Raise wandb's error if it would find no key of an account later; in a terminal, wandb asks for one."""
+    wandb = importlib.import_module("wandb")
+    if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled"):
+        wandb.login(verify=False)
 
 
 @contextlib.contextmanager

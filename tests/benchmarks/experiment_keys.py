@@ -35,6 +35,7 @@ from experiment_values import ODD, RAW, SAME, WHOLE, keys, own_values
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.file import load_experiment
+from distill.system import failures
 
 PATIENCE, LONGEST_WAIT = 30, 300
 """Seconds of the processor, and of the clock, for one case."""
@@ -222,7 +223,9 @@ class Plans:
                 for simulator in self.simulators.values():
                     simulator.close()
                 return f"plan: {late}"
-            except Exception:
+            except Exception as error:
+                if (line := failures.explain(error)) is not None:  # as the command line does
+                    return "refused by plan" if len(line.splitlines()) == 1 else f"plan: {line[:300]!r}"
                 return f"plan: traceback: {traceback.format_exc().splitlines()[-1][:300]}"
 
 

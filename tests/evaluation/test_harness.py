@@ -210,9 +210,6 @@ def test_what_cannot_be_answered_is_refused(folder: Path, texts: list[str]) -> N
         mine.loglikelihood(requests("loglikelihood", ("a", texts[0] + texts[1])))
     with pytest.raises(UserError, match="generates 64 tokens"):
         mine.generate_until(requests("generate_until", ("a", {"until": [], "max_gen_toks": CONTEXT})))
-    mine.tokenizer.eos_token = None
-    with pytest.raises(UserError, match="neither a BOS nor an EOS"):
-        HarnessModel(mine.model, mine.tokenizer, vocab_size=400, max_length=8, batch_size=1, device=torch.device("cpu"))
 
 
 def test_the_probabilities_of_all_next_tokens_are_one(folder: Path) -> None:

@@ -268,6 +268,8 @@ def test_only_a_key_whose_type_says_so_may_have_no_value(tmp_path: Path, section
         ("run_dir: ''\n", "run_dir: is empty"),
         ("cache: {dir: ' '}\n", "cache.dir: is empty"),
         ("evaluate: {tasks: ['']}\n", "evaluate.tasks: is empty"),
+        ("student: {options: {1: 2}}\n", "student.options: 1 is no text, as a name is"),
+        ("student: {options: {a: 1, true: 2}}\n", "student.options: True is no text, as a name is"),
         ('run_dir: "a\\0b"\n', "run_dir: 'a\\x00b' has control characters"),
     ],
 )

@@ -180,8 +180,8 @@ def test_more_cards_than_there_are(
     world: Any, distill: Any, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of this machine's: the card is imagined, and refused before it is touched."""
-    monkeypatch.setattr("distill.models.devices.pick_device", lambda accelerator: torch.device("cuda", 0))
-    for room in ("experiment.last_steps", "recipes.train_student.command"):
+    # The last one is where the others have it from: a room that is imported later would keep the patched one.
+    for room in ("experiment.last_steps", "recipes.train_student.command", "models.devices"):
         monkeypatch.setattr(f"distill.{room}.pick_device", lambda accelerator: torch.device("cuda", 0))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     file = world.write(tmp_path / "experiment.yaml")

@@ -204,20 +204,21 @@ BEGIN = """
 import sys
 from pathlib import Path
 from distill.errors import UserError
-from distill.training.loggers import make_loggers
+from distill.training.loggers import check_loggers, make_loggers
 try:
-    make_loggers(["wandb"], Path(sys.argv[1]), "demo", {})
+    check_loggers(["wandb"]) if sys.argv[2] == "before" else make_loggers(["wandb"], Path(sys.argv[1]), "demo", {})
 except UserError as error:
     print(error)
 """
 
 
-def test_wandb_without_an_account_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before", "at the start"])
+def test_wandb_without_an_account_is_one_line(tmp_path: Path, when: str) -> None:
     pytest.importorskip("wandb")
     home = {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     environment = {**{name: value for name, value in os.environ.items() if name != "WANDB_API_KEY"}, **home}
     done = subprocess.run(
-        [sys.executable, "-c", BEGIN, tmp_path],
+        [sys.executable, "-c", BEGIN, tmp_path, when],
         env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -48,10 +48,11 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
         say("evaluation: all is measured; nothing to do")
     else:
         # Imported here, because these take seconds that an evaluation without work does not need.
-        from distill.experiment.last_steps import check_evaluation
+        from distill.experiment.last_steps import check_evaluation, check_tokenizer
         from distill.forecast.preflight import Preflight
 
         check_evaluation(experiment)
+        check_tokenizer(experiment, teacher.tokenizer)
         preflight = Preflight(experiment, "evaluate", following)
         with sole_writer(folders.run), preflight, ledger.phase(folders.run, "evaluate"):
             for subject in subjects:

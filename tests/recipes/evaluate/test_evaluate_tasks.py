@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,20 @@ def test_a_task_is_measured_once_for_each_model(arguments: list[Any], distill: A
     assert {key: found[key] for key in ("fidelity", "benchmarks")} == {
         key: before[key] for key in ("fidelity", "benchmarks")
     }
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_tokenizer_that_cannot_begin_a_text_is_refused_before_anything_else_is_done(
+    world: Any, tasks: Path, distill: Any, tmp_path: Path, command: str
+) -> None:
+    shutil.copytree(world.folder / "teacher", tmp_path / "teacher")
+    settings = tmp_path / "teacher/tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": None}))
+    evaluate = {"tasks": ["which"], "tasks_path": str(tasks)}
+    teacher = {"model": str(tmp_path / "teacher")}
+    file = world.write(tmp_path / "experiment.yaml", teacher=teacher, evaluate=evaluate)
+    distill(command, file).refused("evaluate.tasks: the teacher's tokenizer has neither a BOS nor an EOS token")
+    assert not (tmp_path / "run/cache").exists()
 
 
 def test_unknown_tasks_are_refused_before_anything_else_is_done(
