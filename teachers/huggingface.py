@@ -19,10 +19,14 @@ def load_teacher(
     device: str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_unquantized: bool = False,
 ) -> HuggingFaceLanguageModel:
-    """Load the frozen teacher on `device`: linear layers quantised, embeddings, norms and head in the compute dtype."""
-    dtype = resolve_dtype(compute_dtype, device)
-    loaded = load_quantized(resolve(model, revision, trust_remote_code), quantization, dtype, device, trust_remote_code)
+    """Load the frozen teacher on `device`: its matrices quantised, embeddings, norms and head in the compute dtype.
+
+    `allow_unquantized`: also a family of whose matrices more than a tenth stay as they are.
+    """
+    dtype, checkpoint = resolve_dtype(compute_dtype, device), resolve(model, revision, trust_remote_code)
+    loaded = load_quantized(checkpoint, quantization, dtype, device, trust_remote_code, allow_unquantized)
     teacher = HuggingFaceLanguageModel(loaded).eval().requires_grad_(False)
     teacher.check()
     return teacher

@@ -17,7 +17,7 @@ from distill.errors import UserError, nearest_path
 from distill.experiment.checks import check_length, check_model, run_apart
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
-from distill.models import checkpoints, tokenizers
+from distill.models import checkpoints, packing, tokenizers
 from distill.models.chat_templates import LONGEST_TEMPLATE
 from distill.models.generation import context_of
 from distill.system.files import last_part, names_only, read_bounded
@@ -64,10 +64,17 @@ class Teacher:
         return {
             "teacher_config": weights["config"],
             "teacher_weights": weights["weights"],
-            "quantization": f"{self.config.quantization}, {self.compute_dtype}",
+            "quantization": f"{self._quantization()}, {self.compute_dtype}",
             **tokenizers.tokenizer_fingerprint(self.tokenizer),
             **self._own_class(),
         }
+
+    def _quantization(self) -> str:
+        """Return the quantisation as it really is; a class of the user's own quantises as it likes."""
+        if not plugins.is_built_in(self.config.class_path, "teacher"):
+            return self.config.quantization
+        with quiet_transformers():
+            return packing.described(self.checkpoint, self.config.quantization, self.config.trust_remote_code)
 
     def _own_class(self) -> dict[str, str]:
         """Return the fingerprint of a class of the user's own: its name, its code and all of its options."""

@@ -131,11 +131,15 @@ def size_of(model: nn.Module) -> dict[str, int]:
     `bytes_read` is the number that a streamed teacher reads from disk for every batch; `head_bytes` are the head's.
     """
     weights, head = list(model.parameters()), getattr(model, "head", None)
-    packed = [weight for weight in weights if not weight.is_floating_point()]
+    packed = [
+        (2 if weight.dtype is torch.uint8 else 1) * weight.numel()
+        for weight in weights
+        if not weight.is_floating_point()
+    ]
     trained = [weight for weight in weights if weight.requires_grad]
     return {
         "parameters": sum(weight.numel() for weight in weights if weight.is_floating_point()),
-        "packed_parameters": 2 * sum(weight.numel() for weight in packed),
+        "packed_parameters": sum(packed),
         "trained_parameters": sum(weight.numel() for weight in trained),
         "trained_bytes": sum(weight.nbytes for weight in trained),
         "bytes": sum(weight.nbytes for weight in weights),

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.models.checkpoints import Checkpoint, load_config
+from distill.models.checkpoints import Checkpoint, adapter_files, load_config
+from distill.models.filling import fill, with_generation_config
 from distill.models.huggingface import load_pretrained
+from distill.models.packing import Packing, Quantization, multiplied_outside, pack_in_place, packing_of
 from distill.models.quantized_shapes import ScaledLinear, packed_linear
 from distill.models.shapes import finder
-from distill.models.streaming import kept_wider
+from distill.models.streaming import Weights, kept_wider, without_weights
+from distill.models.tensors import tensors
 from distill.system.quiet import quiet_for_good
 
-Quantization = Literal["nf4", "int8", "none"]
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
-_PRODUCT = re.compile(r"self\.(\w+)\.weight\s*@")
 
 
 def load_quantized(
@@ -28,17 +26,20 @@ def load_quantized(
     dtype: torch.dtype,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    allow_unquantized: bool = False,
 ) -> Any:
-    """Load the `transformers` model on `device`: linear layers quantised, embeddings, norms and head in `dtype`.
+    """Load the `transformers` model on `device`: matrices quantised, embeddings, norms and head in `dtype`.
 
-    A Hugging Face folder is quantised while it is read, so that the full weights never lie in memory together. A GGUF
-    file is dequantised in host memory and then quantised layer by layer on the device.
+    A Hugging Face folder is quantised while it is read, a tensor (or an expert) at a time, so that the full weights
+    never lie in memory together. A GGUF file is dequantised in host memory and then quantised layer by layer on the
+    device. Raises UserError if more of the matrices than `MOST_LEFT` stay unquantised, unless allowed.
     """
     # bitsandbytes warns at every product of every layer that int8 casts, and at import of a kernel that we do not use.
     quiet_for_good("bitsandbytes")
     if checkpoint.gguf_file is not None:
         loaded = load_pretrained(checkpoint, dtype, trust_remote_code=trust_remote_code)
         if quantization != "none":
+            packing_of(loaded).check(checkpoint.name, quantization, dtype, allow_unquantized)
             quantize_linears(loaded, quantization, dtype, device)
         loaded.to(device)
     elif quantization == "none":
@@ -48,13 +49,44 @@ def load_quantized(
     else:
         if is_quantized(checkpoint, trust_remote_code):
             raise ValueError(f"{checkpoint.name} is quantized already: set quantization to 'none' to take it as it is")
-        family = _source_of_family(load_config(checkpoint, trust_remote_code))
-        settings = _settings(quantization, dtype, _multiplied_outside(family))
-        loaded = load_pretrained(checkpoint, dtype, settings, {"": device}, trust_remote_code)
+        empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
+        packing = packing_of(empty)
+        packing.check(checkpoint.name, quantization, dtype, allow_unquantized)
         if finder() is not None:
+            loaded = load_pretrained(checkpoint, dtype, None, None, trust_remote_code)
             quantize_linears(loaded, quantization, dtype, device)
+        elif adapter_files(checkpoint):
+            settings = _settings(quantization, dtype, multiplied_outside(empty.config))
+            loaded = load_pretrained(checkpoint, dtype, settings, {"": device}, trust_remote_code)
+        else:
+            loaded = _load_packed(empty, packing, checkpoint, quantization, dtype, device)
     _use_portable_kernel(loaded)
     return loaded
+
+
+def _load_packed(
+    model: Any, packing: Packing, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: str
+) -> Any:
+    """Give `model`, which has none, its weights, each quantised as it is read."""
+    weights = Weights(model, tensors(checkpoint), checkpoint.name)
+    plain = set(packing.plain)
+
+    def take(name: str, index: int | None, tensor: Tensor) -> bool:
+        if name not in plain:
+            return False
+        path = name.rpartition(".")[0]
+        parent, _, child = path.rpartition(".")
+        layer = model.get_submodule(path)
+        full = tensor.to(device, dtype)
+        full = full.T.contiguous() if is_transposed(layer) else full
+        made = _quantized(full, layer.bias, quantization, dtype)
+        made.weight = made.weight.to(device)
+        setattr(model.get_submodule(parent), child, made)
+        return True
+
+    fill(model, packing, weights, quantization, dtype, device, take)
+    setattr(model, f"is_loaded_in_{4 if quantization == 'nf4' else 8}bit", True)  # PEFT asks
+    return with_generation_config(model, checkpoint)
 
 
 def is_quantized(checkpoint: Checkpoint, trust_remote_code: bool = False) -> bool:
@@ -104,22 +136,6 @@ def _compute_in(model: Any, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(wider.get(f"{path}.{name}", dtype))
 
 
-def _source_of_family(config: Any) -> str:
-    """Return the source of a family's modules in transformers; empty for a family that is not there."""
-    import transformers
-
-    try:
-        family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        return inspect.getsource(sys.modules[family.__module__])
-    except (KeyError, OSError):
-        return ""
-
-
-def _multiplied_outside(source: str) -> list[str]:
-    """Return the layers whose weight a module multiplies by itself, as Mamba's mixer does: it cannot be packed."""
-    return sorted(set(_PRODUCT.findall(source)))
-
-
 def _settings(quantization: Quantization, dtype: torch.dtype, full: list[str]) -> Any:
     """Return the settings for a checkpoint that is quantised while it is read, but for its head and `full`."""
     import transformers
@@ -137,14 +153,20 @@ def _settings(quantization: Quantization, dtype: torch.dtype, full: list[str]) -
 
 
 def quantize_linears(model: Any, quantization: Quantization, dtype: torch.dtype, device: str) -> None:
-    """Replace every linear layer but the head by a quantised one on `device`, one after the other, in place."""
-    head, full = model.get_output_embeddings(), _multiplied_outside(_source_of_family(model.config))
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is head or name in full or not is_linear(child):
-                continue
-            weight = full_weight(child).data.contiguous()
-            setattr(parent, name, _quantized(weight, child.bias, quantization, dtype).to(device))
+    """Quantise a model's matrices on `device`, one after the other, in place."""
+    packing = packing_of(model)
+    for full in packing.plain:
+        path = full.rpartition(".")[0]
+        parent, _, name = path.rpartition(".")
+        child = model.get_submodule(path)
+        weight = full_weight(child).data.contiguous()
+        setattr(model.get_submodule(parent), name, _quantized(weight, child.bias, quantization, dtype).to(device))
+    weights = {name: model.get_parameter(name).data for name in packing.own}
+    pack_in_place(model, packing, quantization, dtype, device)
+    for name in list(weights):
+        weight = weights.pop(name)
+        if finder() is None:
+            model.get_submodule(name).fill(weight)
     _use_portable_kernel(model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,7 +48,7 @@ class Weights:
 
     def __init__(self, model: Any, source: Source, name: str) -> None:
         """Look up where the weights of `model`, which has none, lie in `source`; `name` is the checkpoint's."""
-        self._model, self._source, self._name = model, source, name
+        self._model, self._source, self.name = model, source, name
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._readings, self.unknown = _readings(model, source.names())
         self.missing = set(self._shapes) - {name for reading in self._readings for name in reading.makes}
@@ -58,17 +59,30 @@ class Weights:
         No tensor is kept here while the next is read. Raises UserError, at the end, for names that the checkpoint
         lacks, and for a tensor of another shape.
         """
+        for name, _, tensor in self.read_in_slices(names, ()):
+            yield name, tensor
+            del tensor
+
+    def read_in_slices(
+        self, names: Collection[str], sliced: Collection[str]
+    ) -> Iterator[tuple[str, int | None, Tensor]]:
+        """Yield as `read` does, but a tensor of `sliced` in slices along its first axis, with their numbers, where it
+        can be made one slice at a time: a mixture's experts that the checkpoint has one by one.
+        """
         missing = set(names)
         for reading in self._readings:
             if reading.makes[0] not in missing:
                 continue
-            for name, tensor in reading.tensors(self._source, self._model):
-                if tensor.shape != self._shapes[name]:
-                    complain_about_missing({"missing_keys": [], "mismatched_keys": [name]}, self._name)
-                missing.discard(name)
-                yield name, tensor
-                del tensor
-        complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self._name)
+            slices = reading.slices if reading.makes[0] in sliced else 0
+            for index in range(slices) or (None,):
+                for name, tensor in reading.tensors(self._source, self._model, index):
+                    expected = self._shapes[name] if index is None else (1, *self._shapes[name][1:])
+                    if tensor.shape != expected or (slices and slices != self._shapes[name][0]):
+                        complain_about_missing({"missing_keys": [], "mismatched_keys": [name]}, self.name)
+                    missing.discard(name)
+                    yield name, index, tensor if index is None else tensor[0]
+                    del tensor
+        complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self.name)
 
 
 @dataclass
@@ -85,14 +99,30 @@ class _Reading:
     """Pairs of transformers' pattern and the name in the checkpoint."""
     converter: Any = None
 
-    def tensors(self, source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors by their names in the model, in the type in which they are stored."""
+    @property
+    def slices(self) -> int:
+        """Number of slices that can be made one by one; 0 where the tensor is made as a whole."""
+        from transformers import core_model_loading as loading
+
+        counts = Counter(pattern for pattern, _ in self.stored)
+        if self.converter is None or len(set(counts.values())) != 1:
+            return 0
+        first, *rest = self.converter.operations
+        is_list = isinstance(first, loading.MergeModulelist) and first.dim == 0
+        within = all(isinstance(op, loading.Concatenate) and op.dim > 0 for op in rest)
+        return next(iter(counts.values())) if is_list and within else 0
+
+    def tensors(self, source: Source, model: Any, index: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors by their names in the model, in the type in which they are stored; or one of `slices`."""
         if self.converter is None:
             yield self.makes[0], source.read(self.stored[0][1])
             return
         converter = copy.deepcopy(self.converter)
+        seen: Counter[str] = Counter()
         for pattern, name in self.stored:
-            converter.add_tensor(self.makes[0], name, pattern, partial(source.read, name))
+            if index in (None, seen[pattern]):
+                converter.add_tensor(self.makes[0], name, pattern, partial(source.read, name))
+            seen[pattern] += 1
         for name, made in converter.convert(self.makes[0], model=model, config=model.config).items():
             yield name, made[0] if isinstance(made, list) else made
 

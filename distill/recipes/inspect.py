@@ -127,7 +127,8 @@ def _compare(storage: Storage, name: str) -> None:
     found, expected = checkpoints.fingerprints(checkpoint)["weights"], manifest.fingerprints["teacher_weights"]
     if found != expected:
         raise UserError(f"{name} is not this cache's teacher (expected sha256 {expected[:12]}…, found {found[:12]}…)")
-    quantization, compute_dtype = manifest.fingerprints["quantization"].split(", ")
+    as_it_is, _, compute_dtype = manifest.fingerprints["quantization"].rpartition(", ")
+    quantization = as_it_is.partition("+")[0].partition(" ")[0]
     experiment = Experiment(
         CorpusConfig("", sequence_length=manifest.sequence_length, pack=manifest.pack),
         TeacherConfig(name, quantization, compute_dtype),  # type: ignore[arg-type]  # as the cache's teacher had them

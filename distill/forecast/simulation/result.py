@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.forecast.simulation.tracker import Kind, Tracker
 from distill.forecast.simulation.work import Work
+from distill.models.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ def result_of(tracker: Tracker, work: Counter[Work] | None = None, update: Count
 def tag_model(tracker: Tracker, module: nn.Module) -> None:
     """Tell the tracker a model's weights and buffers."""
     tracker.tag(module.buffers(), "buffers and batch")
+    for part in module.modules():
+        if isinstance(part, PackedWeight):
+            tracker.tag(part.buffers(), "quantized weights")
     for parameter in module.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None or not parameter.is_floating_point():

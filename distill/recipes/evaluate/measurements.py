@@ -283,7 +283,7 @@ def _settings_of(corpus: CorpusConfig) -> dict[str, Any]:
 
 def parameters(model: Any) -> int:
     """Count the parameters of a model. 4-bit weights, stored two to a byte, count as the weights they stand for."""
-    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
+    return sum(p.numel() * (2 if str(p.dtype) == "torch.uint8" else 1) for p in model.parameters())
 
 
 def _contents(tasks_path: str | None, run: Path) -> dict[str, str]:
