@@ -35,7 +35,7 @@ def check_student_ahead(experiment: Experiment, card: Card, *, with_weights: boo
     """Raise UserError for a student that its training would refuse before the first step.
 
     A built-in is made without memory; a fresh student that this machine holds is made, and tried for the contract of
-    body and head, such as packed documents that see one another. `with_weights`: so is a pretrained one whose files
+    body and head, such as a position that sees the future. `with_weights`: so is a pretrained one whose files
     are here. (A pruned one is of the teacher's family, and the teacher is tried when it is loaded.)
     Returns a line about a student that is not tried until its training begins.
     """
