@@ -20,6 +20,8 @@ from distill.models.shapes import declare, finder
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
 from students.pruning_importance import Importance, Samples, Wanted, measure
+from students.pruning_kept import kept_importance
+from students.pruning_sizes import candidate_sizes
 from students.pruning_stream import COMPUTED, LAYER, LayerwiseTeacher, split_name
 from students.pruning_width import Narrowing, Widths, largest, narrowed_widths
 
@@ -27,7 +29,11 @@ FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """The first samples of the corpus, so many: input_ids int64, position_ids int64, loss_mask bool, each `[B, L]`."""
 
 
-@declare(pretrained="teacher")
+@declare(
+    pretrained="teacher",
+    candidates=candidate_sizes,
+    sizes=("layers", "depth", "hidden_size", "intermediate_size", "key_value_groups"),
+)
 def prune_teacher(
     teacher: str,
     layers: int | list[int] | None = None,
@@ -40,6 +46,7 @@ def prune_teacher(
     trust_remote_code: bool = False,
     device: str = "cpu",
     first_samples: FirstSamples | None = None,
+    measured: str | None = None,
 ) -> HuggingFaceLanguageModel:
     """Make the teacher smaller, in float32, as an ordinary model of its family. A size not given stays the teacher's.
 
@@ -50,7 +57,8 @@ def prune_teacher(
     heads that share it): the most active ones on `calibration_samples` samples stay.
 
     Only the kept weights stay in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
-    (a GGUF file is dequantised whole). `teacher`, its revision, `device` and `first_samples` come from the pipeline.
+    (a GGUF file is dequantised whole). What was measured is kept in the folder `measured` for the next student.
+    `teacher`, its revision, `device`, `first_samples` and `measured` come from the pipeline.
     """
     config, checkpoint = _open(teacher, teacher_revision, trust_remote_code)
     if layers is None and hidden_size is None and intermediate_size is None and key_value_groups is None:
@@ -73,7 +81,13 @@ def prune_teacher(
         if wanted != Wanted():
             whole = pruned_config(config, list(range(total)))  # plain: without a quantization config
             samples = _samples(first_samples, calibration_samples)
-            importance = measure(LayerwiseTeacher(whole, source, device, trust_remote_code), samples, wanted)
+            importance = kept_importance(
+                measured,
+                checkpoint,
+                samples,
+                wanted,
+                lambda wanted: measure(LayerwiseTeacher(whole, source, device, trust_remote_code), samples, wanted),
+            )
         if importance.depth_I is not None:
             chosen = largest(importance.depth_I, len(chosen)).tolist()  # all at once, after one measurement
         narrowing = _narrowing(config, widths, importance, chosen)

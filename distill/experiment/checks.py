@@ -6,6 +6,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders
 from distill.models.contract import checked_head, not_finite, try_model
 from distill.models.isolation import LENGTH, Fault, Rows, find_fault
 from distill.models.language_model import ONE_DOCUMENT_A_ROW
@@ -22,6 +23,7 @@ def offered_options(experiment: Experiment, device: str, vocab_size: int, first_
         "teacher_revision": None if "teacher" in experiment.student.options else experiment.teacher.revision,
         "device": device,
         "first_samples": first_samples,
+        "measured": str(Folders.of(experiment).measured),
     }
 
 

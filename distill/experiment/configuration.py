@@ -126,6 +126,8 @@ class StudentConfig:
     """Options of the student's class, checked against its signature."""
     vocabulary: Literal["full", "corpus"] = "full"
     """corpus: only the tokens that the cached text needs (and bytes, special tokens and pieces of those tokens)."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """Sizes to find: `{share: 0.4}` of the teacher's parameters or `{parameters: 60M}`; also `candidates`, `steps`."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,12 @@ class Folders:
         return cls(run, Path(experiment.cache.dir) if experiment.cache.dir else run / "cache")
 
     @property
+    def measured(self) -> Path:
+        """Folder of what is measured once for all students of a cache: beside it, or in the run if it is elsewhere."""
+        is_here = self.cache.parent.is_dir()
+        return self.cache.with_name(f"{self.cache.name}.measured") if is_here else self.run / "measured"
+
+    @property
     def evaluation(self) -> Path:
         return self.run / "evaluation.json"
 

@@ -9,6 +9,7 @@ from distill.errors import UserError
 from distill.evaluation import benchmarks
 from distill.experiment.checks import offered_options
 from distill.experiment.configuration import Experiment
+from distill.experiment.search import asked
 from distill.experiment.training import check_training
 from distill.models.devices import check_number, pick_device
 from distill.training.loggers import check_loggers
@@ -31,8 +32,18 @@ def check_last_steps(experiment: Experiment, device_type: str | None = None) -> 
         check_number(config.devices, device_type, "train.devices")
     check_training(experiment, experiment.cache.scheme, experiment.cache.held_out_samples, device_type)
     offered = offered_options(experiment, device_type, 0)
+    check_search(experiment)
     plugins.arguments(experiment.student.class_path, "student", experiment.student.options, offered)
     check_evaluation(experiment)
+
+
+def check_search(experiment: Experiment) -> None:
+    """Raise UserError for a search that is asked for wrongly, or without held-out samples to compare students on."""
+    if asked(experiment) is not None and not (experiment.cache.held_out_samples and experiment.corpus.held_out):
+        raise UserError(
+            "student.search: students are compared on held-out samples: give corpus.held_out and "
+            "cache.held_out_samples, or the sizes in student.options"
+        )
 
 
 def check_held_out(experiment: Experiment) -> None:

@@ -15,10 +15,11 @@ from distill.errors import UserError
 from distill.experiment.checks import check_length, check_model, offered_options
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
+from distill.experiment.search import Search, asked, candidate_options, sized, with_found_sizes
 from distill.models import checkpoints, tokenizers
 from distill.models.contract import checked_head
 from distill.models.generation import context_length
-from distill.models.huggingface import HuggingFaceLanguageModel
+from distill.models.huggingface import HuggingFaceLanguageModel, parameters_of
 from distill.models.vocabulary import Vocabulary
 from distill.system.progress import say
 from distill.system.quiet import quiet_transformers
@@ -50,8 +51,9 @@ def make_student(
     `vocab_size`: the teacher's tokens. With a `vocabulary` the student has only these tokens: made so, or trimmed.
     Raises UserError if it reads fewer tokens than a sample has, or its head has too few rows.
     """
-    student, name = experiment.student, f"student {experiment.student.class_path}"
     tokens = vocab_size if vocabulary is None else len(vocabulary)
+    experiment = with_sizes(experiment, place, tokens)
+    student, name = experiment.student, f"student {experiment.student.class_path}"
     with place.making():
         offered = offered_options(experiment, str(place.device), tokens, samples)
         options = plugins.arguments(student.class_path, "student", student.options, offered)
@@ -81,6 +83,25 @@ class Pretrained:
         name = student.options.get(option) if option else None
         revision = student.options.get("revision") or student.options.get("teacher_revision")
         return cls(option, name, revision) if isinstance(name, str) else None
+
+
+def candidates(experiment: Experiment, place: Place, search: Search, vocab_size: int) -> list[dict[str, Any]]:
+    """Return the sizes of the students that a search tries, as options, the largest to train first."""
+    teacher, total = experiment.teacher, 0
+    with place.making(), quiet_transformers():
+        if search.share is not None:
+            checkpoint = checkpoints.resolve(teacher.model, teacher.revision, teacher.trust_remote_code)
+            total = parameters_of(checkpoint, teacher.trust_remote_code)
+        return candidate_options(experiment, search, offered_options(experiment, str(place.device), vocab_size), total)
+
+
+def with_sizes(experiment: Experiment, place: Place, vocab_size: int) -> Experiment:
+    """Return the experiment with a student of known sizes: given, found by a search, or its largest candidate."""
+    experiment = with_found_sizes(experiment)
+    search = asked(experiment)
+    if search is None:
+        return experiment
+    return sized(experiment, candidates(experiment, place, search, vocab_size)[0])
 
 
 def check_tokens(experiment: Experiment, place: Place, tokenizer: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from distill.cache.format.head import load_head
+from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
@@ -14,6 +16,7 @@ from distill.experiment.roles import Role, rounding_of
 from distill.losses.features import check_features
 from distill.losses.objective import Mixture, check_divergence, make_divergence
 from distill.models.language_model import Head
+from distill.models.vocabulary import Vocabulary, trim_head
 from distill.training.guards import NonFinite
 from distill.training.module import DistillationModule
 from distill.training.offload import check_offload, offload_activations
@@ -90,6 +93,14 @@ def make_module(
         feature_weight=0.0 if role.alpha == 1 else loss.feature_weight,
         **({"saved_activations": offload_activations} if train.offload_activations else {}),
     )
+
+
+def teacher_head(train: CacheReader, vocabulary: Vocabulary | None) -> Head | None:
+    """Return the teacher's head from a cache of hidden states, in the student's vocabulary; None for other caches."""
+    if train.manifest.scheme != "hidden":
+        return None
+    head = load_head(train.storage.folder)
+    return head if vocabulary is None else trim_head(head, vocabulary)
 
 
 def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from distill.experiment.configuration import Experiment, TrainConfig
 from distill.experiment.folders import Folders
 from distill.experiment.precision import with_types_of_card
 from distill.experiment.roles import roles
+from distill.experiment.search import asked, with_found_sizes
 from distill.forecast.ahead import student_sizes
 from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine
@@ -140,6 +141,11 @@ class Forecaster:
         if "evaluate" in phases and not experiment.corpus.held_out:
             notes.append("evaluate: corpus.held_out is 0, which leaves no text to evaluate on")
         notes += _left_out(experiment.train)
+        if (search := asked(with_found_sizes(experiment))) is not None:
+            notes.append(
+                f"student.search: {search.candidates} candidates are tried when the training begins; the largest is "
+                "assumed"
+            )
         small = [phase for phase, one in made.items() if 0 <= self.limit_bytes - one.needed_bytes < MARGIN_BYTES]
         if small and self.card.is_cuda:
             notes.append(f"{', '.join(small)}: less than {size(MARGIN_BYTES)} to spare, and the allowances are guesses")
@@ -257,8 +263,17 @@ def _time(
         # A held-out sample needs only a forward pass, about a third of a training sample's work.
         held_out = (steps // train.validate_every_steps + 1) * amount.held_out / _step_samples(experiment) / 3
         trainings = len(roles(experiment))
-        return trainings * (steps + held_out) * each, each, trainings * steps
+        return (trainings * (steps + held_out) + _searched(experiment, amount, steps)) * each, each, trainings * steps
     return None if count is None else count * each, each, count
+
+
+def _searched(experiment: Experiment, amount: Amount, total: int) -> float:
+    """Return the work of the search for the student's sizes, in steps; 0 if they are given or found."""
+    search = asked(with_found_sizes(experiment))
+    if search is None:
+        return 0.0
+    tries = search.tries(search.candidates, total)
+    return sum(tries) + len(tries) * amount.held_out / _step_samples(experiment) / 3
 
 
 def _step_samples(experiment: Experiment) -> int:

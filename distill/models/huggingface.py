@@ -223,6 +223,13 @@ def shape_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
+def parameters_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> int:
+    """Return the number of parameters of a checkpoint's model, from its configuration alone."""
+    with torch.device("meta"):
+        model = shape_of(load_config(checkpoint, trust_remote_code), torch.float32, trust_remote_code)
+    return sum(weight.numel() for weight in model.parameters())
+
+
 def from_weights(model_class: Any, config: Any, weights: Mapping[str, Tensor], dtype: torch.dtype, name: str) -> Any:
     """Make a `transformers` model of weights in memory. Raises UserError, with the `name`, if some are missing."""
     with quiet_transformers():

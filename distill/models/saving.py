@@ -21,7 +21,12 @@ from distill.system.staging import replaced_folder
 DESCRIPTION = "student.json"  # marks a model that a plug-in builds: {class_path, options, source}
 WEIGHTS = "model.safetensors"
 TRUST = "trust_remote_code"
-NOT_KEPT = ("first_samples", "device", TRUST)  # arguments from the pipeline that are needed the first time only
+NOT_KEPT = (
+    "first_samples",
+    "device",
+    "measured",
+    TRUST,
+)  # arguments from the pipeline that are needed the first time only
 _MOST_BYTES = 2**20
 
 

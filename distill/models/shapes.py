@@ -44,6 +44,8 @@ def declare(
     without_weights: Callable[..., Any] | None = None,
     layer_by_layer: str | None = None,
     pretrained: str | None = None,
+    candidates: Callable[..., list[dict[str, Any]]] | None = None,
+    sizes: tuple[str, ...] = (),
 ) -> Callable[[Factory], Factory]:
     """Declare the facts about a plug-in that a forecast needs; a class may have these as attributes of its own.
 
@@ -52,12 +54,18 @@ def declare(
     layer_by_layer: of a teacher, the class path of one that gives the same answers with a layer at a time on the
     device, and takes `micro_batch`.
     pretrained: of a student, the name of the option that names a checkpoint whose tokens it knows.
+    candidates: of a student, a function of `parameters` and `count`, and of those of the plug-in's arguments that it
+    names, that returns so many sets of options, each of a student of at most so many parameters, the largest to train
+    first. A search tries them.
+    sizes: the options that candidates set.
     """
 
     def mark(factory: Factory) -> Factory:
         factory.without_weights = without_weights  # type: ignore[attr-defined]
         factory.layer_by_layer = layer_by_layer  # type: ignore[attr-defined]
         factory.pretrained = pretrained  # type: ignore[attr-defined]
+        factory.candidates = candidates  # type: ignore[attr-defined]
+        factory.sizes = sizes  # type: ignore[attr-defined]
         return factory
 
     return mark

@@ -10,7 +10,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.report.curves import Curves, read_curves
-from distill.report.schema import COST_LINE, EVALUATION, FORECAST, checked
+from distill.report.schema import COST_LINE, EVALUATION, FORECAST, SEARCH, checked
 from distill.system import ledger
 from distill.system.files import names_only, read_bounded
 
@@ -31,6 +31,8 @@ class RunFacts:
     """Content of costs.jsonl: one object for each invocation of a phase."""
     forecast: tuple[Mapping[str, Any], ...]
     """Rows of forecast.json: what, unit, forecast, measured."""
+    search: Mapping[str, Any]
+    """Content of search.json: the candidates with their sizes and held-out KL, and the chosen sizes."""
 
     @classmethod
     def read(cls, run: Path) -> RunFacts:
@@ -46,6 +48,7 @@ class RunFacts:
             {role: curves for role in ("student", "control") if (curves := read_curves(run / "logs" / role))},
             _read_costs(run / ledger.FILE),
             tuple(_read_object(run / "forecast.json", FORECAST).get("rows", [])),
+            _read_object(run / "search.json", SEARCH),
         )
         if not (facts.evaluation or facts.curves or facts.costs):
             raise UserError(f"{run}: nothing was measured here yet: run distill evaluate, or give another run_dir")

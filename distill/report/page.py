@@ -70,6 +70,7 @@ def run_page(facts: RunFacts) -> Page:
         *benchmarks.section(facts),
         *speed.section(facts),
         *_text_section(facts),
+        *provenance.search_section(facts),
         *provenance.cost_section(facts),
         *provenance.forecast_section(facts),
         *provenance.seed_section(facts),

@@ -30,6 +30,29 @@ def cost_section(facts: RunFacts) -> Iterator[Section]:
     yield Section("cost", "What it cost", [Table(head, rows)])
 
 
+def search_section(facts: RunFacts) -> Iterator[Section]:
+    """Yield the students that a search compared, the chosen one first."""
+    candidates = facts.search.get("candidates", [])
+    if len(candidates) < 2:
+        return
+    steps = sorted({steps for one in candidates for steps in one["kl"]}, key=int)
+    best_first = sorted(candidates, key=lambda one: [one["kl"].get(each, float("inf")) for each in reversed(steps)])
+    rows = [
+        [
+            Cell(", ".join(f"{name} {value}" for name, value in one["options"].items())),
+            Cell(f"{one['parameters'] / 1e6:.1f} M", one["parameters"]),
+            *(_kl_cell(one["kl"].get(each), one["options"] == facts.search.get("chosen")) for each in steps),
+        ]
+        for one in best_first
+    ]
+    head = [Cell("sizes"), Cell("parameters"), *(Cell("held-out KL", small=f"after {each} steps") for each in steps)]
+    yield Section("search", "The students that were tried", [Table(head, rows)])
+
+
+def _kl_cell(kl: float | None, is_chosen: bool) -> Cell:
+    return Cell("") if kl is None else Cell(f"{kl:.3f}", kl, best=is_chosen)
+
+
 def _cost_row(phase: str, lines: list[Mapping[str, Any]], on_device: bool) -> list[Cell]:
     seconds = sum(line["seconds"] for line in lines)
     broken = [line["ended"] for line in lines if line.get("ended", "done") != "done"]

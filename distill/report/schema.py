@@ -77,8 +77,10 @@ COST_LINE = {
     **dict.fromkeys(("seconds", "peak_memory_bytes", "peak_device_bytes", "joules"), NUMBER),
 }
 FORECAST = {"rows": [{"what": TEXT, "unit": TEXT, "forecast": NUMBER, "measured": NUMBER}]}
+SEARCH = {"candidates": [{"options": OBJECT, "parameters": NUMBER, "kl": {"*": NUMBER}}], "chosen": OBJECT}
 REQUIRED = {id(_BIN): ("from", "positions"), id(_DIFFERENCE): ("difference",), id(_TASK): ("metric", "metrics")}
 REQUIRED |= {id(COST_LINE): ("phase", "seconds"), id(EVALUATION["texts"]): ("prompts",)}
+REQUIRED |= {id(SEARCH["candidates"][0]): ("options", "parameters", "kl")}
 REQUIRED |= {id(FORECAST["rows"][0]): ("what", "unit"), id(_SEEDS["*"]): ("mean", "values")}
 
 

@@ -15,7 +15,7 @@ from distill.experiment.file import load_experiment
 from distill.forecast.room import needs
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
-    "a student without its size": ({"student.options": {}}, "give at least one of layers"),
+    "a size that no student has": ({"student.options": {}}, "student.search: no student of"),
     "an option that is not there": ({"student.options": {"lairs": 2}}, "did you mean 'layers'?"),
     "more layers than the teacher has": ({"student.options": {"layers": 9}}, "student pruned: "),
     "a class that is not there": ({"student.class_path": "compakt"}, "did you mean 'compact'?"),
@@ -180,8 +180,9 @@ def test_more_cards_than_there_are(
     world: Any, distill: Any, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of this machine's: the card is imagined, and refused before it is touched."""
-    # The last one is where the others have it from: a room that is imported later would keep the patched one.
-    for room in ("experiment.last_steps", "recipes.train_student.command", "models.devices"):
+    # The rooms that import it come first: one that was imported later would keep the imagined card for good.
+    rooms = ("experiment.last_steps", "recipes.train_student.command", "forecast.preflight", "models.devices")
+    for room in rooms:
         monkeypatch.setattr(f"distill.{room}.pick_device", lambda accelerator: torch.device("cuda", 0))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     file = world.write(tmp_path / "experiment.yaml")

@@ -67,7 +67,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (student("comapct"), ["did you mean 'compact'?", "path/file.py:Class"]),
         (student("mine.py:Plain", vocab_size=399), ["the head has 399 rows, the tokenizer 400 tokens"]),
         (student("compact", hidden_size=10, heads=4), ["hidden_size 10 does not split into 4 heads"]),
-        (student("pruned"), ["give at least one of layers, hidden_size"]),
+        (student("pruned"), ["student.search: no student of"]),
         (student("pruned", layers=5), ["layers: 5 is out of range; the teacher has 4 layers"]),
         (student("pruned", layers=[0, 9]), ["[9] out of range"]),
         (student("pruned", layers="all"), ["layers", "'all'"]),

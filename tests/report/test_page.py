@@ -111,6 +111,26 @@ def test_only_logs(fake_run: Callable[..., Path]) -> None:
     assert "Not measured yet" in page.read_text(encoding="utf-8")
 
 
+def test_the_students_that_were_tried_stand_best_first_and_strange_sizes_are_text(
+    fake_run: Callable[..., Path],
+) -> None:
+    run = fake_run()
+    tried = [
+        {"options": {"layers": 8}, "parameters": 57_000_000, "kl": {"10": 4.0}},
+        {"options": {"layers": 13, EVIL: EVIL}, "parameters": 56_000_000, "kl": {"10": 3.0, "20": 1.25}},
+        {"options": {"layers": 20}, "parameters": 55_000_000, "kl": {"10": 2.0, "20": 1.5}},
+    ]
+    (run / "search.json").write_text(json.dumps({"asked": {}, "candidates": tried, "chosen": tried[1]["options"]}))
+    page, _ = write_report(run)
+    found = next(section for section in run_page(RunFacts.read(run)).sections if section.id == "search").contents[0]
+    assert [row[1].value for row in found.rows] == [56_000_000, 55_000_000, 57_000_000]  # type: ignore[union-attr]
+    assert found.rows[0][3].best and not found.rows[1][3].best  # type: ignore[union-attr]
+    assert EVIL not in page.read_text(encoding="utf-8")
+    (run / "search.json").write_text('{"candidates": [{"options": 3}]}')
+    with pytest.raises(UserError, match=r"search\.json"):
+        write_report(run)
+
+
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 

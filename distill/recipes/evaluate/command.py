@@ -15,6 +15,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
+from distill.experiment.search import with_found_sizes
 from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.experiment.teacher import Teacher, open_samples
 from distill.recipes.evaluate.measurements import Measurement, all_measurements
@@ -32,7 +33,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
 
     `following`: phases that run next, and that must fit too.
     """
-    experiment = with_types_of_machine(experiment)
+    experiment = with_found_sizes(with_types_of_machine(experiment))
     folders = Folders.of(experiment)
     make_run_folder(folders)
     teacher = Teacher(experiment, Place.of(experiment))

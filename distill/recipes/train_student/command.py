@@ -17,6 +17,7 @@ from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.roles import Role, roles, training_settings
+from distill.experiment.search import with_found_sizes
 from distill.experiment.student import check_tokens
 from distill.models.devices import check_number, pick_device
 from distill.models.tokenizers import load_folder_tokenizer
@@ -31,7 +32,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     """Train the student and, if asked for, the control. `following` are phases that run next and must fit too."""
     if not is_first_process():
         be_quiet()
-    experiment = with_types_of_machine(experiment, "train.precision")
+    experiment = with_found_sizes(with_types_of_machine(experiment, "train.precision"))
     config = experiment.train
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     folders = Folders.of(experiment)
@@ -77,6 +78,7 @@ def _train(
     from distill.experiment.training import check_training
     from distill.forecast.preflight import Preflight
     from distill.recipes.train_student.fit import Training, kept_vocabulary
+    from distill.recipes.train_student.search import found_sizes
     from distill.training.loggers import check_installed
     from distill.training.user_callbacks import check_callbacks
 
@@ -85,10 +87,11 @@ def _train(
     device_type = pick_device(experiment.train.accelerator).type
     check_number(experiment.train.devices, device_type, "train.devices")
     check_training(experiment, train.manifest.scheme, len(held_out), device_type)
-    trainings = [Training(role.own(experiment), folders, train, role) for role in pending]
     check_tokens(experiment, Place.of(experiment), load_folder_tokenizer(checked_tokenizer(storage.folder)))
     with Preflight(experiment, "train-student", following):
         vocabulary = kept_vocabulary(experiment, storage, train, held_out)
-        for training in trainings:
+        experiment = found_sizes(experiment, train, held_out, vocabulary)
+        for role in pending:
+            training = Training(role.own(experiment), folders, train, role)
             with sole_writer(training.checkpoints) if is_first_process() else nullcontext():
                 training.fit(held_out, vocabulary, deadline)

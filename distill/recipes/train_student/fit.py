@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 
 from distill import plugins
-from distill.cache.format.head import load_head
 from distill.cache.format.tokenizer_files import checked_tokenizer
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage
@@ -22,11 +21,11 @@ from distill.experiment.folders import Folders
 from distill.experiment.place import Place
 from distill.experiment.roles import Role, rounding_of, training_settings
 from distill.experiment.student import first_samples, make_student_to_train
-from distill.experiment.training import make_module
+from distill.experiment.training import make_module, teacher_head
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer
-from distill.models.vocabulary import Vocabulary, trim_head
+from distill.models.vocabulary import Vocabulary
 from distill.system import interrupt, ledger
 from distill.system.blame import blamed
 from distill.system.processes import leave_if_not_first, together
@@ -101,7 +100,12 @@ class Training:
         started = time.monotonic()
         with ledger.phase(self.folders.run, "train-student"):
             module = make_module(
-                self.experiment, self.place, self.role, student, self._vocab_size(), self._teacher_head()
+                self.experiment,
+                self.place,
+                self.role,
+                student,
+                self._vocab_size(),
+                teacher_head(self.train, vocabulary),
             )
             progress = Progress(f"train {name}", total=0, unit="steps")
             trainer = self._trainer(progress, deadline)
@@ -217,12 +221,6 @@ class Training:
         own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
         student.load_state_dict(own, strict=False)
         return student
-
-    def _teacher_head(self) -> Any:
-        if self.manifest.scheme != "hidden":
-            return None
-        head = load_head(self.data.train.storage.folder)
-        return head if self.data.vocabulary is None else trim_head(head, self.data.vocabulary)
 
     def _save(self, student: Any, options: dict[str, Any]) -> None:
         tokenizer = load_folder_tokenizer(checked_tokenizer(self.data.train.storage.folder))
