@@ -15,9 +15,11 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from distill.corpus.conversations import Conversation
+from distill.corpus.documents import are_conversations
+from distill.corpus.faults import RowError
 from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_in_spans
 
-ENCODER_VERSION = 2
+ENCODER_VERSION = 3
 """Part of the key of stored tables. Raise it when the same document gives other tokens or another mask."""
 
 BATCH_BYTES = 4 << 20
@@ -29,6 +31,7 @@ FEATURES = datasets.Features(
         "loss_mask": datasets.List(datasets.Value("bool")),  # True where the document's next token is to be learned
         "learned": datasets.Value("int64"),  # number of True in loss_mask
         "thoughts": datasets.Value("int32"),  # thoughts that the chat template takes out
+        "fault": datasets.Value("string"),  # the reason why a conversation cannot be learned; "" for a good one
     }
 )
 
@@ -47,7 +50,7 @@ def encode(
     `labels` are the sources' names, for messages to the user; `learning` says what is learned of conversations.
     """
     batch_size = max(1, min(512, BATCH_BYTES * len(documents) // max(1, documents.data.nbytes)))
-    conversations = documents[0]["conversation"]
+    conversations = are_conversations(documents)
     function = _encode_conversations(tokenizer, labels, learning) if conversations else _encode_texts(tokenizer)
     key = f"{ENCODER_VERSION} {documents._fingerprint} {_tokenizer_key(tokenizer)} {learning if conversations else ''}"
     return documents.map(
@@ -86,10 +89,15 @@ def _encode_conversations(
     nothing = Rendered("", [])
 
     def function(batch: Batch) -> Batch:
-        rendered = [
-            template.render(Conversation.parse(document), f"{labels[source]}: row {row}") if document else nothing
-            for document, source, row in zip(batch["document"], batch["source"], batch["row"], strict=True)
-        ]
+        rendered, faults = [], []
+        for document, source, row in zip(batch["document"], batch["source"], batch["row"], strict=True):
+            where, fault = f"{labels[source]}: row {row}", ""
+            try:
+                rendered.append(template.render(Conversation.parse(document), where) if document else nothing)
+            except RowError as error:
+                rendered.append(nothing)
+                fault = str(error).removeprefix(f"{where}: ")
+            faults.append(fault)
         encoded = _token_ids(
             tokenizer, [found.text for found in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
@@ -98,7 +106,7 @@ def _encode_conversations(
             for offsets, found in zip(encoded["offset_mapping"], rendered, strict=True)
         ]
         table = _table([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]], answers)
-        return table | {"thoughts": [found.thoughts_left_out for found in rendered]}
+        return table | {"thoughts": [found.thoughts_left_out for found in rendered], "fault": faults}
 
     return function
 
@@ -116,8 +124,8 @@ def _table(ids: list[np.ndarray], to_learn: list[np.ndarray]) -> Batch:
     The next-token shift of the loss mask happens here and nowhere else. The last position predicts nothing.
     """
     masks = [np.append(row[1:], False) if len(row) else row for row in to_learn]
-    learned = [int(mask.sum()) for mask in masks]
-    return {"input_ids": ids, "loss_mask": masks, "learned": learned, "thoughts": [0] * len(masks)}
+    table: Batch = {"input_ids": ids, "loss_mask": masks, "learned": [int(mask.sum()) for mask in masks]}
+    return table | {"thoughts": [0] * len(ids), "fault": [""] * len(ids)}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

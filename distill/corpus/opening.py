@@ -9,12 +9,14 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from distill.corpus.documents import corpus_fingerprint, document_hashes, load_documents
+from distill.corpus.documents import are_conversations, document_hashes, load_documents
 from distill.corpus.encoding import encode
 from distill.corpus.packing import Samples
 from distill.corpus.reading import find_sources
+from distill.corpus.selecting import BadRows, check_reading, select
 from distill.corpus.shapes import BY_NAME, NAMES, Columns
 from distill.corpus.splitting import check_sides, split_rows
+from distill.corpus.summary import SourceCounts
 from distill.corpus.templates import DEFAULTS, Learning
 from distill.errors import UserError
 from distill.system.files import last_part
@@ -31,10 +33,8 @@ class SampleSets:
     """Samples that are never trained on, with their documents in file order. Empty if none were asked for."""
     fingerprint: str
     """The sha256 (hex) of the documents' content in file order, before tokenising: the same for every tokenizer."""
-    empty_documents: int = 0
-    """Documents left out because they hold nothing but white space, or no message."""
-    unlearnable_documents: int = 0
-    """Documents left out because no position in them carries loss: conversations without an answer, single tokens."""
+    counts: tuple[SourceCounts, ...] = ()
+    """Counts of each source: what was read, and what was left out."""
     sources: tuple[str, ...] = ()
     """Names of the files (below the corpus's folder) or of the data set, by the number that samples give."""
     shapes: dict[str, int] = field(default_factory=dict)
@@ -55,11 +55,14 @@ def open_corpus(
     columns: Columns = BY_NAME,
     learning: Learning = DEFAULTS,
     pack: bool = True,
+    bad_rows: BadRows = "refuse",
     held_out: float = 0.05,
     seed: int = 0,
+    begun_with: str | None = None,
 ) -> SampleSets:
     """Read, tokenise, split and pack a corpus. The arguments are those of the configuration's `CorpusConfig`, with its
-    names of columns as `columns` and its keys for conversations as `learning`.
+    names of columns as `columns` and its keys for conversations as `learning`. `begun_with` is the fingerprint of the
+    corpus in a cache that was begun (see `select`).
 
     Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`). Their keys are the
     files' bytes and the tokenizer's content, so a second opening is quick and never stale.
@@ -74,18 +77,12 @@ def open_corpus(
     sources = find_sources(path, name, split, columns)
     with quiet_datasets():
         documents = load_documents(sources, columns)
-        shares = _numbers(documents, "share")
-        empty = int((shares > 1).sum())
-        if empty == len(shares):
-            raise UserError(f"{path}: no document with any text in it ({empty} empty ones)")
-        train_rows, held_rows = split_rows(shares, held_out, seed)
-        check_sides(path, train_rows, held_rows, held_out)
-        encoded = encode(documents, tokenizer, [source.label for source in sources], learning)
-    learnable = _numbers(encoded, "learned") > 0
-    if not learnable.any():
-        lacking = "an answer of the assistant" if documents[0]["conversation"] else "a second token"
-        raise UserError(f"{path}: nothing to learn: none of the {len(shares) - empty} documents has {lacking}")
-    train_rows, held_rows = train_rows[learnable[train_rows]], held_rows[learnable[held_rows]]
+        labels = [source.label for source in sources]
+        check_reading(path, documents, labels, bad_rows)
+        encoded = encode(documents, tokenizer, labels, learning)
+    chosen = select(path, documents, encoded, labels, bad_rows, begun_with)
+    sides = split_rows(np.where(chosen.kept, _numbers(documents, "share"), 2.0), held_out, seed)
+    train_rows, held_rows = (rows[chosen.learnable[rows]] for rows in sides)
     check_sides(path, train_rows, held_rows, held_out)
     train, held = (
         Samples(
@@ -99,24 +96,27 @@ def open_corpus(
         )
         for rows in (train_rows, held_rows)
     )
-    unlearnable = len(shares) - empty - train.documents - held.documents
+    owners = np.zeros(len(documents), dtype=np.int64)
     names = tuple(_name_below(path, source.label) for source in sources)
     return SampleSets(
         train,
         held,
-        corpus_fingerprint(documents),
-        empty,
-        unlearnable,
+        chosen.fingerprint,
+        chosen.counts([_name_of(path)], owners, encoded, held_rows, sequence_length),
         names,
-        shapes={NAMES[kind]: int(count) for kind, count in zip(*_counted(documents, "shape"), strict=True)},
+        shapes=_shapes(documents),
         thoughts_left_out=int(_numbers(encoded, "thoughts").sum()),
-        rendering=learning.described(tokenizer) if documents[0]["conversation"] else {},
+        rendering=learning.described(tokenizer) if are_conversations(documents) else {},
     )
 
 
-def _counted(table: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    values, counts = np.unique(_numbers(table, column), return_counts=True)
-    return values, counts
+def _shapes(documents: datasets.Dataset) -> dict[str, int]:
+    kinds = np.unique(_numbers(documents, "shape"), return_counts=True)
+    return {NAMES[kind]: int(rows) for kind, rows in zip(*kinds, strict=True) if kind >= 0}
+
+
+def _name_of(path: str) -> str:
+    return last_part(path) if Path(path).expanduser().exists() else path
 
 
 def _name_below(path: str, label: str) -> str:

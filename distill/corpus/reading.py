@@ -21,6 +21,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
+from distill.corpus.faults import BadRow
 from distill.corpus.folders import documents_in, files_of_split
 from distill.corpus.shapes import BY_NAME, Columns, columns_to_read
 from distill.corpus.text_files import COMPRESSIONS, LONGEST_LINE, lines, open_text
@@ -33,8 +34,8 @@ TABLES = (".parquet", ".arrow")
 KNOWN_KINDS = f"{', '.join(KINDS)}; all but parquet and arrow also with {', '.join(COMPRESSIONS)} behind"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
-Row = tuple[int, Mapping[str, Any]]
-"""The row's number in its file, from 1, and its columns."""
+Row = tuple[int, Mapping[str, Any] | BadRow]
+"""The row's number in its file, from 1 (of JSON: the line's), and its columns, or the reason why it has none."""
 
 log = logging.getLogger(__name__)
 
@@ -213,31 +214,31 @@ def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
     line = next((line for line in lines(file, label) if line.strip()), "")
     rows: Iterator[tuple[int, Any]]
     if line.lstrip().startswith("["):
-        rows = enumerate(_parse(line + file.read(), label), start=1)
+        found = _parse(line + file.read())
+        if isinstance(found, BadRow):
+            raise UserError(f"{label}: {found.reason}")
+        rows = enumerate(found, start=1)
     else:
         file.seek(0)
-        numbered = ((number, text) for number, text in enumerate(lines(file, label), start=1) if text.strip())
-        rows = ((number, _parse(text, f"{label}: line {number}")) for number, text in numbered)
+        rows = ((number, _parse(text)) for number, text in enumerate(lines(file, label), start=1) if text.strip())
     for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{label}: row {number}: a {type(row).__name__}, not an object with named columns")
-        yield number, row
+        is_row = isinstance(row, (dict, BadRow))
+        yield number, row if is_row else BadRow(f"a {type(row).__name__}, not an object with named columns")
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); expected one object a line, or one list of objects") from error
+        return BadRow(f"not JSON ({error}); expected one object a line, or one list of objects")
 
 
 def _csv_rows(file: TextIO, label: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB, which articles exceed
     for number, row in enumerate(csv.DictReader(lines(file, label), strict=True, delimiter=delimiter), start=1):
-        if None in row:
-            mark = "comma" if delimiter == "," else "tab"
-            raise UserError(f"{label}: row {number}: more fields than the header has: quote fields that hold a {mark}")
-        yield number, row
+        mark = "comma" if delimiter == "," else "tab"
+        too_many = BadRow(f"more fields than the header has: quote fields that hold a {mark}")
+        yield number, too_many if None in row else row
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.corpus.answers import Answers, Skeleton, Unfit
 from distill.corpus.conversations import Conversation
+from distill.corpus.faults import RowError
 from distill.corpus.marks import MOST, Form, Marked, Marking, align, mark, shaped, split
 from distill.errors import UserError
-from distill.models.chat_templates import GENERATION, Span, TemplateError, render
+from distill.models.chat_templates import GENERATION, Span, TemplateError, TemplateLimitError, render
 
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 _DATA = re.compile(r"""["']type["']: ["']text["']|\\U000f[0-9a-f]{4}""", re.IGNORECASE)
@@ -102,8 +103,9 @@ class ChatTemplate:
     def render(self, conversation: Conversation, where: str) -> Rendered:
         """Return the conversation as text, and the characters of it that are learned.
 
-        Every content, thought and call of a message is found in the text, or UserError tells which is not. Each way of
-        handing the messages over is tried in turn, since templates differ in what they can read.
+        Every content, thought and call of a message is found in the text, or RowError tells which is not. Each way of
+        handing the messages over is tried in turn, since templates differ in what they can read. Raises UserError for a
+        template that exceeds a limit.
         """
         if conversation.tools and self.with_tools is not None:
             return self.with_tools.render(conversation, where)
@@ -117,7 +119,9 @@ class ChatTemplate:
                 except Unfit as reason:
                     reason.weight -= form.parts / 2
                     reasons.append(reason)
-        raise UserError(f"{where}: {max(reasons, key=lambda reason: reason.weight)}")
+                except TemplateLimitError as error:
+                    raise UserError(f"{where}: the chat template cannot be rendered: {error}") from error
+        raise RowError(f"{where}: {max(reasons, key=lambda reason: reason.weight)}")
 
     def _rendered(self, conversation: Conversation, form: Form, marking: Marking) -> Rendered:
         marked = mark(conversation, self._kept, marking)
@@ -161,6 +165,8 @@ class ChatTemplate:
     def _text(self, conversation: Conversation) -> tuple[str, list[Span]]:
         try:
             return self._render(conversation, marked=bool(GENERATION.search(self.source)))
+        except TemplateLimitError:
+            raise
         except TemplateError as error:
             raise Unfit(f"the chat template refuses the conversation: {error}", 2) from error
 
@@ -172,6 +178,8 @@ class ChatTemplate:
             try:
                 text, _ = self._render(conversation, add_generation_prompt=prompt)
                 found = Skeleton(text, *split(text))
+            except TemplateLimitError:
+                raise
             except TemplateError as error:
                 found = Unfit(f"the chat template refuses the conversation: {error}", 2)
             if len(self._skeletons) >= _SKELETONS:

@@ -20,6 +20,7 @@ from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
 from distill.corpus.splitting import spread
+from distill.corpus.summary import left_out_in_words, together
 from distill.corpus.templates import Learning
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
@@ -97,6 +98,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
             HELD_OUT_ORDER: "spread",
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
+        | ({"rows left out": left_out_in_words(left_out)} if (left_out := together(samples.counts).left_out) else {})
         | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {}),
         sources=[printable(name) for name in samples.sources[:MOST_SOURCES]],
     )
@@ -112,10 +114,9 @@ def as_begun(manifest: Manifest, found: Manifest) -> Manifest:
     return replace(manifest, fingerprints=kept)
 
 
-def date_of(folders: Folders) -> str | None:
-    """Return the day that the chat template prints in a cache that was begun; None without one."""
-    manifest = folders.cache / MANIFEST
-    return read_manifest(folders.cache).fingerprints.get(DATE) if manifest.is_file() else None
+def begun_fingerprints(folders: Folders) -> dict[str, str]:
+    """Return the fingerprints of a cache that was begun; none without one."""
+    return read_manifest(folders.cache).fingerprints if (folders.cache / MANIFEST).is_file() else {}
 
 
 def check_tokens(folder: Path, manifest: Manifest, samples: SampleSets) -> None:

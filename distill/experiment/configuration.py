@@ -33,6 +33,8 @@ class CorpusConfig:
     """Turns of a conversation that are learned: the assistant's, the assistant's last one, or all text."""
     thoughts: Literal["keep", "drop"] = "keep"
     """drop: leave the assistant's thoughts out of conversations (`reasoning_content`, and text before `</think>`)."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """Rows that cannot be learned: refuse them all in one message, or skip and count them."""
     chat_template: str | None = None
     """File with a chat template (Jinja) to use instead of the tokenizer's; the student gets it too."""
     date: str | None = None

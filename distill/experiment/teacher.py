@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from distill import plugins
@@ -106,8 +108,10 @@ class Teacher:
         return model
 
 
-def open_samples(experiment: Experiment, teacher: Teacher, date: str | None = None) -> SampleSets:
-    """Open the corpus as samples of the teacher's tokens. `date` is the day on which its cache was begun."""
+def open_samples(
+    experiment: Experiment, teacher: Teacher, begun: Mapping[str, str] = MappingProxyType({})
+) -> SampleSets:
+    """Open the corpus as samples of the teacher's tokens. `begun` are the fingerprints of a cache that was begun."""
     corpus = experiment.corpus
     return open_corpus(
         corpus.path,
@@ -119,11 +123,13 @@ def open_samples(experiment: Experiment, teacher: Teacher, date: str | None = No
         learning=Learning(
             corpus.learn,
             corpus.thoughts == "keep",
-            _day(corpus.date or date) if prints_the_date(teacher.tokenizer) else None,
+            _day(corpus.date or begun.get("date")) if prints_the_date(teacher.tokenizer) else None,
         ),
         pack=corpus.pack,
+        bad_rows=corpus.bad_rows,
         held_out=corpus.held_out,
         seed=corpus.seed,
+        begun_with=begun.get("corpus"),
     )
 
 

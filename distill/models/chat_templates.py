@@ -33,6 +33,10 @@ class TemplateError(ValueError):
     """Reason why a template gives no text for a conversation."""
 
 
+class TemplateLimitError(TemplateError):
+    """Limit that a template exceeds, and would exceed again for other conversations."""
+
+
 def render_with(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
     """Return the conversation as the tokenizer's default chat template renders it. Raises TemplateError."""
     special_tokens = dict(tokenizer.special_tokens_map)
@@ -62,7 +66,7 @@ def render(
     the conversation, or exceeds a limit.
     """
     if len(template) > LONGEST_TEMPLATE:
-        raise TemplateError(f"it has more than {LONGEST_TEMPLATE >> 20} Mi characters")
+        raise TemplateLimitError(f"it has more than {LONGEST_TEMPLATE >> 20} Mi characters")
     request = {
         "template": template,
         "messages": list(messages),
@@ -78,6 +82,8 @@ def render(
     except (ValueError, RecursionError) as error:
         raise TemplateError(f"the messages are no JSON: {error}") from error
     answer = _own_process().ask(line)
+    if "limit" in answer:
+        raise TemplateLimitError(answer["limit"])
     if "error" in answer:
         raise TemplateError(answer["error"])
     return answer["text"], [(start, end) for start, end in answer["spans"]]
@@ -142,7 +148,7 @@ class _Process:
         except BrokenPipeError:
             answer = b""
         if not answer.endswith(b"\n"):
-            raise TemplateError(f"it takes more than {seconds:.0f} seconds, or more memory than it may")
+            raise TemplateLimitError(f"it takes more than {seconds:.0f} seconds, or more memory than it may")
         return json.loads(answer)
 
     def end(self) -> None:

@@ -51,13 +51,13 @@ def _answer(library: Any, request: dict[str, Any]) -> dict[str, Any]:
             **{**request["special_tokens"], **request["options"]},
         )
     except (MemoryError, OverflowError):
-        return {"error": f"it takes more than {MEMORY >> 20} MiB of memory"}
+        return {"limit": f"it takes more than {MEMORY >> 20} MiB of memory"}
     except RecursionError:
-        return {"error": "it calls itself without end"}
+        return {"limit": "it calls itself without end"}
     except Exception as error:  # a template is a program
         return {"error": str(error)[:1000] or type(error).__name__}
     if len(texts[0]) > LONGEST:
-        return {"error": f"it makes a text of more than {LONGEST >> 20} Mi characters"}
+        return {"limit": f"it makes a text of more than {LONGEST >> 20} Mi characters"}
     return {"text": texts[0], "spans": spans[0] if spans else []}
 
 

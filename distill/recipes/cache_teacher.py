@@ -22,11 +22,12 @@ from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.storage import is_url
 from distill.cache.reading.verify import shards_of
 from distill.corpus import SampleSets
+from distill.corpus.summary import left_out_in_words
 from distill.errors import UserError
 from distill.experiment.cache import (
     as_begun,
+    begun_fingerprints,
     check_tokens,
-    date_of,
     make_manifest,
     make_token_order,
     sample_numbers,
@@ -96,7 +97,8 @@ class _Work:
     @classmethod
     def of(cls, experiment: Experiment, folders: Folders, teacher: Teacher, part: Part | None) -> _Work:
         """Open the corpus, and find the threshold of a budget."""
-        samples = open_samples(experiment, teacher, date_of(folders) if _is_begun(experiment, folders) else None)
+        begun = begun_fingerprints(folders) if _is_begun(experiment, folders) else {}
+        samples = open_samples(experiment, teacher, begun)
         order = make_token_order(experiment, teacher, samples)
         experiment = _within_budget(experiment, folders, teacher, samples, order)
         manifest = make_manifest(experiment, teacher, samples, order)
@@ -306,9 +308,11 @@ def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -
         )
     if "date" in samples.rendering:
         say(f"corpus: the chat template's today is {samples.rendering['date']} (corpus.date)")
-    left_out = samples.empty_documents + samples.unlearnable_documents
-    if left_out:
-        say(f"corpus: {left_out:,} documents left out ({samples.empty_documents} empty, others with no token to learn)")
+    for counts in samples.counts:
+        name = f"corpus: {counts.name}: " if len(samples.counts) > 1 else "corpus: "
+        say(f"{name}{counts.described()}")
+        if counts.left_out:
+            say(f"{name}{sum(counts.left_out.values()):,} rows left out: {left_out_in_words(counts.left_out)}")
 
 
 def _predict(work: _Work, trainer: pl.Trainer, deadline: float) -> None:

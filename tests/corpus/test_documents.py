@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from distill.corpus import documents as documents_module
-from distill.corpus.documents import corpus_fingerprint, load_documents
+from distill.corpus.documents import corpus_fingerprint, faults_in, load_documents
+from distill.corpus.faults import refusal
 from distill.corpus.reading import find_sources
 from distill.corpus.shapes import Columns
 from distill.errors import UserError
@@ -23,9 +25,18 @@ USER = {"role": "user", "content": "Who?"}
 ANSWER = {"role": "assistant", "content": "The fox."}
 
 
+def fingerprint(table: datasets.Dataset) -> str:
+    return corpus_fingerprint(table, np.ones(len(table), dtype=bool))
+
+
 def load(path: str, **columns_by_meaning: str) -> datasets.Dataset:
+    """The table of documents; its bad rows are refused."""
     columns = Columns.of(columns_by_meaning)
-    return load_documents(find_sources(path, None, "train", columns), columns)
+    sources = find_sources(path, None, "train", columns)
+    table = load_documents(sources, columns)
+    if faults := faults_in(table, table):
+        raise refusal(faults, len(table), [source.label for source in sources])
+    return table
 
 
 def test_text_is_kept_to_the_letter_and_blank_text_is_empty(write: Write) -> None:
@@ -40,15 +51,15 @@ def test_another_column(write: Write) -> None:
 
 def test_fingerprint_is_of_content_and_order(write: Write, tmp_path: Path) -> None:
     a, b = {"text": "a"}, {"text": "b"}
-    base = corpus_fingerprint(load(write("a.jsonl", [a, b])))
+    base = fingerprint(load(write("a.jsonl", [a, b])))
     assert len(base) == 64
-    assert corpus_fingerprint(load(write("extra.jsonl", [a | {"id": 3}, {"text": " "}, b]))) == base
-    assert corpus_fingerprint(load(write("a.csv", "text\na\nb\n"))) == base
+    assert fingerprint(load(write("extra.jsonl", [a | {"id": 3}, {"text": " "}, b]))) == base
+    assert fingerprint(load(write("a.csv", "text\na\nb\n"))) == base
     write("folder/1.txt", "a")
     write("folder/2.txt", "b")
-    assert corpus_fingerprint(load(str(tmp_path / "folder"))) == base
+    assert fingerprint(load(str(tmp_path / "folder"))) == base
     others = [[b, a], [a], [{"text": "ab"}], [a, b, b]]
-    assert len({base, *(corpus_fingerprint(load(write(f"o{i}.jsonl", o))) for i, o in enumerate(others))}) == 5
+    assert len({base, *(fingerprint(load(write(f"o{i}.jsonl", o))) for i, o in enumerate(others))}) == 5
 
 
 def test_conversations_are_the_same_from_json_and_parquet(write: Write, tmp_path: Path) -> None:
@@ -57,7 +68,7 @@ def test_conversations_are_the_same_from_json_and_parquet(write: Write, tmp_path
     from_json = load(write("a.jsonl", rows))
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     from_parquet = load(str(tmp_path / "a.parquet"))
-    assert corpus_fingerprint(from_json) == corpus_fingerprint(from_parquet)
+    assert fingerprint(from_json) == fingerprint(from_parquet)
     assert '"arguments": {"b": 1, "a": 2}' in from_json[1]["document"], "a template may print the keys in this order"
     assert "null" not in from_parquet[0]["document"]
 
@@ -84,9 +95,9 @@ def test_an_unchanged_file_is_not_read_twice(write: Write, monkeypatch: pytest.M
 
 
 def test_a_failed_reading_leaves_nothing_behind(write: Write) -> None:
-    path = write("a.jsonl", [{"text": "a"}, {"text": None}])
+    path = write("a.jsonl", b'{"text": "a"}\n\xff\n')
     for _ in range(2):
-        with pytest.raises(UserError, match="row 2"):
+        with pytest.raises(UserError, match="not UTF-8"):
             load(path)
 
 
@@ -96,7 +107,7 @@ BAD_ROWS: list[tuple[list[Any], str]] = [
     ([{"text": "x"}, {"text": None}], r"row 2: column 'text' is null, not text"),
     ([{"text": 3}], r"row 1: column 'text' is int, not text"),
     ([{"text": "\ud800"}], r"row 1: not text"),
-    ([{"text": "x"}, {"messages": [USER]}], r"row 2 is a conversation but .*row 1 is plain text: make two corpora"),
+    ([{"text": "x"}, {"messages": [USER]}], r"row 2: is a conversation, but .*row 1 is plain text: make two corpora"),
     ([{"messages": "Who?"}], r"row 1: messages are a str, not a list"),
     ([{"messages": None}], r"row 1: messages are a NoneType"),
     ([{"messages": [USER, "x"]}], r"row 1: message 2: needs a role and a content.*found: str"),
@@ -125,7 +136,7 @@ def test_missing_column_of_a_parquet_file_is_named(tmp_path: Path) -> None:
 def test_files_of_both_kinds_are_refused(write: Write, tmp_path: Path) -> None:
     write("a.jsonl", [{"messages": [USER, ANSWER]}])
     write("b.txt", "x")
-    with pytest.raises(UserError, match=r"b\.txt: row 1 is plain text but .*a\.jsonl: row 1 is a conversation"):
+    with pytest.raises(UserError, match=r"b\.txt: row 1: is plain text, but .*a\.jsonl: row 1 is a conversation"):
         load(str(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from distill.errors import UserError
 Write = Callable[..., str]
 TEXTS = [f"document {i}: " + "the lazy dog " * (i % 7) for i in range(200)]
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The fox."}]
+
+
+def chat(number: int) -> list[dict[str, str]]:
+    """A conversation of its own with the answer of all."""
+    return [{"role": "user", "content": f"Who? {number}"}, CHAT[1]]
 
 
 def unpadded(samples: Samples, tokenizer: Any) -> list[str]:
@@ -68,13 +74,24 @@ def test_fingerprint_does_not_depend_on_the_tokenizer(make: Callable[..., Any], 
 
 
 def test_what_is_left_out_is_counted(tokenizer: Any, write: Write) -> None:
-    rows = [{"messages": CHAT}, {"messages": []}, {"messages": CHAT[:1]}, {"messages": CHAT}]
+    rows = [
+        {"messages": chat(0)},
+        {"messages": []},
+        {"messages": CHAT[:1]},
+        {"messages": chat(1)},
+        {"messages": chat(0)},
+    ]
     sets = open_corpus(write("a.jsonl", rows), tokenizer, sequence_length=64, held_out=0)
-    assert (sets.train.documents, sets.empty_documents, sets.unlearnable_documents) == (2, 1, 1)
+    (counts,) = sets.counts
+    assert (sets.train.documents, counts.rows, counts.documents, counts.name) == (2, 5, 2, "a.jsonl")
+    assert counts.left_out == {"empty": 1, "no token to learn": 1, "exact duplicate": 1}
+    assert counts.tokens == sets.train.tokens == 60 and counts.lengths == {16: 2}
 
 
 def test_loss_of_a_packed_conversation(tokenizer: Any, write: Write) -> None:
-    sets = open_corpus(write("a.jsonl", [{"messages": CHAT}] * 3), tokenizer, sequence_length=512, held_out=0)
+    sets = open_corpus(
+        write("a.jsonl", [{"messages": chat(i)} for i in range(3)]), tokenizer, sequence_length=512, held_out=0
+    )
     (sample,) = [sets.train[i] for i in range(len(sets.train))]
     learned = sample["input_ids"][1:][sample["loss_mask"][:-1]]
     assert tokenizer.decode(learned) == "The fox.<|im_end|>" * 3
@@ -110,6 +127,73 @@ def test_a_row_that_the_template_refuses_is_named(make: Callable[..., Any], writ
     path = write("a.jsonl", [{"messages": []}, {"messages": CHAT}, {"messages": CHAT[1:]}])
     with pytest.raises(UserError, match=r"a\.jsonl: row 3: the conversation begins with the assistant"):
         open_corpus(path, make(), sequence_length=8, held_out=0)
+
+
+BAD_ROWS: list[tuple[Any, str]] = [
+    ({"messages": [{"role": "narrator", "content": "x"}, CHAT[1]]}, "unknown role 'narrator'"),
+    ({"messages": [*CHAT, {"role": "hooman", "content": "x"}]}, "unknown role"),
+    ({"messages": CHAT[1:]}, "begins with the assistant"),
+    ("no object", "a str, not an object"),
+    ({"text": "plain"}, "is plain text"),
+]
+
+
+def mixed(write: Write, bad: list[Any]) -> str:
+    """A file with a good row before, between and behind bad ones, and a line that was cut off."""
+    rows = [{"messages": chat(0)}]
+    for number, row in enumerate(bad, start=1):
+        rows += [row, {"messages": chat(number)}]
+    path = Path(write("a.jsonl", rows))
+    path.write_text(path.read_text() + '{"messages": [{"role"')
+    return str(path)
+
+
+def test_bad_rows_are_refused_all_together(tokenizer: Any, write: Write) -> None:
+    path = mixed(write, [row for row, _ in BAD_ROWS])
+    with pytest.raises(UserError) as refused:
+        open_corpus(path, tokenizer, sequence_length=64, held_out=0)
+    message = str(refused.value)
+    assert message.startswith("6 of 12 rows cannot be learned: ") and message.count("\n") == 0
+    assert "a.jsonl: rows 2, 4 (2): message 1: unknown role 'narrator'" in message, "the same fault is told once"
+    for word in (*(reason for _, reason in BAD_ROWS), "row 12 (1): not JSON", "corpus.bad_rows skip"):
+        assert word in message, (word, message)
+
+
+def test_bad_rows_are_skipped_and_counted(tokenizer: Any, write: Write) -> None:
+    path = mixed(write, [row for row, _ in BAD_ROWS])
+    sets = open_corpus(path, tokenizer, sequence_length=64, bad_rows="skip", held_out=0)
+    good = open_corpus(
+        write("b.jsonl", [{"messages": chat(number)} for number in range(6)]), tokenizer, sequence_length=64, held_out=0
+    )
+    assert sets.fingerprint == good.fingerprint, "it is that of the rows that are learned"
+    assert torch.equal(sets.train[0]["input_ids"], good.train[0]["input_ids"])
+    (counts,) = sets.counts
+    assert sum(counts.left_out.values()) == 6 and counts.rows == 12
+    assert counts.left_out["message N: unknown role '…'"] == 2
+    with pytest.raises(UserError, match=r"1 of 2 rows|rows 1, 2 \(2\)|2 of 2 rows"):
+        open_corpus(write("c.jsonl", [3, 4]), tokenizer, sequence_length=64, bad_rows="skip", held_out=0)
+
+
+def test_a_template_without_end_is_no_fault_of_a_row(make: Callable[..., Any], write: Write) -> None:
+    """Each row would take as long again."""
+    path = write("a.jsonl", [{"messages": chat(number)} for number in range(3)])
+    with pytest.raises(UserError, match="row 1: the chat template cannot be rendered: it makes a text of more than"):
+        open_corpus(path, make("{{ 'x' * 70000000 }}"), sequence_length=8, bad_rows="skip", held_out=0)
+
+
+def test_a_cache_that_was_begun_with_duplicates_goes_on_with_them(tokenizer: Any, write: Write) -> None:
+    texts = [f"text {number}" for number in range(8)]
+    twice = write("a.jsonl", [{"text": text} for text in [*texts, *texts[:3]]])
+    once = open_corpus(write("b.jsonl", [{"text": text} for text in texts]), tokenizer, sequence_length=16, held_out=0)
+    dropped = open_corpus(twice, tokenizer, sequence_length=16, held_out=0)
+    assert dropped.fingerprint == once.fingerprint and unpadded(dropped.train, tokenizer) == unpadded(
+        once.train, tokenizer
+    )
+    digests = [hashlib.sha256(text.encode()).digest() for text in [*texts, *texts[:3]]]
+    earlier = hashlib.sha256(b"text" + b"".join(digests)).hexdigest()
+    kept = open_corpus(twice, tokenizer, sequence_length=16, held_out=0, begun_with=earlier)
+    assert kept.fingerprint == earlier and kept.train.documents == 11
+    assert open_corpus(twice, tokenizer, sequence_length=16, held_out=0, begun_with="other").train.documents == 8
 
 
 def test_the_demo_corpus(tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from distill.corpus import reading
+from distill.corpus.faults import BadRow
 from distill.corpus.reading import find_sources
 from distill.errors import UserError
 
@@ -26,7 +27,14 @@ ROWS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
 
 
 def texts(path: str) -> list[str]:
-    return [row["text"] for source in find_sources(path, None, "train") for _, row in source.rows()]
+    """The rows' texts; the first bad row is refused."""
+    found = []
+    for source in find_sources(path, None, "train"):
+        for number, row in source.rows():
+            if isinstance(row, BadRow):
+                raise UserError(f"{source.label}: row {number}: {row.reason}")
+            found.append(row["text"])
+    return found
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
@@ -83,8 +91,8 @@ def test_folder_recursively_in_order_of_names(write: Write, tmp_path: Path, capl
 
 
 BAD = {
-    "bad.jsonl": ('{"text": "a"}\n\n{"text": \n', r"bad\.jsonl: line 3: not JSON"),
-    "object.json": ('{\n "text": "a"\n}', r"line 1: not JSON.*one object a line, or one list"),
+    "bad.jsonl": ('{"text": "a"}\n\n{"text": \n', r"bad\.jsonl: row 3: not JSON"),
+    "object.json": ('{\n "text": "a"\n}', r"row 1: not JSON.*one object a line, or one list"),
     "number.jsonl": ("3\n", r"row 1: a int, not an object"),
     "latin.txt": ("café".encode("latin-1"), r"latin\.txt: not UTF-8"),
     "latin.jsonl": ('{"text": "café"}'.encode("latin-1"), r"latin\.jsonl: not UTF-8"),

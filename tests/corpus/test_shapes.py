@@ -14,7 +14,8 @@ import pytest
 
 from distill.corpus import open_corpus
 from distill.corpus.conversations import Conversation
-from distill.corpus.documents import load_documents
+from distill.corpus.documents import faults_in, load_documents
+from distill.corpus.faults import refusal
 from distill.corpus.reading import find_sources
 from distill.corpus.shapes import BY_NAME, NAMES, Columns, columns_to_read
 from distill.errors import UserError
@@ -31,6 +32,8 @@ TOOL = {"type": "function", "function": FUNCTION}
 
 def read(path: str, columns: Columns = BY_NAME) -> tuple[list[Conversation], list[str]]:
     table = load_documents(find_sources(path, None, "train", columns), columns)
+    if faults := faults_in(table, table):
+        raise refusal(faults, len(table), [path])
     found = [Conversation.parse(text) if text else Conversation([]) for text in table["document"]]
     return found, [NAMES[kind] for kind in table["shape"]]
 
@@ -171,7 +174,8 @@ def test_a_named_column_that_is_missing(write: Write) -> None:
 
 
 def test_shapes_are_counted_and_learned(tokenizer: Any, write: Write) -> None:
-    rows = [{"conversations": SHAREGPT}, {"prompt": "Name a river.", "completion": "The Elbe."}, {"messages": PLAIN}]
+    other = [{"role": "user", "content": "And another?"}, PLAIN[-1]]
+    rows = [{"conversations": SHAREGPT}, {"prompt": "A river?", "completion": "The Elbe."}, {"messages": other}]
     sets = open_corpus(write("a.jsonl", rows), tokenizer, sequence_length=512, held_out=0)
     assert sets.shapes == {
         "conversations": 1,

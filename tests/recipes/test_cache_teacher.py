@@ -190,7 +190,7 @@ def corpus_file(folder: Path, name: str, content: bytes) -> Path:
         ("empty.jsonl", b"", ["empty.jsonl", "no document"]),
         ("blank.jsonl", b'{"text": "  "}\n', ["blank.jsonl", "no document with any text"]),
         ("latin.txt", "Señor".encode("latin-1"), ["latin.txt", "not UTF-8", "convert"]),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl", "line 2", "not JSON"]),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl", "row 2", "not JSON"]),
         ("column.jsonl", b'{"txt": "a"}\n', ["row 1", "no column 'text'", "did you mean 'txt'?", "corpus.columns"]),
         ("number.jsonl", b'{"text": 3}\n', ["row 1", "'text' is int, not text"]),
         ("surrogate.jsonl", b'{"text": "a\\ud800b"}\n', ["row 1", "not text"]),

@@ -10,7 +10,7 @@ import torch
 
 from distill.errors import UserError
 from distill.evaluation.statistics import mean_and_deviation, speculative
-from distill.experiment.cache import date_of
+from distill.experiment.cache import begun_fingerprints
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -37,7 +37,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     folders = Folders.of(experiment)
     make_run_folder(folders)
     teacher = Teacher(experiment, Place.of(experiment))
-    samples = open_samples(experiment, teacher, date_of(folders))
+    samples = open_samples(experiment, teacher, begun_fingerprints(folders))
     trained_roles(experiment, folders, samples.fingerprint)
     if not len(samples.held_out):
         raise UserError("nothing to evaluate on: corpus.held_out is 0")

@@ -274,6 +274,7 @@ def _settings_of(corpus: CorpusConfig) -> dict[str, Any]:
         "columns": {},
         "learn": "assistant",
         "thoughts": "keep",
+        "bad_rows": "refuse",
         "chat_template": None,
         "date": None,
     }
