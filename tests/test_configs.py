@@ -70,7 +70,7 @@ def test_the_card_file_fits_its_promise() -> None:
     assert card.train.precision == "bf16-true" and card.train.activation_checkpointing
     assert 1.24e9 * 8 < 12e9
     assert (card.corpus.path, card.corpus.name) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
-    assert card.corpus.sequence_length <= 8192 and card.corpus.pack
+    assert card.corpus.sequence_length <= 8192 and card.corpus.shares_samples
     assert card.train.accelerator == "auto" and card.train.devices == 1
     tokens_a_step = card.train.batch_size * card.train.accumulate_grad_batches * card.corpus.sequence_length
     assert tokens_a_step >= 100_000  # the 1B student's own batches were of this order and more

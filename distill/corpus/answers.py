@@ -116,7 +116,7 @@ class Answers:
         """
         if index == 0:
             raise Unfit("the conversation begins with the assistant; nothing asks for that answer", 5)
-        first, last = self._run(index)
+        first, _ = self._run(index)
         begins = spans[first - 1][1] if first else 0
         lead = self.whole.literals[first]
         prompt, plain = (self._skeleton(self._until(index), on) for on in (True, False))
@@ -135,7 +135,12 @@ class Answers:
             if index in self._without_thought and not lead.startswith(asked):
                 return []
             start = begins + len(shared)
-        return [(start, spans[last][1] + len(self._ending(index, last)))]
+        return [(start, self.end(index, spans))]
+
+    def end(self, index: int, spans: list[Span]) -> int:
+        """Return the character behind a message's end-of-turn token."""
+        _, last = self._run(index)
+        return spans[last][1] + len(self._ending(index, last))
 
     def _added_by_prompt(self, prompt: str, plain: str, lead: str) -> str:
         """Return the lead up to and with the text that `add_generation_prompt` adds, or "" if it is not there."""

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from distill.corpus.conversations import Conversation
 from distill.corpus.documents import are_conversations
 from distill.corpus.faults import RowError
-from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_in_spans
+from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_from, tokens_in_spans
 
-ENCODER_VERSION = 3
+ENCODER_VERSION = 4
 """Part of the key of stored tables. Raise it when the same document gives other tokens or another mask."""
 
 BATCH_BYTES = 4 << 20
@@ -32,6 +32,8 @@ FEATURES = datasets.Features(
         "learned": datasets.Value("int64"),  # number of True in loss_mask
         "thoughts": datasets.Value("int32"),  # thoughts that the chat template takes out
         "fault": datasets.Value("string"),  # the reason why a conversation cannot be learned; "" for a good one
+        "turns": datasets.List(datasets.Value("int32")),  # tokens at which a turn begins after an answer
+        "openings": datasets.List(datasets.Value("int32")),  # tokens behind the system's and the first user's message
     }
 )
 
@@ -106,7 +108,13 @@ def _encode_conversations(
             for offsets, found in zip(encoded["offset_mapping"], rendered, strict=True)
         ]
         table = _table([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]], answers)
-        return table | {"thoughts": [found.thoughts_left_out for found in rendered], "fault": faults}
+        places = encoded["offset_mapping"]
+        return table | {
+            "thoughts": [found.thoughts_left_out for found in rendered],
+            "fault": faults,
+            "turns": [tokens_from(at, found.turns) for at, found in zip(places, rendered, strict=True)],
+            "openings": [tokens_from(at, found.openings) for at, found in zip(places, rendered, strict=True)],
+        }
 
     return function
 
@@ -125,6 +133,8 @@ def _table(ids: list[np.ndarray], to_learn: list[np.ndarray]) -> Batch:
     """
     masks = [np.append(row[1:], False) if len(row) else row for row in to_learn]
     table: Batch = {"input_ids": ids, "loss_mask": masks, "learned": [int(mask.sum()) for mask in masks]}
+    nothing: list[list[int]] = [[]] * len(ids)
+    table |= {"turns": nothing, "openings": nothing}
     return table | {"thoughts": [0] * len(ids), "fault": [""] * len(ids)}
 
 

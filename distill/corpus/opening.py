@@ -11,14 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.corpus.documents import are_conversations, document_hashes, load_documents
 from distill.corpus.encoding import encode
-from distill.corpus.packing import Samples
+from distill.corpus.packing import STREAM, Packing
 from distill.corpus.reading import find_sources
+from distill.corpus.samples import Samples
 from distill.corpus.selecting import BadRows, check_reading, select
 from distill.corpus.shapes import BY_NAME, NAMES, Columns
 from distill.corpus.splitting import check_sides, split_rows
 from distill.corpus.summary import SourceCounts
 from distill.corpus.templates import DEFAULTS, Learning
 from distill.errors import UserError
+from distill.models.tokenizers import begin_token_id
 from distill.system.files import last_part
 from distill.system.quiet import quiet_datasets
 
@@ -43,6 +45,22 @@ class SampleSets:
     """Thoughts of earlier turns that the chat template takes out by its own rule."""
     rendering: dict[str, str] = field(default_factory=dict)
     """Settings that the text of conversations depends on beside the tokenizer, in words; empty at the defaults."""
+    packing: Packing = STREAM
+    """Way from documents to samples."""
+    is_conversations: bool = False
+    """True if the documents are conversations, false if they are plain texts."""
+
+    @property
+    def long_documents(self) -> str:
+        """The documents longer than a sample, counted in words. Empty without one, and for a stream."""
+        layouts = (self.train.layout, self.held_out.layout)
+        split, turns, left_out = (
+            sum(counts) for counts in zip(*((_.split, _.split_turns, _.left_out) for _ in layouts), strict=True)
+        )
+        found = [f"{left_out:,} documents left out"] if left_out else []
+        if split:
+            found.append(f"{split:,} documents split" + (f" ({turns:,} times inside a turn)" if turns else ""))
+        return "" if self.packing.way == "stream" else ", ".join(found)
 
 
 def open_corpus(
@@ -54,15 +72,17 @@ def open_corpus(
     split: str = "train",
     columns: Columns = BY_NAME,
     learning: Learning = DEFAULTS,
-    pack: bool = True,
+    pack: bool | str = "auto",
+    long: str = "split",
+    begun: Packing | None = None,
     bad_rows: BadRows = "refuse",
     held_out: float = 0.05,
     seed: int = 0,
     begun_with: str | None = None,
 ) -> SampleSets:
     """Read, tokenise, split and pack a corpus. The arguments are those of the configuration's `CorpusConfig`, with its
-    names of columns as `columns` and its keys for conversations as `learning`. `begun_with` is the fingerprint of the
-    corpus in a cache that was begun (see `select`).
+    names of columns as `columns` and its keys for conversations as `learning`. Of a cache of it that was begun,
+    `begun` is the packing, and `begun_with` the fingerprint of the corpus (see `select`).
 
     Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`). Their keys are the
     files' bytes and the tokenizer's content, so a second opening is quick and never stale.
@@ -84,6 +104,8 @@ def open_corpus(
     sides = split_rows(np.where(chosen.kept, _numbers(documents, "share"), 2.0), held_out, seed)
     train_rows, held_rows = (rows[chosen.learnable[rows]] for rows in sides)
     check_sides(path, train_rows, held_rows, held_out)
+    begin, conversations = begin_token_id(tokenizer), are_conversations(documents)
+    packing = Packing.of(pack, long, conversations=conversations, begin=begin is not None, begun=begun)
     train, held = (
         Samples(
             encoded,
@@ -91,11 +113,18 @@ def open_corpus(
             hashes=document_hashes(documents),
             sources=_numbers(documents, "source"),
             sequence_length=sequence_length,
-            pack=pack,
+            packing=packing,
             pad_token_id=_pad_token_id(tokenizer),
+            begin_token_id=begin,
         )
         for rows in (train_rows, held_rows)
     )
+    for rows, samples, side in ((train_rows, train, "training"), (held_rows, held, "held-out")):
+        if len(rows) and not len(samples):
+            raise UserError(
+                f"{path}: all {len(rows)} {side} documents are longer than {sequence_length} tokens, and corpus.long: "
+                "skip leaves them out: raise corpus.sequence_length, or give --corpus.long split"
+            )
     owners = np.zeros(len(documents), dtype=np.int64)
     names = tuple(_name_below(path, source.label) for source in sources)
     return SampleSets(
@@ -106,7 +135,9 @@ def open_corpus(
         names,
         shapes=_shapes(documents),
         thoughts_left_out=int(_numbers(encoded, "thoughts").sum()),
-        rendering=learning.described(tokenizer) if are_conversations(documents) else {},
+        rendering=learning.described(tokenizer) if conversations else {},
+        packing=packing,
+        is_conversations=conversations,
     )
 
 

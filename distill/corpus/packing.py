@@ -1,122 +1,102 @@
-"""Samples: the documents' tokens, cut into rows of one length and read from disk on request.
-
-Shapes: L sequence length.
-"""
+"""Packing: the choice of how documents become samples, in words for a cache's identity."""
 
 from __future__ import annotations
 
-import datasets
-import numpy as np
-import pyarrow.compute
-import torch
-from torch import Tensor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from distill.errors import UserError
+
+Way = Literal["documents", "stream", "none"]
+Long = Literal["split", "skip", "cut"]
 
 
-class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A map-style data set of samples; `samples[i]` is a dict of tensors of length L:
+@dataclass(frozen=True)
+class Packing:
+    """A way from documents to samples."""
 
-    * `input_ids` int64: tokens, padded on the right if a sample is short
-    * `position_ids` int64: from 0 at each sample's start, at each document's start, and at the padding's start
-    * `loss_mask` bool: True where the next token (of the same document and sample) is to be learned
-    * `document_hash` int64: the first 8 bytes of the sha256 of the position's document, little-endian; 0 in padding
-    * `source` int64: the number of the position's source; 0 in padding
+    way: Way
+    """`documents`: whole ones by best fit; `stream`: one behind the other, cut every L tokens; `none`: one a sample."""
+    long: Long = "cut"
+    """Documents longer than a sample, but for a stream: split at turns with the first turns repeated, left out, or (in
+    caches of earlier releases, and where there are no turns) cut."""
+    begin: bool = False
+    """Put the tokenizer's first token in front of what begins inside a document."""
 
-    With `pack`, the documents form one stream that is cut every L tokens, so only the last sample may be short.
-    Without it, each document is cut by itself into ceil(length / L) samples. No token is lost or doubled: the unpadded
-    tokens of all samples, one after another, are the documents, one after another.
+    @classmethod
+    def of(
+        cls, pack: bool | str, long: str, *, conversations: bool, begin: bool, begun: Packing | None = None
+    ) -> Packing:
+        """Return the packing that the configuration's `corpus.pack` and `corpus.long` ask for.
 
-    A sample may carry no loss at all (the middle of a long question; one last token). It keeps its place, so that the
-    numbering depends on nothing but the documents' lengths. Sums over positions with loss are right with it.
+        Args:
+            conversations: the corpus holds conversations.
+            begin: the tokenizer begins a plain text with a token of its own.
+            begun: the packing of a cache that was begun, which `auto` follows, and whose way stays what it was.
+        """
+        way = way_of(pack)
+        if way == "auto":
+            way = begun.way if begun else "documents" if conversations else "stream"
+        if way == "stream" and long == "skip":
+            raise UserError(
+                "corpus.long: skip leaves out documents that are longer than a sample, and a stream has none: give "
+                "--corpus.pack documents"
+            )
+        if way == "stream" or (way == "none" and long == "split" and not conversations):
+            long = "cut"
+        found = cls(way, long, begin)  # type: ignore[arg-type]
+        return found.like(begun) if begun else found
 
-    Memory holds 28 bytes a document (36 without `pack`). The tokens stay in the memory-mapped table.
-    """
+    def asked(self, pack: bool | str, long: str) -> Packing:
+        """Return this packing of a cache with what the configuration asks for otherwise."""
+        way = self.way if way_of(pack) == "auto" else way_of(pack)
+        if way == "stream":
+            long = "cut"
+        elif long == "split" and self.long == "cut":
+            long = self.long
+        return replace(self, way=way, long=long)  # type: ignore[arg-type]
 
-    def __init__(
-        self,
-        encoded: datasets.Dataset,
-        rows: np.ndarray,
-        *,
-        hashes: np.ndarray,
-        sources: np.ndarray,
-        sequence_length: int,
-        pack: bool,
-        pad_token_id: int,
-    ) -> None:
-        """Take the documents in `rows` of `encoded`; `hashes` (int64) and `sources` are those of all its rows."""
-        lengths = document_lengths(encoded)[rows]
-        assert np.all(lengths > 0), "empty documents have no place in a sample"
-        self.sequence_length = sequence_length
-        """Tokens a sample, padding included."""
-        self.pad_token_id = pad_token_id
-        self._encoded = encoded.select_columns(["input_ids", "loss_mask"]).with_format("arrow")
-        self._rows, self._hashes, self._sources = rows, hashes[rows], sources[rows].astype(np.int32)
-        self._begins = np.concatenate([[0], np.cumsum(lengths)])  # each document's first token in the stream
-        # Only without packing: the number of each document's first sample.
-        self._first_samples = None if pack else np.concatenate([[0], np.cumsum(-(-lengths // sequence_length))])
+    def like(self, begun: Packing) -> Packing:
+        """Return the packing as a cache of the same way has it that an earlier release began."""
+        if begun.way != self.way:
+            return self
+        is_cut = begun.long == "cut" and self.long == "split"
+        return replace(self, begin=begun.begin, long="cut" if is_cut else self.long)
 
     @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return len(self._rows)
+    def shares(self) -> bool:
+        """True if several documents may share a sample."""
+        return self.way != "none"
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens, without padding."""
-        return int(self._begins[-1])
+    def words(self) -> str:
+        """The packing in words; empty for that of earlier releases, which a manifest's `pack` tells."""
+        if self.way != "documents" and self.long == "cut" and not self.begin:
+            return ""
+        return f"{self.way}, long {self.long}{', begin token' if self.begin else ''}"
 
-    def __len__(self) -> int:
-        if self._first_samples is not None:
-            return int(self._first_samples[-1])
-        return -(-self.tokens // self.sequence_length)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        begin, end = self._stream_span(index % len(self))
-        ids_L = np.full(self.sequence_length, self.pad_token_id, dtype=np.int64)
-        positions_L = np.empty(self.sequence_length, dtype=np.int64)
-        mask_L = np.zeros(self.sequence_length, dtype=bool)
-        hash_L, source_L = (np.zeros(self.sequence_length, dtype=np.int64) for _ in range(2))
-        document = int(np.searchsorted(self._begins, begin, side="right")) - 1
-        filled = 0
-        while begin < end:
-            stop = min(end, int(self._begins[document + 1]))
-            places = slice(filled, filled + stop - begin)
-            ids_L[places], mask_L[places] = self._read(document, begin, stop)
-            positions_L[places] = np.arange(stop - begin)
-            hash_L[places], source_L[places] = self._hashes[document], self._sources[document]
-            mask_L[places.stop - 1] = False  # the next token is in another sample or belongs to another document
-            filled, begin, document = places.stop, stop, document + 1
-        positions_L[filled:] = np.arange(self.sequence_length - filled)
-        return {
-            "input_ids": torch.from_numpy(ids_L),
-            "position_ids": torch.from_numpy(positions_L),
-            "loss_mask": torch.from_numpy(mask_L),
-            "document_hash": torch.from_numpy(hash_L),
-            "source": torch.from_numpy(source_L),
+    @classmethod
+    def parse(cls, words: str, pack: bool) -> Packing:
+        """Return the packing of a manifest. Raises UserError for words that this release does not know."""
+        if not words:
+            return cls("stream" if pack else "none")
+        known = {
+            packing.words: packing
+            for way in ("documents", "stream", "none")
+            for long in ("split", "skip", "cut")
+            for begin in (False, True)
+            if (packing := cls(way, long, begin)).words
         }
-
-    def _stream_span(self, index: int) -> tuple[int, int]:
-        """Return the place of a sample's first token in the stream of all documents, and the place after its last."""
-        if self._first_samples is None:
-            begin = index * self.sequence_length
-            return begin, min(begin + self.sequence_length, self.tokens)
-        document = int(np.searchsorted(self._first_samples, index, side="right")) - 1
-        begin = int(self._begins[document]) + (index - int(self._first_samples[document])) * self.sequence_length
-        return begin, min(begin + self.sequence_length, int(self._begins[document + 1]))
-
-    def _read(self, document: int, begin: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and loss mask of a slice of a document. Only that slice is read from disk."""
-        row = self._encoded[int(self._rows[document])]  # one row, so one chunk a column: views of the file, no copy
-        start = begin - int(self._begins[document])
-        ids, mask = (
-            row.column(name).chunk(0).flatten().slice(start, stop - begin).to_numpy(zero_copy_only=False)
-            for name in ("input_ids", "loss_mask")
-        )
-        return ids, mask
+        if words not in known:
+            raise UserError(
+                f"the cache's samples are '{words}', which this release does not know: take the one that made it"
+            )
+        return known[words]
 
 
-def document_lengths(encoded: datasets.Dataset) -> np.ndarray:
-    """Return the number of tokens (int64) in each row of the table that `encode` makes."""
-    column = encoded.select_columns(["input_ids"]).data.column("input_ids")
-    return pyarrow.compute.list_value_length(column).to_numpy().astype(np.int64)
+STREAM = Packing("stream")
+
+
+def way_of(pack: bool | str) -> str:
+    """Return the way that a value of `corpus.pack` names; true and false are its earlier values."""
+    return {True: "stream", False: "none"}[pack] if isinstance(pack, bool) else pack

@@ -17,7 +17,7 @@ from distill.corpus.documents import (
     find_duplicates,
 )
 from distill.corpus.faults import Fault, count_kinds, refusal
-from distill.corpus.packing import document_lengths
+from distill.corpus.samples import document_lengths
 from distill.corpus.summary import DUPLICATE, EMPTY, UNLEARNABLE, SourceCounts, count_source
 from distill.errors import UserError
 

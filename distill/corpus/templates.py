@@ -16,6 +16,7 @@ from distill.corpus.answers import Answers, Skeleton, Unfit
 from distill.corpus.conversations import Conversation
 from distill.corpus.faults import RowError
 from distill.corpus.marks import MOST, Form, Marked, Marking, align, mark, shaped, split
+from distill.corpus.turns import find_turns
 from distill.errors import UserError
 from distill.models.chat_templates import GENERATION, Span, TemplateError, TemplateLimitError, render
 
@@ -66,6 +67,10 @@ class Rendered:
     """The characters to learn: answers, each with its end-of-turn token."""
     thoughts_left_out: int = 0
     """Thoughts of earlier turns that the template takes out by its own rule."""
+    turns: list[int] = field(default_factory=list)
+    """The characters at which a turn begins after an answer."""
+    openings: list[int] = field(default_factory=list)
+    """The characters behind the system's message and behind the first user's."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class ChatTemplate:
         if spans is None:
             raise Unfit("the chat template does not write the messages' text as it is, so the answers cannot be found")
         learned = self._learned(conversation, answers, spans, text, generated)
-        return Rendered(text, learned, left_out)
+        return Rendered(text, learned, left_out, *find_turns(answers, conversation, spans, text))
 
     def _learned(
         self, conversation: Conversation, answers: Answers, spans: list[Span], text: str, generated: list[Span]
@@ -240,6 +245,12 @@ def _units_of(added_tokens: tuple[str, ...]) -> re.Pattern[str]:
     tokens = "|".join(re.escape(token) for token in sorted(added_tokens, key=len, reverse=True) if token)
     group = f"({tokens})" if tokens else "((?!))"
     return re.compile(rf"{group}|<[^<>\s]{{1,64}}>|\[[^\[\]\s]{{1,64}}\]|\w+|.", re.DOTALL)
+
+
+def tokens_from(offsets: list[Span], characters: list[int]) -> list[int]:
+    """Return the first token at or behind each of the characters."""
+    starts = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
+    return np.searchsorted(starts, characters).tolist()
 
 
 def tokens_in_spans(offsets: list[Span], spans: list[Span]) -> np.ndarray:

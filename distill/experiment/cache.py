@@ -19,13 +19,14 @@ from distill.cache.format.records import token_hash
 from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
+from distill.corpus.packing import Packing
 from distill.corpus.splitting import spread
 from distill.corpus.summary import left_out_in_words, together
 from distill.corpus.templates import Learning
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.experiment.teacher import Teacher
+from distill.experiment.teacher import NOTHING_BEGUN, Begun, Teacher
 from distill.system.progress import say
 from distill.system.units import size
 from distill.targets import schemes
@@ -33,6 +34,9 @@ from distill.targets import schemes
 HELD_OUT_ORDER = "held_out_order"
 """Fingerprint of caches whose held-out samples are spread over all held-out documents. Earlier ones hold the first."""
 
+
+PACKING = "samples"
+"""Fingerprint of caches whose documents become samples otherwise than in earlier releases, in words."""
 
 DATE = "date"
 """Fingerprint of caches whose chat template prints the day: the one that it takes for today."""
@@ -86,20 +90,22 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
         seed=cache.seed,
         vocab_size=teacher.vocab_size,
         sequence_length=corpus.sequence_length,
-        pack=corpus.pack,
+        pack=samples.packing.shares,
         shard_samples=cache.shard_samples,
         splits={"held_out": held_out, "train": train},
         fingerprints={
             **teacher.fingerprints,
             "corpus": samples.fingerprint,
             **samples.rendering,
+            **_packed(samples.packing),
             token_order.FINGERPRINT: order.fingerprint,
             "packing": packing_fingerprint(experiment),
             HELD_OUT_ORDER: "spread",
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
         | ({"rows left out": left_out_in_words(left_out)} if (left_out := together(samples.counts).left_out) else {})
-        | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {}),
+        | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {})
+        | ({"long_documents": samples.long_documents} if samples.long_documents else {}),
         sources=[printable(name) for name in samples.sources[:MOST_SOURCES]],
     )
 
@@ -114,9 +120,28 @@ def as_begun(manifest: Manifest, found: Manifest) -> Manifest:
     return replace(manifest, fingerprints=kept)
 
 
-def begun_fingerprints(folders: Folders) -> dict[str, str]:
-    """Return the fingerprints of a cache that was begun; none without one."""
-    return read_manifest(folders.cache).fingerprints if (folders.cache / MANIFEST).is_file() else {}
+def packing_of(manifest: Manifest) -> Packing:
+    """Return the packing of a cache. Raises UserError if this release does not know it."""
+    return Packing.parse(manifest.fingerprints.get(PACKING, ""), manifest.pack)
+
+
+def _packed(packing: Packing) -> dict[str, str]:
+    return {PACKING: packing.words} if packing.words else {}
+
+
+def as_packed(experiment: Experiment, packing: Packing | None) -> Experiment:
+    """Return the experiment with the way of a cache's packing, if it leaves the way open."""
+    if packing is None or experiment.corpus.pack != "auto":
+        return experiment
+    return replace(experiment, corpus=replace(experiment.corpus, pack=packing.way))
+
+
+def begun_in(folders: Folders) -> Begun:
+    """Return what a cache that was begun says of its text; nothing without one."""
+    if not (folders.cache / MANIFEST).is_file():
+        return NOTHING_BEGUN
+    manifest = read_manifest(folders.cache)
+    return Begun(manifest.fingerprints.get(DATE), packing_of(manifest), manifest.fingerprints.get("corpus"))
 
 
 def check_tokens(folder: Path, manifest: Manifest, samples: SampleSets) -> None:
@@ -189,6 +214,8 @@ def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -
         asked["conversations"] = Learning(corpus.learn, corpus.thoughts == "keep").words
     if DATE in asked and corpus.date is not None:
         asked[DATE] = corpus.date
+    packing = packing_of(found).asked(corpus.pack, corpus.long)
+    asked = {key: value for key, value in asked.items() if key != PACKING} | _packed(packing)
     expected = replace(
         found,
         fingerprints=asked,
@@ -197,7 +224,7 @@ def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -
         temperature=experiment.cache.temperature,
         seed=experiment.cache.seed,
         sequence_length=corpus.sequence_length,
-        pack=corpus.pack,
+        pack=packing.shares,
     )
     different = differences(expected, found)
     if different:

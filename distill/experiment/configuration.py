@@ -41,15 +41,24 @@ class CorpusConfig:
     """Day (YYYY-MM-DD) that chat templates print as today's; default: the day on which the cache is begun."""
     sequence_length: Annotated[int, Between(2, 2**20)] = 1024
     """Tokens a sample."""
-    pack: bool = True
-    """Put several documents into a sample, isolated from one another; false: one a sample, padded and masked.
+    pack: bool | Literal["auto", "documents", "stream", "none"] = "auto"
+    """Way of documents into samples, isolated from one another: whole ones by best fit, a stream that is cut, or one a
+    sample; auto: documents for conversations, stream for plain text. (true and false: stream and none.)
 
     A model that cannot isolate them, such as a recurrent one, reads each in a row of its own, by itself.
     """
+    long: Literal["split", "skip"] = "split"
+    """Documents longer than a sample: split (conversations at turns, with the first turns again as context without
+    loss), or left out."""
     held_out: Annotated[float, Between(0, 0.5)] = 0.05
     """Share of the documents, chosen by a hash of their content, that is never trained on."""
     seed: Annotated[int, Between(0, 2**63)] = 0
     """Seed of the order of the documents."""
+
+    @property
+    def shares_samples(self) -> bool:
+        """True if several documents may share a sample."""
+        return self.pack not in (False, "none")
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,8 @@ class CacheConfig:
     max_time: str | None = None
     """Stop after this long, such as `90m` or `11h30m`, with every finished batch kept; the same command continues."""
     max_samples: Annotated[int, Between(1, 2**40)] | None = None
-    """Largest number of training samples; default: the whole corpus."""
+    """Largest number of training samples; default: the whole corpus. A cache grows with it; of a larger one the first
+    samples are used."""
     held_out_samples: Annotated[int, Between(0, 2**40)] = 64
     """Largest number of held-out samples, from all held-out documents, cached too, to watch the training student."""
     overwrite: bool = False

@@ -146,7 +146,7 @@ def make_student_to_train(
     model, options = make_student(experiment, place, vocab_size, samples, vocabulary)
     if place.has_memory:
         tokens, corpus = vocab_size if vocabulary is None else len(vocabulary), experiment.corpus
-        check_model(model, name, tokens, corpus.pack, length=corpus.sequence_length, trains=True)
+        check_model(model, name, tokens, corpus.shares_samples, length=corpus.sequence_length, trains=True)
     recomputed = 0
     if config.activation_checkpointing:
         try:

@@ -171,8 +171,8 @@ def _checked_once(experiment: Experiment, load: Callable[[], Loaded]) -> Callabl
         loaded, corpus = load(), experiment.corpus
         if runs_apart is None:
             name = f"student {experiment.student.class_path}"
-            length = corpus.sequence_length
-            runs_apart = check_model(loaded.model, name, loaded.vocab_size, corpus.pack, length=length, tells=False)
+            length, packs = corpus.sequence_length, corpus.shares_samples
+            runs_apart = check_model(loaded.model, name, loaded.vocab_size, packs, length=length, tells=False)
         if runs_apart:
             run_apart(loaded.model)
         return loaded

@@ -5,14 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from distill import plugins
 from distill.corpus import SampleSets, open_corpus
+from distill.corpus.packing import Packing
 from distill.corpus.shapes import Columns
 from distill.corpus.templates import Learning, prints_the_date
 from distill.errors import UserError, nearest_path
@@ -101,17 +101,31 @@ class Teacher:
             model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)
         if self.place.has_memory and not self._is_checked:  # every pass of a streamed teacher reads all weights
             name, corpus = f"teacher {self.config.model}", self.corpus
-            self._runs_apart = check_model(model, name, self.vocab_size, corpus.pack, length=corpus.sequence_length)
+            self._runs_apart = check_model(
+                model, name, self.vocab_size, corpus.shares_samples, length=corpus.sequence_length
+            )
             self._is_checked = True
         if self._runs_apart:
             run_apart(model)
         return model
 
 
-def open_samples(
-    experiment: Experiment, teacher: Teacher, begun: Mapping[str, str] = MappingProxyType({})
-) -> SampleSets:
-    """Open the corpus as samples of the teacher's tokens. `begun` are the fingerprints of a cache that was begun."""
+@dataclass(frozen=True)
+class Begun:
+    """Facts of a cache that was begun, where the experiment leaves its text open."""
+
+    date: str | None = None
+    """The day that its chat template prints."""
+    packing: Packing | None = None
+    corpus: str | None = None
+    """Fingerprint of its corpus."""
+
+
+NOTHING_BEGUN = Begun()
+
+
+def open_samples(experiment: Experiment, teacher: Teacher, begun: Begun = NOTHING_BEGUN) -> SampleSets:
+    """Open the corpus as samples of the teacher's tokens, as a cache that was begun has them."""
     corpus = experiment.corpus
     return open_corpus(
         corpus.path,
@@ -123,13 +137,15 @@ def open_samples(
         learning=Learning(
             corpus.learn,
             corpus.thoughts == "keep",
-            _day(corpus.date or begun.get("date")) if prints_the_date(teacher.tokenizer) else None,
+            _day(corpus.date or begun.date) if prints_the_date(teacher.tokenizer) else None,
         ),
         pack=corpus.pack,
+        long=corpus.long,
+        begun=begun.packing,
         bad_rows=corpus.bad_rows,
         held_out=corpus.held_out,
         seed=corpus.seed,
-        begun_with=begun.get("corpus"),
+        begun_with=begun.corpus,
     )
 
 

@@ -62,6 +62,7 @@ def _of_cache(
         manifest = read_manifest(folder)
         entries = read_journal(folder, manifest).values()
         written, is_whole = sum(entry.bytes for entry in entries), len(entries) >= manifest.shards
+        is_whole = is_whole and (train_samples or 0) <= manifest.samples
     share = 1 if config.part is None else Part.parse(config.part).count
     in_flight = min(config.devices * config.num_nodes, shards) * total // shards
     if not is_whole:

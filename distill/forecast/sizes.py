@@ -55,7 +55,10 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
     folder = Folders.of(experiment).cache
     if (folder / MANIFEST).is_file():
         splits = read_manifest(folder).splits
-        train, held_out = splits["train"], splits["held_out"]
+        train, held_out = splits["train"], min(splits["held_out"], cache.held_out_samples)
+        if cache.max_samples is not None and cache.max_samples > train:  # it may grow, as far as there is text
+            train = max(train, min(cache.max_samples, _samples_in_files(experiment) or cache.max_samples))
+        train = min(train, cache.max_samples or train)
         return Amount(train, held_out, experiment.evaluate.max_samples or held_out)
     total = _samples_in_files(experiment)
     evaluated = experiment.evaluate.max_samples

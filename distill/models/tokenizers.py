@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError, did_you_mean, first_line
 from distill.models.safety import check_folder, check_gguf, check_weights, spoilt
+from distill.system.files import read_bounded
 
 if TYPE_CHECKING:
     from distill.models.checkpoints import Checkpoint
@@ -28,6 +29,9 @@ PROBES = (  # SentencePiece models differ in these: prefix, runs of blanks, norm
     "a",
 )
 
+_MOST_BYTES = 2**24
+"""Largest size of a configuration file."""
+
 MOST_MISSING = 0.01
 """Share of a tokenizer's strings that another one may lack and still be called the same."""
 
@@ -40,7 +44,10 @@ def load_tokenizer(checkpoint: Checkpoint, override: str | None = None, trust_re
     if path.is_dir():
         return _from_pretrained(path, None, override, trust_remote_code)
     if path.is_file() and path.suffix == ".model":
-        return from_sentencepiece(path)
+        tokenizer = from_sentencepiece(path)
+        if tokenizer.bos_token_id is not None and _begins_texts(checkpoint, trust_remote_code):
+            _begin_texts(tokenizer)
+        return tokenizer
     if path.exists():
         raise UserError(f"{override}: a tokenizer is a folder or a SentencePiece .model file")
     siblings = [str(Path(override).parent / file.name) for file in path.parent.glob("*")]
@@ -119,6 +126,48 @@ def from_sentencepiece(path: Path) -> Any:
                 f"(it encodes {text!r} otherwise): convert it to a Hugging Face tokenizer folder"
             )
     return tokenizer
+
+
+def begin_token_id(tokenizer: Any) -> int | None:
+    """Return the special token with which the tokenizer begins a plain text, None if it begins with none.
+
+    It is measured, since a tokenizer may name a `bos_token` and not use it (SmolLM2).
+    """
+    framed, plain = (tokenizer(["a"], add_special_tokens=on)["input_ids"][0] for on in (True, False))
+    return framed[0] if len(framed) > len(plain) and framed[1 : 1 + len(plain)] == plain else None
+
+
+def _begins_texts(checkpoint: Checkpoint, trust_remote_code: bool) -> bool:
+    """Tell whether a checkpoint's texts begin with a token, by its own configuration.
+
+    A bare SentencePiece file does not say it. Asked are `add_bos_token`, the checkpoint's own tokenizer, and whether
+    the model names a beginning-of-text token.
+    """
+    said = _json(checkpoint.folder / "tokenizer_config.json").get("add_bos_token")
+    if isinstance(said, bool) and checkpoint.gguf_file is None:
+        return said
+    if is_here(checkpoint):
+        own = _from_pretrained(checkpoint.folder, checkpoint.gguf_file, checkpoint.name, trust_remote_code)
+        return begin_token_id(own) is not None
+    return _json(checkpoint.folder / "config.json").get("bos_token_id") is not None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_bounded(path, _MOST_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _begin_texts(tokenizer: Any) -> None:
+    """Let the tokenizer put its beginning-of-text token in front of every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    token = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, tokenizer.bos_token_id)]
+    )
 
 
 def _backend(proto: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from distill.cache.format.leftovers import is_unused
 from distill.cache.format.part import Part
 from distill.cache.format.token_order import TokenOrder, save_order
 from distill.cache.format.tokenizer_files import save_tokenizer
+from distill.cache.making.growing import joined
 from distill.cache.making.parts import claim_part
 from distill.cache.making.writer import CacheWriter
 from distill.cache.reading.storage import is_url
@@ -26,7 +28,8 @@ from distill.corpus.summary import left_out_in_words
 from distill.errors import UserError
 from distill.experiment.cache import (
     as_begun,
-    begun_fingerprints,
+    as_packed,
+    begun_in,
     check_tokens,
     make_manifest,
     make_token_order,
@@ -37,7 +40,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
-from distill.experiment.teacher import Teacher, open_samples
+from distill.experiment.teacher import NOTHING_BEGUN, Teacher, open_samples
 from distill.forecast.machine.cards import this_machine
 from distill.models import devices
 from distill.system import interrupt, ledger, units
@@ -68,6 +71,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     experiment = with_types_of_machine(experiment, "teacher.compute_dtype")
     folders = Folders.of(experiment)
     work = None
+    if _is_begun(experiment, folders):
+        experiment = as_packed(experiment, begun_in(folders).packing)
     if _is_begun(experiment, folders) and cache.devices * cache.num_nodes == 1:
         work = _Work.of(experiment, folders, Teacher(experiment, Place.of(experiment)), part)
         if _is_of_version_1(experiment, folders):
@@ -91,22 +96,33 @@ class _Work:
     samples: SampleSets
     order: TokenOrder
     manifest: Manifest
+    """Manifest of the cache, which may have more samples than the experiment asks for."""
+    asked: dict[str, int]
+    """Numbers of samples that the experiment asks for, by split."""
     part: Part | None
-    shards: range
+    shards: Collection[int]
 
     @classmethod
     def of(cls, experiment: Experiment, folders: Folders, teacher: Teacher, part: Part | None) -> _Work:
         """Open the corpus, and find the threshold of a budget."""
-        begun = begun_fingerprints(folders) if _is_begun(experiment, folders) else {}
-        samples = open_samples(experiment, teacher, begun)
+        samples = open_samples(
+            experiment, teacher, begun_in(folders) if _is_begun(experiment, folders) else NOTHING_BEGUN
+        )
         order = make_token_order(experiment, teacher, samples)
         experiment = _within_budget(experiment, folders, teacher, samples, order)
         manifest = make_manifest(experiment, teacher, samples, order)
+        asked = manifest.splits
         if _is_begun(experiment, folders):
-            manifest = as_begun(manifest, read_manifest(folders.cache))
+            found = read_manifest(folders.cache)
+            manifest = joined(as_begun(manifest, found), found)
+            if part and manifest.splits != found.splits:
+                raise UserError(
+                    f"cache {folders.cache} has {found.samples:,} samples, and grows as a whole: merge its parts, and "
+                    "give no --cache.part"
+                )
             check_tokens(folders.cache, manifest, samples)
-        shards = part.shards(manifest.shards) if part else range(manifest.shards)
-        return cls(experiment, folders, teacher, samples, order, manifest, part, shards)
+        shards = part.shards(manifest.shards) if part else manifest.shards_with(asked)
+        return cls(experiment, folders, teacher, samples, order, manifest, asked, part, shards)
 
     def missing(self) -> list[int]:
         """Begin the folder, or open it, and return the shards to make."""
@@ -120,7 +136,7 @@ class _Work:
 
     def describe(self) -> None:
         """Tell the teacher and the corpus."""
-        _describe(self.experiment, self.manifest, self.samples)
+        _describe(self.experiment, self.manifest, self.asked, self.samples)
 
     def say_complete(self) -> None:
         say(f"cache: {_name(self.folders, self.part)} is complete ({len(self.shards)} shards); nothing to do")
@@ -278,7 +294,7 @@ def _lacks_head(folders: Folders, manifest: Manifest) -> bool:
     return manifest.scheme == "hidden" and not (folders.cache / HEAD).exists()
 
 
-def _is_finished(folders: Folders, manifest: Manifest, shards: range) -> bool:
+def _is_finished(folders: Folders, manifest: Manifest, shards: Collection[int]) -> bool:
     """Tell whether the process of rank 0, on another machine, found nothing to do."""
     try:
         found = read_manifest(folders.cache)
@@ -293,8 +309,8 @@ def _name(folders: Folders, part: Part | None) -> str:
     return f"part {part} in {folders.cache}" if part else str(folders.cache)
 
 
-def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -> None:
-    train, held_out = manifest.splits["train"], manifest.splits["held_out"]
+def _describe(experiment: Experiment, manifest: Manifest, asked: dict[str, int], samples: SampleSets) -> None:
+    train, held_out = asked["train"], asked["held_out"]
     teacher = experiment.teacher
     say(f"teacher: {teacher.model}, {manifest.fingerprints['quantization']}, {manifest.vocab_size:,} tokens")
     say(
@@ -308,6 +324,10 @@ def _describe(experiment: Experiment, manifest: Manifest, samples: SampleSets) -
         )
     if "date" in samples.rendering:
         say(f"corpus: the chat template's today is {samples.rendering['date']} (corpus.date)")
+    if samples.packing.words:
+        say(f"corpus: packed as {samples.packing.words} (corpus.pack)")
+    if long := samples.long_documents:
+        say(f"corpus: {long} that are longer than a sample (corpus.long)")
     for counts in samples.counts:
         name = f"corpus: {counts.name}: " if len(samples.counts) > 1 else "corpus: "
         say(f"{name}{counts.described()}")
@@ -323,6 +343,8 @@ def _predict(work: _Work, trainer: pl.Trainer, deadline: float) -> None:
     numbers = sample_numbers(manifest, work.samples)
     numbered: ConcatDataset = ConcatDataset([Subset(splits[name], numbers[name]) for name in SPLITS if numbers[name]])
     model = work.teacher.load()
+    if is_unused(folders.cache):
+        _check_begin_token(work, model)
     if trainer.is_global_zero and _lacks_head(folders, manifest):
         try:
             save_head(folders.cache, model.head.with_rows(manifest.vocab_size))
@@ -337,6 +359,25 @@ def _predict(work: _Work, trainer: pl.Trainer, deadline: float) -> None:
             return CacheWriter(folders.cache, manifest, batch_size=work.experiment.cache.batch_size)
 
         predict(trainer, module, ShardShares(numbered, open_writer, work.shards, progress, deadline))
+
+
+def _check_begin_token(work: _Work, model: Any) -> None:
+    """Raise UserError for a teacher that needs a beginning-of-text token which the samples do not have."""
+    from distill.cache.making.begin_token import check_begin_token
+
+    tokenizer, cache = work.teacher.tokenizer, work.experiment.cache
+    if tokenizer.bos_token_id is None:
+        return
+    where = "give a corpus.chat_template" if work.samples.is_conversations else "take a tokenizer (teacher.tokenizer)"
+    check_begin_token(
+        model,
+        work.samples.train,
+        tokenizer.bos_token_id,
+        f"teacher {work.experiment.teacher.model}",
+        vocab_size=work.manifest.vocab_size,
+        batch_tokens=cache.batch_size * work.manifest.sequence_length,
+        remedy=f"{where} that begins with {tokenizer.bos_token}",
+    )
 
 
 def _summarise(folders: Folders, part: Part | None) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from distill.corpus.encoding import FEATURES
-from distill.corpus.packing import Samples
+from distill.corpus.packing import Packing
+from distill.corpus.samples import Samples
 
 COLUMNS = ("input_ids", "position_ids", "loss_mask", "document_hash", "source")
 PAD = 9999
@@ -24,7 +25,7 @@ def encoded(lengths: list[int], seed: int = 0) -> datasets.Dataset:
     ids = [list(range(begin, begin + length)) for begin, length in zip(begins, lengths, strict=False)]
     masks = [[*(random.random(length - 1) > 0.3).tolist(), False] for length in lengths]
     rows = [
-        {"input_ids": i, "loss_mask": m, "learned": sum(m), "thoughts": 0, "fault": ""}
+        {"input_ids": i, "loss_mask": m, "learned": sum(m), "thoughts": 0, "fault": "", "turns": [], "openings": []}
         for i, m in zip(ids, masks, strict=True)
     ]
     chunks = [datasets.Dataset.from_list(rows[i : i + 3], features=FEATURES) for i in range(0, len(rows), 3)]
@@ -32,9 +33,10 @@ def encoded(lengths: list[int], seed: int = 0) -> datasets.Dataset:
 
 
 def make_samples(table: datasets.Dataset, rows: np.ndarray, **options: Any) -> Samples:
-    """Samples of documents whose hash is -1 - row, of source row % 3."""
+    """Samples of documents whose hash is -1 - row, of source row % 3, as a stream or (`pack=False`) one each."""
     every = np.arange(len(table))
-    return Samples(table, rows, hashes=-1 - every, sources=every % 3, pad_token_id=PAD, **options)
+    packing = Packing.parse("", options.pop("pack"))
+    return Samples(table, rows, hashes=-1 - every, sources=every % 3, packing=packing, pad_token_id=PAD, **options)
 
 
 def naive(table: datasets.Dataset, rows: np.ndarray, length: int, pack: bool) -> list[dict[str, list]]:

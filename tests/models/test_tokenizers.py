@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 import sentencepiece
 
 from distill.errors import UserError
-from distill.models.checkpoints import resolve
-from distill.models.tokenizers import PROBES, load_tokenizer, tokenizer_fingerprint, vocab_size
+from distill.models.checkpoints import Checkpoint, resolve
+from distill.models.tokenizers import PROBES, begin_token_id, load_tokenizer, tokenizer_fingerprint, vocab_size
 
 WORDS = [
     "the",
@@ -79,6 +80,31 @@ def test_a_sentencepiece_model_encodes_as_sentencepiece_does(
     assert all(again.encode(text) == tokenizer.encode(text) for text in texts)
 
 
+@pytest.mark.parametrize(
+    ("settings", "begins"), [({"add_bos_token": True}, True), ({"add_bos_token": False}, False), (None, True)]
+)
+def test_a_sentencepiece_model_begins_texts_as_the_models_own_configuration_says(
+    settings: dict[str, Any] | None, begins: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 1}))
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "elsewhere").mkdir()
+    model = sentencepiece_model(tmp_path / "elsewhere")
+    tokenizer = load_tokenizer(Checkpoint(tmp_path, None, "own"), str(model))
+    assert begin_token_id(tokenizer) == (tokenizer.bos_token_id if begins else None)
+    plain = tokenizer.encode("the cat", add_special_tokens=False)
+    assert tokenizer.encode("the cat") == ([1] if begins else []) + plain
+
+
+def test_a_sentencepiece_model_begins_texts_as_the_checkpoints_own_tokenizer(
+    tmp_path: Path, llama_folder: Path
+) -> None:
+    own = load_tokenizer(resolve(str(llama_folder)))
+    tokenizer = load_tokenizer(resolve(str(llama_folder)), str(sentencepiece_model(tmp_path)))
+    assert (begin_token_id(tokenizer) is None) == (begin_token_id(own) is None)
+
+
 def test_a_sentencepiece_model_that_cannot_be_imitated_is_refused(tmp_path: Path, llama_folder: Path) -> None:
     path = sentencepiece_model(tmp_path, user_defined_symbols=["<tool>"])  # blanks around it are not the fast way's
     with pytest.raises(UserError, match="the <tool> cat"):
@@ -122,7 +148,7 @@ def test_fingerprint_is_the_same_in_another_process_and_place(llama_folder: Path
     here = tokenizer_fingerprint(load_tokenizer(resolve(str(llama_folder))))
     elsewhere = llama_folder.rename(llama_folder.with_name("moved"))
     code = (
-        "from distill.models.checkpoints import resolve\n"
+        "from distill.models.checkpoints import Checkpoint, resolve\n"
         "from distill.models.tokenizers import load_tokenizer, tokenizer_fingerprint\n"
         f"print(tokenizer_fingerprint(load_tokenizer(resolve({str(elsewhere)!r}))))"
     )

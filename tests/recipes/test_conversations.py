@@ -60,3 +60,23 @@ def test_other_tokens_of_an_earlier_day_are_not_continued(
         distill("cache-teacher", experiment, "--corpus.date", "2024-07-26").done()
     distill("cache-teacher", experiment, "--corpus.date", "2024-07-27").refused("other tokens", "--corpus.date")
     assert "nothing to do" in distill("cache-teacher", experiment, "--corpus.date", "2024-07-26").done().out
+
+
+def test_conversations_are_whole_and_a_cache_of_cut_ones_goes_on_as_it_is(
+    distill: Any, tmp_path: Path, experiment: str
+) -> None:
+    """A cache of an earlier release has no words for its packing; `auto` then means what its manifest says."""
+    cut = ["--corpus.date", "2024-07-26", "--cache.dir", tmp_path / "cut"]
+    whole = ["--corpus.date", "2024-07-26", "--cache.dir", tmp_path / "whole"]
+    distill("cache-teacher", experiment, *cut, "--corpus.pack", "true").done()
+    said = distill("cache-teacher", experiment, *whole).done().out
+    assert "packed as documents, long split" in said and "documents split" in said
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("cut", "whole")]
+    assert [found["fingerprints"].get("samples") for found in manifests] == [None, "documents, long split"]
+    assert [found["pack"] for found in manifests] == [True, True]
+    (tmp_path / "cut/shards/train-000000.safetensors").unlink()
+    assert "continuing" in distill("cache-teacher", experiment, *cut).done().out
+    distill("train-student", experiment, *cut).done()
+    distill("cache-teacher", experiment, *cut, "--corpus.pack", "documents").refused("documents, long split")
+    distill("train-student", experiment, *whole, "--corpus.long", "skip").refused("long skip", "long split")
+    distill("cache-teacher", experiment, "--corpus.pack", "stream", "--corpus.long", "skip").refused("corpus.long")

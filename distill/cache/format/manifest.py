@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +82,16 @@ class Manifest:
         """Return a shard's split and its number there."""
         held_out = self._shards_of(SPLITS[0])
         return (SPLITS[0], shard) if shard < held_out else (SPLITS[1], shard - held_out)
+
+    def shards_with(self, splits: Mapping[str, int]) -> frozenset[int]:
+        """Return the shards that hold the first so many samples of each split."""
+        numbers = [self.split_range(name)[:count] for name, count in splits.items()]
+        return frozenset(
+            shard
+            for found in numbers
+            if found
+            for shard in range(self.place(found[0])[0], self.place(found[-1])[0] + 1)
+        )
 
     def shard_file(self, shard: int) -> str:
         """Return the name of a shard inside the folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 
 import lightning.pytorch as pl
@@ -55,7 +55,7 @@ class ShardShares(pl.LightningDataModule):
         self,
         samples: Dataset,
         open_writer: Callable[[], CacheWriter],
-        shards: range,
+        shards: Collection[int],
         progress: Progress,
         deadline: float = math.inf,
     ) -> None:

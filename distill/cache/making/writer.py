@@ -27,6 +27,7 @@ from distill.cache.format.leftovers import SHARD_NAME, SIDE_NAME, is_leftover, r
 from distill.cache.format.records import Record
 from distill.cache.format.shards import encode
 from distill.cache.format.token_order import TokenOrder, load_order
+from distill.cache.making.growing import grow, is_same, joined
 from distill.errors import UserError
 from distill.system.files import sync_folder, write_durably
 from distill.system.locks import cannot_write
@@ -87,7 +88,12 @@ class CacheWriter:
         return found.version == manifest.version and not differences(manifest, found)
 
     def _check_same(self, manifest: Manifest) -> None:
+        """Let the same cache grow, if it has fewer samples. Raises UserError for another one."""
         found = read_manifest(self.folder)
+        if found.version == manifest.version and is_same(manifest, found) and joined(manifest, found) == manifest:
+            if manifest.splits != found.splits:
+                grow(self.folder, found, manifest)
+            return
         different = differences(manifest, found)
         if found.version != manifest.version and not different:
             raise UserError(

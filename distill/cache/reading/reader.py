@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from torch.utils.data import Dataset
 
@@ -18,6 +21,7 @@ from distill.cache.reading.storage import Storage, open_storage
 from distill.errors import UserError
 
 _ATTEMPTS = 3
+NO_LIMITS: Mapping[str, int | None] = MappingProxyType({})
 
 
 class CacheReader(Dataset[Record]):
@@ -30,12 +34,18 @@ class CacheReader(Dataset[Record]):
     Raises UserError if there is no cache, if it is not finished, or if a sample in it is damaged.
     """
 
-    def __init__(self, location: Path | str | Storage, split: str) -> None:
+    def __init__(
+        self, location: Path | str | Storage, split: str, at_most: Mapping[str, int | None] = NO_LIMITS
+    ) -> None:
+        """Open a cache, or its first samples: `at_most` of each split, by name; None for all."""
         self.storage = open_storage(location) if isinstance(location, (str, Path)) else location
         self.manifest = read_manifest(self.storage.folder)
         self.scheme = self.manifest.make_scheme()
-        self._numbers = self.manifest.split_range(split)
-        check_finished(self.storage)
+        counts = {name: _least(count, at_most.get(name)) for name, count in self.manifest.splits.items()}
+        self.used = replace(self.manifest, splits=counts)
+        """Manifest of the cache that has no more samples than are read of this one."""
+        self._numbers = self.manifest.split_range(split)[: counts[split]]
+        check_finished(self.storage, self.manifest.shards_with(counts))
         self.order = load_order(self.storage.folder, self.manifest)
 
     def __len__(self) -> int:
@@ -73,10 +83,14 @@ class CacheReader(Dataset[Record]):
         return collate(records)
 
 
-def check_finished(storage: Storage) -> None:
-    """Raise UserError if shards are missing."""
-    shards = read_manifest(storage.folder).shards
-    missing = shards - len(read_journal(storage.folder))
+def _least(count: int, limit: int | None) -> int:
+    return count if limit is None else min(count, limit)
+
+
+def check_finished(storage: Storage, needed: Collection[int]) -> None:
+    """Raise UserError if shards that are `needed` are missing."""
+    journal, shards = read_journal(storage.folder), len(needed)
+    missing = sum(shard not in journal for shard in needed)
     part = read_part(storage.folder)
     if missing and part:
         raise UserError(

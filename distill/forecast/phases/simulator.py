@@ -147,7 +147,7 @@ class _Pace:
         corpus = models.experiment.corpus
         return {
             "length": corpus.sequence_length,
-            "documents": DOCUMENTS if corpus.pack else 1,
+            "documents": DOCUMENTS if corpus.shares_samples else 1,
             "device": self.device,
         }
 

@@ -62,7 +62,7 @@ def _experiment(model: Published) -> Experiment:
     """Return an experiment in which the model is teacher and student."""
     name, tokenizer = model.names[0], "tokenizer.model" if model.sentencepiece_tokens else None
     return Experiment(
-        CorpusConfig("", sequence_length=1024, pack=False),
+        CorpusConfig("", sequence_length=1024, pack="none"),
         TeacherConfig(name, "none", "bfloat16", tokenizer),
         StudentConfig("huggingface", {"model": name}),
         CacheConfig(batch_size=1),

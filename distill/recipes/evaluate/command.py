@@ -10,7 +10,7 @@ import torch
 
 from distill.errors import UserError
 from distill.evaluation.statistics import mean_and_deviation, speculative
-from distill.experiment.cache import begun_fingerprints
+from distill.experiment.cache import as_packed, begun_in
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -36,8 +36,10 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     experiment = with_found_sizes(with_types_of_machine(experiment))
     folders = Folders.of(experiment)
     make_run_folder(folders)
+    begun = begun_in(folders)
+    experiment = as_packed(experiment, begun.packing)
     teacher = Teacher(experiment, Place.of(experiment))
-    samples = open_samples(experiment, teacher, begun_fingerprints(folders))
+    samples = open_samples(experiment, teacher, begun)
     trained_roles(experiment, folders, samples.fingerprint)
     if not len(samples.held_out):
         raise UserError("nothing to evaluate on: corpus.held_out is 0")

@@ -70,7 +70,7 @@ class FidelityToTeacher(Measurement):
         self, experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None, models: int
     ) -> None:
         self.experiment, self.teacher, self.vocabulary = experiment, teacher, vocabulary
-        self.corpus, self.rendering = samples.fingerprint, samples.rendering
+        self.corpus, self.rendering, self.packing = samples.fingerprint, samples.rendering, samples.packing
         limit = min(experiment.evaluate.max_samples or len(samples.held_out), len(samples.held_out))
         self.samples = Subset(samples.held_out, sorted(spread(len(samples.held_out))[:limit].tolist()))
         if vocabulary is not None:
@@ -89,7 +89,8 @@ class FidelityToTeacher(Measurement):
         experiment = self.experiment
         return {
             "corpus": self.corpus,
-            "corpus_settings": _settings_of(experiment.corpus),
+            "corpus_settings": _settings_of(experiment.corpus) | {"pack": self.packing.shares},
+            **({"packing": self.packing.words} if self.packing.words else {}),
             **({"rendering": self.rendering} if self.rendering else {}),
             "max_samples": experiment.evaluate.max_samples,
             "metrics": 3,  # version of the metrics and of the way in which they are measured
@@ -277,6 +278,7 @@ def _settings_of(corpus: CorpusConfig) -> dict[str, Any]:
         "bad_rows": "refuse",
         "chat_template": None,
         "date": None,
+        "long": "split",
     }
     kept = {key: value for key, value in settings.items() if key not in later or value != later[key]}
     return {"text_field": "text", "messages_field": "messages", **kept}  # as earlier releases wrote them

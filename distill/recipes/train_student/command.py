@@ -11,7 +11,7 @@ from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage
 from distill.errors import UserError
 from distill.experiment import settings
-from distill.experiment.cache import check_cache_settings, open_cache
+from distill.experiment.cache import as_packed, check_cache_settings, open_cache, packing_of
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -38,7 +38,9 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     folders = Folders.of(experiment)
     make_run_folder(folders)
     storage = open_cache(experiment)
-    train, held_out = (CacheReader(storage, split) for split in ("train", "held_out"))
+    at_most = {"train": experiment.cache.max_samples, "held_out": experiment.cache.held_out_samples}
+    train, held_out = (CacheReader(storage, split, at_most) for split in ("train", "held_out"))
+    experiment = as_packed(experiment, packing_of(train.manifest))
     check_cache_settings(experiment, train.manifest, storage.name)
     pending = [role for role in roles(experiment) if not is_done(role, experiment, folders, train)]
     if pending:
@@ -54,7 +56,7 @@ def is_done(role: Role, experiment: Experiment, folders: Folders, train: CacheRe
         return False
     if not (folder / settings.FILE).exists():
         raise UserError(f"{folder}: not a {role.name} that was finished here: choose another --run_dir, or remove it")
-    different = settings.differences(folder, training_settings(role.own(experiment), role, train.manifest))
+    different = settings.differences(folder, training_settings(role.own(experiment), role, train.used))
     if different:
         raise UserError(
             f"{folder} was trained with other settings ({'; '.join(different)}): "

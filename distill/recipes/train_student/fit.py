@@ -79,7 +79,7 @@ class Training:
         self.train, self.manifest = train, train.manifest
         self.checkpoints = folders.checkpoints(role.name)
         self.best = self.checkpoints / BEST
-        self.settings = training_settings(experiment, role, self.manifest)
+        self.settings = training_settings(experiment, role, train.used)
 
     def fit(self, held_out: CacheReader, vocabulary: Vocabulary | None, deadline: float | None) -> None:
         """Train, and save the student. Raises Interrupted when asked to stop, or at the deadline."""
