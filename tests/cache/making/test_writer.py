@@ -209,7 +209,7 @@ def changed_manifests(make_manifest: MakeManifest) -> dict[str, Manifest]:
         "vocab_size": make_manifest(vocab_size=1010),
         "pack": make_manifest(pack=False),
         "scheme_parameters.threshold": make_manifest(scheme_parameters={"threshold": 0.1, "draws": 1}),
-        "splits.train": make_manifest(samples=26),
+        "splits.train": make_manifest(samples=12),
         **{
             f"fingerprints.{name}": make_manifest(fingerprints={**manifest.fingerprints, name: "b" * 64})
             for name in manifest.fingerprints
