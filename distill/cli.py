@@ -26,9 +26,12 @@ EXPERIMENT_COMMANDS = {
     "train-student": "phase 2: the student learns from the cache",
     "evaluate": "the student beside its teacher, on held-out text",
     "run": "all three, skipping what is done",
+    "preview": "what will be learned, and what is left out; before the teacher is loaded",
     "plan": "will it fit, how long, how much disk; before anything is loaded",
 }
 COMMANDS = EXPERIMENT_COMMANDS | folder_commands.COMMANDS
+LOOKS = ("plan", "preview")
+"""Commands with options of their own, which only look."""
 
 _PART_OF_A_RUN = "DISTILL_PART_OF_A_RUN"
 """Name in the environment of a command that `run` started. Then `run` itself says how to resume."""
@@ -127,30 +130,37 @@ def _chosen(arguments: list[str]) -> Callable[[], int]:
         return partial(_print_options, command)
     if not rest or rest[0].startswith("--"):
         raise UserError(f"{command}: which experiment file? For example: distill {command} configs/demo.yaml")
-    if command == "plan":
-        return partial(_plan, rest[0], rest[1:])
+    if command in LOOKS:
+        return partial(_look, command, rest[0], rest[1:])
     return partial(_run_recipe, command, rest[0], rest[1:])
 
 
-def plan_parser() -> argparse.ArgumentParser:
-    """Return a parser of the options of `plan` that are not keys of the experiment file."""
-    parser = argparse.ArgumentParser(prog="distill plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--card")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--fit")
+def look_parser(command: str) -> argparse.ArgumentParser:
+    """Return a parser of the options of `plan` or `preview` that are not keys of the experiment file."""
+    parser = argparse.ArgumentParser(prog=f"distill {command}", add_help=False, allow_abbrev=False)
+    if command == "plan":
+        parser.add_argument(
+            "--card", metavar="NAME", help="a card (rtx-3060) or a size (12GiB); default: this machine's device"
+        )
+        parser.add_argument("--fit", metavar="FILE", help="write the experiment with what makes it fit")
+        parser.add_argument("--json", dest="as_json", action="store_true", help="print all as JSON")
+    else:
+        parser.add_argument(
+            "--samples", metavar="N", type=int, default=2, help="print the first N training samples (default: 2)"
+        )
+        parser.add_argument("--html", metavar="FILE", help="write all of it as a page, with the samples whole")
     return parser
 
 
-def _plan(path: str, rest: list[str]) -> int:
-    options, overrides = plan_parser().parse_known_args(rest)
+def _look(command: str, path: str, rest: list[str]) -> int:
+    """Run one of `LOOKS`."""
+    options, overrides = look_parser(command).parse_known_args(rest)
     from distill.experiment.file import load_experiment
 
     experiment = load_experiment(path, _spelled_out(overrides))
     quiet_command()
-    recipe = _imported("distill.recipes.plan")
-    return folder_commands.stoppable(
-        lambda: recipe.main(experiment, options.card, options.json, options.fit), "nothing was changed"
-    )
+    recipe = _recipe_of(command)
+    return folder_commands.stoppable(lambda: recipe.main(experiment, **vars(options)), "nothing was changed")
 
 
 def _print_options(command: str) -> int:
@@ -158,9 +168,10 @@ def _print_options(command: str) -> int:
 
     try:
         print(f"distill {command} FILE [--section.key value ...]: {COMMANDS[command]}\n")
-        if command == "plan":
-            print("--card NAME  a card (rtx-3060) or a size (12GiB); default: the device of this machine")
-            print("--fit FILE   write the experiment with what makes it fit\n--json       print all as JSON\n")
+        if command in LOOKS:
+            for action in look_parser(command)._actions:
+                print(f"{f'{action.option_strings[0]} {action.metavar or str()}':<14} {action.help}")
+            print()
         print_options()
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has ended; Python's own flush at the end must not fail again

@@ -165,14 +165,15 @@ def test_an_interruption_says_how_to_go_on(
     assert again == ["distill", *given, *(["--resume"] if command == "train-student" else [])]
 
 
-def test_a_plan_that_is_stopped_left_everything_as_it_was(
-    distill: Any, monkeypatch: pytest.MonkeyPatch, file: str
+@pytest.mark.parametrize("command", cli.LOOKS)
+def test_a_look_that_is_stopped_left_everything_as_it_was(
+    distill: Any, monkeypatch: pytest.MonkeyPatch, file: str, command: str
 ) -> None:
-    class StoppedPlan:
-        main = staticmethod(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    class StoppedLook:
+        main = staticmethod(lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
 
-    replace_recipes(monkeypatch, lambda name: StoppedPlan)
-    outcome = distill("plan", file)
+    replace_recipes(monkeypatch, lambda name: StoppedLook)
+    outcome = distill(command, file)
     assert (outcome.status, outcome.err) == (130, "\nstopped; nothing was changed\n")
 
 

@@ -81,7 +81,7 @@ def test_every_command_of_a_block_is_one(command: list[str], monkeypatch: pytest
     if command[0] in folder_commands.COMMANDS:
         folder_commands.make_parser(command[0])[0].parse_args(command[1:])
         return
-    own = cli.plan_parser().parse_known_args(command[2:])[1] if command[0] == "plan" else command[2:]
+    own = cli.look_parser(command[0]).parse_known_args(command[2:])[1] if command[0] in cli.LOOKS else command[2:]
     file, overrides = command[1], cli._spelled_out(own)
     if file.startswith("my"):  # an experiment file of the reader's own
         file = "configs/demo.yaml"
@@ -93,8 +93,8 @@ def test_every_command_in_the_text_is_one(text: str) -> None:
     words = text.split()
     assert words[0] in cli.COMMANDS
     known = {"--help", "--resume"}
-    if words[0] == "plan":
-        known |= {name for action in cli.plan_parser()._actions for name in action.option_strings}
+    if words[0] in cli.LOOKS:
+        known |= {name for action in cli.look_parser(words[0])._actions for name in action.option_strings}
     if words[0] in folder_commands.COMMANDS:
         known = {name for action in folder_commands.make_parser(words[0])[0]._actions for name in action.option_strings}
     assert {word.strip("[]") for word in words if "--" in word} <= known

@@ -60,7 +60,8 @@ def refusal(faults: Sequence[Fault], rows: int, labels: Sequence[str]) -> UserEr
     """Return the error that tells all kinds of faults among `rows` rows, each with its number and its first rows."""
     if len(faults) == 1:
         (fault,) = faults
-        return UserError(f"{labels[fault.source]}: row {fault.row}: {fault.reason[:_LONGEST_REASON]}")
+        where = f"{labels[fault.source]}: row {fault.row}"
+        return UserError(f"{where}: {fault.reason[:_LONGEST_REASON]}; corpus.bad_rows skip leaves such rows out")
     by_kind: dict[str, list[Fault]] = {kind: [] for kind in count_kinds(faults)}
     for fault in faults:
         by_kind[fault.kind].append(fault)

@@ -31,7 +31,7 @@ class Selection:
     kept: np.ndarray
     """Documents that the fingerprint is of."""
     learnable: np.ndarray
-    """Those of them that have a token to learn."""
+    """Kept documents that have a token to learn."""
     fingerprint: str
     repeated: np.ndarray
     faults: list[Fault]

@@ -100,6 +100,26 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token's text, in one line."""
+
+    text: str
+    is_learned: bool
+    is_special: bool
+    ends_line: bool
+    """True if the text that the token stands for ends a line."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text token by token. Markdown leaves it out."""
+
+    kind: ClassVar[str] = "tokens"
+    title: str
+    tokens: Sequence[Token]
+
+
+@dataclass(frozen=True)
 class Listing:
     """A text file, folded away."""
 
@@ -109,7 +129,7 @@ class Listing:
     language: str
 
 
-Content = Table | Charts | Note | Prompt | Listing
+Content = Table | Charts | Note | Prompt | Tokens | Listing
 
 
 @dataclass(frozen=True)

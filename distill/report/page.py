@@ -22,6 +22,8 @@ from distill.system.progress import say
 
 GENERATOR = f"distill {__version__}"
 """Generator that a run's page names."""
+_BEGINNING = 4096
+"""Bytes at the beginning of a page that name its generator."""
 _SEAL = "<!-- sha256 of what distill wrote above this line: {} -->\n"
 
 
@@ -120,6 +122,29 @@ def _text_section(facts: RunFacts) -> Iterator[Section]:
         samples.append(Prompt(index + 1, prompt, written))
     if samples:
         yield Section("texts", "What they write", samples)
+
+
+def check_own_page(page: Path, made_by: str, option: str) -> None:
+    """Raise UserError for a place of a page that holds anything but a page of the same generator."""
+    if page.is_dir():
+        raise UserError(f"{page}: is a folder: name a file, for example {option} {page / 'page.html'}")
+    try:
+        with open(page, "rb") as file:
+            is_ours = f'<meta name="generator" content="{made_by} '.encode() in file.read(_BEGINNING)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{page}: cannot be read ({error.strerror}): choose another place with {option}") from None
+    if not is_ours:
+        raise UserError(f"{page}: is there already and is no page of {made_by}: choose another name with {option}")
+
+
+def write_own_page(page: Path, html: str, option: str) -> None:
+    """Write a page that stands by itself. Raises UserError if it cannot be written."""
+    try:
+        write_durably(page, html.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"{page}: cannot be written ({error.strerror}): choose another place with {option}") from None
 
 
 def render(page: Page, generator: str = GENERATOR) -> str:

@@ -1,0 +1,79 @@
+"""`distill preview`: what will be learned, before anything is paid for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distill.corpus import SampleSets
+from distill.corpus.summary import together
+from distill.errors import UserError
+from distill.experiment.cache import begun_fingerprints
+from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders
+from distill.experiment.place import Place
+from distill.experiment.teacher import Teacher, open_samples
+from distill.models import checkpoints
+from distill.recipes.preview.page import MADE_BY, preview_page
+from distill.recipes.preview.terminal import print_sample, source_lines
+from distill.recipes.preview.tokens import ShownDocument, shown_documents
+from distill.report.page import check_own_page, write_own_page
+from distill.system.files import last_part
+from distill.system.progress import say
+
+_WITHOUT_WEIGHTS = [pattern for pattern in checkpoints.HUB_FILES if not pattern.endswith(".safetensors")]
+
+
+def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> int:
+    """Print the counts of each source and the first training samples as tokens; write them to the page `html`.
+
+    Of a teacher on the hub only the tokenizer and the configuration are fetched.
+    """
+    if samples < 0:
+        raise UserError(f"--samples {samples}: is negative: give 0 or more")
+    if html is not None:
+        check_own_page(Path(html), MADE_BY, "--html")
+    find = partial(checkpoints.download, files=_WITHOUT_WEIGHTS)
+    teacher = Teacher(experiment, Place.without_memory(is_cuda=False, has_bf16=False, find=find))
+    sets = open_samples(experiment, teacher, begun_fingerprints(Folders.of(experiment)))
+    facts = _facts(experiment, teacher.tokenizer, sets)
+    shown = [
+        shown_documents(sets.train, number, teacher.tokenizer, sets.sources)
+        for number in range(min(samples, len(sets.train)))
+    ]
+    for line in (*facts, *itertools.chain.from_iterable(map(source_lines, sets.counts))):
+        say(line)
+    for number, documents in enumerate(shown):
+        print_sample(documents, _title(number, len(sets.train), documents))
+    if html is not None:
+        title = f"Preview of {last_part(experiment.corpus.path)}"
+        write_own_page(Path(html), preview_page(title, facts, sets.counts, shown), "--html")
+        say(f"\npreview: {html}")
+    return 0
+
+
+def _facts(experiment: Experiment, tokenizer: Any, sets: SampleSets) -> list[str]:
+    wanted = experiment.cache.max_samples
+    taken = len(sets.train) if wanted is None else min(wanted, len(sets.train))
+    total = together(sets.counts)
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = f"{tokenizer.bos_token}, {'' if begins else 'not '}put before a text" if tokenizer.bos_token else "none"
+    facts = [
+        f"The teacher will read {taken:,} of {len(sets.train):,} training samples of "
+        f"{experiment.corpus.sequence_length:,} tokens; {total.share_learned:.1%} of all tokens are learned.",
+        f"Shapes: {', '.join(f'{kind}, {rows:,} rows' for kind, rows in sets.shapes.items())}.",
+        f"Special tokens: BOS {bos}; end of text {tokenizer.eos_token or 'none'}.",
+    ]
+    if sets.thoughts_left_out:
+        facts.append(f"The chat template takes out {sets.thoughts_left_out:,} thoughts of earlier turns.")
+    if "date" in sets.rendering:
+        facts.append(f"The chat template's today is {sets.rendering['date']} (corpus.date).")
+    return facts
+
+
+def _title(number: int, total: int, documents: Sequence[ShownDocument]) -> str:
+    learned, tokens = (sum(getattr(each, name) for each in documents) for name in ("learned", "tokens"))
+    return f"training sample {number} of {total:,}: {learned:,} of {tokens:,} tokens are learned"
