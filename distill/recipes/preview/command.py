@@ -11,7 +11,7 @@ from typing import Any
 from distill.corpus import SampleSets
 from distill.corpus.summary import together
 from distill.errors import UserError
-from distill.experiment.cache import begun_fingerprints
+from distill.experiment.cache import as_packed, begun_in
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.place import Place
@@ -36,9 +36,11 @@ def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> i
         raise UserError(f"--samples {samples}: is negative: give 0 or more")
     if html is not None:
         check_own_page(Path(html), MADE_BY, "--html")
+    begun = begun_in(Folders.of(experiment))
+    experiment = as_packed(experiment, begun.packing)
     find = partial(checkpoints.download, files=_WITHOUT_WEIGHTS)
     teacher = Teacher(experiment, Place.without_memory(is_cuda=False, has_bf16=False, find=find))
-    sets = open_samples(experiment, teacher, begun_fingerprints(Folders.of(experiment)))
+    sets = open_samples(experiment, teacher, begun)
     facts = _facts(experiment, teacher.tokenizer, sets)
     shown = [
         shown_documents(sets.train, number, teacher.tokenizer, sets.sources)
@@ -67,6 +69,10 @@ def _facts(experiment: Experiment, tokenizer: Any, sets: SampleSets) -> list[str
         f"Shapes: {', '.join(f'{kind}, {rows:,} rows' for kind, rows in sets.shapes.items())}.",
         f"Special tokens: BOS {bos}; end of text {tokenizer.eos_token or 'none'}.",
     ]
+    if sets.packing.words:
+        facts.append(f"Packed as {sets.packing.words} (corpus.pack).")
+    if sets.long_documents:
+        facts.append(f"Longer than a sample: {sets.long_documents} (corpus.long).")
     if sets.thoughts_left_out:
         facts.append(f"The chat template takes out {sets.thoughts_left_out:,} thoughts of earlier turns.")
     if "date" in sets.rendering:
