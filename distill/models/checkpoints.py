@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from distill.errors import UserError, first_line, nearest, nearest_path
 from distill.models.safety import check_folder, check_gguf, check_weights
 from distill.models.shapes import finder
+from distill.models.text_part import renaming, text_config
 from distill.system.files import sha256_of
 
 DEMO_NAME = "smollm2-135m-demo"
@@ -190,6 +192,27 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
         )
 
 
+def text_renaming(checkpoint: Checkpoint, names: Collection[str], trust_remote_code: bool = False) -> dict[str, str]:
+    """Return the prefixes by which a multimodal checkpoint names its text part's tensors, and the text model's own.
+
+    Empty for a checkpoint that is no such one: its names stay.
+    """
+    if checkpoint.gguf_file is not None:
+        return {}
+    return renaming(_read_config(checkpoint, trust_remote_code), names)
+
+
+def stored_names(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the tensors in a checkpoint's safetensors files, as they are there."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for file in weight_files(checkpoint):
+        with safe_open(file, framework="pt") as opened:
+            names += opened.keys()
+    return names
+
+
 def fingerprints(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, str]:
     """Return the SHA-256 of the configuration (canonical JSON; for GGUF the file) and of the weight files' contents.
 
@@ -217,9 +240,12 @@ def _line_of(file: Path) -> bytes:
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """Return the `transformers` configuration of a checkpoint."""
+    """Return the `transformers` configuration of a checkpoint; of a multimodal one, that of the model in it.
+
+    That is its text part, where transformers has it as a family of its own (`text_part`).
+    """
     if checkpoint.gguf_file is None:
-        return _read_config(checkpoint, trust_remote_code)
+        return text_config(_read_config(checkpoint, trust_remote_code))
     return copy.deepcopy(_read_gguf_config(checkpoint, trust_remote_code, checkpoint.path.stat().st_mtime_ns))
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, L sequence length, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError, first_line
-from distill.models.checkpoints import Checkpoint, adapter_files, load_config, weight_files
+from distill.models.checkpoints import Checkpoint, adapter_files, load_config, stored_names, text_renaming, weight_files
 from distill.models.contract import not_finite
 from distill.models.language_model import Head
 from distill.models.shapes import finder
+from distill.models.text_part import base_name, construct, model_class
 from distill.system.memory import is_out_of_memory
 from distill.system.quiet import quiet_transformers
 
@@ -31,7 +33,7 @@ class HuggingFaceLanguageModel(torch.nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        prefix = getattr(model, "base_model_prefix", "")
+        prefix = base_name(type(model))
         if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} is not a causal language model with a base model and a head")
         self.model = model
@@ -144,18 +146,29 @@ class HuggingFaceLanguageModel(torch.nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors)."""
+        # The tensors get the family's published names, which other programs look for, whatever names they were read by:
+        # transformers would repeat those.
+        vars(self.model).pop("_weight_conversions", None)
         with quiet_transformers():
             self.model.save_pretrained(folder)
 
 
 def _renumber_tokens(config: Any, to_new: dict[int, int]) -> None:
-    """Write every `…_token_id` of a configuration (one token, or several) under its new number; None if it is gone."""
+    """Write every `…_token_id` of a configuration (one token, or several) under its new number; None if it is gone.
+
+    Where a family's configuration takes no None, as for the token of a picture, -1 stands for it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
     for name, value in config.to_dict().items():
         if name.endswith("_token_id"):
             if isinstance(value, list):
                 setattr(config, name, [to_new[old] for old in value if old in to_new] or None)
             elif value is not None:
-                setattr(config, name, to_new.get(value))
+                try:
+                    setattr(config, name, to_new.get(value))
+                except StrictDataclassError:
+                    setattr(config, name, -1)
 
 
 def transformation(config: Any) -> dict[str, float]:
@@ -195,13 +208,19 @@ def load_pretrained(
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
+        options["config"] = load_config(checkpoint, trust_remote_code)
+        if finder() is None:
+            prefixes = text_renaming(checkpoint, stored_names(checkpoint), trust_remote_code)
+            if prefixes:
+                options["key_mapping"] = {f"^{re.escape(before)}": after for before, after in prefixes.items()}
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
     with quiet_transformers():
         try:
             if finder() is not None:
                 return shape_of(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            family = model_class(options["config"])
+            loaded: Any = family.from_pretrained(
                 checkpoint.folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
             )
         except UserError:
@@ -217,10 +236,8 @@ def load_pretrained(
 
 def shape_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Make the `transformers` model of a configuration with weights of any value."""
-    import transformers
-
     with quiet_transformers():
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return construct(config, dtype, trust_remote_code)
 
 
 def parameters_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> int:

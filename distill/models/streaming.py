@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.huggingface import complain_about_missing, quiet_transformers
+from distill.models.text_part import construct
 
 
 class Source(Protocol):
@@ -26,11 +27,10 @@ class Source(Protocol):
 def without_weights(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """Make the `transformers` model: parameters without memory, but buffers (rotary frequencies) with values."""
     import accelerate
-    import transformers
 
     config = copy.deepcopy(config)
     with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return construct(config, dtype, trust_remote_code)
 
 
 def place(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -9,26 +9,34 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distill.models.checkpoints import Checkpoint, refuse_adapter, weight_files
+from distill.models.checkpoints import Checkpoint, refuse_adapter, text_renaming, weight_files
 from distill.models.huggingface import load_pretrained
 
 
 class Tensors(Mapping[str, Tensor]):
     """A checkpoint's tensors by their Hugging Face names. Each is read from disk on request.
 
+    A multimodal checkpoint has those of its text part alone, under the names of that family.
+
     transformers dequantises a GGUF file into memory once, at the first request, because its tensors have other names.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._places: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, str]] = {}
         self._loaded: dict[str, Tensor] | None = None
         if checkpoint.gguf_file is not None:
             return
         refuse_adapter(checkpoint)
         for file in weight_files(checkpoint):
             with safe_open(file, framework="pt") as opened:
-                self._places.update(dict.fromkeys(opened.keys(), file))
+                self._places.update({name: (file, name) for name in opened.keys()})  # noqa: SIM118
+        if prefixes := text_renaming(checkpoint, self._places):
+            stored, self._places = self._places, {}
+            for name, place in stored.items():
+                for before, after in prefixes.items():
+                    if name.startswith(before):
+                        self._places[after + name.removeprefix(before)] = place
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
@@ -38,8 +46,9 @@ class Tensors(Mapping[str, Tensor]):
         """Return one tensor, in the dtype in which it is stored (GGUF: float32)."""
         if self._checkpoint.gguf_file is not None:
             return self._dequantised()[name]
-        with safe_open(self._places[name], framework="pt") as opened:
-            return opened.get_tensor(name)
+        file, stored = self._places[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(stored)
 
     def _dequantised(self) -> dict[str, Tensor]:
         if self._loaded is None:
