@@ -14,6 +14,7 @@ COMMANDS = {
     "merge": "parts of a cache, made on several machines, joined into one",
     "compare": "several runs on one page",
     "export": "the student in a format that other tools read",
+    "quantize": "a checkpoint quantised once, for teachers that are larger than the memory",
     "chat": "talk with the student in the terminal",
     "doctor": "what this machine is, what it can do, what is wrong with it",
 }
@@ -126,6 +127,43 @@ def _export(parser: argparse.ArgumentParser) -> Recipe:
     return recipe
 
 
+def _quantize(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("model", metavar="MODEL", help="a hub name or a local folder, as teacher.model")
+    parser.add_argument("--to", metavar="DIR", required=True, help="a new folder, or one that was begun")
+    parser.add_argument("--quantization", choices=["nf4", "int8", "none"], default="nf4", help="default: nf4")
+    parser.add_argument(
+        "--compute_dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="type of what is not quantised, and of the products (default: bfloat16)",
+    )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
+    parser.add_argument(
+        "--allow_unquantized", action="store_true", help="even if more than a tenth of its matrices stays unquantised"
+    )
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import quantize
+
+        again = shlex.join(["distill", "quantize", *arguments])
+        with unbreakable_output():
+            return stoppable(
+                lambda: quantize.main(
+                    options.model,
+                    options.to,
+                    options.quantization,
+                    options.compute_dtype,
+                    options.revision,
+                    options.trust_remote_code,
+                    options.allow_unquantized,
+                ),
+                f"every finished layer is kept. To go on: {again}",
+            )
+
+    return recipe
+
+
 def _chat(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument("run", metavar="RUN", help="run_dir of a finished training, or a model's folder")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
@@ -171,6 +209,7 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], Recipe]] = {
     "merge": _merge,
     "compare": _compare,
     "export": _export,
+    "quantize": _quantize,
     "chat": _chat,
     "doctor": _doctor,
 }

@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.checkpoints import Checkpoint, load_config, resolve
+from distill.models.checkpoints import Checkpoint, resolve
+from distill.models.filling import buffers_to, tie, without_own_value
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
+from distill.models.packed import PackedWeight
 from distill.models.quantization import Quantization, is_quantized
+from distill.models.quantized_copy import CopyPlan, CopyReader, packed_types
+from distill.models.quantized_manifest import is_copy
 from distill.models.shapes import finder
-from distill.models.streaming import Source, Weights, place, types_as_loaded, without_weights
+from distill.models.streamed_copy import copy_of, host_bytes_of
+from distill.models.streaming import Reader, Weights, WeightsReader, decoder_layers, place
 from distill.models.tensors import tensors
 from teachers.huggingface import resolve_dtype
 from teachers.streamed_turns import Turns
@@ -33,34 +38,45 @@ def load_streamed_teacher(
     trust_remote_code: bool = False,
     micro_batch: int | None = None,
     keep_layers: int = 0,
+    host_memory: str | None = None,
+    quantized_copy: str | None = None,
+    allow_unquantized: bool = False,
 ) -> StreamedTeacher:
     """Load the frozen teacher with embeddings, last norm, head and its first `keep_layers` layers on `device`.
 
     Every batch reads the other layers once. `micro_batch` samples at a time go through a layer (None: the whole batch),
-    so that batches can be large while activations stay small. Raises ValueError for a checkpoint that cannot be
-    streamed. A forecast gets weights of any value and one micro-batch after the other; the next layer, which waits in
-    the host's memory, is absent.
+    so that batches can be large while activations stay small. Quantised, the layers are read from a copy of the
+    checkpoint in the folder `quantized_copy`, which is made first if it is not there; `model` may be such a copy itself
+    (`distill quantize`). `host_memory`, such as 16GB, keeps as many layers there. For `allow_unquantized` see class
+    huggingface. Raises ValueError for a checkpoint that cannot be streamed. A forecast gets weights of any value and
+    one micro-batch after the other; the next layer, which waits in the host's memory, is absent.
     """
     checkpoint = resolve(model, revision, trust_remote_code)
-    _check(checkpoint, quantization, micro_batch, trust_remote_code)
-    dtype = resolve_dtype(compute_dtype, device)
-    empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
-    source = None if finder() is not None else tensors(checkpoint)
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}: give a number of samples from 1 up, or leave it out")
+    kept = host_bytes_of(host_memory)
+    dtype, name = resolve_dtype(compute_dtype, device), checkpoint.name
+    has_weights = finder() is None
+    if quantization == "none" and not is_copy(checkpoint.folder):
+        _check(checkpoint, trust_remote_code)
     with quiet_transformers():
-        teacher = StreamedTeacher(empty, dtype, source, device, model, micro_batch, keep_layers)
+        plan = CopyPlan(checkpoint, quantization, dtype, trust_remote_code, allow_unquantized)
+    reader: Reader | None = None
+    if has_weights and (quantization != "none" or is_copy(checkpoint.folder)):
+        reader = CopyReader(copy_of(checkpoint, plan, quantized_copy, trust_remote_code))
+    elif has_weights:
+        reader = WeightsReader(Weights(plan.model, tensors(checkpoint), name))
+    with quiet_transformers():
+        teacher = StreamedTeacher(
+            plan.model, packed_types(plan.model, plan.types), reader, device, name, micro_batch, keep_layers, kept
+        )
     teacher.check()
     return teacher
 
 
-def _check(checkpoint: Checkpoint, quantization: str, micro_batch: int | None, trust_remote_code: bool) -> None:
+def _check(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Raise ValueError for a checkpoint whose tensors are not those of its model."""
     name = checkpoint.name
-    if quantization != "none":
-        raise ValueError(
-            f"streamed weights are exact: quantization {quantization} would save reading, but needs packed copies on "
-            "disk, which are not offered; set quantization to 'none'"
-        )
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch is {micro_batch}: give a number of samples from 1 up, or leave it out")
     if checkpoint.gguf_file is not None:
         raise ValueError(f"{name}: a GGUF file is dequantised as a whole; streaming reads folders of safetensors")
     if is_quantized(checkpoint, trust_remote_code):
@@ -73,23 +89,26 @@ class StreamedTeacher(HuggingFaceLanguageModel):
     def __init__(
         self,
         model: Any,
-        dtype: torch.dtype,
-        source: Source | None,
+        types: Mapping[str, torch.dtype],
+        reader: Reader | None,
         device: str = "cpu",
         name: str = "the checkpoint",
         micro_batch: int | None = None,
         keep_layers: int = 0,
+        host_memory: int = 0,
     ) -> None:
-        """Set up `model`, which has no weights; `source` has its checkpoint's tensors (None: nothing is read)."""
+        """Set up `model`, which has no weights but may be packed; `types` are those of its tensors.
+
+        `reader` reads them (None: nothing is read). `host_memory`: bytes of layers that stay in the host's memory.
+        """
         super().__init__(model)
         layers = decoder_layers(model)
         if not 0 <= keep_layers <= len(layers):
             raise ValueError(f"keep_layers is {keep_layers}: {name} has {len(layers)} layers")
         self._name, self._micro_batch = name, micro_batch
-        self._weights = None if source is None else Weights(model, source, name)
+        self._reader = reader
         self._turns: Turns | None = None
         self._prefixes = {index: prefix for index, prefix in enumerate(layers) if index >= keep_layers}
-        types = types_as_loaded(model, dtype)
         weights = {name: tensor.to("meta", types[name]) for name, tensor in model.state_dict().items()}
         streamed: dict[int, Layer] = {}
         for index, prefix in self._prefixes.items():
@@ -97,7 +116,8 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             streamed[index] = Layer(model.get_submodule(prefix.rstrip(".")), own)
             streamed[index].take(own)
             streamed[index].module.register_forward_pre_hook(partial(self._enter, index))
-        self._stream = LayerStream(streamed, torch.device(device), None if source is None else self._fill)
+        fill = None if reader is None else self._fill
+        self._stream = LayerStream(streamed, torch.device(device), fill, host_memory)
         self._load_rest({name: weight for name, weight in weights.items() if self._layer_of(name) is None}, device)
         self.eval().requires_grad_(False)
 
@@ -127,7 +147,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             hidden[index] = super(StreamedTeacher, self).body(*passes[index])
 
         try:
-            if len(passes) > 1 and self._weights is not None:
+            if len(passes) > 1 and self._reader is not None:
                 self._turns = Turns(len(passes), passes[0][0].device)
                 self._turns.run(run)
             else:
@@ -150,8 +170,13 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that every batch reads from disk, in the compute dtype."""
-        return self._stream.nbytes
+        """Bytes that every batch reads from disk, as they lie there or in the compute dtype."""
+        return self._stream.nbytes - self._stream.kept_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of layers in the host's memory, with the next one on its way to the device."""
+        return self._stream.kept_bytes + self._stream.largest
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
         """Wait before a layer runs until the other micro-batches have come as far, then give the layer its weights."""
@@ -175,51 +200,28 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
     def _load_rest(self, weights: Mapping[str, Tensor], device: str) -> None:
         """Load everything outside the streamed layers, for good."""
-        missing = set() if self._weights is None else self._weights.missing
+        missing = set() if self._reader is None else without_own_value(self.model, self._reader.missing)
+        absent = set() if self._reader is None else self._reader.missing
         present = {
-            name: torch.empty_like(weight, device=device) for name, weight in weights.items() if name not in missing
+            name: torch.empty_like(weight, device="cpu") for name, weight in weights.items() if name not in absent
         }
-        if self._weights is not None:
-            self._read(present)
+        if self._reader is not None:
+            self._reader.read(present)
         for name, tensor in present.items():
-            place(self.model, name, tensor)
-        if self._weights is None:
+            place(self.model, name, tensor.to(device))
+        if self._reader is None:
             self.model.tie_weights()
         else:  # the head that the checkpoint leaves out is the embedding, or the other way round
-            self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+            streamed = [name for name in self.model.all_tied_weights_keys if self._layer_of(name) is not None]
+            packed = [name for name, module in self.model.named_modules() if isinstance(module, PackedWeight)]
+            tie(self.model, missing, [*streamed, *packed])
         complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self._name)
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(device)
+        buffers_to(self.model, device)
 
     def _fill(self, index: int, empty: dict[str, Tensor]) -> None:
+        assert self._reader is not None
         prefix = self._prefixes[index]
-        self._read({prefix + name: tensor for name, tensor in empty.items()})
-
-    @torch.no_grad()
-    def _read(self, empty: Mapping[str, Tensor]) -> None:
-        """Read tensors by their names in the model into `empty`, all of it, cast to its types."""
-        assert self._weights is not None
-        for name, tensor in self._weights.read(empty):
-            empty[name].copy_(tensor)
-            del tensor  # before the next is read
-
-
-def decoder_layers(model: Any) -> list[str]:
-    """Return the names' prefixes (`model.layers.0.`) of a model's layers: the list of modules that holds most weights.
-
-    Raises ValueError if there is none.
-    """
-    sizes = {
-        name: sum(parameter.nbytes for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    }
-    if not sizes:
-        raise ValueError(f"{type(model).__name__} keeps its layers in no nn.ModuleList: it cannot be streamed")
-    name = max(sizes, key=lambda name: sizes[name])
-    return [f"{name}.{index}." for index in range(len(model.get_submodule(name)))]
+        self._reader.read({prefix + name: tensor for name, tensor in empty.items()})
 
 
 class _Hidden(SimpleNamespace):

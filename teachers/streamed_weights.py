@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,12 +49,12 @@ class LayerStream:
     """A stream of layers: one at a time has its weights on the device, in one buffer; the next one is read on the host.
 
     A background thread reads. On a CUDA device the host's buffer is pinned and copied over without waiting. On the host
-    itself the two buffers change places.
+    itself the two buffers change places. Layers that have room in the host's memory are read once and stay there.
     """
 
     _buffer: Tensor | None  # on the device
     _host: Tensor | None
-    _ahead: tuple[int, Future[None]] | None  # the layer that is in the host's buffer, or on its way there
+    _ahead: tuple[int, Future[Tensor]] | None  # the layer that is in the host's memory, or on its way there
     _copied: Any  # CUDA event: the host's buffer may be written again
 
     def __init__(
@@ -61,20 +62,30 @@ class LayerStream:
         layers: Mapping[int, Layer],
         device: torch.device,
         fill: Callable[[int, dict[str, Tensor]], None] | None,
+        host_memory: int = 0,
     ) -> None:
         """Set up `layers` in the order they run; `fill(index, tensors)` reads a layer's weights into its tensors.
 
-        Without `fill` nothing is read, and one buffer stands for everything that the device holds, for a forecast.
+        `host_memory`: bytes of layers that stay in the host's memory once they are read. Without `fill` nothing is
+        read, and one buffer stands for everything that the device holds, for a forecast.
         """
         self._layers, self._fill = dict(layers), fill
-        self._settle(device)
         order = list(self._layers)
         self._after = dict(zip(order, order[1:] + order[:1], strict=True))
-        sizes = [layer.nbytes for layer in self._layers.values()]
-        self.nbytes = sum(sizes)
-        self._size = max(sizes, default=0)
+        sizes = {index: layer.nbytes for index, layer in self._layers.items()}
+        self.nbytes, self.largest = sum(sizes.values()), max(sizes.values(), default=0)
+        self._stays: set[int] = set()
+        self.kept_bytes = 0
+        for index, size in sizes.items():
+            if self.kept_bytes + size > host_memory:
+                break
+            self._stays.add(index)
+            self.kept_bytes += size
+        self._settle(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers")
-        self._holds: int | None = None  # the layer whose weights are in `_buffer`
+        self._holds: int | None = None  # the layer that has its weights
+        self.waited = 0.0
+        """Seconds of waiting for the disk."""
         if fill is None and order:
             self.hold(order[0])  # so that a count of the weights includes the buffer
 
@@ -83,12 +94,12 @@ class LayerStream:
         if self._holds == index:
             return
         self.release()
-        self._allocate()
-        assert self._buffer is not None
-        if self._fill is not None:
-            self._read(index)
-            self._over(self._layers[index].nbytes)
-        self._layers[index].take(self._layers[index].views(self._buffer))
+        if self._fill is None:
+            self._buffer = self._buffer if self._buffer is not None else self._empty()
+            weights = self._buffer
+        else:
+            weights = self._over(index, self._read(index))
+        self._layers[index].take(self._layers[index].views(weights))
         self._holds = index
         if self._fill is not None:
             following = self._after[index]
@@ -113,35 +124,53 @@ class LayerStream:
         self._device = device
         self._changes_places = device.type == "cpu"  # the two buffers, which lie in the same memory
         self._buffer = self._host = self._ahead = self._copied = None
+        self._kept: dict[int, Tensor] = {}
 
-    def _allocate(self) -> None:
-        if self._buffer is None:
-            self._buffer = torch.empty(self._size, dtype=torch.uint8, device=self._device)
-        if self._host is None and self._fill is not None:
-            pinned = self._device.type == "cuda"
-            self._host = torch.empty(self._size, dtype=torch.uint8, pin_memory=pinned)
+    def _empty(self, nbytes: int | None = None, on_host: bool = False) -> Tensor:
+        pinned = on_host and self._device.type == "cuda"
+        device = torch.device("cpu") if on_host else self._device
+        return torch.empty(nbytes or self.largest, dtype=torch.uint8, device=device, pin_memory=pinned)
 
-    def _read(self, index: int) -> None:
-        """Wait until the host's buffer holds this layer, read ahead or now."""
+    def _read(self, index: int) -> Tensor:
+        """Wait until the host's memory holds this layer, read ahead or now, and return it."""
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != index:
             ahead = index, self._thread.submit(self._read_now, index)  # queued after a reading that is now useless
-        ahead[1].result()
+        began = time.perf_counter()
+        try:
+            return ahead[1].result()
+        finally:
+            self.waited += time.perf_counter() - began
 
-    def _read_now(self, index: int) -> None:
-        assert self._host is not None and self._fill is not None
+    def _read_now(self, index: int) -> Tensor:
+        assert self._fill is not None
+        if index in self._kept:
+            return self._kept[index]
+        layer = self._layers[index]
+        if index in self._stays:
+            own = self._empty(layer.nbytes, on_host=True)
+            self._fill(index, layer.views(own))
+            self._kept[index] = own
+            return own
         if self._copied is not None:
             self._copied.synchronize()
-        self._fill(index, self._layers[index].views(self._host))
+        if self._host is None:
+            self._host = self._empty(on_host=True)
+        self._fill(index, layer.views(self._host))
+        return self._host
 
-    def _over(self, nbytes: int) -> None:
-        """Copy the weights from the host to the device."""
-        assert self._buffer is not None and self._host is not None
+    def _over(self, index: int, host: Tensor) -> Tensor:
+        """Bring the weights from the host's memory to the device, and return their place there."""
         if self._changes_places:
-            self._buffer, self._host = self._host, self._buffer
-            return
+            if host is self._host:  # the next layer is read into the buffer of the one before
+                self._buffer, self._host = self._host, self._buffer
+            return host
+        nbytes = self._layers[index].nbytes
+        if self._buffer is None:
+            self._buffer = self._empty()
         # The device's stream runs this copy after the layer that was computed from the same buffer.
-        self._buffer[:nbytes].copy_(self._host[:nbytes], non_blocking=self._device.type == "cuda")
-        if self._device.type == "cuda":
+        self._buffer[:nbytes].copy_(host[:nbytes], non_blocking=self._device.type == "cuda")
+        if self._device.type == "cuda" and host is self._host:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(self._device))
+        return self._buffer

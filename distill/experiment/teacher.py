@@ -18,6 +18,7 @@ from distill.corpus.templates import Learning, prints_the_date
 from distill.errors import UserError, nearest_path
 from distill.experiment.checks import check_length, check_model, run_apart
 from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders
 from distill.experiment.place import Place
 from distill.models import checkpoints, packing, tokenizers
 from distill.models.chat_templates import LONGEST_TEMPLATE
@@ -32,6 +33,7 @@ class Teacher:
     def __init__(self, experiment: Experiment, place: Place) -> None:
         """Find the checkpoint. Raises UserError if it is missing, or reads fewer tokens than a sample has."""
         self.config, self.place, self.device = experiment.teacher, place, place.device
+        self._run = Folders.of(experiment).run
         self.corpus, self._is_checked, self._runs_apart = experiment.corpus, False, False
         with place.making(), quiet_transformers():
             self.checkpoint = checkpoints.resolve(
@@ -96,6 +98,7 @@ class Teacher:
             "device": str(self.place.device),
             "revision": self.config.revision,
             "trust_remote_code": self.config.trust_remote_code,
+            "quantized_copy": str(self._run / "quantized-teacher"),
         }
         with self.place.making():
             model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)

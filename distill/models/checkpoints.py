@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, first_line, nearest, nearest_path
+from distill.models.quantized_manifest import is_copy, read_manifest
 from distill.models.safety import check_folder, check_gguf, check_weights
 from distill.models.shapes import finder
 from distill.models.text_part import renaming, text_config
@@ -163,6 +164,8 @@ def _weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 def _weight_names(folder: Path) -> list[str]:
     """Return the names of the safetensors files that a folder's weights are in, or should be."""
+    if is_copy(folder):
+        return sorted(read_manifest(folder).files)
     if (folder / SINGLE).is_file():
         return [SINGLE]
     index = folder / f"{SINGLE}.index.json"
@@ -216,8 +219,13 @@ def stored_names(checkpoint: Checkpoint) -> list[str]:
 def fingerprints(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dict[str, str]:
     """Return the SHA-256 of the configuration (canonical JSON; for GGUF the file) and of the weight files' contents.
 
-    An adapter belongs to the weights, and the checkpoint's own code, where it is run, to the configuration.
+    A quantised copy has those of its source. An adapter belongs to the weights, and the checkpoint's own code, where it
+    is run, to the configuration.
     """
+    if checkpoint.gguf_file is None and is_copy(checkpoint.folder):
+        manifest = read_manifest(checkpoint.folder)
+        manifest.check(checkpoint.folder)
+        return dict(manifest.source)
     files = weight_files(checkpoint)
     if checkpoint.gguf_file is not None:
         digest = sha256_of(files[0])
@@ -236,7 +244,14 @@ def fingerprints(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dic
 
 
 def _line_of(file: Path) -> bytes:
-    return f"{file.name}\0{sha256_of(file)}\n".encode()
+    status = file.stat()
+    return f"{file.name}\0{_sha256_once(file.resolve(), status.st_size, status.st_mtime_ns)}\n".encode()
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256_once(file: Path, size: int, changed: int) -> str:
+    """Return a file's hash, and keep it: a start asks for it several times."""
+    return sha256_of(file)
 
 
 def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:

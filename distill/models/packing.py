@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.packed import PackedWeight, put, run_expert_by_expert
+from distill.models.quantized_manifest import is_copy, read_manifest
 from distill.models.streaming import without_weights
 from distill.system.progress import say
 from distill.system.units import size
@@ -41,11 +42,17 @@ class Packing:
     """Parameters of the matrices that stay as they are, by class and name."""
     packed: int = 0
     """Parameters in the matrices that are packed."""
+    transposed: set[str] = field(default_factory=set)
+    """Weights in `plain` that their layer (GPT-2's Conv1D) keeps transposed."""
 
     @property
     def share_left(self) -> float:
         left = sum(self.left.values())
         return left / max(left + self.packed, 1)
+
+    def in_place(self) -> Packing:
+        """Return the same packing with the weights of ordinary linear layers packed in their place too."""
+        return replace(self, plain=[], own={**dict.fromkeys(self.plain), **self.own})
 
     def describe(self, quantization: str) -> str:
         """Return the quantisation as it really is, for fingerprints: `nf4`, or `nf4+experts`."""
@@ -96,6 +103,8 @@ def packing_of(model: Any) -> Packing:
                 _share(found, model, full, tied)
             elif converts and (type(module) is nn.Linear or isinstance(module, Conv1D)):
                 found.plain.append(full)
+                if isinstance(module, Conv1D):
+                    found.transposed.add(full)
             elif converts and "router" not in type(module).__name__.lower():
                 found.own[full], found.kinds = None, found.kinds | {"linear"}
             elif _holds_experts(module) and not isinstance(module, nn.Linear):
@@ -154,6 +163,8 @@ def pack_in_place(model: Any, packing: Packing, quantization: str, dtype: torch.
     for full, slices in packing.own.items():
         path, _, name = full.rpartition(".")
         module = model.get_submodule(path)
+        if full in packing.transposed:
+            module = _as_linear(model, path)
         put(module, name, PackedWeight(module._parameters[name].shape, dtype, quantization, slices, device))
         run_expert_by_expert(module)
     for full, source in packing.shared.items():
@@ -161,8 +172,21 @@ def pack_in_place(model: Any, packing: Packing, quantization: str, dtype: torch.
         put(model.get_submodule(path), name, getattr(model.get_submodule(from_path), from_name))
 
 
+def _as_linear(model: Any, path: str) -> nn.Module:
+    """Put an ordinary linear layer in the place of one that keeps its weight transposed."""
+    old = model.get_submodule(path)
+    columns, rows = old.weight.shape
+    with torch.device("meta"):
+        new = nn.Linear(columns, rows, bias=False)
+    new.bias = old.bias
+    model.set_submodule(path, new)
+    return new
+
+
 def described(checkpoint: Checkpoint, quantization: str, trust_remote_code: bool = False) -> str:
     """Return a checkpoint's quantisation as it really is, from its configuration."""
+    if checkpoint.gguf_file is None and is_copy(checkpoint.folder):
+        return read_manifest(checkpoint.folder).as_it_is
     if quantization == "none":
         return quantization
     model = without_weights(load_config(checkpoint, trust_remote_code), torch.float32, trust_remote_code)

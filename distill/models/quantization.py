@@ -11,6 +11,8 @@ from distill.models.checkpoints import Checkpoint, adapter_files, load_config
 from distill.models.filling import fill, with_generation_config
 from distill.models.huggingface import load_pretrained
 from distill.models.packing import Packing, Quantization, multiplied_outside, pack_in_place, packing_of
+from distill.models.quantized_copy import load_copy
+from distill.models.quantized_manifest import is_copy
 from distill.models.quantized_shapes import ScaledLinear, packed_linear
 from distill.models.shapes import finder
 from distill.models.streaming import Weights, kept_wider, without_weights
@@ -36,6 +38,8 @@ def load_quantized(
     """
     # bitsandbytes warns at every product of every layer that int8 casts, and at import of a kernel that we do not use.
     quiet_for_good("bitsandbytes")
+    if checkpoint.gguf_file is None and is_copy(checkpoint.folder):
+        return load_copy(checkpoint, quantization, dtype, device, trust_remote_code)
     if checkpoint.gguf_file is not None:
         loaded = load_pretrained(checkpoint, dtype, trust_remote_code=trust_remote_code)
         if quantization != "none":
@@ -90,9 +94,14 @@ def _load_packed(
 
 
 def is_quantized(checkpoint: Checkpoint, trust_remote_code: bool = False) -> bool:
-    """Tell whether a folder's configuration says that its weights are quantised. GGUF files are dequantised."""
+    """Tell whether a folder's configuration says that its weights are quantised, or it is a quantised copy.
+
+    GGUF files are dequantised.
+    """
     if checkpoint.gguf_file is not None:
         return False
+    if is_copy(checkpoint.folder):
+        return True
     return getattr(load_config(checkpoint, trust_remote_code), "quantization_config", None) is not None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -41,6 +41,32 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
+
+
+def decoder_layers(model: Any) -> list[str]:
+    """Return the names' prefixes (`model.layers.0.`) of a model's layers: the list of modules that holds most weights.
+
+    Raises ValueError if there is none.
+    """
+    sizes = {
+        name: sum(parameter.nbytes for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    if not sizes:
+        raise ValueError(f"{type(model).__name__} keeps its layers in no nn.ModuleList: it cannot be streamed")
+    name = max(sizes, key=lambda name: sizes[name])
+    return [f"{name}.{index}." for index in range(len(model.get_submodule(name)))]
+
+
+class Reader(Protocol):
+    """Reader of a model's weights by their names in it."""
+
+    missing: set[str]
+    """Names that the checkpoint lacks."""
+
+    def read(self, empty: Mapping[str, Tensor]) -> None:
+        """Fill CPU tensors, all of them, cast to their types."""
 
 
 class Weights:
@@ -83,6 +109,19 @@ class Weights:
                     yield name, index, tensor if index is None else tensor[0]
                     del tensor
         complain_about_missing({"missing_keys": missing, "mismatched_keys": []}, self.name)
+
+
+class WeightsReader:
+    """A reader of a checkpoint's own tensors, for models that are not packed."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights, self.missing = weights, weights.missing
+
+    @torch.no_grad()
+    def read(self, empty: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._weights.read(empty):
+            empty[name].copy_(tensor)
+            del tensor  # before the next is read
 
 
 @dataclass

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, refuse_adapter, text_renaming, weight_files
 from distill.models.huggingface import load_pretrained
+from distill.models.quantized_manifest import is_copy
+from distill.models.tensor_files import TensorFile
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -23,14 +24,16 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._places: dict[str, tuple[Path, str]] = {}
+        self._places: dict[str, tuple[TensorFile, str]] = {}
         self._loaded: dict[str, Tensor] | None = None
         if checkpoint.gguf_file is not None:
             return
         refuse_adapter(checkpoint)
+        if is_copy(checkpoint.folder):
+            raise UserError(f"{checkpoint.name} is a quantised copy, for teachers alone: name the checkpoint itself")
         for file in weight_files(checkpoint):
-            with safe_open(file, framework="pt") as opened:
-                self._places.update({name: (file, name) for name in opened.keys()})  # noqa: SIM118
+            opened = TensorFile(file)
+            self._places.update({name: (opened, name) for name in opened.names()})
         if prefixes := text_renaming(checkpoint, self._places):
             stored, self._places = self._places, {}
             for name, place in stored.items():
@@ -47,8 +50,7 @@ class Tensors(Mapping[str, Tensor]):
         if self._checkpoint.gguf_file is not None:
             return self._dequantised()[name]
         file, stored = self._places[name]
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(stored)
+        return file.read(stored)
 
     def _dequantised(self) -> dict[str, Tensor]:
         if self._loaded is None:
