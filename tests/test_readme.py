@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from distill import cli, folder_commands
+import distill as distill_package
+from distill import cli, folder_commands, load_student
 from distill.experiment import configuration as config
 from distill.experiment.file import load_experiment
 
@@ -67,6 +68,25 @@ def test_a_strangers_student_trains_by_the_readmes_own_words(
 
 def test_a_strangers_student_is_short() -> None:
     assert len([line for line in students_source().splitlines() if line.strip()]) <= 36
+
+
+def test_the_blocks_of_the_python_section_run(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = README.split("## From Python\n", 1)[1].split("\n## ", 1)[0]
+    first, second = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    world.write(tmp_path / "my.yaml", evaluate={"max_samples": 8})
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    kl = json.loads((tmp_path / "runs/mine/evaluation.json").read_text())["fidelity"]["student"]["kl"]
+    assert names["results"].frame()["kl"]["student"] == kl
+    assert names["results"].frame()["kl.low"]["student"] < kl < names["results"].frame()["kl.high"]["student"]
+    assert names["results"].curves()["held_out_kl"].notna().any()
+    before = {name: value.clone() for name, value in load_student("runs/mine")[0].state_dict().items()}
+    exec(second, names)
+    after = names["model"].state_dict()
+    assert all(not after[name].equal(value) for name, value in before.items() if value.is_floating_point())
+    table = re.findall(r"`(\w+)[(`.]", "".join(line for line in section.splitlines() if line.startswith("| `")))
+    assert set(distill_package.__all__) - {*table, "Experiment", "Batch", "ChunkTarget", "UserError"} == set()
 
 
 def test_there_are_commands_to_check() -> None:

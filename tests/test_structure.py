@@ -29,7 +29,7 @@ FLOORS = (
     {"training", "evaluation", "export", "report"},
     {"experiment", "forecast"},
     {"recipes"},
-    {"folder_commands"},
+    {"folder_commands", "api"},
     {"cli"},
     {"__main__"},
 )
@@ -38,7 +38,7 @@ NEIGHBOURS = {
 }
 # The parts take plain arguments and work from a notebook: only these know the experiment file.
 CONFIGURATION = {"experiment"}
-READ_CONFIGURATION = {"experiment", "forecast", "recipes", "cli"}
+READ_CONFIGURATION = {"experiment", "forecast", "recipes", "cli", "api"}
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # These answer `distill --help`, which has half a second.
@@ -96,7 +96,7 @@ def wrong_import(module: str, target: str) -> str | None:
         if home == "distill":
             return f"distill finds {away} by name, as plug-ins, and never imports them"
         return None if target.startswith("distill.models") else f"of our packages {home} may import distill.models only"
-    if home != "distill":
+    if home != "distill" or module == "distill":  # which lends the public names, imported when they are first used
         return None
     mine, theirs = room(module), room(target)
     if unknown := {mine, theirs} - FLOOR.keys():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import re
 import typing
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
 
     Raises UserError for a missing or broken file, an unknown key (with the nearest known one), a wrong type or value.
     """
+    return experiment_of(path, read_content(path), overrides)
+
+
+def read_content(path: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises UserError for a missing or broken file."""
     import yaml
 
     file = Path(path)
@@ -47,11 +53,33 @@ def load_experiment(path: str, overrides: list[str]) -> Experiment:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: an experiment file is a mapping of corpus, teacher, student, …")
+    return content
+
+
+def experiment_of(path: str, content: Mapping[str, Any], overrides: list[str]) -> Experiment:
+    """Return the experiment of a file's content. `path` is its name in messages. Raises UserError as above."""
     _check_keys(content, Experiment, path, prefix="")
     _check_overrides(overrides)
     experiment = _parse(path, content, overrides)
     check_values(experiment)
     return experiment
+
+
+def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return a copy of a file's content with other values at dotted keys such as `train.seed`.
+
+    Raises UserError for a key below a plain value. Others are checked when the experiment is made.
+    """
+    result = copy.deepcopy(dict(content))
+    for key, value in changes.items():
+        *above, last = key.split(".")
+        section: Any = result
+        for name in above:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{path}: {key}: there is no such key: '{name}' is a value without keys")
+        section[last] = copy.deepcopy(value)
+    return result
 
 
 _GONE = {
@@ -81,7 +109,7 @@ def to_dict(experiment: Experiment) -> dict[str, Any]:
     return dataclasses.asdict(experiment)
 
 
-def _check_keys(content: dict[Any, Any], kind: type, path: str, prefix: str) -> None:
+def _check_keys(content: Mapping[Any, Any], kind: type, path: str, prefix: str) -> None:
     known = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in content.items():
         if key not in known:
@@ -184,7 +212,7 @@ def _field_documentation(kind: type) -> dict[str, str]:
     return documentation
 
 
-def _parse(path: str, content: dict[str, Any], overrides: list[str]) -> Experiment:
+def _parse(path: str, content: Mapping[str, Any], overrides: list[str]) -> Experiment:
     import argparse
 
     import jsonargparse

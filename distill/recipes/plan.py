@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,39 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
         raise UserError(f"--fit {fit}: is there already: choose another name, or remove it")
     if fit is not None and not Path(fit).absolute().parent.is_dir():
         raise UserError(f"--fit {fit}: there is no folder {Path(fit).parent}: make it, or choose another place")
+    made = planned(experiment, card)
+    forecast, advice, changed = made.forecast, made.advice, made.changed
+    written = None
+    if fit is not None and (advice is None or advice.fits):
+        written = _write(fit, advice.experiment if advice else made.experiment, advice, forecast.card)
+    # Another card may stand in another machine, whose disks are not known.
+    shortages = forecast.shortages if card is None else []
+    if as_json:
+        print(json.dumps(_as_json(forecast, advice, changed, written, shortages), indent=2))
+    else:
+        _print(forecast, advice, changed, shortages)
+        if fit is not None:
+            print(f"\nwritten: {written}" if written else f"\n--fit {fit}: not written, for it would not fit either")
+    if forecast.failures:
+        raise UserError("; ".join(forecast.failures))
+    return 0 if forecast.fits and not shortages else DOES_NOT_FIT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The forecast of an experiment on a card, and what would make it fit."""
+
+    experiment: Experiment
+    """The experiment with the types that its `auto` takes there."""
+    forecast: Forecast
+    advice: Advice | None
+    """Changes that make it fit, or the strongest there are; None if it fits as it is."""
+    changed: Forecast | None
+    """Forecast with these changes."""
+
+
+def planned(experiment: Experiment, card: str | None = None) -> Plan:
+    """Return the plan of an experiment on a card, by default this machine's. Raises UserError as `main` does."""
     found = find_card(card) if card is not None else this_machine(pick_device(experiment.train.accelerator).type)
     if card is None:
         check_number(experiment.train.devices, pick_device(experiment.train.accelerator).type, "train.devices")
@@ -49,20 +82,7 @@ def main(experiment: Experiment, card: str | None = None, as_json: bool = False,
         forecast.notes[:0] = [*_choices(asked, experiment), *([] if untried is None else [untried])]
         advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
         changed = forecaster.forecast(advice.experiment) if advice else None
-    written = None
-    if fit is not None and (advice is None or advice.fits):
-        written = _write(fit, advice.experiment if advice else experiment, advice, found)
-    # Another card may stand in another machine, whose disks are not known.
-    shortages = forecast.shortages if card is None else []
-    if as_json:
-        print(json.dumps(_as_json(forecast, advice, changed, written, shortages), indent=2))
-    else:
-        _print(forecast, advice, changed, shortages)
-        if fit is not None:
-            print(f"\nwritten: {written}" if written else f"\n--fit {fit}: not written, for it would not fit either")
-    if forecast.failures:
-        raise UserError("; ".join(forecast.failures))
-    return 0 if forecast.fits and not shortages else DOES_NOT_FIT
+    return Plan(experiment, forecast, advice, changed)
 
 
 def _with_types(experiment: Experiment, card: Card | None) -> Experiment:

@@ -70,6 +70,31 @@ def install() -> None:
         signal.signal(signal.SIGUSR1, _handle)
 
 
+@contextlib.contextmanager
+def taken_over() -> Iterator[None]:
+    """Take signals over inside, and give them back at the end, for a program that goes on after the work.
+
+    A stop comes out as KeyboardInterrupt, as Python's own does. A thread other than the main one gets no signals.
+    """
+    global _installed
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    before, hook = {number: signal.getsignal(number) for number in numbers}, sys.unraisablehook
+    try:
+        if is_main:
+            install()
+        yield
+    except Interrupted as stop:
+        raise KeyboardInterrupt(f"stopped ({stop}); everything so far is kept, and the same call goes on") from None
+    finally:
+        if is_main:
+            _installed, sys.unraisablehook = False, hook
+            _received.clear()
+            for number, handler in before.items():
+                if handler is not None:  # None is a handler that Python did not set, nor did we
+                    signal.signal(number, handler)
+
+
 def requeue_asked() -> bool:
     """Return whether a SIGUSR1 came, which asks to stop and to be queued again."""
     return _requeue

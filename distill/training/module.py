@@ -15,17 +15,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from distill.cache.reading.batches import Batch, moved
+from distill.cache.reading.batches import Batch
 from distill.errors import UserError
-from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
+from distill.losses.chunks import ChunkTarget, DenseChunk
 from distill.losses.features import feature_distance
 from distill.losses.fused import Walk, fused_loss
 from distill.losses.objective import Mixture
 from distill.models.language_model import Head, hidden_states, run_body, split_output
 from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
-from distill.targets.hidden import HiddenTargets
-from distill.targets.next_token import next_ids
+from distill.training.chunk_target import chunk_target
 from distill.training.guards import NonFinite, too_large
 from distill.training.optimizers.schedule import Schedule
 from distill.training.optimizers.step_in_backward import StepInBackward, gradient_norm, whole
@@ -228,15 +227,9 @@ class DistillationModule(pl.LightningModule):
 
     def _target(self, on_host: Batch) -> ChunkTarget:
         """Return the targets of a batch on the host, on the device."""
-        true_ids_N, targets = next_ids(on_host.input_ids_BL, on_host.loss_mask_BL), on_host.targets
-        if isinstance(targets, HiddenTargets):
-            assert self.teacher_head is not None, "a cache of hidden states comes with the teacher's head"
+        if self.teacher_head is not None:
             self.teacher_head = self.teacher_head.to(self.device)
-            hidden_ND, true_ids_N = (
-                each.to(self.device, non_blocking=True) for each in (targets.hidden_ND, true_ids_N)
-            )
-            return DenseChunk(hidden_ND, self.teacher_head, true_ids_N, self.objective.temperature)
-        return moved(SparseChunk(*targets.padded(), on_host.entropy_N, true_ids_N, targets.rest_N), self.device)
+        return chunk_target(on_host, self.device, self.teacher_head, self.objective.temperature)
 
     def _counted(self, batch: Batch) -> tuple[float, float]:
         """Return the positions with loss, and the samples that have any, of all devices."""
