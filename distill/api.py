@@ -157,7 +157,7 @@ def _check_is_alone(experiment: Experiment) -> None:
 
 @contextlib.contextmanager
 def _as_a_command() -> Iterator[None]:
-    """Quieten the libraries inside, and let Ctrl-C wait for the batch's end as it does in a command."""
+    """Silence the libraries inside, and let Ctrl-C wait for the batch's end as it does in a command."""
     with warnings.catch_warnings(), interrupt.taken_over():
         quiet_command()
         yield

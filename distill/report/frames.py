@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Results:
-    """All that was measured of a run."""
+    """Figures and curves of a run, as far as they were measured."""
 
     facts: RunFacts
 
