@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -33,6 +34,12 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NOISY_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "transformers", "bitsandbytes", "datasets")
+
+
+def pytest_collection_finish() -> None:
+    """Freeze what was imported: commands that drop a model would look through a million objects for its remains."""
+    gc.collect()
+    gc.freeze()
 
 
 def passages(number: int) -> list[str]:
@@ -171,6 +178,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
         patch.setenv("HF_DATASETS_CACHE", str(folder / "datasets"))  # for commands in processes of their own
         patch.setenv("HF_HUB_OFFLINE", "1")
+        gc.freeze()  # what was imported since the collection
         yield World(folder, content)
 
 

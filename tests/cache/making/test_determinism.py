@@ -357,11 +357,11 @@ def end(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("devices", "shard_samples"), [(2, 64), (4, 2)])
+@pytest.mark.parametrize(("devices", "shard_samples"), [(2, 64), (3, 2)])
 def test_processes_make_the_same_bytes(
     tmp_path: Path, manifest_of: Any, devices: int, shard_samples: int, contents: Any
 ) -> None:
-    """One shard for two processes, of which one has nothing to do, and twelve for four."""
+    """One shard for two processes, of which one has nothing to do, and twelve for three."""
     manifest = manifest_of(shard_samples=shard_samples)
     make_cache(tmp_path / "one", manifest, batch_size=3)
     process = start(tmp_path, tmp_path / "several", manifest, batch_size=3, devices=devices)
