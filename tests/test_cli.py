@@ -92,7 +92,7 @@ def test_a_commands_help_lists_every_key_with_its_documentation(distill: Any) ->
         "--train.learning_rate  (float between 0 and 10; default 0.0006)\n      Peak learning rate of AdamW."
         in outcome.out
     )
-    assert "--corpus.path  (str; required)" in outcome.out
+    assert "--corpus.path  (str | None; default None)" in outcome.out
     assert "--run_dir  (str; default runs/experiment)" in outcome.out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.compute
 
 from distill.corpus.faults import BadRow, Fault
 from distill.corpus.reading import Source
-from distill.corpus.shapes import BY_NAME, Columns, find_shape
+from distill.corpus.shapes import Columns, find_shape
 from distill.errors import UserError, did_you_mean
 
 READER_VERSION = 3
@@ -37,16 +38,16 @@ FEATURES = datasets.Features(
 )
 
 
-def load_documents(sources: Sequence[Source], columns: Columns = BY_NAME) -> datasets.Dataset:
+def load_documents(sources: Sequence[Source]) -> datasets.Dataset:
     """Load the documents of all `sources` in order, empty ones included, as a memory-mapped table (see `FEATURES`).
 
-    `columns` are the names that the user gave. The table is kept in the cache folder of `datasets` under a hash of the
+    The table is kept in the cache folder of `datasets` under a hash of the
     files' bytes and read from there next time.
     """
-    key = json.dumps([READER_VERSION, columns.key(), [source.content_key() for source in sources]])
+    key = json.dumps([READER_VERSION, [_key(source) for source in sources]])
     try:
         return datasets.Dataset.from_generator(
-            lambda: _documents(sources, columns),
+            lambda: _documents(sources),
             features=FEATURES,
             fingerprint=hashlib.sha256(key.encode()).hexdigest(),
             writer_batch_size=64,  # documents held in memory at one time
@@ -58,16 +59,21 @@ def load_documents(sources: Sequence[Source], columns: Columns = BY_NAME) -> dat
 
 
 def are_conversations(documents: datasets.Dataset) -> bool:
-    """Tell whether the documents are conversations."""
+    """Tell whether there are conversations among the documents."""
     return bool(documents.data.column("conversation").to_numpy().any())
 
 
 def corpus_fingerprint(documents: datasets.Dataset, kept: np.ndarray) -> str:
     """Return the sha256 (hex) of the content of the `kept` documents (bool) in order. Empty ones do not change it."""
-    kind = b"messages" if are_conversations(documents) else b"text"
+    conversations = documents.data.column("conversation").to_numpy()
+    is_mixed = kept.any() and len(np.unique(conversations[kept])) > 1
+    kind = b"mixed" if is_mixed else b"messages" if conversations.any() else b"text"
     digest, first = hashlib.sha256(kind), 0
-    for batch in documents.select_columns(["digest"]).iter(batch_size=4096):
+    for batch in documents.select_columns(["digest", "conversation"]).iter(batch_size=4096):
         found = batch["digest"]
+        if is_mixed:
+            kinds = (b"m" if is_one else b"t" for is_one in batch["conversation"])
+            found = [kind + each for kind, each in zip(kinds, found, strict=True)]
         digest.update(b"".join(itertools.compress(found, kept[first : first + len(found)])))
         first += len(found)
     return digest.hexdigest()
@@ -104,23 +110,28 @@ def document_hashes(documents: datasets.Dataset) -> np.ndarray:
     return np.frombuffer(first, dtype="<i8").astype(np.int64)
 
 
-def _documents(sources: Sequence[Source], columns: Columns) -> Iterator[dict[str, Any]]:
-    first: tuple[bool, str] | None = None
-    rows = 0
+def _key(source: Source) -> list[Any]:
+    """Return what determines a source's part of the table, as JSON values."""
+    return [source.owner, source.limit, source.columns.key(), source.content_key()]
+
+
+def _documents(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
+    first: dict[int, tuple[bool, str]] = {}  # kind and place of each owner's first document
+    rows: Counter[int] = Counter()
     for index, source in enumerate(sources):
-        for number, row in source.rows():
+        left = None if source.limit is None else max(source.limit - rows[source.owner], 0)
+        for number, row in itertools.islice(source.rows(), left):
             where = f"{source.label}: row {number}"
             try:
-                found = _read(row, columns, where)
-                is_conversation = found["conversation"]
-                first = first or (is_conversation, where)
-                if is_conversation != first[0]:
-                    here, there = _KINDS[is_conversation], _KINDS[first[0]]
-                    raise UserError(f"{where}: is {here}, but {first[1]} is {there}: make two corpora of them")
+                found = _read(row, source.columns, where)
+                kind, place = first.setdefault(source.owner, (found["conversation"], where))
+                if found["conversation"] != kind:
+                    here, there = _KINDS[not kind], _KINDS[kind]
+                    raise UserError(f"{where}: is {here}, but {place} is {there}: make two corpus.sources of them")
             except UserError as error:
                 found = _NO_DOCUMENT | {"fault": str(error).removeprefix(f"{where}: ")}
             yield found | {"source": index, "row": number}
-            rows += 1
+            rows[source.owner] += 1
     if not rows:
         raise UserError(
             f"{', '.join(source.label for source in sources[:3])}: no document in it, not even an empty one"

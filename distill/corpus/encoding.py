@@ -53,7 +53,8 @@ def encode(
     """
     batch_size = max(1, min(512, BATCH_BYTES * len(documents) // max(1, documents.data.nbytes)))
     conversations = are_conversations(documents)
-    function = _encode_conversations(tokenizer, labels, learning) if conversations else _encode_texts(tokenizer)
+    texts = _encode_texts(tokenizer)
+    function = _by_kind(_encode_conversations(tokenizer, labels, learning), texts) if conversations else texts
     key = f"{ENCODER_VERSION} {documents._fingerprint} {_tokenizer_key(tokenizer)} {learning if conversations else ''}"
     return documents.map(
         function,
@@ -64,6 +65,24 @@ def encode(
         features=FEATURES,
         new_fingerprint=hashlib.sha256(key.encode()).hexdigest(),
     )
+
+
+def _by_kind(conversations: Callable[[Batch], Batch], texts: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
+    """Return a function that gives each row of a batch to the function of its kind."""
+
+    def function(batch: Batch) -> Batch:
+        is_one = np.array(batch["conversation"], dtype=bool)
+        table: Batch = {name: [None] * len(is_one) for name in FEATURES}
+        for kind, encode_kind in ((True, conversations), (False, texts)):
+            rows = np.flatnonzero(is_one == kind).tolist()
+            if rows:
+                found = encode_kind({name: [column[row] for row in rows] for name, column in batch.items()})
+                for name, values in found.items():
+                    for row, value in zip(rows, values, strict=True):
+                        table[name][row] = value
+        return table
+
+    return function
 
 
 def _encode_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Batch], Batch]:

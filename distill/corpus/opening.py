@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,16 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from distill.corpus.documents import are_conversations, document_hashes, load_documents
 from distill.corpus.encoding import encode
 from distill.corpus.packing import STREAM, Packing
-from distill.corpus.reading import find_sources
-from distill.corpus.samples import Samples
+from distill.corpus.samples import Samples, document_lengths
 from distill.corpus.selecting import BadRows, check_reading, select
-from distill.corpus.shapes import BY_NAME, NAMES, Columns
-from distill.corpus.splitting import check_sides, split_rows
+from distill.corpus.shapes import NAMES
+from distill.corpus.sources import TextSource, check_all_are_there, check_weights, file_names, labels_of
+from distill.corpus.splitting import check_sides, mix, split_rows
 from distill.corpus.summary import SourceCounts
 from distill.corpus.templates import DEFAULTS, Learning
 from distill.errors import UserError
 from distill.models.tokenizers import begin_token_id
-from distill.system.files import last_part
 from distill.system.quiet import quiet_datasets
 
 
@@ -39,6 +38,8 @@ class SampleSets:
     """Counts of each source: what was read, and what was left out."""
     sources: tuple[str, ...] = ()
     """Names of the files (below the corpus's folder) or of the data set, by the number that samples give."""
+    owners: tuple[int, ...] = ()
+    """Number of the source (in `counts`) of each of these files."""
     shapes: dict[str, int] = field(default_factory=dict)
     """Number of rows of each shape (`distill.corpus.shapes.NAMES`)."""
     thoughts_left_out: int = 0
@@ -64,13 +65,10 @@ class SampleSets:
 
 
 def open_corpus(
-    path: str,
+    corpus: str | Sequence[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
-    name: str | None = None,
-    split: str = "train",
-    columns: Columns = BY_NAME,
     learning: Learning = DEFAULTS,
     pack: bool | str = "auto",
     long: str = "split",
@@ -80,9 +78,10 @@ def open_corpus(
     seed: int = 0,
     begun_with: str | None = None,
 ) -> SampleSets:
-    """Read, tokenise, split and pack a corpus. The arguments are those of the configuration's `CorpusConfig`, with its
-    names of columns as `columns` and its keys for conversations as `learning`. Of a cache of it that was begun,
-    `begun` is the packing, and `begun_with` the fingerprint of the corpus (see `select`).
+    """Read, tokenise, split and pack a corpus, a path or several sources.
+
+    The arguments are those of the configuration's `CorpusConfig`, with its keys for conversations as `learning`. Of a
+    cache of it that was begun, `begun` is the packing, and `begun_with` the fingerprint of the corpus (see `select`).
 
     Tables of text and of tokens are kept in the cache folder of `datasets` (`HF_DATASETS_CACHE`). Their keys are the
     files' bytes and the tokenizer's content, so a second opening is quick and never stale.
@@ -94,16 +93,22 @@ def open_corpus(
         raise UserError(f"corpus.sequence_length: {sequence_length} is too short; a sample needs 2 tokens at least")
     if seed < 0:
         raise UserError(f"corpus.seed: {seed} is negative; give 0 or more")
-    sources = find_sources(path, name, split, columns)
+    sources = [TextSource(corpus)] if isinstance(corpus, str) else list(corpus)
+    path, weights = ", ".join(source.path for source in sources), check_weights(sources)
+    files = [file for owner, source in enumerate(sources) for file in source.open(owner)]
     with quiet_datasets():
-        documents = load_documents(sources, columns)
-        labels = [source.label for source in sources]
+        documents = load_documents(files)
+        labels = [file.label for file in files]
         check_reading(path, documents, labels, bad_rows)
         encoded = encode(documents, tokenizer, labels, learning)
     chosen = select(path, documents, encoded, labels, bad_rows, begun_with)
     sides = split_rows(np.where(chosen.kept, _numbers(documents, "share"), 2.0), held_out, seed)
     train_rows, held_rows = (rows[chosen.learnable[rows]] for rows in sides)
     check_sides(path, train_rows, held_rows, held_out)
+    owners = np.array([file.owner for file in files])[_numbers(documents, "source")]
+    if weights is not None:
+        check_all_are_there(sources, owners[train_rows])
+        train_rows = mix(train_rows, owners, document_lengths(encoded), weights)
     begin, conversations = begin_token_id(tokenizer), are_conversations(documents)
     packing = Packing.of(pack, long, conversations=conversations, begin=begin is not None, begun=begun)
     train, held = (
@@ -125,14 +130,13 @@ def open_corpus(
                 f"{path}: all {len(rows)} {side} documents are longer than {sequence_length} tokens, and corpus.long: "
                 "skip leaves them out: raise corpus.sequence_length, or give --corpus.long split"
             )
-    owners = np.zeros(len(documents), dtype=np.int64)
-    names = tuple(_name_below(path, source.label) for source in sources)
     return SampleSets(
         train,
         held,
         chosen.fingerprint,
-        chosen.counts([_name_of(path)], owners, encoded, held_rows, sequence_length),
-        names,
+        chosen.counts(labels_of(sources), owners, encoded, (train_rows, held_rows), sequence_length),
+        file_names(sources, files),
+        tuple(file.owner for file in files),
         shapes=_shapes(documents),
         thoughts_left_out=int(_numbers(encoded, "thoughts").sum()),
         rendering=learning.described(tokenizer) if conversations else {},
@@ -144,16 +148,6 @@ def open_corpus(
 def _shapes(documents: datasets.Dataset) -> dict[str, int]:
     kinds = np.unique(_numbers(documents, "shape"), return_counts=True)
     return {NAMES[kind]: int(rows) for kind, rows in zip(*kinds, strict=True) if kind >= 0}
-
-
-def _name_of(path: str) -> str:
-    return last_part(path) if Path(path).expanduser().exists() else path
-
-
-def _name_below(path: str, label: str) -> str:
-    """Return a source's name as it is on every machine: below the corpus's folder, or the last part of its path."""
-    root = Path(path).expanduser()
-    return Path(label).relative_to(root).as_posix() if root.is_dir() else last_part(label) if root.exists() else label
 
 
 def _numbers(table: datasets.Dataset, column: str) -> np.ndarray:

@@ -46,6 +46,10 @@ class CorpusFile:
 
     path: Path
     columns: Columns
+    owner: int = 0
+    """Number of the corpus's source that it belongs to."""
+    limit: int | None = None
+    """Largest number of rows that are read of that source."""
 
     @property
     def label(self) -> str:
@@ -95,6 +99,8 @@ class HubDataset:
     label: str
     data: datasets.Dataset
     columns: Columns
+    owner: int = 0
+    limit: int | None = None
 
     def content_key(self) -> str:
         """Return the fingerprint that `datasets` gives to this split of this revision."""

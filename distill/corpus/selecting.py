@@ -18,7 +18,7 @@ from distill.corpus.documents import (
 )
 from distill.corpus.faults import Fault, count_kinds, refusal
 from distill.corpus.samples import document_lengths
-from distill.corpus.summary import DUPLICATE, EMPTY, UNLEARNABLE, SourceCounts, count_source
+from distill.corpus.summary import BEYOND, DUPLICATE, EMPTY, UNLEARNABLE, SourceCounts, count_source
 from distill.errors import UserError
 
 BadRows = Literal["refuse", "skip"]
@@ -37,22 +37,32 @@ class Selection:
     faults: list[Fault]
 
     def counts(
-        self, names: Sequence[str], owners: np.ndarray, encoded: datasets.Dataset, held_rows: np.ndarray, length: int
+        self,
+        names: Sequence[str],
+        owners: np.ndarray,
+        encoded: datasets.Dataset,
+        sides: tuple[np.ndarray, np.ndarray],
+        length: int,
     ) -> tuple[SourceCounts, ...]:
-        """Return the counts of each source of `names`. `owners` is the source's number of each row."""
-        is_held = np.zeros(len(self.kept), dtype=bool)
-        is_held[held_rows] = True
+        """Return the counts of each source of `names`. `owners` is the source's number of each row.
+
+        `sides` are the rows of the training and of the held-out documents.
+        """
+        is_taken, is_held = np.zeros((2, len(self.kept)), dtype=bool)
+        is_taken[np.concatenate(sides)] = True
+        is_held[sides[1]] = True
         bad = np.zeros(len(self.kept), dtype=bool)
         bad[[fault.place for fault in self.faults]] = True
         lengths, learned = document_lengths(encoded), encoded.data.column("learned").to_numpy()
         found = []
         for number, name in enumerate(names):
             here = owners == number
-            own = here & self.learnable
+            own = here & is_taken
             left_out = count_kinds(fault for fault in self.faults if here[fault.place]) | {
                 EMPTY: int((here & ~self.kept & ~self.repeated & ~bad).sum()),
                 UNLEARNABLE: int((here & self.kept & ~self.learnable).sum()),
                 DUPLICATE: int((here & self.repeated).sum()),
+                BEYOND: int((here & self.learnable & ~is_taken).sum()),
             }
             found.append(count_source(name, lengths[own], learned[own], is_held[own], left_out, length))
         return tuple(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from distill.errors import UserError
@@ -18,6 +20,26 @@ def split_rows(shares: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarr
     held_rows = np.flatnonzero(shares < held_out)
     train_rows = np.flatnonzero((shares >= held_out) & (shares <= 1))
     return np.random.default_rng(seed).permutation(train_rows), held_rows
+
+
+def mix(rows: np.ndarray, owners: np.ndarray, tokens: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Return documents of several sources in an order whose every beginning has the sources' tokens by their weights.
+
+    The order ends where a source has no more: the others' further documents are left out. Documents of one source keep
+    their order. Each document takes its turn when its middle is due, as in weighted fair queueing.
+
+    `rows` are int64 [documents]; `owners`, the sources' numbers, and `tokens` are those of all rows of the table.
+    """
+    due = np.empty(len(rows))
+    end = np.inf
+    for owner, weight in enumerate(weights):
+        places = np.flatnonzero(owners[rows] == owner)
+        lengths = tokens[rows[places]].astype(np.float64)
+        behind = np.cumsum(lengths)
+        due[places] = (behind - lengths / 2) / weight
+        end = min(end, behind[-1] / weight if len(behind) else 0.0)
+    order = np.argsort(due, kind="stable")
+    return rows[order[due[order] < end]]
 
 
 def spread(total: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.corpus.faults import MOST_KINDS
 
-EMPTY, UNLEARNABLE, DUPLICATE = "empty", "no token to learn", "exact duplicate"
+EMPTY, UNLEARNABLE, DUPLICATE, BEYOND = "empty", "no token to learn", "exact duplicate", "beyond its weight"
 """Reasons why a document is left out, beside the kinds of bad rows."""
 
 

@@ -38,6 +38,8 @@ HELD_OUT_ORDER = "held_out_order"
 PACKING = "samples"
 """Fingerprint of caches whose documents become samples otherwise than in earlier releases, in words."""
 
+MIXTURE = "mixture"
+"""Fingerprint of caches whose corpus has several sources with weights."""
 DATE = "date"
 """Fingerprint of caches whose chat template prints the day: the one that it takes for today."""
 
@@ -77,6 +79,12 @@ def packing_fingerprint(experiment: Experiment) -> str:
     return f"held out {experiment.corpus.held_out}, seed {experiment.corpus.seed}"
 
 
+def mixture_of(experiment: Experiment) -> dict[str, str]:
+    """Return the fingerprint of the sources' weights, which determine the order of documents; none without weights."""
+    weights = [f"{source.weight:g}" for source in experiment.corpus.all_sources if source.weight is not None]
+    return {MIXTURE: f"weights {', '.join(weights)}"} if weights else {}
+
+
 def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets, order: TokenOrder) -> Manifest:
     """Make the manifest that the experiment's cache must have."""
     corpus, cache = experiment.corpus, experiment.cache
@@ -101,6 +109,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
             token_order.FINGERPRINT: order.fingerprint,
             "packing": packing_fingerprint(experiment),
             HELD_OUT_ORDER: "spread",
+            **mixture_of(experiment),
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
         | ({"rows left out": left_out_in_words(left_out)} if (left_out := together(samples.counts).left_out) else {})
@@ -212,6 +221,7 @@ def check_cache_settings(experiment: Experiment, found: Manifest, folder: str) -
     corpus, asked = experiment.corpus, dict(found.fingerprints)
     if "conversations" in asked:
         asked["conversations"] = Learning(corpus.learn, corpus.thoughts == "keep").words
+    asked = {name: value for name, value in asked.items() if name != MIXTURE} | mixture_of(experiment)
     if DATE in asked and corpus.date is not None:
         asked[DATE] = corpus.date
     packing = packing_of(found).asked(corpus.pack, corpus.long)

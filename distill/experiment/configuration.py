@@ -18,10 +18,28 @@ class Between:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of text."""
+
+    path: str
+    """A file, a folder, or a hub data set's name, as `corpus.path`."""
+    name: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set, or of a folder whose files are named after splits."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns by their meaning."""
+    weight: Annotated[float, Between(1e-6, 1e6)] | None = None
+    """Share of the training tokens, relative to the other sources' weights; default: all tokens of all sources."""
+    limit: Annotated[int, Between(1, 2**40)] | None = None
+    """Rows that are read at most."""
+
+
+@dataclass(frozen=True)
 class CorpusConfig:
     """The text the teacher reads and the student learns from."""
 
-    path: str
+    path: str | None = None
     """A txt, md, jsonl, json, csv, tsv, parquet or arrow file, a folder of such files, or a hub data set's name."""
     name: str | None = None
     """Configuration name of a hub data set (for example `sample-10BT`)."""
@@ -29,6 +47,8 @@ class CorpusConfig:
     """Split of a hub data set, or of a folder whose files are named after splits; several as `train+test`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns by their meaning, such as `{text: body}` or `{prompt: question, completion: answer}`."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several sources instead of `path`, each with path, name, split, columns, weight and limit."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Turns of a conversation that are learned: the assistant's, the assistant's last one, or all text."""
     thoughts: Literal["keep", "drop"] = "keep"
@@ -54,6 +74,18 @@ class CorpusConfig:
     """Share of the documents, chosen by a hash of their content, that is never trained on."""
     seed: Annotated[int, Between(0, 2**63)] = 0
     """Seed of the order of the documents."""
+
+    @property
+    def all_sources(self) -> list[SourceConfig]:
+        """The sources; `path` with its keys is one."""
+        if self.path is None:
+            return self.sources
+        return [SourceConfig(self.path, self.name, self.split, self.columns)]
+
+    @property
+    def named(self) -> str:
+        """The paths, for messages."""
+        return ", ".join(source.path for source in self.all_sources)
 
     @property
     def shares_samples(self) -> bool:

@@ -7,18 +7,17 @@ import dataclasses
 import itertools
 import re
 import typing
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
 from distill.experiment import configuration as config
-from distill.experiment.configuration import Between, Experiment
+from distill.experiment.configuration import Experiment
+from distill.experiment.values import NO_VALUE, check_values, limits_of
 from distill.experiment.yaml_text import load_yaml
 from distill.system.files import read_bounded
 from distill.system.quiet import quiet
-from distill.system.units import parse_duration, parse_size
 
 _MOST_BYTES = 2**20
 
@@ -93,9 +92,6 @@ _GONE = {
 """Keys of earlier releases, and the remedies."""
 
 
-_NO_VALUE = "has no value: give it one, or leave the key out"
-
-
 def _where(error: Any) -> str:
     """Return the place and problem of a YAML error, without the excerpt of the text."""
     mark = getattr(error, "problem_mark", None)
@@ -121,9 +117,14 @@ def _check_keys(content: Mapping[Any, Any], kind: type, path: str, prefix: str) 
                 raise UserError(f"{path}: {prefix}{key}: must be a mapping, got {value!r}")
             _check_keys(value, section, path, f"{prefix}{key}.")
         elif value is None and "None" not in str(known[key].type):
-            raise UserError(f"{path}: {prefix}{key}: {_NO_VALUE}")
+            raise UserError(f"{path}: {prefix}{key}: {NO_VALUE}")
         elif str(known[key].type).startswith("list") and not isinstance(value, list):
             raise UserError(f"{path}: {prefix}{key}: must be a list, got {value!r}")
+        elif (item := _item(known[key])) is not None:
+            for number, each in enumerate(value, start=1):
+                if not isinstance(each, dict):
+                    raise UserError(f"{path}: {prefix}{key}[{number}]: must be a mapping, got {each!r}")
+                _check_keys(each, item, path, f"{prefix}{key}[{number}].")
         elif isinstance(value, str) and value.lower() in ("null", "~") and "None" in str(known[key].type):
             # jsonargparse would take the text for no value
             raise UserError(f"{path}: {prefix}{key}: is the text {value!r}: choose another, or leave the key out")
@@ -141,6 +142,13 @@ def _check_text(key: str, value: str, field: dataclasses.Field) -> None:
 def _section(entry: dataclasses.Field) -> type | None:
     """Return the dataclass of a field that is a section of the file, None for a plain value."""
     kind = getattr(config, str(entry.type), None)
+    return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
+
+
+def _item(entry: dataclasses.Field) -> type | None:
+    """Return the dataclass of the mappings in a field that is a list of them, None for any other field."""
+    found = re.fullmatch(r"list\[(\w+)\]", str(entry.type))
+    kind = getattr(config, found[1], None) if found else None
     return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
 
 
@@ -260,72 +268,3 @@ def _plain(message: str) -> str:
     line = re.sub(_ANNOTATED, r"\1", re.sub(r"<class '(\w+)'>", r"\1", line))
     line = re.sub(_UNION, r"Expected a \1. Got value:", line)
     return line.replace("Expected a one of", "expected one of").replace("Expected a", "expected")
-
-
-def check_values(experiment: Experiment) -> None:
-    """Raise UserError for all values that are not of their keys' types, or beyond their limits, in one message."""
-    wrong = []
-    for section, kind in typing.get_type_hints(Experiment, include_extras=True).items():
-        values = getattr(experiment, section)
-        if not dataclasses.is_dataclass(kind):
-            wrong += _wrong(section, values, kind)
-            continue
-        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-            wrong += _wrong(f"{section}.{name}", getattr(values, name), hint)
-    wrong = wrong or list(_misspelt(experiment))
-    if wrong:
-        raise UserError("; ".join(wrong))
-
-
-def _wrong(key: str, value: Any, hint: Any) -> list[str]:
-    """Return the faults of a key's value."""
-    if value is None:
-        return [] if type(None) in typing.get_args(hint) else [f"{key}: {_NO_VALUE}"]
-    limits, faults = limits_of(hint), []
-    if isinstance(value, dict):
-        faults += [f"{key}: {name!r} is no text, as a name is" for name in value if not isinstance(name, str)]
-    for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, str) and not each.strip():
-            faults.append(f"{key}: is empty: give it a value, or leave the key out")
-        elif isinstance(each, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in each):
-            faults.append(f"{key}: {each!r} has control characters: remove them")
-        elif isinstance(value, list) and isinstance(each, str) and each.startswith(("[", "{")):
-            faults.append(f"{key}: {each!r} is a list as text: give names")  # of an override that is no list of names
-        elif limits is not None and not limits.low <= each <= limits.high:
-            faults.append(f"{key}: {each} is not {limits}")
-    return faults
-
-
-def _misspelt(experiment: Experiment) -> Iterator[str]:
-    """Yield the faults of sizes, times and parts, which are texts of a form."""
-    for key, parse in _FORMS.items():
-        value: Any = experiment
-        for name in key.split("."):
-            value = getattr(value, name)
-        try:
-            if value is not None:
-                parse(value, key)
-        except UserError as error:
-            yield str(error)
-
-
-def _parse_part(text: str, key: str) -> object:
-    from distill.cache.format.part import Part
-
-    return Part.parse(text)
-
-
-_FORMS: dict[str, Callable[[str, str], object]] = {
-    "cache.part": _parse_part,
-    "cache.max_size": parse_size,
-    "cache.max_time": parse_duration,
-    "train.max_time": parse_duration,
-    "memory_limit": parse_size,
-}
-
-
-def limits_of(hint: Any) -> Between | None:
-    """Return the limits that a field's type holds, also inside a union or a list."""
-    found = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Between)]
-    found += [limits for inner in typing.get_args(hint) if (limits := limits_of(inner)) is not None]
-    return found[0] if found else None

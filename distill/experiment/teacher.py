@@ -14,6 +14,7 @@ from distill import plugins
 from distill.corpus import SampleSets, open_corpus
 from distill.corpus.packing import Packing
 from distill.corpus.shapes import Columns
+from distill.corpus.sources import TextSource
 from distill.corpus.templates import Learning, prints_the_date
 from distill.errors import UserError, nearest_path
 from distill.experiment.checks import check_length, check_model, run_apart
@@ -131,12 +132,12 @@ def open_samples(experiment: Experiment, teacher: Teacher, begun: Begun = NOTHIN
     """Open the corpus as samples of the teacher's tokens, as a cache that was begun has them."""
     corpus = experiment.corpus
     return open_corpus(
-        corpus.path,
+        [
+            TextSource(source.path, source.name, source.split, Columns.of(source.columns), source.weight, source.limit)
+            for source in corpus.all_sources
+        ],
         teacher.tokenizer,
         sequence_length=corpus.sequence_length,
-        name=corpus.name,
-        split=corpus.split,
-        columns=Columns.of(corpus.columns),
         learning=Learning(
             corpus.learn,
             corpus.thoughts == "keep",

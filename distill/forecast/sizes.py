@@ -64,22 +64,26 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
     evaluated = experiment.evaluate.max_samples
     if total is None:
         if cache.max_samples is None:
-            notes.append(f"corpus {corpus.path}: its size is not known here; with cache.max_samples the whole is told")
+            notes.append(f"corpus {corpus.named}: its size is not known here; with cache.max_samples the whole is told")
         return Amount(cache.max_samples, cache.held_out_samples, evaluated)
     text = f"about {total:,} samples, by the size of its files ({BYTES_A_TOKEN_OF_TEXT:g} bytes a token)"
-    notes.append(f"corpus {corpus.path}: {text}")
+    if any(source.weight or source.limit for source in corpus.all_sources):
+        text += ", fewer by their weights and limits"
+    notes.append(f"corpus {corpus.named}: {text}")
     held_out = round(total * corpus.held_out)
     train = min(total - held_out, cache.max_samples or total)
     return Amount(train, min(held_out, cache.held_out_samples), min(held_out, evaluated or held_out))
 
 
 def _samples_in_files(experiment: Experiment) -> int | None:
-    files = local_files(experiment.corpus.path, experiment.corpus.split)
-    if files is None:
-        return None
-    held = sum(
-        file.stat().st_size * (_COMPRESSION if file.suffix in (*COMPRESSIONS, ".parquet") else 1) for file in files
-    )
+    held = 0.0
+    for source in experiment.corpus.all_sources:
+        files = local_files(source.path, source.split)
+        if files is None:
+            return None
+        held += sum(
+            file.stat().st_size * (_COMPRESSION if file.suffix in (*COMPRESSIONS, ".parquet") else 1) for file in files
+        )
     return max(1, math.ceil(held / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
 
 

@@ -314,7 +314,7 @@ def _describe(experiment: Experiment, manifest: Manifest, asked: dict[str, int],
     teacher = experiment.teacher
     say(f"teacher: {teacher.model}, {manifest.fingerprints['quantization']}, {manifest.vocab_size:,} tokens")
     say(
-        f"corpus: {experiment.corpus.path}, {train:,} of {len(samples.train):,} training samples and "
+        f"corpus: {experiment.corpus.named}, {train:,} of {len(samples.train):,} training samples and "
         f"{held_out:,} held out, {manifest.sequence_length} tokens each"
     )
     say(f"corpus: {', '.join(f'{kind}, {rows:,} rows' for kind, rows in samples.shapes.items())}")

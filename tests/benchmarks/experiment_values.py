@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill.experiment.configuration import Experiment
-from distill.experiment.file import limits_of
+from distill.experiment.values import limits_of
 
 ODD: dict[str, Any] = {
     "null": None,

@@ -33,7 +33,7 @@ def load(path: str, **columns_by_meaning: str) -> datasets.Dataset:
     """The table of documents; its bad rows are refused."""
     columns = Columns.of(columns_by_meaning)
     sources = find_sources(path, None, "train", columns)
-    table = load_documents(sources, columns)
+    table = load_documents(sources)
     if faults := faults_in(table, table):
         raise refusal(faults, len(table), [source.label for source in sources])
     return table
@@ -107,7 +107,10 @@ BAD_ROWS: list[tuple[list[Any], str]] = [
     ([{"text": "x"}, {"text": None}], r"row 2: column 'text' is null, not text"),
     ([{"text": 3}], r"row 1: column 'text' is int, not text"),
     ([{"text": "\ud800"}], r"row 1: not text"),
-    ([{"text": "x"}, {"messages": [USER]}], r"row 2: is a conversation, but .*row 1 is plain text: make two corpora"),
+    (
+        [{"text": "x"}, {"messages": [USER]}],
+        r"row 2: is a conversation, but .*row 1 is plain text: make two corpus.sources",
+    ),
     ([{"messages": "Who?"}], r"row 1: messages are a str, not a list"),
     ([{"messages": None}], r"row 1: messages are a NoneType"),
     ([{"messages": [USER, "x"]}], r"row 1: message 2: needs a role and a content.*found: str"),

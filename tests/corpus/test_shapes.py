@@ -31,7 +31,7 @@ TOOL = {"type": "function", "function": FUNCTION}
 
 
 def read(path: str, columns: Columns = BY_NAME) -> tuple[list[Conversation], list[str]]:
-    table = load_documents(find_sources(path, None, "train", columns), columns)
+    table = load_documents(find_sources(path, None, "train", columns))
     if faults := faults_in(table, table):
         raise refusal(faults, len(table), [path])
     found = [Conversation.parse(text) if text else Conversation([]) for text in table["document"]]
@@ -83,7 +83,7 @@ def test_columns_that_are_named(write: Write) -> None:
     path = write("a.jsonl", [{"frage": "Name a river.", "antwort": "The Elbe.", "regel": "Be brief.", "text": "no"}])
     columns = Columns.of({"prompt": "frage", "completion": "antwort", "system": "regel"})
     assert read(path, columns)[0][0].messages == [SYSTEM, *PLAIN]
-    table = load_documents(find_sources(path, None, "train"), Columns.of({"text": "frage"}))
+    table = load_documents(find_sources(path, None, "train", Columns.of({"text": "frage"})))
     assert table["document"][:] == ["Name a river."]
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from distill.errors import UserError
 from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
-from distill.experiment.file import limits_of, load_experiment, print_options, to_dict
+from distill.experiment.file import load_experiment, print_options, to_dict
+from distill.experiment.values import limits_of
 
 MINIMAL = {"corpus": {"path": "c.jsonl"}, "teacher": {"model": "t"}}
 
@@ -131,6 +132,21 @@ def test_to_dict_gives_back_an_equal_experiment(tmp_path: Path, minimal: str) ->
         ("train: {learning_rate: fast}\n", ["train.learning_rate", "fast", "float"]),
         ("corpus: {path: c, pack: perhaps}\n", ["corpus.pack", "perhaps", "bool"]),
         ("student: {options: 3}\n", ["student.options", "3"]),
+        ("corpus: {seed: 1}\nteacher: {model: t}\n", ["corpus.path: is missing", "corpus.sources"]),
+        (
+            "corpus: {path: c, sources: [{path: d}]}\nteacher: {model: t}\n",
+            ["corpus.path: stands beside corpus.sources"],
+        ),
+        (
+            "corpus: {sources: [{path: d}], split: test}\nteacher: {model: t}\n",
+            ["corpus.split: stands beside corpus.sources"],
+        ),
+        ("corpus: {sources: [{path: d, wieght: 2}]}\n", ["corpus.sources[1].wieght: unknown", "'weight'"]),
+        ("corpus: {sources: [{path: d}, e]}\n", ["corpus.sources[2]: must be a mapping, got 'e'"]),
+        ("corpus: {sources: {path: d}}\n", ["corpus.sources: must be a list"]),
+        ("corpus: {sources: [{path: d, limit: 0}]}\nteacher: {model: t}\n", ["corpus.sources[1].limit: 0 is not"]),
+        ("corpus: {sources: [{path: d, weight: x}]}\nteacher: {model: t}\n", ["weight", "x"]),
+        ("corpus: {sources: [{weight: 2}]}\nteacher: {model: t}\n", ["corpus.sources", "path"]),
         ("corpus: {path: c, text_field: body}\n", ["corpus.text_field", "gone", "corpus.columns: {text: NAME}"]),
         ("corpus: {path: c, messages_field: m}\n", ["corpus.messages_field", "corpus.columns: {messages: NAME}"]),
         ("1: 2\n", ["1: unknown key"]),
@@ -243,7 +259,9 @@ def test_only_a_key_whose_type_says_so_may_have_no_value(tmp_path: Path, section
     else:
         content[section] = None
     path = write(tmp_path, yaml.safe_dump(content))
-    if type(None) in typing.get_args(hint):
+    if key == "corpus.path":
+        assert "corpus.path: is missing" in refusal(path)
+    elif type(None) in typing.get_args(hint):
         load_experiment(path, [])
     else:
         assert f"{key}: has no value" in refusal(path)

@@ -276,6 +276,7 @@ def _settings_of(corpus: CorpusConfig) -> dict[str, Any]:
         "learn": "assistant",
         "thoughts": "keep",
         "bad_rows": "refuse",
+        "sources": [],
         "chat_template": None,
         "date": None,
         "long": "split",

@@ -21,7 +21,6 @@ from distill.recipes.preview.page import MADE_BY, preview_page
 from distill.recipes.preview.terminal import print_sample, source_lines
 from distill.recipes.preview.tokens import ShownDocument, shown_documents
 from distill.report.page import check_own_page, write_own_page
-from distill.system.files import last_part
 from distill.system.progress import say
 
 _WITHOUT_WEIGHTS = [pattern for pattern in checkpoints.HUB_FILES if not pattern.endswith(".safetensors")]
@@ -51,7 +50,7 @@ def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> i
     for number, documents in enumerate(shown):
         print_sample(documents, _title(number, len(sets.train), documents))
     if html is not None:
-        title = f"Preview of {last_part(experiment.corpus.path)}"
+        title = f"Preview of {', '.join(counts.name for counts in sets.counts)}"
         write_own_page(Path(html), preview_page(title, facts, sets.counts, shown), "--html")
         say(f"\npreview: {html}")
     return 0

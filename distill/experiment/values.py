@@ -1,0 +1,106 @@
+"""Checks of an experiment's values: types, limits, forms of texts, and keys that exclude or need one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from distill.errors import UserError
+from distill.experiment.configuration import Between, CorpusConfig, Experiment
+from distill.system.units import parse_duration, parse_size
+
+NO_VALUE = "has no value: give it one, or leave the key out"
+
+
+def check_values(experiment: Experiment) -> None:
+    """Raise UserError for all values that are not of their keys' types, or beyond their limits, in one message."""
+    wrong = []
+    for section, kind in typing.get_type_hints(Experiment, include_extras=True).items():
+        values = getattr(experiment, section)
+        if not dataclasses.is_dataclass(kind):
+            wrong += _wrong(section, values, kind)
+            continue
+        wrong += _wrong_in(section, values)
+    wrong = wrong or [*_misspelt(experiment), *_contradictions(experiment.corpus)]
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def _wrong_in(section: str, values: Any) -> list[str]:
+    """Return the faults of a section's values, and of the values of each mapping in its lists."""
+    wrong = []
+    for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
+        value = getattr(values, name)
+        wrong += _wrong(f"{section}.{name}", value, hint)
+        for number, each in enumerate(value if isinstance(value, list) else [], start=1):
+            if dataclasses.is_dataclass(each):
+                wrong += _wrong_in(f"{section}.{name}[{number}]", each)
+    return wrong
+
+
+def _wrong(key: str, value: Any, hint: Any) -> list[str]:
+    """Return the faults of a key's value."""
+    if value is None:
+        return [] if type(None) in typing.get_args(hint) else [f"{key}: {NO_VALUE}"]
+    limits, faults = limits_of(hint), []
+    if isinstance(value, dict):
+        faults += [f"{key}: {name!r} is no text, as a name is" for name in value if not isinstance(name, str)]
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, str) and not each.strip():
+            faults.append(f"{key}: is empty: give it a value, or leave the key out")
+        elif isinstance(each, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in each):
+            faults.append(f"{key}: {each!r} has control characters: remove them")
+        elif isinstance(value, list) and isinstance(each, str) and each.startswith(("[", "{")):
+            faults.append(f"{key}: {each!r} is a list as text: give names")  # of an override that is no list of names
+        elif limits is not None and not limits.low <= each <= limits.high:
+            faults.append(f"{key}: {each} is not {limits}")
+    return faults
+
+
+def _misspelt(experiment: Experiment) -> Iterator[str]:
+    """Yield the faults of sizes, times and parts, which are texts of a form."""
+    for key, parse in _FORMS.items():
+        value: Any = experiment
+        for name in key.split("."):
+            value = getattr(value, name)
+        try:
+            if value is not None:
+                parse(value, key)
+        except UserError as error:
+            yield str(error)
+
+
+def _contradictions(corpus: CorpusConfig) -> Iterator[str]:
+    """Yield the faults of the ways to name a corpus: a path, or several sources."""
+    if not corpus.all_sources:
+        yield "corpus.path: is missing: give a file, a folder or a hub data set's name (or several as corpus.sources)"
+    if corpus.path is not None and corpus.sources:
+        yield "corpus.path: stands beside corpus.sources: make it one of them"
+    own = {"name": corpus.name is not None, "split": corpus.split != "train", "columns": bool(corpus.columns)}
+    for key in (key for key, is_given in own.items() if is_given and corpus.path is None):
+        yield f"corpus.{key}: stands beside corpus.sources: give it to each source that it is meant for"
+
+
+def _parse_part(text: str, key: str) -> object:
+    from distill.cache.format.part import Part
+
+    return Part.parse(text)
+
+
+_FORMS: dict[str, Callable[[str, str], object]] = {
+    "cache.part": _parse_part,
+    "cache.max_size": parse_size,
+    "cache.max_time": parse_duration,
+    "train.max_time": parse_duration,
+    "memory_limit": parse_size,
+}
+
+
+def limits_of(hint: Any) -> Between | None:
+    """Return the limits that a field's type holds, also inside a union or a list."""
+    found = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Between)]
+    found += [limits for inner in typing.get_args(hint) if (limits := limits_of(inner)) is not None]
+    return found[0] if found else None

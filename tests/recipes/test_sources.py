@@ -1,0 +1,34 @@
+"""An experiment of several sources: a cache that knows their weights, and each source counted apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def mixed(world: Any, tmp_path: Path) -> str:
+    """An experiment of the world's texts beside conversations."""
+    chats = [{"prompt": f"Question {number}?", "completion": f"Yes, {number} times."} for number in range(60)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    texts = {"path": world.content["corpus"]["path"], "weight": 2}
+    sources = [texts, {"path": str(tmp_path / "chats.jsonl"), "weight": 1, "limit": 50}]
+    corpus = {"path": None, "sources": sources, "sequence_length": 64, "held_out": 0.3}
+    return str(world.write(tmp_path / "experiment.yaml", corpus=corpus))
+
+
+def test_sources_are_told_apart_and_their_weights_are_the_caches(distill: Any, mixed: str, tmp_path: Path) -> None:
+    shown = distill("preview", mixed, "--samples", 0).done().out
+    out = distill("cache-teacher", mixed, "--cache.max_samples", 8).done().out
+    for text in (shown, out):
+        assert "corpus.jsonl: " in text and "chats.jsonl: " in text and "beyond its weight" in text
+    manifest = json.loads((tmp_path / "run/cache/manifest.json").read_text())
+    assert manifest["fingerprints"]["mixture"] == "weights 2, 1"
+    assert manifest["sources"] == ["corpus.jsonl", "chats.jsonl"]
+    other = Path(mixed).read_text().replace("weight: 1", "weight: 5")
+    Path(mixed).write_text(other)
+    distill("cache-teacher", mixed, "--cache.max_samples", 8).refused("mixture", "weights 2, 5", "weights 2, 1")
+    distill("train-student", mixed).refused("mixture", "weights 2, 1")
