@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.checkpoints import Checkpoint, resolve
+from distill.models.checkpoints import resolve
+from distill.models.dequantized import full_tensors
 from distill.models.filling import buffers_to, tie, without_own_value
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing, quiet_transformers
 from distill.models.packed import PackedWeight
-from distill.models.quantization import Quantization, is_quantized
+from distill.models.quantization import Quantization
 from distill.models.quantized_copy import CopyPlan, CopyReader, packed_types
 from distill.models.quantized_manifest import is_copy
 from distill.models.shapes import finder
 from distill.models.streamed_copy import copy_of, host_bytes_of
 from distill.models.streaming import Reader, Weights, WeightsReader, decoder_layers, place
-from distill.models.tensors import tensors
 from teachers.huggingface import resolve_dtype
 from teachers.streamed_turns import Turns
 from teachers.streamed_weights import Layer, LayerStream
@@ -57,30 +57,21 @@ def load_streamed_teacher(
     kept = host_bytes_of(host_memory)
     dtype, name = resolve_dtype(compute_dtype, device), checkpoint.name
     has_weights = finder() is None
-    if quantization == "none" and not is_copy(checkpoint.folder):
-        _check(checkpoint, trust_remote_code)
+    if checkpoint.gguf_file is not None:
+        raise ValueError(f"{name}: a GGUF file is dequantised as a whole; streaming reads folders of safetensors")
     with quiet_transformers():
         plan = CopyPlan(checkpoint, quantization, dtype, trust_remote_code, allow_unquantized)
     reader: Reader | None = None
     if has_weights and (quantization != "none" or is_copy(checkpoint.folder)):
         reader = CopyReader(copy_of(checkpoint, plan, quantized_copy, trust_remote_code))
     elif has_weights:
-        reader = WeightsReader(Weights(plan.model, tensors(checkpoint), name))
+        reader = WeightsReader(Weights(plan.model, full_tensors(checkpoint), name))
     with quiet_transformers():
         teacher = StreamedTeacher(
             plan.model, packed_types(plan.model, plan.types), reader, device, name, micro_batch, keep_layers, kept
         )
     teacher.check()
     return teacher
-
-
-def _check(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
-    """Raise ValueError for a checkpoint whose tensors are not those of its model."""
-    name = checkpoint.name
-    if checkpoint.gguf_file is not None:
-        raise ValueError(f"{name}: a GGUF file is dequantised as a whole; streaming reads folders of safetensors")
-    if is_quantized(checkpoint, trust_remote_code):
-        raise ValueError(f"{name} is quantized already: streaming reads weights as they are; use class huggingface")
 
 
 class StreamedTeacher(HuggingFaceLanguageModel):

@@ -5,6 +5,7 @@ Shapes: S slices of a weight, each quantised on its own; O rows, I columns of a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from math import prod
 from typing import Any, Protocol
@@ -30,6 +31,18 @@ class Format(Protocol):
 
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return one slice in full."""
+
+
+def dequantize(codes: Tensor, state: Any) -> Tensor:
+    """Return the weight of four-bit codes and their `QuantState`, in one row for bitsandbytes.
+
+    Its kernel for processors takes the wrong scales where a row is no whole number of blocks (0.50.2).
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    flat = copy.copy(state)
+    flat.shape = torch.Size((prod(state.shape),))
+    return dequantize_4bit(codes.view(-1, 1), flat).view(state.shape)
 
 
 class NF4:
@@ -59,7 +72,7 @@ class NF4:
         }
 
     def unpack(self, parts: Parts, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
+        from bitsandbytes.functional import QuantState
 
         device = parts["codes"].device
         outer = QuantState(
@@ -74,7 +87,7 @@ class NF4:
             offset=parts["offset"],
             state2=outer,
         )
-        return dequantize_4bit(parts["codes"][:, None], state)
+        return dequantize(parts["codes"], state)
 
 
 class Int8:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.models.checkpoints import Checkpoint, adapter_files, load_config
+from distill.models.dequantized import check_format, full_tensors, quantization_of
 from distill.models.filling import fill, with_generation_config
 from distill.models.huggingface import load_pretrained
+from distill.models.packed_formats import dequantize
 from distill.models.packing import Packing, Quantization, multiplied_outside, pack_in_place, packing_of
 from distill.models.quantized_copy import load_copy
 from distill.models.quantized_manifest import is_copy
-from distill.models.quantized_shapes import ScaledLinear, packed_linear
+from distill.models.quantized_shapes import BLOCK, ScaledLinear, packed_linear
 from distill.models.shapes import finder
 from distill.models.streaming import Weights, kept_wider, without_weights
-from distill.models.tensors import tensors
 from distill.system.quiet import quiet_for_good
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,8 +35,9 @@ def load_quantized(
     """Load the `transformers` model on `device`: matrices quantised, embeddings, norms and head in `dtype`.
 
     A Hugging Face folder is quantised while it is read, a tensor (or an expert) at a time, so that the full weights
-    never lie in memory together. A GGUF file is dequantised in host memory and then quantised layer by layer on the
-    device. Raises UserError if more of the matrices than `MOST_LEFT` stay unquantised, unless allowed.
+    never lie in memory together. So is one that is quantised already, in a format of `dequantized`. A GGUF file is
+    dequantised in host memory and then quantised layer by layer on the device. Raises UserError if more of the matrices
+    than `MOST_LEFT` stay unquantised, unless allowed.
     """
     # bitsandbytes warns at every product of every layer that int8 casts, and at import of a kernel that we do not use.
     quiet_for_good("bitsandbytes")
@@ -47,12 +50,17 @@ def load_quantized(
             quantize_linears(loaded, quantization, dtype, device)
         loaded.to(device)
     elif quantization == "none":
-        loaded = load_pretrained(checkpoint, dtype, None, {"": device}, trust_remote_code)
-        if finder() is None and is_quantized(checkpoint, trust_remote_code):
-            _compute_in(loaded, dtype)
+        method = (quantization_of(checkpoint) or {}).get("quant_method")
+        if finder() is None and method not in (None, "bitsandbytes"):
+            empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
+            loaded = _load_packed(empty, Packing(), checkpoint, quantization, dtype, device)
+        else:
+            check_format(checkpoint)
+            loaded = load_pretrained(checkpoint, dtype, None, {"": device}, trust_remote_code)
+            if finder() is None and method is not None:
+                _compute_in(loaded, dtype)
     else:
-        if is_quantized(checkpoint, trust_remote_code):
-            raise ValueError(f"{checkpoint.name} is quantized already: set quantization to 'none' to take it as it is")
+        check_format(checkpoint)
         empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
         packing = packing_of(empty)
         packing.check(checkpoint.name, quantization, dtype, allow_unquantized)
@@ -72,7 +80,7 @@ def _load_packed(
     model: Any, packing: Packing, checkpoint: Checkpoint, quantization: Quantization, dtype: torch.dtype, device: str
 ) -> Any:
     """Give `model`, which has none, its weights, each quantised as it is read."""
-    weights = Weights(model, tensors(checkpoint), checkpoint.name)
+    weights = Weights(model, full_tensors(checkpoint), checkpoint.name)
     plain = set(packing.plain)
 
     def take(name: str, index: int | None, tensor: Tensor) -> bool:
@@ -89,7 +97,8 @@ def _load_packed(
         return True
 
     fill(model, packing, weights, quantization, dtype, device, take)
-    setattr(model, f"is_loaded_in_{4 if quantization == 'nf4' else 8}bit", True)  # PEFT asks
+    if packing.plain:
+        setattr(model, f"is_loaded_in_{4 if quantization == 'nf4' else 8}bit", True)  # PEFT asks
     return with_generation_config(model, checkpoint)
 
 
@@ -122,9 +131,7 @@ def full_weight(layer: nn.Module) -> Tensor:
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        import bitsandbytes as bnb
-
-        return bnb.functional.dequantize_4bit(weight.data, state)
+        return dequantize(weight.data, state)
     assert weight.is_floating_point(), f"{type(layer).__name__} keeps its weight in a way this does not know"
     return weight.T if is_transposed(layer) else weight
 
@@ -211,3 +218,24 @@ def _use_portable_kernel(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+            if type(module) is bnb.nn.Linear4bit and module.in_features % BLOCK:
+                module.__class__ = _any_width()
+
+
+@functools.cache
+def _any_width() -> Any:
+    import bitsandbytes as bnb
+
+    class Linear4bitOfAnyWidth(bnb.nn.Linear4bit):
+        """4-bit layer whose rows are no whole number of blocks, for which see `packed_formats.dequantize`."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.device.type != "cpu":
+                return super().forward(x)
+            given = x.to(self.compute_dtype or x.dtype)
+            state: Any = getattr(self.weight, "quant_state", None)
+            weight = dequantize(self.weight.data, state).to(given.dtype)
+            bias = None if self.bias is None else self.bias.to(given.dtype)
+            return nn.functional.linear(given, weight, bias).to(x.dtype)
+
+    return Linear4bitOfAnyWidth

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.models.checkpoints import HUB_FILES, Checkpoint, fingerprints, load_config
+from distill.models.dequantized import check_format, full_tensors
 from distill.models.filling import buffers_to, with_generation_config
 from distill.models.packed import PackedWeight
 from distill.models.packing import Packing, pack_in_place, packing_of
@@ -26,7 +27,6 @@ from distill.models.quantized_manifest import BEGUN, MANIFEST, QuantizedManifest
 from distill.models.shapes import finder
 from distill.models.streaming import Weights, decoder_layers, place, types_as_loaded, without_weights
 from distill.models.tensor_files import TensorFile
-from distill.models.tensors import tensors
 from distill.system.files import TEMPORARY, sha256_of, sole_writer, sync_file, sync_folder, write_durably
 from distill.system.units import size
 
@@ -48,6 +48,7 @@ class CopyPlan:
     ) -> None:
         """Decide how each matrix is kept. Raises UserError if too much stays unquantised."""
         self.checkpoint, self.quantization, self.dtype = checkpoint, quantization, dtype
+        check_format(checkpoint)
         self.model = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
         self.types = types_as_loaded(self.model, dtype)
         self.packing = Packing() if quantization == "none" else packing_of(self.model)
@@ -90,7 +91,7 @@ def write_copy(
     with sole_writer(folder):
         write_durably(folder / BEGUN, manifest.as_json())
         _copy_small_files(plan.checkpoint, folder)
-        weights = Weights(plan.plain_model, tensors(plan.checkpoint), plan.checkpoint.name)
+        weights = Weights(plan.plain_model, full_tensors(plan.checkpoint), plan.checkpoint.name)
         sources = _sources(plan, weights)
         for file, names in plan.files().items():
             path = folder / file

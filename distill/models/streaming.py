@@ -29,6 +29,8 @@ def without_weights(config: Any, dtype: torch.dtype, trust_remote_code: bool) ->
     import accelerate
 
     config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):  # its weights are dequantised while they are read
+        del config.quantization_config
     with quiet_transformers(), accelerate.init_empty_weights(include_buffers=False):
         return construct(config, dtype, trust_remote_code)
 
