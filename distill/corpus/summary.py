@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,12 @@ class SourceCounts:
     def share_learned(self) -> float:
         """Share of the tokens that is learned."""
         return self.learned / max(self.tokens, 1)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the numbers as JSON values, without the name and the lengths."""
+        figures = asdict(self)
+        del figures["name"], figures["lengths"]
+        return figures
 
     def described(self) -> str:
         """Return the counts in one line."""

@@ -1,4 +1,4 @@
-"""Sums of the metrics by document or sample, by the teacher's entropy and by position, and the means made from them.
+"""Sums of the metrics by document or sample, teacher's entropy, position and source, and the means made from them.
 
 Shapes: N positions that carry loss, V vocabulary, S clusters, K metrics, M bins of confidence. Every position counts
 the same, however the positions are cut into chunks, batches and devices.
@@ -51,10 +51,15 @@ class Measured:
     position_sums: np.ndarray
     """Sums by position, `[7, K]`; the bins are `POSITION_EDGES`."""
     position_positions: np.ndarray
+    source_sums: np.ndarray
+    """Sums by source of the text, `[sources, K]`."""
+    source_positions: np.ndarray
     gap_sums: np.ndarray
     """Sums of the confidence gap by confidence, `[M]`, for the expected calibration error."""
     text_bytes: int | None = None
     """UTF-8 bytes of the text that the positions predict. None means that there are no bits per byte."""
+    source_names: tuple[str, ...] = ()
+    """Names of the sources, if there are several."""
 
     @property
     def tokens(self) -> int:
@@ -76,8 +81,9 @@ class Measured:
 
         It has the metrics by name, `perplexity`, `ece`, and `bits_per_byte` if the text's bytes are known. `intervals`
         holds 95 % intervals: those of perplexity and bits per byte are the nll's, converted; `ece` has none, since
-        resampling adds to its bias. `by_entropy` and `by_position` are lists of bins without the empty ones. A
-        perplexity, or an interval of one, that no float can hold is left out, because JSON has no infinity.
+        resampling adds to its bias. `by_entropy` and `by_position` are lists of bins without the empty ones, and
+        `by_source`, where there are several, of the sources with positions. A perplexity, or an interval of one, that
+        no float can hold is left out, because JSON has no infinity.
         """
         result: dict[str, Any] = {name: self.sums.mean(name) for name in self.names}
         if math.isfinite(perplexity := metrics.perplexity(result["nll"])):
@@ -92,6 +98,12 @@ class Measured:
             result["bits_per_byte"] = metrics.bits_per_byte(result["nll"], tokens, size)
             if "nll" in found:
                 found["bits_per_byte"] = [metrics.bits_per_byte(end, tokens, size) for end in found["nll"]]
+        if self.source_names:
+            result["by_source"] = [
+                {"source": name, **self._means(self.source_sums[number], int(self.source_positions[number]))}
+                for number, name in enumerate(self.source_names)
+                if self.source_positions[number]
+            ]
         return result | {
             "intervals": found,
             "by_entropy": self._bins(ENTROPY_EDGES, self.entropy_sums, self.entropy_positions),
@@ -101,14 +113,13 @@ class Measured:
     def _bins(self, edges: Sequence[float], sums: np.ndarray, positions: np.ndarray) -> list[dict[str, Any]]:
         ends = [*edges[1:], None]
         return [
-            {"from": edges[number], "to": ends[number], "positions": int(positions[number])}
-            | {
-                name: float(sums[number, column] / positions[number])
-                for column, name in enumerate(self.names)
-                if name in IN_BINS
-            }
+            {"from": edges[number], "to": ends[number], **self._means(sums[number], int(positions[number]))}
             for number in positions.nonzero()[0].tolist()
         ]
+
+    def _means(self, sums: np.ndarray, positions: int) -> dict[str, Any]:
+        means = {name: float(sums[column] / positions) for column, name in enumerate(self.names) if name in IN_BINS}
+        return {"positions": positions, **means}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +131,8 @@ class Places:
     """Number of the document or sample that is resampled as a whole, from 0."""
     positions_N: Tensor
     """Number of tokens before the position in its document and sample (`position_ids`)."""
+    sources_N: Tensor | None = None
+    """Number of the text's source; None where there is one."""
 
 
 class _SumsOverPositions(Metric):
@@ -136,9 +149,9 @@ class _SumsOverPositions(Metric):
     cluster_sums: Tensor
     gap_sums: Tensor
 
-    def __init__(self, clusters: int) -> None:
+    def __init__(self, clusters: int, sources: int = 1) -> None:
         super().__init__()
-        rows = {"cluster": clusters, "entropy": len(ENTROPY_EDGES), "position": len(POSITION_EDGES)}
+        rows = {"cluster": clusters, "entropy": len(ENTROPY_EDGES), "position": len(POSITION_EDGES), "source": sources}
         for kind, size in rows.items():
             sums, counts = torch.zeros(size, len(self.names), dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
             self.add_state(f"{kind}_sums", sums, dist_reduce_fx="sum")
@@ -155,7 +168,9 @@ class _SumsOverPositions(Metric):
         values = {**values, "confidence_gap": gaps_N}
         assert set(values) == set(self.names), (sorted(values), self.names)
         values_NK = torch.stack([values[name].to(device).double() for name in self.names], dim=-1)
+        sources_N = torch.zeros_like(places.clusters_N) if places.sources_N is None else places.sources_N
         rows = {
+            "source": sources_N.to(device),
             "cluster": places.clusters_N.to(device),
             "entropy": bin_numbers(teacher_entropy_N.to(device), ENTROPY_EDGES),
             "position": bin_numbers(places.positions_N.to(device), POSITION_EDGES),
@@ -174,9 +189,9 @@ class _SumsOverPositions(Metric):
             )
         return state
 
-    def measured(self, text_bytes: int | None = None) -> Measured:
+    def measured(self, text_bytes: int | None = None, source_names: tuple[str, ...] = ()) -> Measured:
         """Return the counts so far, from all devices. Raises UserError if there was no position at all."""
-        return Measured(names=self.names, **self.compute(), text_bytes=text_bytes)
+        return Measured(names=self.names, **self.compute(), text_bytes=text_bytes, source_names=source_names)
 
 
 class Fidelity(_SumsOverPositions):

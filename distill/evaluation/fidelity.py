@@ -37,6 +37,15 @@ class TeacherStates:
     head: Head
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Sources of the text, each of which is measured apart too."""
+
+    names: tuple[str, ...]
+    owners_F: Tensor
+    """Number of the source of each of the F files (int64), which samples name by number."""
+
+
 @torch.no_grad()
 def teacher_states(
     teacher: LanguageModel, samples: Dataset, batch_size: int, vocab_size: int, device: torch.device, advance: Advance
@@ -76,6 +85,7 @@ def teacher_likelihood(
     *,
     text_bytes: int | None = None,
     documents: Tensor | None = None,
+    sources: Sources | None = None,
     each: Each = iter,
 ) -> Measured:
     """Measure the teacher alone on the samples: likelihood and calibration, by its own entropy and by position.
@@ -84,11 +94,12 @@ def teacher_likelihood(
     name. With `documents`, see `documents_of`, sums are by document, else by sample. Raises UserError if no position
     carries loss.
     """
-    metric, head = Likelihood(_clusters(samples, documents)), states.head.to(device)
+    names = () if sources is None else sources.names
+    metric, head = Likelihood(_clusters(samples, documents), max(len(names), 1)), states.head.to(device)
     for batch, first, hidden_ND in _batches(samples, batch_size, states):
-        for rows, places in each(_chunks(batch, first, chunk_size, device, documents)):
+        for rows, places in each(_chunks(batch, first, chunk_size, device, documents, sources)):
             metric.update(head(hidden_ND[rows].to(device)).float(), places)
-    return metric.measured(text_bytes)
+    return metric.measured(text_bytes, names)
 
 
 @torch.no_grad()
@@ -104,6 +115,7 @@ def student_fidelity(
     *,
     text_bytes: int | None = None,
     documents: Tensor | None = None,
+    sources: Sources | None = None,
     each: Each = iter,
 ) -> Measured:
     """Measure the student beside the teacher over the full vocabulary, by the teacher's entropy and by position.
@@ -114,7 +126,8 @@ def student_fidelity(
     function of that name. With `documents`, see `documents_of`, sums are by document, else by sample. Raises UserError
     if no position carries loss.
     """
-    metric = Fidelity(_clusters(samples, documents))
+    names = () if sources is None else sources.names
+    metric = Fidelity(_clusters(samples, documents), max(len(names), 1))
     teacher_head = (states.head if vocabulary is None else trim_head(states.head, vocabulary)).to(device)
     passes = MicroBatches(student, batch_size)
     head = student.head.with_rows(teacher_head.weight_VD.shape[0])
@@ -122,11 +135,11 @@ def student_fidelity(
         if vocabulary is not None:
             batch = {**batch, "input_ids": vocabulary.mapped(batch["input_ids"])}
         hidden_ND = _hidden(passes, batch, device)
-        for rows, places in each(_chunks(batch, first, chunk_size, device, documents)):
+        for rows, places in each(_chunks(batch, first, chunk_size, device, documents, sources)):
             teacher_logits_CV = teacher_head(teacher_hidden_ND[rows].to(device)).float()
             metric.update(head(hidden_ND[rows]).float(), teacher_logits_CV, places)
         advance(batch["input_ids"].numel())
-    return metric.measured(text_bytes)
+    return metric.measured(text_bytes, names)
 
 
 def documents_of(samples: Dataset) -> Tensor:
@@ -194,7 +207,12 @@ def _batches(
 
 
 def _chunks(
-    batch: dict[str, Tensor], first: int, chunk_size: int, device: torch.device, documents: Tensor | None
+    batch: dict[str, Tensor],
+    first: int,
+    chunk_size: int,
+    device: torch.device,
+    documents: Tensor | None,
+    sources: Sources | None,
 ) -> Iterator[Chunk]:
     """Yield slices of a batch's positions with loss, and their places. `first` is the number of the batch's first
     sample.
@@ -206,6 +224,7 @@ def _chunks(
     else:
         clusters_N = torch.searchsorted(documents, batch["document_hash"][mask_BL])
     positions_N = batch["position_ids"][mask_BL]
+    sources_N = torch.zeros_like(clusters_N) if sources is None else sources.owners_F[batch["source"][mask_BL]]
     for start in range(0, len(next_ids_N), chunk_size):
         rows = slice(start, start + chunk_size)
-        yield rows, Places(next_ids_N[rows], clusters_N[rows], positions_N[rows])
+        yield rows, Places(next_ids_N[rows], clusters_N[rows], positions_N[rows], sources_N[rows])

@@ -13,6 +13,7 @@ from distill.errors import UserError
 from distill.losses.plausibility import implausible
 from distill.report import benchmarks, fidelity, provenance, speed
 from distill.report.contents import Continuation, Page, Prompt, Section
+from distill.report.corpus import corpus_section
 from distill.report.facts import LIMIT, RunFacts
 from distill.report.markdown import model_card
 from distill.report.metrics import model_name
@@ -72,6 +73,7 @@ def run_page(facts: RunFacts) -> Page:
         *benchmarks.section(facts),
         *speed.section(facts),
         *_text_section(facts),
+        *corpus_section(facts),
         *provenance.search_section(facts),
         *provenance.cost_section(facts),
         *provenance.forecast_section(facts),

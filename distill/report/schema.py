@@ -30,6 +30,11 @@ RESAMPLED = ("resampled_documents", "resampled_samples")
 """Keys of the number of clusters behind the intervals; one of them is there."""
 _BIN = {"from": NUMBER, "to": NUMBER, "positions": NUMBER, "nll": NUMBER, "kl": NUMBER}
 _BIN |= {"top1_agreement": NUMBER, "acceptance": NUMBER}
+_OF_SOURCE = {"source": TEXT, **dict.fromkeys(("positions", "nll", "kl", "top1_agreement", "acceptance"), NUMBER)}
+_COUNTS = {
+    **dict.fromkeys(("rows", "documents", "held_out", "tokens", "learned", "longer"), NUMBER),
+    "left_out": {"*": NUMBER},
+}
 _DIFFERENCE = {"difference": NUMBER, "interval": Pair, "p": NUMBER}
 _FIDELITY = {
     **dict.fromkeys(("nll", "perplexity", "bits_per_byte", "ece", "confidence_gap", "kl", "reverse_kl", "jsd"), NUMBER),
@@ -37,6 +42,7 @@ _FIDELITY = {
     "intervals": {"*": Pair},
     "by_entropy": [_BIN],
     "by_position": [_BIN],
+    "by_source": [_OF_SOURCE],
 }
 _TASK = {
     "documents": NUMBER,
@@ -60,6 +66,7 @@ EVALUATION: dict[str, Any] = {
     "text": dict.fromkeys(
         ("tokens", "samples", "bytes", "documents", *RESAMPLED, "dropped_mass", "left_out_samples"), NUMBER
     ),
+    "corpus": {"sources": {"*": _COUNTS}},
     "fidelity": _of_models(_FIDELITY),
     "student_against_control": {"*": _DIFFERENCE},
     "benchmarks": _of_models({"*": _TASK}),
@@ -78,7 +85,12 @@ COST_LINE = {
 }
 FORECAST = {"rows": [{"what": TEXT, "unit": TEXT, "forecast": NUMBER, "measured": NUMBER}]}
 SEARCH = {"candidates": [{"options": OBJECT, "parameters": NUMBER, "kl": {"*": NUMBER}}], "chosen": OBJECT}
-REQUIRED = {id(_BIN): ("from", "positions"), id(_DIFFERENCE): ("difference",), id(_TASK): ("metric", "metrics")}
+REQUIRED = {
+    id(_BIN): ("from", "positions"),
+    id(_OF_SOURCE): ("source", "positions"),
+    id(_DIFFERENCE): ("difference",),
+    id(_TASK): ("metric", "metrics"),
+}
 REQUIRED |= {id(COST_LINE): ("phase", "seconds"), id(EVALUATION["texts"]): ("prompts",)}
 REQUIRED |= {id(SEARCH["candidates"][0]): ("options", "parameters", "kl")}
 REQUIRED |= {id(FORECAST["rows"][0]): ("what", "unit"), id(_SEEDS["*"]): ("mean", "values")}

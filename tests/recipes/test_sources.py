@@ -32,3 +32,19 @@ def test_sources_are_told_apart_and_their_weights_are_the_caches(distill: Any, m
     Path(mixed).write_text(other)
     distill("cache-teacher", mixed, "--cache.max_samples", 8).refused("mixture", "weights 2, 5", "weights 2, 1")
     distill("train-student", mixed).refused("mixture", "weights 2, 1")
+
+
+def test_each_source_is_measured_apart(distill: Any, mixed: str, tmp_path: Path) -> None:
+    distill("run", mixed, "--train.max_steps", 2, "--cache.max_samples", 16).done()
+    result = json.loads((tmp_path / "run/evaluation.json").read_text())
+    for model in ("teacher", "student"):
+        found = result["fidelity"][model]
+        texts, chats = found["by_source"]
+        assert (texts["source"], chats["source"]) == ("corpus.jsonl", "chats.jsonl")
+        assert texts["positions"] + chats["positions"] == result["text"]["tokens"]
+        mean = (texts["nll"] * texts["positions"] + chats["nll"] * chats["positions"]) / result["text"]["tokens"]
+        assert mean == pytest.approx(found["nll"]) and texts["nll"] != chats["nll"]
+    sources = result["corpus"]["sources"]
+    assert sources["chats.jsonl"]["rows"] == 50 and sources["corpus.jsonl"]["left_out"]["beyond its weight"] > 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Each source apart" in page and "beyond its weight" in page

@@ -76,6 +76,11 @@ class FidelityToTeacher(Measurement):
         if vocabulary is not None:
             self.samples = _covered(self.samples, vocabulary)
         self.left_out = limit - len(self.samples)
+        self.counts = samples.counts
+        self.sources = None
+        if len(samples.counts) > 1:
+            names = tuple(counts.name for counts in samples.counts)
+            self.sources = fidelity.Sources(names, torch.tensor(samples.owners))
         self.documents = fidelity.documents_of(self.samples)
         self.resampled = self.documents if len(self.documents) >= statistics.MINIMUM_DOCUMENTS else None
         self.progress = Progress("evaluate", models * len(self.samples) * experiment.corpus.sequence_length, "tokens")
@@ -111,7 +116,14 @@ class FidelityToTeacher(Measurement):
                 )
                 size = fidelity.text_bytes(self.samples, loaded.tokenizer)
                 measured = fidelity.teacher_likelihood(
-                    self.states, self.samples, batch_size, chunk_size, device, text_bytes=size, documents=self.resampled
+                    self.states,
+                    self.samples,
+                    batch_size,
+                    chunk_size,
+                    device,
+                    text_bytes=size,
+                    documents=self.resampled,
+                    sources=self.sources,
                 )
                 self.text = {"tokens": measured.tokens, "samples": len(self.samples), "bytes": size}
                 self.text |= {
@@ -134,6 +146,7 @@ class FidelityToTeacher(Measurement):
                     self.vocabulary,
                     text_bytes=self.text["bytes"],
                     documents=self.resampled,
+                    sources=self.sources,
                 )
         self.sums[subject.name] = measured.sums
         return measured.summary()
@@ -143,6 +156,7 @@ class FidelityToTeacher(Measurement):
         found: dict[str, Any] = {
             "parameters": self.parameters,
             "text": self.text,
+            "corpus": {"sources": {counts.name: counts.figures() for counts in self.counts}},
             "versions": versions(),
             "machine": machine(self.teacher.device),
             "fingerprints": {**self.teacher.fingerprints, "corpus": self.corpus},

@@ -8,6 +8,7 @@ from distill import __version__
 from distill.corpus.summary import SourceCounts
 from distill.recipes.preview.tokens import ShownDocument, escaped
 from distill.report.contents import Cell, Content, Note, Page, Section, Table, Token, Tokens
+from distill.report.corpus import source_tables
 from distill.report.page import render
 
 MADE_BY = "distill preview"
@@ -29,22 +30,8 @@ def preview_page(
 
 
 def _about_sources(counts: Sequence[SourceCounts]) -> list[Content]:
-    heads = ("source", "rows", "documents", "held out", "tokens", "learned", "longer than a sample", "left out")
-    rows = [
-        [
-            Cell(each.name),
-            *(Cell(f"{number:,}", number) for number in (each.rows, each.documents, each.held_out, each.tokens)),
-            Cell(f"{each.share_learned:.1%}", each.share_learned),
-            Cell(f"{each.longer:,}", each.longer),
-            Cell(f"{sum(each.left_out.values()):,}", sum(each.left_out.values())),
-        ]
-        for each in counts
-    ]
-    contents: list[Content] = [Table([Cell(head) for head in heads], rows)]
+    contents: list[Content] = [*source_tables({each.name: each.figures() for each in counts})]
     for each in counts:
-        if each.left_out:
-            reasons = [[Cell(reason), Cell(f"{rows:,}", rows)] for reason, rows in each.left_out.items()]
-            contents.append(Table([Cell("reason"), Cell("rows")], reasons, caption=f"Left out of {each.name}"))
         lengths = [
             [Cell(f"{low:,} to {2 * low - 1:,}"), Cell(f"{documents:,}", documents)]
             for low, documents in each.lengths.items()
