@@ -73,7 +73,27 @@ def _from_pretrained(folder: Path, gguf_file: str | None, name: str, trust_remot
 @functools.lru_cache(maxsize=2)
 def _read_gguf(folder: Path, gguf_file: str, name: str, changed: int) -> Any:
     """Return the tokenizer, and keep it: reading the vocabulary string by string takes seconds."""
-    return _read(folder, gguf_file, name, trust_remote_code=False)
+    return _with_its_own_tokens(_read(folder, gguf_file, name, trust_remote_code=False))
+
+
+def _with_its_own_tokens(tokenizer: Any) -> Any:
+    """Take the tokens away that a GGUF file's list lacks, and that transformers' classes add to it.
+
+    GPT-2's class adds `<|endoftext|>`, for which the model has no row.
+    """
+    from tokenizers import Tokenizer
+
+    own = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    extra = {token for token, index in tokenizer.get_added_vocab().items() if index >= own}
+    if not extra:
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < own]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    for role, token in dict(tokenizer.special_tokens_map).items():
+        if token in extra:
+            setattr(tokenizer, role, None)
+    return tokenizer
 
 
 def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: bool) -> Any:

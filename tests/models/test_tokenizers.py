@@ -155,3 +155,27 @@ def test_fingerprint_is_the_same_in_another_process_and_place(llama_folder: Path
     root = Path(__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(here)
+
+
+def test_a_gguf_file_has_the_tokens_of_its_own_list(tokenizer: Any, tmp_path: Path) -> None:
+    """transformers adds GPT-2's `<|endoftext|>` to byte-level files that lack it, a token without a row in the head."""
+    gguf = pytest.importorskip("gguf")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer = gguf.GGUFWriter(tmp_path / "own.gguf", "llama")
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(tokens.index("<s>"))
+    writer.add_eos_token_id(tokens.index("</s>"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = load_tokenizer(resolve(str(tmp_path / "own.gguf")))
+    assert vocab_size(found) == len(tokens) and "<|endoftext|>" not in found.get_vocab()
+    assert found.bos_token == "<s>" and found.eos_token == "</s>"
+    text = "the cat sat on the mat and the rain fell"
+    assert found.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
