@@ -6,6 +6,9 @@ Shapes: O outputs, I inputs of a linear layer.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +47,8 @@ def load_lora_student(
     """Load the frozen `model` with trainable float32 adapters, which change nothing at first. Seed torch before.
 
     rank, lora_alpha, dropout: an adapted layer adds `lora_alpha / rank * B(A(dropout(x)))`; lora_alpha: 2 * rank.
-    target_modules: names of the linear layers to adapt, such as [q_proj, v_proj]; all-linear: all but the head.
+    target_modules: names of the linear layers to adapt, such as [q_proj, v_proj]; all-linear: all but the head. A
+    mixture's experts get none, nor do layers whose weight another module reads by itself (Mamba's out_proj).
     quantization: the frozen linear layers unquantised, or in 4 bits (QLoRA). base_dtype: the frozen weights' type (nf4:
     that of the rest and of the products). A mixed train.precision computes in 16 bits anyway, so a frozen float32 copy
     only costs memory. For train.precision 32-true give float32. export_dtype: type of the merged weights. 16 bits halve
@@ -56,8 +60,10 @@ def load_lora_student(
     if is_quantized(checkpoint, trust_remote_code):
         raise ValueError(f"the weights of {model} are quantized already: set model to an unquantized copy")
     loaded = load_quantized(checkpoint, quantization, DTYPES[base_dtype], trust_remote_code=trust_remote_code)
+    notes = untouched(loaded, chosen_layers(loaded, target_modules))
     add_adapters(loaded, target_modules, rank, 2.0 * rank if lora_alpha is None else lora_alpha, dropout)
     student = LoraLanguageModel(loaded, DTYPES[export_dtype])
+    student.notes = notes
     if vocab_size is not None:
         check_rows(student.head.weight_VD.shape[0], vocab_size)
     student.check()
@@ -70,6 +76,8 @@ class LoraLanguageModel(HuggingFaceLanguageModel):
     def __init__(self, model: Any, export_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(model)
         self.export_dtype = export_dtype
+        self.notes: list[str] = []
+        """Lines for the user: the pipeline says them when it begins with the student."""
 
     def not_cast(self) -> Iterable[Tensor]:
         """Return the adapters too, which stay float32: train.precision bf16-true is for the weights under them."""
@@ -123,26 +131,35 @@ def add_adapters(
 
     chosen = chosen_layers(model, target_modules)
     layers = [model.get_submodule(name) for name in chosen]
-    if any(hasattr(layer.weight, "quant_state") for layer in layers):
-        model.is_loaded_in_4bit = True  # peft asks this; transformers did not set it for a GGUF file's layers
+    # In a plain module PEFT adapts the chosen layers and no others. Where it knows the family, it would take the names
+    # of a mixture's shared expert for those of all its experts, whose adapters no layer's merge would find.
+    plain: Any = nn.ModuleDict({"model": model})
+    plain.is_loaded_in_4bit = any(hasattr(layer.weight, "quant_state") for layer in layers)  # peft asks this
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]  # a fraction works as well
         lora_dropout=dropout,
-        target_modules=chosen,
+        target_modules=[f"model.{name}" for name in chosen],
         fan_in_fan_out=any(is_transposed(layer) for layer in layers),
     )
     model.requires_grad_(False)
-    peft.inject_adapter_in_model(config, model, NAME)
+    peft.inject_adapter_in_model(config, plain, NAME)
     for parameter in model.parameters():
         if parameter.requires_grad:  # adapters are small, and 16 bits would round their updates away
             parameter.data = parameter.data.float()
 
 
 def chosen_layers(model: Any, target_modules: Literal["all-linear"] | list[str]) -> list[str]:
-    """Return the full names of the layers to adapt, without the head. Raises ValueError for an unknown name."""
+    """Return the full names of the layers to adapt, without the head. Raises ValueError for an unknown name.
+
+    Layers that an adapter would not reach, or break, are left out: see `_is_adaptable`.
+    """
     head = model.get_output_embeddings()
-    linear = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head and _is_adaptable(model, name, module)
+    ]
     if target_modules == "all-linear":
         return linear
     for target in target_modules:
@@ -153,6 +170,37 @@ def chosen_layers(model: Any, target_modules: Literal["all-linear"] | list[str])
     if not target_modules:
         raise ValueError("target_modules: none given, so that nothing would learn; all-linear takes all")
     return [name for name in linear if any(_ends_with(name, target) for target in target_modules)]
+
+
+def _is_adaptable(model: Any, name: str, layer: nn.Module) -> bool:
+    """Tell whether a linear layer makes its product itself, and only that.
+
+    A module around it may read its weight (Mamba's mixers hand it to a kernel), which would pass its adapter by. A
+    router that is a linear layer returns its choice besides.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if re.search(rf"self\.{re.escape(leaf)}\.weight\b", _source(type(model.get_submodule(owner)))):
+        return False
+    own = type(layer).__module__.startswith("transformers.models.") and type(layer).forward is not nn.Linear.forward
+    return not own or type(layer).__name__.endswith("Linear")
+
+
+@functools.cache
+def _source(family: Any) -> str:
+    try:
+        return inspect.getsource(family)
+    except (OSError, TypeError):  # a checkpoint's own code that is not there as text
+        return ""
+
+
+def untouched(model: Any, chosen: list[str]) -> list[str]:
+    """Return lines about the weights of a mixture that get no adapter: its experts are no linear layers."""
+    stacked = sum(weight.numel() for _, weight in model.named_parameters() if weight.dim() == 3)
+    total = sum(weight.numel() for weight in model.parameters())
+    share = stacked / max(total, 1)
+    if share < 0.1:
+        return []
+    return [f"experts get no adapters ({share:.0%} of the weights); {len(chosen)} other layers do"]
 
 
 def _ends_with(name: str, target: str) -> bool:

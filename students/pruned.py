@@ -19,6 +19,7 @@ from distill.models.huggingface import (
 from distill.models.shapes import declare, finder
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
+from students.pruning_check import check_against_teacher, counts_of_layers, of_all_layers
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_kept import kept_importance
 from students.pruning_sizes import candidate_sizes
@@ -91,10 +92,12 @@ def prune_teacher(
         if importance.depth_I is not None:
             chosen = largest(importance.depth_I, len(chosen)).tolist()  # all at once, after one measurement
         narrowing = _narrowing(config, widths, importance, chosen)
-    weights = pruned_weights(source, chosen, narrowing)
+    weights = pruned_weights(source, chosen, narrowing, config)
     made = pruned_config(config, chosen, widths)
     student = HuggingFaceLanguageModel(_build(made, weights, teacher, trust_remote_code))
     student.check()
+    if len(chosen) < total:
+        check_against_teacher(student, pruned_config(config, list(range(total)), widths), chosen, trust_remote_code)
     return student
 
 
@@ -176,11 +179,9 @@ def _narrowing(config: Any, student: Widths, importance: Importance, chosen: lis
 
 def pruned_config(config: Any, chosen: list[int], widths: Widths | None = None) -> Any:
     """Return the teacher's configuration with fewer layers. Lists with one entry a layer (`layer_types`) shrink too."""
-    total = config.num_hidden_layers
     pruned = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        if "layer" in name and isinstance(value, list) and len(value) == total:
-            setattr(pruned, name, [value[index] for index in chosen])
+    for name, value in counts_of_layers(config, chosen).items():
+        setattr(pruned, name, value)
     pruned.num_hidden_layers = len(chosen)
     for name, value in ({} if widths is None else widths.as_config()).items():
         setattr(pruned, name, value)
@@ -189,8 +190,13 @@ def pruned_config(config: Any, chosen: list[int], widths: Widths | None = None) 
     return pruned
 
 
-def pruned_weights(source: Source, chosen: list[int], narrowing: Narrowing | None = None) -> dict[str, Tensor]:
-    """Return the kept tensors under their new names, in float32, cut by `narrowing` if given. No others are read."""
+def pruned_weights(
+    source: Source, chosen: list[int], narrowing: Narrowing | None = None, config: Any = None
+) -> dict[str, Tensor]:
+    """Return the kept tensors under their new names, in float32, cut by `narrowing` if given. No others are read.
+
+    `config`: the teacher's, of which some families have tensors with a part for every layer.
+    """
     renumbered = {old: new for new, old in enumerate(chosen)}
     kept: dict[str, Tensor] = {}
     for name in source.names():
@@ -199,7 +205,7 @@ def pruned_weights(source: Source, chosen: list[int], narrowing: Narrowing | Non
             continue
         new = name if layer is None else LAYER.sub(rf"\g<1>.{renumbered[layer]}.", name, count=1)
         if narrowing is None:
-            kept[new] = _float32(source.read(name))
+            kept[new] = _float32(of_all_layers(source.read(name), name, config, chosen))
         elif not local.endswith(COMPUTED):
             kept[new] = _float32(narrowing.slice(source.read(name), local, layer))
     return kept
@@ -216,4 +222,10 @@ def _build(config: Any, weights: dict[str, Tensor], teacher: str, trust_remote_c
 
     with quiet_transformers(), torch.device("meta"):  # for its class only
         empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return from_weights(type(empty), config, weights, torch.float32, f"pruned {teacher}")
+    try:
+        return from_weights(type(empty), config, weights, torch.float32, f"pruned {teacher}")
+    except RuntimeError as error:
+        raise ValueError(
+            f"{config.model_type}: the teacher's tensors have other sizes than a model of fewer layers needs; keep all "
+            "layers and prune the width, or take another student"
+        ) from error

@@ -147,6 +147,8 @@ def make_student_to_train(
     if place.has_memory:
         tokens, corpus = vocab_size if vocabulary is None else len(vocabulary), experiment.corpus
         check_model(model, name, tokens, corpus.shares_samples, length=corpus.sequence_length, trains=True)
+        for note in getattr(model, "notes", ()):
+            say(f"{name}: {note}")
     recomputed = 0
     if config.activation_checkpointing:
         try:

@@ -17,6 +17,7 @@ from distill.errors import UserError
 from distill.models.chat_templates import TemplateError, render_with
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import LanguageModel, hidden_states
+from distill.models.token_ids import set_token_id
 
 CACHES = ("past_key_values", "cache_params")
 """transformers' names for a family's cache: keys and values, or the states of state-space models."""
@@ -211,7 +212,7 @@ def end_as(model: Any, tokenizer: Any) -> None:
     ids = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
     for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
         for name, value in ids.items():
-            setattr(config, name, value)
+            set_token_id(config, name, value)
 
 
 def generation_settings(config: Any, tokenizer: Any) -> Any:

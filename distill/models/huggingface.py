@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.errors import UserError, first_line
 from distill.models.checkpoints import Checkpoint, adapter_files, load_config, stored_names, text_renaming, weight_files
 from distill.models.contract import not_finite
+from distill.models.embedding_trimming import keep_tokens
 from distill.models.language_model import Head
 from distill.models.shapes import finder
 from distill.models.text_part import base_name, construct, model_class
@@ -120,29 +121,25 @@ class HuggingFaceLanguageModel(torch.nn.Module):
                 "not supported; write a plug-in with its own `body` and `head`"
             )
 
-    @torch.no_grad()
     def keep_tokens(self, kept_ids: Tensor) -> None:
         """Cut embedding and head down to the tokens `kept_ids` (rising), which become tokens 0, 1, 2 and so on.
 
-        The logits of these tokens stay the same. Token numbers in the configuration (the end of a text, the padding)
-        become the new ids; those of lost tokens become None.
+        The logits of these tokens stay the same; a family in which they would not is refused with ValueError. Token
+        numbers in the configuration (the end of a text, the padding) become the new ids; those of lost tokens become
+        None.
         """
-        embedding, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        rows = min(len(embedding.weight), len(output.weight))
-        if not len(kept_ids) or int(kept_ids[-1]) >= rows:
-            raise ValueError(f"the model has {rows} tokens, and is to keep token {kept_ids[-1:].tolist()}")
-        to_new = {old: new for new, old in enumerate(kept_ids.tolist())}
-        padding = getattr(embedding, "padding_idx", None)
-        weights = {id(weight): weight for weight in (embedding.weight, output.weight, getattr(output, "bias", None))}
-        for weight in weights.values():  # a tied weight once
-            if weight is not None:
-                weight[: len(kept_ids)] = weight[kept_ids.to(weight.device)]
-        self.model.resize_token_embeddings(len(kept_ids))
-        self.model.get_input_embeddings().padding_idx = to_new.get(padding)
-        for config in {id(c): c for c in (self.model.config, self.model.config.get_text_config())}.values():
-            _renumber_tokens(config, to_new)
-        if self.model.generation_config is not None:
-            _renumber_tokens(self.model.generation_config, to_new)
+        keep_tokens(self.model, self._logits, kept_ids, compares=finder() is None)
+
+    @torch.no_grad()
+    def _logits(self, ids_L: Tensor) -> Tensor:
+        """Return the logits `[L, V]` of a row of tokens in evaluation mode."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            return self.head(self.body(ids_L[None], torch.arange(len(ids_L), device=ids_L.device)[None]))[0].float()
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (safetensors)."""
@@ -151,24 +148,6 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         vars(self.model).pop("_weight_conversions", None)
         with quiet_transformers():
             self.model.save_pretrained(folder)
-
-
-def _renumber_tokens(config: Any, to_new: dict[int, int]) -> None:
-    """Write every `…_token_id` of a configuration (one token, or several) under its new number; None if it is gone.
-
-    Where a family's configuration takes no None, as for the token of a picture, -1 stands for it.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    for name, value in config.to_dict().items():
-        if name.endswith("_token_id"):
-            if isinstance(value, list):
-                setattr(config, name, [to_new[old] for old in value if old in to_new] or None)
-            elif value is not None:
-                try:
-                    setattr(config, name, to_new.get(value))
-                except StrictDataclassError:
-                    setattr(config, name, -1)
 
 
 def transformation(config: Any) -> dict[str, float]:

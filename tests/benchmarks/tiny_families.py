@@ -118,6 +118,9 @@ def tiny_config(family: str) -> Any:
     config_class = CONFIG_MAPPING[family]
     own = BY_FAMILY.get(family, {})
     small = _shrunk(config_class().to_dict())
+    for part in (small, *(value for value in small.values() if isinstance(value, dict))):
+        if "kv_lora_rank" in part:  # latent attention has no groups
+            part["num_key_value_heads"] = SIZES["num_attention_heads"]
     for key, value in own.items():
         small[key] = {**small[key], **value} if isinstance(value, dict) else value
     return config_class(**small)

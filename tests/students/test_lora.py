@@ -83,8 +83,16 @@ def test_a_state_space_model_has_adapters_too(base_dtype: str, tiny_model: Any, 
     train(student)
     error = (logits(student.merged()) - logits(student)).norm() / logits(student).norm()
     assert error < (1e-5 if base_dtype == "float32" else 3e-2)
-    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
-        fresh(str(tmp_path))
+    # Mamba's kernel takes out_proj's weight as it is, past any adapter.
+    assert {name.split(".")[-4] for name in trainable(fresh(str(tmp_path)))} == {"in_proj"}
+    with pytest.raises(ValueError, match=r"target_modules: no linear layer 'out_proj' \(known: in_proj\)"):
+        fresh(str(tmp_path), target_modules=["out_proj"])
+
+
+def test_a_mixture_says_that_its_experts_stay(tiny_model: Any, tmp_path: Path, folder: str) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    (note,) = fresh(str(tmp_path)).notes
+    assert "experts get no adapters" in note and not fresh(folder).notes
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -1,0 +1,69 @@
+"""Ten families as different as can be, through adapter, packing, trimming, pruning, LoRA and export; two made wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import tiny_families
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from distill.experiment.checks import check_model
+from distill.models.checkpoints import resolve
+from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
+from distill.models.isolation import Fault, find_fault
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COLUMNS = ("adapter", "packed", "depth", "trimming", "lora", "hf")
+
+
+@pytest.mark.parametrize("name", families.TEN)
+def test_a_family_works_and_is_no_other_model(name: str, tmp_path: Path) -> None:
+    family = families.Family(name, tmp_path)
+    said = {column: getattr(family, column)() for column in COLUMNS}  # `families.Wrong` where another model answers
+    assert said["packed"] == ("rows" if name in ("gpt_oss", "qwen3_next", "nemotron_h", "opt") else "positions")
+
+
+@pytest.mark.parametrize("name", ["diffllama", "minicpm3"])
+def test_layers_that_compute_by_their_number_are_not_cut_out_in_silence(name: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, UserError), match="is not its teacher without the others"):
+        families.Family(name, tmp_path).depth()
+
+
+def test_a_family_with_more_tables_of_tokens_is_not_trimmed_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be cut down to some of its tokens"):
+        families.Family("cpmant", tmp_path).trimming()
+
+
+class Warmer(nn.Linear):
+    """A head with a transformation that no other family has."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden).asinh()
+
+
+def test_a_head_with_a_transformation_of_its_own_is_refused(tmp_path: Path) -> None:
+    model = load_pretrained(resolve(str(tiny_families.write("qwen3_moe", tmp_path / "model"))), torch.float32)
+    model.lm_head.__class__ = Warmer
+    with pytest.raises(ValueError, match="makes its logits in a way this adapter does not know"):
+        HuggingFaceLanguageModel(model).check()
+
+
+def test_a_layer_that_looks_ahead_is_refused(tmp_path: Path) -> None:
+    model: Any = load_pretrained(resolve(str(tiny_families.write("lfm2", tmp_path / "model"))), torch.float32)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.2"))
+    own = layer.forward
+
+    def looking(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(hidden + 0.1 * hidden.roll(-1, dims=1), *args, **kwargs)
+
+    layer.forward = looking
+    adapter = HuggingFaceLanguageModel(model)
+    assert find_fault(adapter, tiny_families.TOKENS, "cpu") is Fault.FUTURE
+    with pytest.raises(UserError, match="a position sees the tokens behind it"):
+        check_model(adapter, "teacher", tiny_families.TOKENS, True)
