@@ -179,7 +179,8 @@ def _is_adaptable(model: Any, name: str, layer: nn.Module) -> bool:
     router that is a linear layer returns its choice besides.
     """
     owner, _, leaf = name.rpartition(".")
-    if re.search(rf"self\.{re.escape(leaf)}\.weight\b", _source(type(model.get_submodule(owner)))):
+    around: Any = type(model.get_submodule(owner))
+    if re.search(rf"self\.{re.escape(leaf)}\.weight\b", _source(around)):
         return False
     own = type(layer).__module__.startswith("transformers.models.") and type(layer).forward is not nn.Linear.forward
     return not own or type(layer).__name__.endswith("Linear")
