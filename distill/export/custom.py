@@ -17,13 +17,15 @@ from safetensors.torch import load_file
 from distill import __version__, plugins
 from distill.errors import UserError
 from distill.export import probe
-from distill.models import isolation, language_model
+from distill.models import documents_apart, isolation, language_model
 from distill.models.generation import special_ids
 from distill.models.saving import WEIGHTS, read_description
 from distill.models.tokenizers import vocab_size
 from distill.plugins import load_language_model
 
 CONTRACT = "distill.models.language_model"
+CARRIED = {"language_model": language_model, "documents_apart": documents_apart}
+"""Modules of distill that go along with a student's code: the contract, and what it imports."""
 WRAPPER = "modeling_student"
 OURS = "# SPDX-License-Identifier: Apache-2.0\n"
 THEIRS = "# The student's own code: its licence is its author's to give.\n"
@@ -130,12 +132,17 @@ def _write_code(class_path: str, folder: Path) -> None:
     built_in = full.startswith("students.")
     sources = {
         WRAPPER: (OURS, wrapper),
-        "language_model": (OURS, inspect.getsource(language_model)),
+        **{name: (OURS, _relative(inspect.getsource(module))) for name, module in CARRIED.items()},
         "student": (OURS if built_in else THEIRS, self_contained(file.read_text(encoding="utf-8-sig"), file)),
     }
     for module, (licence, source) in sources.items():
         origin = f"# Copied by distill {__version__} from {file.name if module == 'student' else 'its own sources'}.\n"
         (folder / f"{module}.py").write_text(licence + origin + source, encoding="utf-8")
+
+
+def _relative(source: str) -> str:
+    """Return the source of a carried module, with its imports of the others made relative."""
+    return re.sub(rf"^from distill\.models\.({'|'.join(CARRIED)}) import", r"from .\1 import", source, flags=re.M)
 
 
 def _where(class_path: str) -> tuple[Path, str]:

@@ -124,7 +124,7 @@ def test_what_a_constructor_computed_is_there_again(own: Path, read: Any, tmp_pa
     assert configuration["student_options"]["size"] == 12 and configuration["tie_word_embeddings"]
     assert configuration["isolates_documents"] is False
     code = {path.name: path.read_text() for path in folder.glob("*.py")}
-    assert set(code) == {"modeling_student.py", "language_model.py", "student.py"}
+    assert set(code) == {"modeling_student.py", "language_model.py", "documents_apart.py", "student.py"}
     assert all("licence" in text or "SPDX" in text.splitlines()[0] for text in code.values())
     assert "from .student import Own as Student\n" in code["modeling_student.py"]
     assert not any(str(tmp_path) in path.read_text() for path in folder.iterdir() if path.suffix in (".py", ".json"))
