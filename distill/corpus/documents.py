@@ -6,15 +6,15 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
 import pyarrow.compute
 
 from distill.corpus.faults import BadRow, Fault
-from distill.corpus.reading import Source
+from distill.corpus.reading import Row, Source
 from distill.corpus.shapes import Columns, find_shape
 from distill.errors import UserError, did_you_mean
 
@@ -38,6 +38,29 @@ FEATURES = datasets.Features(
 )
 
 
+class Rows(Protocol):
+    """A file or data set, as numbered rows of columns."""
+
+    @property
+    def label(self) -> str:
+        """The name in messages."""
+
+    @property
+    def columns(self) -> Columns:
+        """The names that the user gave to columns."""
+
+    @property
+    def owner(self) -> int:
+        """Number of the corpus's source that it belongs to."""
+
+    @property
+    def limit(self) -> int | None:
+        """Largest number of rows that are read of that source."""
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, numbered from 1."""
+
+
 def load_documents(sources: Sequence[Source]) -> datasets.Dataset:
     """Load the documents of all `sources` in order, empty ones included, as a memory-mapped table (see `FEATURES`).
 
@@ -45,11 +68,26 @@ def load_documents(sources: Sequence[Source]) -> datasets.Dataset:
     files' bytes and read from there next time.
     """
     key = json.dumps([READER_VERSION, [_key(source) for source in sources]])
+
+    def documents() -> Iterator[dict[str, Any]]:
+        is_empty = True
+        for document in read_documents(sources):
+            is_empty = False
+            yield document
+        if is_empty:
+            named = ", ".join(source.label for source in sources[:3])
+            raise UserError(f"{named}: no document in it, not even an empty one")
+
+    return keep_table(documents, hashlib.sha256(key.encode()).hexdigest())
+
+
+def keep_table(documents: Callable[[], Iterator[dict[str, Any]]], key: str) -> datasets.Dataset:
+    """Return a table (see `FEATURES`) from the cache folder of `datasets`, made there if there is none of `key`."""
     try:
         return datasets.Dataset.from_generator(
-            lambda: _documents(sources),
+            documents,
             features=FEATURES,
-            fingerprint=hashlib.sha256(key.encode()).hexdigest(),
+            fingerprint=key,
             writer_batch_size=64,  # documents held in memory at one time
         )
     except datasets.exceptions.DatasetGenerationError as error:
@@ -115,12 +153,26 @@ def _key(source: Source) -> list[Any]:
     return [source.owner, source.limit, source.columns.key(), source.content_key()]
 
 
-def _documents(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
-    first: dict[int, tuple[bool, str]] = {}  # kind and place of each owner's first document
+First = tuple[bool, str]
+"""Kind (True for a conversation) and place of the first good row of a corpus's source."""
+
+
+def read_documents(
+    sources: Sequence[Rows], behind: tuple[int, int] = (0, 0), before: First | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table (see `FEATURES`) from behind a place, a file's number and a row's, on.
+
+    `before` is the first good row where rows of the only source were read before: a row of another kind is a bad one.
+    """
+    first: dict[int, First] = {} if before is None else {0: before}  # of each owner
     rows: Counter[int] = Counter()
     for index, source in enumerate(sources):
+        if index < behind[0]:
+            continue
         left = None if source.limit is None else max(source.limit - rows[source.owner], 0)
         for number, row in itertools.islice(source.rows(), left):
+            if (index, number) <= behind:
+                continue
             where = f"{source.label}: row {number}"
             try:
                 found = _read(row, source.columns, where)
@@ -129,17 +181,13 @@ def _documents(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
                     here, there = _KINDS[not kind], _KINDS[kind]
                     raise UserError(f"{where}: is {here}, but {place} is {there}: make two corpus.sources of them")
             except UserError as error:
-                found = _NO_DOCUMENT | {"fault": str(error).removeprefix(f"{where}: ")}
+                found = NO_DOCUMENT | {"fault": str(error).removeprefix(f"{where}: ")}
             yield found | {"source": index, "row": number}
             rows[source.owner] += 1
-    if not rows:
-        raise UserError(
-            f"{', '.join(source.label for source in sources[:3])}: no document in it, not even an empty one"
-        )
 
 
 _KINDS = ("plain text", "a conversation")
-_NO_DOCUMENT = {"document": "", "conversation": False, "shape": -1, "digest": b"", "share": 2.0, "fault": ""}
+NO_DOCUMENT = {"document": "", "conversation": False, "shape": -1, "digest": b"", "share": 2.0, "fault": ""}
 
 
 def _read(row: Mapping[str, Any] | BadRow, columns: Columns, where: str) -> dict[str, Any]:
@@ -150,7 +198,7 @@ def _read(row: Mapping[str, Any] | BadRow, columns: Columns, where: str) -> dict
     if shape is None:
         raise UserError(f"{where}: {_no_shape(row, columns)}")
     content, kind = shape.document(row, where)
-    return _NO_DOCUMENT | {"conversation": shape.is_conversation, "shape": kind} | _document(content, where)
+    return NO_DOCUMENT | {"conversation": shape.is_conversation, "shape": kind} | _document(content, where)
 
 
 def _no_shape(row: Mapping[str, Any], columns: Columns) -> str:

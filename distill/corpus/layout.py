@@ -5,7 +5,7 @@ Shapes: L sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,32 @@ from distill.corpus.packing import Packing
 
 Turns = Callable[[int], tuple[list[int], list[int]]]
 """Function of a document's number: the tokens at which its turns begin, and those behind its system and first turn."""
+
+
+@dataclass(frozen=True)
+class LongDocuments:
+    """Numbers of documents that are longer than a sample."""
+
+    split: int = 0
+    """Number of them that were split, or cut; in a stream, of all that were cut."""
+    inside: int = 0
+    """Number of pieces of them that begin inside a turn, which is longer than a sample by itself."""
+    left_out: int = 0
+    """Number of them that were left out."""
+
+    @classmethod
+    def together(cls, counts: Iterable[LongDocuments]) -> LongDocuments:
+        """Return the sums."""
+        each = [(count.split, count.inside, count.left_out) for count in counts]
+        return cls(*map(sum, zip(*each, strict=True))) if each else cls()
+
+    def __str__(self) -> str:
+        """Return the counts in words, empty without a document."""
+        found = [f"{self.left_out:,} documents left out"] if self.left_out else []
+        if self.split:
+            inside = f" ({self.inside:,} times inside a turn)" if self.inside else ""
+            found.append(f"{self.split:,} documents split{inside}")
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -31,12 +57,7 @@ class Layout:
     """Tokens of the document's beginning that stand in front of the piece again, without loss."""
     firsts: np.ndarray
     """Number of each sample's first piece, and the number of all pieces: int64 [samples + 1]."""
-    split: int = 0
-    """Documents longer than a sample that were split, or cut."""
-    split_turns: int = 0
-    """Pieces of them that begin inside a turn, which is longer than a sample by itself."""
-    left_out: int = 0
-    """Documents longer than a sample that were left out."""
+    long: LongDocuments
 
     @classmethod
     def of(cls, packing: Packing, lengths: np.ndarray, length: int, turns: Turns) -> Layout:
@@ -56,7 +77,7 @@ def _stream(lengths: np.ndarray, length: int, begin: bool) -> Layout:
     firsts = np.append(np.searchsorted(starts, samples), len(starts))
     begins = starts - borders[documents]
     cut = len(np.unique(documents[begins > 0]))
-    return Layout(documents, begins, stops - borders[documents], np.zeros_like(starts), firsts, split=cut)
+    return Layout(documents, begins, stops - borders[documents], np.zeros_like(starts), firsts, LongDocuments(cut))
 
 
 def _sample_begins(borders: np.ndarray, length: int) -> np.ndarray:
@@ -93,7 +114,8 @@ def _whole(packing: Packing, lengths: np.ndarray, length: int, turns: Turns) -> 
         )
     firsts = np.searchsorted(bins, np.arange(int(bins[-1]) + 2 if len(bins) else 1))
     left_out = int(is_long.sum()) if packing.long == "skip" else 0
-    return Layout(documents, begins, ends, openings, firsts, int(is_long.sum()) - left_out, inside, left_out)
+    long = LongDocuments(int(is_long.sum()) - left_out, inside, left_out)
+    return Layout(documents, begins, ends, openings, firsts, long)
 
 
 def _split(

@@ -11,7 +11,7 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
-from distill.corpus.layout import Layout
+from distill.corpus.layout import Layout, LongDocuments
 from distill.corpus.packing import Packing
 
 
@@ -63,10 +63,15 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
 
         self.layout = Layout.of(packing, lengths, sequence_length, turns_of)
         """The pieces of documents in each sample."""
-        self.documents = len(rows) - self.layout.left_out
+        self.documents = len(rows) - self.layout.long.left_out
         """Number of documents."""
         self.tokens = int((self.layout.ends - self.layout.begins).sum())
         """Number of the documents' tokens, each counted once."""
+
+    @property
+    def long(self) -> LongDocuments:
+        """Number of documents longer than a sample."""
+        return self.layout.long
 
     def __len__(self) -> int:
         return len(self.layout.firsts) - 1

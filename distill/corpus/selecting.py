@@ -68,13 +68,18 @@ class Selection:
         return tuple(found)
 
 
-def check_reading(path: str, documents: datasets.Dataset, labels: Sequence[str], bad_rows: BadRows) -> None:
-    """Raise UserError for documents of which none is left, and for bad rows that are all known before rendering."""
+def check_reading(
+    path: str, documents: datasets.Dataset, labels: Sequence[str], bad_rows: BadRows, is_whole: bool = True
+) -> None:
+    """Raise UserError for documents of which none is left, and for bad rows that are all known before rendering.
+
+    If the documents are not the whole corpus, others may be left.
+    """
     faults, empty = faults_in(documents, documents), int((documents.data.column("share").to_numpy() > 1).sum())
     all_known = bad_rows == "refuse" and not are_conversations(documents)
-    if len(faults) == len(documents) or (faults and all_known):
+    if (is_whole and len(faults) == len(documents)) or (faults and all_known):
         raise refusal(faults, len(documents), labels)
-    if empty == len(documents):
+    if is_whole and empty == len(documents):
         raise UserError(f"{path}: no document with any text in it ({empty - len(faults)} empty ones)")
 
 
@@ -85,24 +90,30 @@ def select(
     labels: Sequence[str],
     bad_rows: BadRows,
     begun_with: str | None,
+    before: np.ndarray | None = None,
 ) -> Selection:
     """Choose among documents. Raises UserError for bad rows, unless they are skipped, and if nothing can be learned.
 
     Of documents with the same content the first one is kept. A cache of a release that kept all of them goes on with
     all of them: one that was `begun_with` their fingerprint.
+
+    `before` are the hashes of the documents that were read before, if these are a window of a corpus.
     """
     faults = faults_in(documents, documents) + faults_in(encoded, documents)
-    if faults and (bad_rows == "refuse" or len(faults) == len(documents)):
+    is_whole = before is None
+    if faults and (bad_rows == "refuse" or (is_whole and len(faults) == len(documents))):
         raise refusal(faults, len(documents), labels)
     whole = documents.data.column("share").to_numpy() <= 1
     whole[[fault.place for fault in faults]] = False
     repeated = find_duplicates(document_hashes(documents), whole)
+    if before is not None:
+        repeated |= whole & np.isin(document_hashes(documents), before)
     fingerprint = corpus_fingerprint(documents, whole & ~repeated)
     if begun_with not in (None, fingerprint) and begun_with == corpus_fingerprint(documents, whole):
         fingerprint, repeated = begun_with, np.zeros_like(repeated)
     kept = whole & ~repeated
     learnable = kept & (encoded.data.column("learned").to_numpy() > 0)
-    if not learnable.any():
+    if is_whole and not learnable.any():
         lacking = "an answer of the assistant" if are_conversations(documents) else "a second token"
         raise UserError(f"{path}: nothing to learn: none of the {kept.sum()} documents has {lacking}")
     return Selection(kept, learnable, fingerprint, repeated, faults)

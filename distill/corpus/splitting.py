@@ -9,7 +9,7 @@ import numpy as np
 from distill.errors import UserError
 
 
-def split_rows(shares: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(shares: np.ndarray, held_out: float, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of the training documents, shuffled with `seed`, and of the held-out documents, in file order.
 
     `shares` is float64 [documents]: a hash of each document's content as a number in [0, 1]. An empty document has 2
@@ -55,15 +55,15 @@ def spread(total: int) -> np.ndarray:
     return reversed_bits[reversed_bits < total]
 
 
-def check_sides(path: str, train_rows: np.ndarray, held_rows: np.ndarray, held_out: float) -> None:
-    """Raise UserError if one of the two sides was asked for and has no document."""
-    documents = len(train_rows) + len(held_rows)
-    if len(train_rows) == 0:
+def check_sides(path: str, train: int, held: int, held_out: float) -> None:
+    """Raise UserError if one of the two sides, of so many documents, was asked for and has none."""
+    documents = train + held
+    if train == 0:
         raise UserError(
             f"{path}: all {documents} documents are held out, none is left to train on: lower corpus.held_out "
             f"(now {held_out}; 0: none) or give more documents"
         )
-    if held_out > 0 and len(held_rows) == 0:
+    if held_out > 0 and held == 0:
         raise UserError(
             f"{path}: none of the {documents} documents falls into the held-out share of {held_out}: raise "
             "corpus.held_out, give more or shorter documents (say, one passage a line of a .jsonl file), or set it to 0"

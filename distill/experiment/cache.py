@@ -20,6 +20,7 @@ from distill.cache.format.token_order import TokenOrder, token_counts
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
 from distill.corpus.packing import Packing
+from distill.corpus.sample_sets import READING, REVISION
 from distill.corpus.splitting import spread
 from distill.corpus.summary import left_out_in_words, together
 from distill.corpus.templates import Learning
@@ -108,7 +109,8 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
             **_packed(samples.packing),
             token_order.FINGERPRINT: order.fingerprint,
             "packing": packing_fingerprint(experiment),
-            HELD_OUT_ORDER: "spread",
+            # The samples of a stream come from shuffled files, and there is no end to spread them up to.
+            **({} if samples.gatherer else {HELD_OUT_ORDER: "spread"}),
             **mixture_of(experiment),
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
@@ -150,7 +152,8 @@ def begun_in(folders: Folders) -> Begun:
     if not (folders.cache / MANIFEST).is_file():
         return NOTHING_BEGUN
     manifest = read_manifest(folders.cache)
-    return Begun(manifest.fingerprints.get(DATE), packing_of(manifest), manifest.fingerprints.get("corpus"))
+    found = manifest.fingerprints
+    return Begun(found.get(DATE), packing_of(manifest), found.get("corpus"), READING in found, found.get(REVISION))
 
 
 def check_tokens(folder: Path, manifest: Manifest, samples: SampleSets) -> None:

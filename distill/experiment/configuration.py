@@ -43,6 +43,8 @@ class CorpusConfig:
     """A txt, md, jsonl, json, csv, tsv, parquet or arrow file, a folder of such files, or a hub data set's name."""
     name: str | None = None
     """Configuration name of a hub data set (for example `sample-10BT`)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; default: its newest, kept by later starts."""
     split: str = "train"
     """Split of a hub data set, or of a folder whose files are named after splits; several as `train+test`."""
     columns: dict[str, str] = field(default_factory=dict)

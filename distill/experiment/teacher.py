@@ -123,6 +123,10 @@ class Begun:
     packing: Packing | None = None
     corpus: str | None = None
     """Fingerprint of its corpus."""
+    is_streamed: bool | None = None
+    """True if it is of a stream, which is read in part; None without a cache."""
+    revision: str | None = None
+    """Commit of its hub data set."""
 
 
 NOTHING_BEGUN = Begun()
@@ -150,6 +154,10 @@ def open_samples(experiment: Experiment, teacher: Teacher, begun: Begun = NOTHIN
         held_out=corpus.held_out,
         seed=corpus.seed,
         begun_with=begun.corpus,
+        is_streamed=begun.is_streamed,
+        revision=corpus.revision or begun.revision,
+        most=experiment.cache.max_samples,
+        most_held_out=max(experiment.cache.held_out_samples, experiment.evaluate.max_samples or 0),
     )
 
 

@@ -16,7 +16,7 @@ from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine
 from distill.forecast.phases.simulator import PHASES, NoForecast, Phase, Piece, Simulator
 from distill.forecast.room import free_bytes, needs, shortages
-from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, moment_bytes
+from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, corpus_work, moment_bytes
 from distill.system.units import size
 
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -205,6 +205,9 @@ class Forecaster:
         if "cache-teacher" in found:
             each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), notes)
             disk["cache"] = cache_bytes(experiment, each, amount.cached)
+            if (work := corpus_work(experiment, amount)) is not None:
+                disk["corpus"] = work.table_bytes
+                notes.append(f"corpus {experiment.corpus.named}: {work.described()}")
             if experiment.cache.scheme == "hidden":
                 disk["head"] = found["cache-teacher"][0].sizes["head_bytes"]
         sizes = self._student_sizes(experiment, found)

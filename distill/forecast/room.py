@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
+
 from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
 from distill.cache.format.head import HEAD
 from distill.cache.format.part import Part
@@ -44,6 +46,7 @@ def needs(experiment: Experiment, disk: Mapping[str, int | None], train_samples:
         left = (disk.get("checkpoints") or 0) // count - _bytes_in(checkpoints)
         found.append(Need(f"checkpoints of the {role.name}", checkpoints, left))
         found.append(Need(role.name, model, (disk.get("student") or 0) // count))
+    found.append(Need("tables of the corpus", Path(datasets.config.HF_DATASETS_CACHE), disk.get("corpus") or 0))
     return [need for need in found if need.bytes > 0]
 
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from distill.cache.format.folder import MANIFEST, read_journal, read_manifest
 from distill.corpus.reading import local_files
+from distill.corpus.streams import is_large
 from distill.corpus.text_files import COMPRESSIONS
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
-from distill.system.units import parse_size
+from distill.system.units import duration, parse_size, size
 
 # Bytes a token by threshold or entries: the largest of three corpora in the tables of distill/cache/README.md
 # (OpenStax textbooks, every token with loss). A corpus of plainer text, or with masked questions, takes less.
@@ -25,6 +26,10 @@ _SHARD = 600
 """Bytes a shard beside its records: header, offsets of the samples, journal line."""
 BYTES_A_TOKEN_OF_TEXT = 4.0
 """Bytes a token of English text with today's tokenizers, if a file's samples have not been counted."""
+TABLE_BYTES_A_TOKEN = 9.1
+"""Bytes a token of the tables of a corpus on disk: its text, its token ids and masks (42 MB for 4.6 M tokens)."""
+TOKENS_A_SECOND = 250_000
+"""Tokens of text that one core reads and tokenises in a second (`python tests/benchmarks/read_corpus.py`)."""
 _COMPRESSION = 3.0
 
 
@@ -47,6 +52,43 @@ class Amount:
     @property
     def cached(self) -> int | None:
         return None if self.train is None else self.train + self.held_out
+
+
+@dataclass(frozen=True)
+class CorpusWork:
+    """The reading of a corpus."""
+
+    tokens: int
+    """Tokens that are read, held-out ones included."""
+    is_fetched: bool
+    """True if it is fetched from the hub."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Size of the tables of text and tokens on disk."""
+        return round(TABLE_BYTES_A_TOKEN * self.tokens)
+
+    def described(self) -> str:
+        """Return the work in words."""
+        fetched = f"about {size(self.tokens * BYTES_A_TOKEN_OF_TEXT)} of text fetched, " if self.is_fetched else ""
+        return (
+            f"{fetched}{self.tokens:,} tokens read, {duration(self.tokens / TOKENS_A_SECOND)} of one core, "
+            f"{size(self.table_bytes)} of tables in the cache folder of `datasets`"
+        )
+
+
+def corpus_work(experiment: Experiment, amount: Amount) -> CorpusWork | None:
+    """Return what reading the corpus takes: a stream as far as it is needed, all of any other. None if not known."""
+    corpus = experiment.corpus
+    if (Folders.of(experiment).cache / MANIFEST).is_file() or amount.train is None:
+        return None
+    samples = amount.train / (1 - corpus.held_out)
+    files = [local_files(source.path, source.split) for source in corpus.all_sources]
+    if len(files) > 1 or (files[0] is not None and not is_large(files[0])):
+        if (whole := _samples_in_files(experiment)) is None:
+            return None
+        samples = max(samples, whole)
+    return CorpusWork(round(samples * corpus.sequence_length), is_fetched=files[0] is None)
 
 
 def amount_of(experiment: Experiment, notes: list[str]) -> Amount:

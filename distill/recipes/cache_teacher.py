@@ -317,6 +317,8 @@ def _describe(experiment: Experiment, manifest: Manifest, asked: dict[str, int],
         f"corpus: {experiment.corpus.named}, {train:,} of {len(samples.train):,} training samples and "
         f"{held_out:,} held out, {manifest.sequence_length} tokens each"
     )
+    if samples.gatherer is not None:
+        say(f"corpus: a stream of {len(samples.sources):,} shuffled files, read as far as it is needed")
     say(f"corpus: {', '.join(f'{kind}, {rows:,} rows' for kind, rows in samples.shapes.items())}")
     if samples.thoughts_left_out:
         say(
@@ -353,7 +355,7 @@ def _predict(work: _Work, trainer: pl.Trainer, deadline: float) -> None:
     module = _teacher_module(work.experiment, model, manifest)
     world = trainer.world_size
     title = f"cache-teacher, process 1 of {world}" if world > 1 else "cache-teacher"
-    with Progress(title, total=0, unit="tokens") as progress, interrupt.deferred():
+    with work.samples.ahead(), Progress(title, total=0, unit="tokens") as progress, interrupt.deferred():
 
         def open_writer() -> CacheWriter:
             return CacheWriter(folders.cache, manifest, batch_size=work.experiment.cache.batch_size)

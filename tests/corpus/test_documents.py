@@ -89,7 +89,7 @@ def test_an_edited_file_is_read_anew_even_with_the_same_size_and_date(write: Wri
 def test_an_unchanged_file_is_not_read_twice(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("a.jsonl", [{"text": "a"}])
     load(path)
-    monkeypatch.setattr(documents_module, "_documents", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(documents_module, "read_documents", lambda *_: pytest.fail("read again"))
     os.rename(path, path.replace("a.jsonl", "b.jsonl"))
     assert load(path.replace("a.jsonl", "b.jsonl"))["document"][:] == ["a"]
 

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
-from distill.corpus.layout import Layout
+from distill.corpus.layout import Layout, LongDocuments
 from distill.corpus.packing import Packing
 from distill.errors import UserError
 
@@ -47,7 +47,7 @@ def test_every_token_is_in_one_piece_and_no_sample_is_too_long(packing: Packing,
 def test_a_long_conversation_is_split_at_turns_behind_its_first_ones() -> None:
     found = layout(Packing("none", "split"), [4, 16, 33])
     assert pieces(found)[2:] == [[(2, 0, 14, 0)], [(2, 14, 25, 5)], [(2, 25, 33, 5)]]
-    assert (found.split, found.split_turns, found.left_out) == (1, 1, 0)
+    assert found.long == LongDocuments(split=1, inside=1)
     small = layout(Packing("none", "split"), [4, 16, 33], length=8)
     assert {opening for *_, opening in chain(*pieces(small))} == {0, 3}, "the opening takes half a sample at most"
 
@@ -55,7 +55,7 @@ def test_a_long_conversation_is_split_at_turns_behind_its_first_ones() -> None:
 def test_long_documents_are_left_out_on_request() -> None:
     found = layout(Packing("documents", "skip"), [4, 16, 33, 17, 10])
     assert pieces(found) == [[(0, 0, 4, 0), (4, 0, 10, 0)], [(1, 0, 16, 0)]]
-    assert (found.split, found.left_out) == (0, 2)
+    assert found.long == LongDocuments(left_out=2)
 
 
 def test_a_stream_loses_a_place_where_a_begin_token_is_added() -> None:

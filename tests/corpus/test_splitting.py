@@ -48,13 +48,13 @@ def test_empty_documents_are_on_neither_side() -> None:
 def test_held_out_zero_holds_out_nothing() -> None:
     train, held = split_rows(np.array([0.0, 0.5]), 0.0, seed=0)
     assert (sorted(train), held.tolist()) == ([0, 1], [])
-    check_sides("corpus", train, held, 0.0)
+    check_sides("corpus", len(train), len(held), 0.0)
 
 
 @pytest.mark.parametrize(("shares", "message"), [([0.5, 0.6], "none of the 2"), ([0.01], "none is left to train")])
 def test_an_empty_side_is_an_error(shares: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_sides("corpus", *split_rows(np.array(shares), 0.1, seed=0), 0.1)
+        check_sides("corpus", *map(len, split_rows(np.array(shares), 0.1, seed=0)), 0.1)
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 3, 8, 37, 1000])

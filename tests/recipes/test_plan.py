@@ -65,7 +65,8 @@ def test_json_says_everything(experiment: Experiment, capsys: pytest.CaptureFixt
     phase = found["phases"]["train-student"]
     assert sum(phase["parts"].values()) == phase["peak_bytes"] < phase["needed_bytes"]
     assert phase["spare_bytes"] == found["limit_bytes"] - phase["needed_bytes"]
-    assert set(found["disk"]) == {"cache", "checkpoints", "student"}
+    assert set(found["disk"]) == {"cache", "corpus", "checkpoints", "student"}
+    assert any("tokens read" in note and "tables" in note for note in found["notes"])
 
 
 def test_the_advice_is_followed_and_it_fits(

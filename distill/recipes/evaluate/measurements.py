@@ -294,6 +294,7 @@ def _settings_of(corpus: CorpusConfig) -> dict[str, Any]:
         "chat_template": None,
         "date": None,
         "long": "split",
+        "revision": None,
     }
     kept = {key: value for key, value in settings.items() if key not in later or value != later[key]}
     return {"text_field": "text", "messages_field": "messages", **kept}  # as earlier releases wrote them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from distill.report.page import check_own_page, write_own_page
 from distill.system.progress import say
 
 _WITHOUT_WEIGHTS = [pattern for pattern in checkpoints.HUB_FILES if not pattern.endswith(".safetensors")]
+_MOST_OF_A_STREAM = 1024
+"""Training samples of a stream that are read at least, if there is no `cache.max_samples`."""
 
 
 def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> int:
@@ -39,7 +42,9 @@ def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> i
     experiment = as_packed(experiment, begun.packing)
     find = partial(checkpoints.download, files=_WITHOUT_WEIGHTS)
     teacher = Teacher(experiment, Place.without_memory(is_cuda=False, has_bf16=False, find=find))
-    sets = open_samples(experiment, teacher, begun)
+    cache = experiment.cache  # of a stream without an end in sight a beginning is shown
+    opened = replace(experiment, cache=replace(cache, max_samples=cache.max_samples or _MOST_OF_A_STREAM))
+    sets = open_samples(opened, teacher, begun)
     facts = _facts(experiment, teacher.tokenizer, sets)
     shown = [
         shown_documents(sets.train, number, teacher.tokenizer, sets.sources)

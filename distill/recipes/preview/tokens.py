@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.corpus import Samples
+from distill.corpus import Gathered, Samples
 from distill.system.progress import visible
 
 _CONTEXT = 16
@@ -55,7 +55,9 @@ class ShownDocument:
         return sum(piece.tokens for piece in self.pieces if piece.is_learned)
 
 
-def shown_documents(samples: Samples, index: int, tokenizer: Any, sources: Sequence[str]) -> list[ShownDocument]:
+def shown_documents(
+    samples: Samples | Gathered, index: int, tokenizer: Any, sources: Sequence[str]
+) -> list[ShownDocument]:
     """Return the documents of a sample in order. `sources` are the names of files, by number."""
     sample, before = samples[index], samples[index - 1]["document_hash"] if index else torch.zeros(1)
     ids, mask = sample["input_ids"].tolist(), sample["loss_mask"].tolist()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from distill.corpus.packing import STREAM
 from distill.evaluation.statistics import MINIMUM_DOCUMENTS
 from distill.recipes.evaluate.measurements import FidelityToTeacher
 
@@ -25,7 +26,7 @@ def measurement(documents: int, max_samples: int | None) -> FidelityToTeacher:
     experiment: Any = SimpleNamespace(
         evaluate=SimpleNamespace(max_samples=max_samples), corpus=SimpleNamespace(sequence_length=LENGTH)
     )
-    samples: Any = SimpleNamespace(held_out=held_out(documents), fingerprint="", rendering={})
+    samples: Any = SimpleNamespace(held_out=held_out(documents), fingerprint="", rendering={}, packing=STREAM)
     teacher: Any = None
     return FidelityToTeacher(experiment, teacher, samples, None, 1)
 

@@ -1,0 +1,89 @@
+"""Reading of a large corpus: time to the first sample, tokens a second, largest memory, and the cost of going on.
+
+    python tests/benchmarks/read_corpus.py [--gigabytes 2] [--documents 1000000] [--long 30] [--most SAMPLES]
+
+Makes documents of words with one long one among them (in MB), in 16 jsonl files, in a folder that is removed.
+Reads them in processes of their own: once to the end (or to `--most` samples), killed half-way, and again from there.
+`RAYON_NUM_THREADS` is the number of threads of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+READ = """
+import json, resource, sys, time
+began = time.monotonic()
+from distill.corpus import open_corpus
+from distill.models import checkpoints, tokenizers
+tokenizer = tokenizers.load_tokenizer(checkpoints.resolve("smollm2-135m-demo"))
+ready = time.monotonic()
+path, first, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None
+sets = open_corpus(path, tokenizer, sequence_length=1024, most=first, most_held_out=64)
+sets.train[0]
+seen, processor = time.monotonic(), time.process_time()
+print(f"first sample after {seen - ready:.1f} s ({ready - began:.1f} s for imports and tokenizer before)", flush=True)
+sets = open_corpus(path, tokenizer, sequence_length=1024, most=most)
+with sets.ahead():
+    sets.train[len(sets.train) - 1]
+spent = time.process_time() - processor
+counts = sum(len(sets_.train) for sets_ in sets.gatherer.windows) * 1024
+print(f"{counts:,} tokens in {time.monotonic() - seen:.0f} s, {spent:.0f} s of processor time")
+print(f"{counts / max(spent, 1e-9):,.0f} tokens a processor second, {len(sets.gatherer.windows)} windows")
+print(f"largest memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", flush=True)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--long", type=float, default=30.0)
+    parser.add_argument("--most", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder, "corpus")
+        make(corpus, options.gigabytes, options.documents, options.long)
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(folder, "tables"))}
+        command = [sys.executable, "-c", READ, str(corpus), "64", str(options.most)]
+        began = time.monotonic()
+        subprocess.run(command, env=environment, check=True)
+        whole = time.monotonic() - began
+        environment["HF_DATASETS_CACHE"] = str(Path(folder, "again"))
+        stopped = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        time.sleep(whole / 2)
+        stopped.send_signal(signal.SIGKILL)
+        stopped.wait()
+        began = time.monotonic()
+        print(f"killed after {whole / 2:.0f} s; going on:")
+        subprocess.run(command, env=environment, check=True)
+        print(f"whole {whole:.0f} s, half and the rest {whole / 2 + time.monotonic() - began:.0f} s")
+
+
+def make(folder: Path, gigabytes: float, documents: int, long: float) -> None:
+    """Write the corpus."""
+    folder.mkdir()
+    choose = random.Random(0)
+    words = ["".join(choose.choices("abcdefghijklmnopqrstuvwxyz", k=choose.randint(2, 9))) for _ in range(20_000)]
+    text = " ".join(choose.choices(words, k=2_000_000))
+    each = int(gigabytes * 1e9 / documents)
+    for number in range(16):
+        with open(folder / f"{number:02d}.jsonl", "w", encoding="utf-8") as file:
+            for document in range(documents // 16):
+                at = choose.randrange(len(text) - each)
+                file.write(json.dumps({"text": f"{number} {document} {text[at : at + each]}"}) + "\n")
+            if number == 3:
+                file.write(json.dumps({"text": (text * 9)[: int(long * 1e6)]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
