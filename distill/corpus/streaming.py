@@ -56,7 +56,8 @@ class Streaming:
         with Progress(f"corpus {self._source.label}", total, unit) as progress:
 
             def advance(samples: int) -> None:
-                progress.advance(self._windows.files_begun - progress.done if most is None else samples)
+                done = self._windows.files_begun - progress.done if most is None else samples
+                progress.advance(min(done, total - progress.done))
 
             gatherer.gather(most, most_held_out if sampling.held_out else 0, advance)
         if self._packing is None or not any(self._rows):

@@ -16,7 +16,7 @@ from distill.corpus.streams import Stream
 
 ROWS = 8192
 """Rows of a window at most."""
-CHARACTERS = 16 << 20
+CHARACTERS = 8 << 20
 """Characters of documents with which a window ends, if it has fewer rows."""
 
 
