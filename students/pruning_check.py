@@ -64,7 +64,8 @@ def check_against_teacher(student: HuggingFaceLanguageModel, whole: Any, chosen:
     if not difference <= TOLERANCE:
         raise ValueError(
             f"{family} with layers {chosen} is not its teacher without the others (relative difference "
-            f"{difference:.0e}): its layers compute by their number; keep all layers and prune the width, or take another student"
+            f"{difference:.0e}): its layers compute by their number; keep all layers and prune the width, or take "
+            "another student"
         )
 
 

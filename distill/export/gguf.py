@@ -74,10 +74,11 @@ def write(source: Path, folder: Path, type: str) -> None:
 def check(source: Path, folder: Path, type: str, text: str | None = None) -> str:
     """Compare `<folder>/model-<type>.gguf` with the student of `source`, and say in one line what was found.
 
-    With llama.cpp (llama-cpp-python), this compares tokens of difficult texts, greedy continuations of five prompts,
-    and the perplexity of `text` (default: a passage kept here). Without it, transformers' reader of GGUF files is used.
-    Raises UserError if the perplexity is off by more than 1 % (f16), 2 % (q8_0) or 10 % (q4_0), if a token of a text
-    differs, and at f16 if a continuation differs (`gguf_check.Comparison` explains ties).
+    With llama.cpp (the package xllamacpp), this compares tokens of difficult texts, greedy continuations of five
+    prompts, and whole distributions on `text` (default: a passage kept here). Without it, transformers' reader of GGUF
+    files is used. Raises UserError if the mean KL is above `gguf_check.FARTHEST` (without llama.cpp: if the perplexity
+    is off by more than `gguf_check.TOLERANCES`), if a token of a text differs, and at f16 if a continuation differs
+    (`gguf_check.Comparison` explains ties).
     """
     _require_gguf()
     return gguf_check.check(_checkpoint(source), file(folder, type), type, text)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,10 +41,11 @@ is 2⁻¹¹, and errors are some units.
 NEW_TOKENS = 32
 PROGRAM = ("-m", "distill.export.gguf_llama_cpp")
 WINDOW = 512
-INSTALL = (
-    'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" pip install llama-cpp-python '
-    "(a native build crashes on virtual machines that show AMX)"
-)
+PLACES = 64
+"""Positions at which whole distributions are compared."""
+FARTHEST = {"f16": 0.01, "q8_0": 0.03, "q4_0": 0.5}
+"""Allowed mean KL(student ‖ file) there, in nats a token."""
+INSTALL = "pip install 'distill-small-card[gguf]' installs it ready made (xllamacpp)"
 PROMPTS = (
     "The most important thing to know about water is that",
     "Once upon a time there was a small village where",
@@ -93,6 +95,8 @@ class Comparison:
     """
     ties: int
     """Tokens among the others whose logit lies within `TIE` of our best token's."""
+    kl: float | None = None
+    """Mean KL(student ‖ file) over the positions, nats; None where only the true next tokens were compared."""
 
     @property
     def drift(self) -> float:
@@ -104,16 +108,16 @@ def check(checkpoint: Checkpoint, file: Path, type: str, text: str | None = None
     """Return one line that says what was compared. Raises UserError if the file is not good enough."""
     tokenizer = load_tokenizer(checkpoint)
     ids = tokenizer.encode(PASSAGE if text is None else text)
-    why = "llama-cpp-python is not installed"
-    if importlib.util.find_spec("llama_cpp") is not None:
+    why = "it is not installed"
+    if importlib.util.find_spec("xllamacpp") is not None:
         try:
             return _verdict(compare(checkpoint, file, ids), file, type)
         except ProcessDied as death:
-            why = f"llama.cpp crashed here ({death})"
+            why = f"it crashed here ({death})"
     found = compare_by_transformers(checkpoint, file, ids)
     _hold(found, file, type)
     return (
-        f"{file.name}: read back by transformers, perplexity {_perplexities(found)}; llama.cpp itself was not tried: "
+        f"{file.name}: read back by transformers, perplexity {_perplexities(found)}; llama.cpp itself did not try it: "
         f"{why}; {INSTALL}"
     )
 
@@ -131,8 +135,9 @@ def _verdict(found: Comparison, file: Path, type: str) -> str:
             f"{found.continued} tokens are not the student's best"
         )
     ties = f", {found.ties} tied" if found.ties else ""
+    kl = "" if found.kl is None else f", KL to the student {found.kl:.4f} nats"
     return (
-        f"{file.name}: llama.cpp makes the same tokens of {found.texts} texts, perplexity {_perplexities(found)}, "
+        f"{file.name}: llama.cpp makes the same tokens of {found.texts} texts, perplexity {_perplexities(found)}{kl}, "
         f"greedy {found.best} of {found.continued} tokens the same{ties}"
     )
 
@@ -143,45 +148,55 @@ def _perplexities(found: Comparison) -> str:
 
 
 def _hold(found: Comparison, file: Path, type: str) -> None:
+    advice = {"q8_0": ": use --type f16", "q4_0": ": use --type q8_0"}.get(type, "")
+    if found.kl is not None:  # of 64 positions the perplexity alone would say little
+        if not found.kl <= FARTHEST[type]:
+            raise UserError(
+                f"{file.name}: llama.cpp answers otherwise than the student: KL {found.kl:.3f} nats a token, more than "
+                f"{FARTHEST[type]}{advice}"
+            )
+        return
     if not abs(found.drift) <= TOLERANCES[type]:
-        advice = {"q8_0": ": use --type f16", "q4_0": ": use --type q8_0"}.get(type, "")
         raise UserError(
             f"{file.name}: perplexity {_perplexities(found)}, off by more than {TOLERANCES[type]:.0%}{advice}"
         )
 
 
-def compare(
-    checkpoint: Checkpoint, file: Path, ids: list[int], texts: tuple[str, ...] = TEXTS, logits: Path | None = None
-) -> Comparison:
-    """Compare the file in llama.cpp with the student. Both read `ids` in windows of the same tokens.
+def compare(checkpoint: Checkpoint, file: Path, ids: list[int], texts: tuple[str, ...] = TEXTS) -> Comparison:
+    """Compare the file in llama.cpp with the student, on `PLACES` places of the first window of `ids`.
 
-    Raises `ProcessDied` if llama.cpp crashes, UserError if it does not load the file. For `logits` see
-    `gguf_llama_cpp`.
+    Raises `ProcessDied` if llama.cpp crashes, UserError if it does not load the file.
     """
     tokenizer, model = load_tokenizer(checkpoint), load_language_model(checkpoint.folder)
     vocabulary = vocab_size(tokenizer)
     context = context_length(model) or WINDOW
-    windows = _windows(ids, min(WINDOW, context))
+    window = _windows(ids, min(WINDOW, context))[0]
+    places = torch.linspace(0, len(window) - 2, min(PLACES, len(window) - 1)).round().long().unique()
     new_tokens = max(1, min(NEW_TOKENS, context // 2))
     prompts = [tokenizer.encode(prompt)[: context - new_tokens] for prompt in PROMPTS]
-    request = {"file": str(file.resolve()), "threads": torch.get_num_threads(), "texts": texts, "windows": windows}
-    request |= {"prompts": prompts, "new_tokens": new_tokens, "logits": logits and str(logits.resolve())}
-    theirs = _ask(request)
+    with tempfile.TemporaryDirectory() as folder:
+        request: dict[str, Any] = {"file": str(file.resolve()), "threads": torch.get_num_threads(), "texts": texts}
+        request |= {"prompts": prompts, "new_tokens": new_tokens, "ids": window, "places": places.tolist()}
+        logp = Path(folder) / "logp.npy"
+        theirs = _ask({**request, "vocabulary": vocabulary, "logp": str(logp)})
+        theirs_PV = torch.from_numpy(np.load(logp)).double()
     other = [
         text
         for text, tokens, framed in zip(texts, theirs["tokens"], theirs["framed"], strict=True)
         if tokens != tokenizer.encode(text, add_special_tokens=False) or framed != tokenizer.encode(text)
     ]
     best, ties = 0, 0
-    for prompt, continuation in zip(prompts, theirs["continuations"], strict=True):
-        logits_LV = _logits(model, prompt + continuation[:-1], vocabulary)[len(prompt) - 1 :]
-        chosen_L = logits_LV.gather(1, torch.tensor(continuation)[:, None])[:, 0]
+    for prompt, tokens in zip(prompts, theirs["continuations"], strict=True):
+        logits_LV = _logits(model, prompt + tokens[:-1], vocabulary)[len(prompt) - 1 :]
+        chosen_L = logits_LV.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         gap_L = logits_LV.amax(-1) - chosen_L
         best += int((gap_L == 0).sum())
         ties += int(((gap_L > 0) & (gap_L <= TIE * logits_LV.abs().amax(-1))).sum())
-    ours, positions = _nll(model, windows, vocabulary)
-    continued = new_tokens * len(prompts)
-    return Comparison(ours, theirs["nll"] / positions, positions, len(texts), other, continued, best, ties)
+    ours_PV = torch.log_softmax(_logits(model, window, vocabulary)[places].double(), -1)
+    kl = float((ours_PV.exp() * (ours_PV - theirs_PV)).sum(-1).mean())
+    next_P1 = torch.tensor(window)[places + 1][:, None]
+    ours, seen = (-float(each.gather(1, next_P1).mean()) for each in (ours_PV, theirs_PV))
+    return Comparison(ours, seen, len(places), len(texts), other, new_tokens * len(prompts), best, ties, kl)
 
 
 def compare_by_transformers(checkpoint: Checkpoint, file: Path, ids: list[int]) -> Comparison:
@@ -253,14 +268,14 @@ class ProcessDied(Exception):
     """Raised when a signal ended llama.cpp's process. The message names the signal."""
 
 
-def _ask(request: dict[str, Any]) -> dict[str, Any]:
-    """Return llama.cpp's answer, from a separate process."""
+def _ask(request: dict[str, Any], program: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Return llama.cpp's answer, from a separate process; `program` is another one than `PROGRAM`."""
     with tempfile.TemporaryDirectory() as name:
         asked, answered = Path(name) / "request.json", Path(name) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
         ours = str(Path(distill.__file__).parents[1])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([ours, os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, *PROGRAM, str(asked), str(answered)]
+        command = [sys.executable, *(program or PROGRAM), str(asked), str(answered)]
         # `-m` looks for modules in the current folder first, and that may be a stranger's.
         done = subprocess.run(command, cwd=name, env=environment, capture_output=True, text=True, errors="replace")
         if done.returncode < 0:

@@ -1,12 +1,16 @@
-"""llama.cpp in a separate process, because it may crash: token ids, likelihoods and continuations of a GGUF file.
+"""llama.cpp in a separate process, because it may crash: token ids, distributions and continuations of a GGUF file.
 
-Run as `python -m distill.export.gguf_llama_cpp REQUEST ANSWER`, both JSON files. Nothing of ours is imported.
+Run as `python -m distill.export.gguf_llama_cpp REQUEST ANSWER`, both JSON files. Nothing of ours is imported. The
+package xllamacpp brings llama.cpp ready made; its server listens on this machine's loopback alone.
+
+Shapes: P positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +18,60 @@ import numpy as np
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Answer `{file, threads, texts, windows, prompts, new_tokens, logits}` by `{tokens, framed, nll, continuations}`.
+    """Answer `{file, threads, texts, prompts, new_tokens, ids, places, vocabulary, logp}` by `{tokens, framed,
+    continuations}`.
 
-    `windows` and `prompts` are lists of token ids. `tokens` are the ids of the texts, `framed` with the tokens that
-    begin and end a text; `nll` is the sum over all windows' positions but the first, nats. With `logits` (a path) the
-    first window's logits `[L, V]` go there as .npy.
+    `tokens` are the ids of the texts, `framed` with the tokens that begin and end a text. Each prompt, a list of ids,
+    is continued by its `new_tokens` best tokens.
+    The log-probabilities `[P, V]` of the token after each of the `places` in `ids` go to the file `logp` as .npy.
     """
-    import llama_cpp
+    import xllamacpp
 
-    longest = max(
-        *(len(window) for window in request["windows"]),
-        *(len(prompt) + request["new_tokens"] for prompt in request["prompts"]),
-    )
-    model = llama_cpp.Llama(
-        model_path=request["file"],
-        n_ctx=longest,
-        n_batch=longest,
-        n_threads=request["threads"],
-        n_threads_batch=request["threads"],
-        n_gpu_layers=0,
-        logits_all=True,
-        verbose=False,
-    )
-    texts = [text.encode() for text in request["texts"]]
+    longest = max(len(request["ids"]), *(len(prompt) + request["new_tokens"] for prompt in request["prompts"]), 1)
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = request["file"]
+    parameters.n_ctx = longest + 8
+    parameters.n_parallel = 1
+    parameters.n_gpu_layers = 0
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = request["threads"]
+    parameters.warmup = parameters.fit_params = False
+    parameters.verbosity = -1
+    server = xllamacpp.Server(parameters)
+
+    def ask(path: str, **content: Any) -> dict[str, Any]:
+        data = json.dumps(content).encode()
+        asked = urllib.request.Request(server.listening_address + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked) as reply:
+            return dict(json.loads(reply.read()))
+
+    def tokens(text: str, frame: bool) -> list[int]:
+        return list(ask("/tokenize", content=text, add_special=frame, parse_special=True)["tokens"])
+
+    # The server keeps a token's distribution back while its bytes are no whole character, and when it ends the text. So
+    # the token that it takes is always this one; the distribution is that of before.
+    plain = tokens("a", False)[-1]
+
+    def following(ids: list[int], number: int) -> list[dict[str, Any]]:
+        """Return the `number` likeliest tokens after `ids`, each with its log-probability."""
+        forced = {"n_predict": 1, "temperature": 0, "logit_bias": [[plain, 1e4]], "ignore_eos": True}
+        said = ask("/completion", prompt=ids, n_probs=number, **forced)
+        return list(said["completion_probabilities"][0]["top_logprobs"])
+
     found: dict[str, Any] = {
-        "tokens": [model.tokenize(text, add_bos=False, special=True) for text in texts],
-        "framed": [model.tokenize(text, add_bos=True, special=True) for text in texts],
-        "nll": sum(_nll(model, window) for window in request["windows"]),
-        "continuations": [_continuation(model, prompt, request["new_tokens"]) for prompt in request["prompts"]],
+        "tokens": [tokens(text, False) for text in request["texts"]],
+        "framed": [tokens(text, True) for text in request["texts"]],
+        "continuations": [],
     }
-    if request.get("logits"):
-        _nll(model, request["windows"][0])
-        np.save(request["logits"], model.scores[: len(request["windows"][0])])
-    return found
-
-
-def _nll(model: Any, ids: list[int]) -> float:
-    model.reset()
-    model.eval(ids)
-    logits_LV = model.scores[: len(ids) - 1].astype(np.float64)
-    largest_L1 = logits_LV.max(-1, keepdims=True)
-    logsumexp_L = largest_L1[:, 0] + np.log(np.exp(logits_LV - largest_L1).sum(-1))
-    return float((logsumexp_L - logits_LV[np.arange(len(ids) - 1), ids[1:]]).sum())
-
-
-def _continuation(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    model.reset()
-    found: list[int] = []
-    ids = prompt
-    while len(found) < new_tokens:
-        model.eval(ids)
-        ids = [int(model.scores[model.n_tokens - 1].argmax())]
-        found += ids
+    for prompt in request["prompts"]:
+        ids = list(prompt)
+        for _ in range(request["new_tokens"]):
+            ids.append(following(ids, 1)[0]["id"])
+        found["continuations"].append(ids[len(prompt) :])
+    logp_PV = np.full((len(request["places"]), request["vocabulary"]), np.nan, dtype=np.float32)
+    for row_V, place in zip(logp_PV, request["places"], strict=True):
+        for entry in following(request["ids"][: place + 1], request["vocabulary"]):
+            row_V[entry["id"]] = entry["logprob"]
+    np.save(request["logp"], logp_PV)
     return found
 
 

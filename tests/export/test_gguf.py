@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from distill.errors import UserError
-from distill.export import gguf, gguf_architecture, gguf_llama_cpp
+from distill.export import gguf, gguf_architecture, gguf_check
 from distill.models.checkpoints import Checkpoint
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.saving import save_language_model
@@ -28,6 +28,7 @@ from distill.models.tokenizers import load_tokenizer, vocab_size
 from distill.plugins import load_language_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 
 ROUNDING = 5e-3
 """‖ours − theirs‖ / ‖ours‖: float16 weights, products and cache (unit 2⁻¹¹) through up to seven layers."""
@@ -83,43 +84,37 @@ def students(hugging_face_student: Any, tmp_path_factory: pytest.TempPathFactory
     return student
 
 
-@pytest.fixture(scope="session")
-def llama_cpp(students: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Skips where llama.cpp is not installed, or dies (a native build on another processor)."""
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    folder = tmp_path_factory.mktemp("probe")
-    gguf.write(students("llama"), folder, "f16")
-    code = f"import llama_cpp; llama_cpp.Llama({str(gguf.file(folder, 'f16'))!r}, verbose=False).eval([1, 2])"
-    if subprocess.run([sys.executable, "-c", code], capture_output=True).returncode < 0:
-        pytest.skip("llama.cpp crashes on this machine")
-
-
 def ours(student: Path) -> Tensor:
+    """The student's log-probabilities after each of `IDS`."""
     model = load_language_model(student)
     rows = vocab_size(load_tokenizer(Checkpoint(student, None, "student")))
     with torch.no_grad():
-        return model.head.with_rows(rows)(model.body(torch.tensor([IDS]), torch.arange(len(IDS))[None]))[0]
+        logits_LV = model.head.with_rows(rows)(model.body(torch.tensor([IDS]), torch.arange(len(IDS))[None]))[0]
+        return torch.log_softmax(logits_LV, -1)
 
 
 def theirs(student: Path, folder: Path) -> Tensor:
-    """llama.cpp's logits of a file made anew."""
+    """llama.cpp's log-probabilities with a file made anew, in a process of its own."""
     gguf.write(student, folder, "f16")
-    request = {"file": str(gguf.file(folder, "f16")), "threads": 1, "texts": [], "windows": [IDS], "new_tokens": 1}
-    gguf_llama_cpp.answer({**request, "prompts": [IDS[:4]], "logits": str(folder / "logits.npy")})
-    return torch.from_numpy(np.load(folder / "logits.npy"))
+    request = {"file": str(gguf.file(folder, "f16")), "threads": 1, "texts": [], "prompts": [], "new_tokens": 0}
+    rows = vocab_size(load_tokenizer(Checkpoint(student, None, "student")))
+    places = {"ids": IDS, "places": list(range(len(IDS))), "vocabulary": rows, "logp": str(folder / "logp.npy")}
+    gguf_check._ask({**request, **places})
+    return torch.from_numpy(np.load(folder / "logp.npy"))
 
 
 def error(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / one.norm())
+    """Their distance beside the spread of the logits: log-probabilities have a large mean."""
+    return float((one - other).norm() / (one - one.mean(-1, keepdim=True)).norm())
 
 
-@pytest.mark.usefixtures("llama_cpp")
+@needs_llama_cpp
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_computes_the_students_logits(case: str, students: Callable[[str], Path], tmp_path: Path) -> None:
     assert error(ours(students(case)), theirs(students(case), tmp_path)) < ROUNDING
 
 
-@pytest.mark.usefixtures("llama_cpp")
+@needs_llama_cpp
 @pytest.mark.parametrize("case", ["llama, tied", "gemma", "gemma2", "gemma3"])
 def test_unconverted_tensors_would_show(
     case: str, students: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,7 +123,7 @@ def test_unconverted_tensors_would_show(
     assert error(ours(students(case)), theirs(students(case), tmp_path)) > 2 * ROUNDING
 
 
-@pytest.mark.usefixtures("llama_cpp")
+@needs_llama_cpp
 @pytest.mark.parametrize("case", ["llama 3", "llama, linear", "qwen3, yarn"])
 def test_unscaled_positions_would_show(
     case: str, students: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
