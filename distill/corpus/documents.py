@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pyarrow.compute
 
+from distill.corpus.conversations import Conversation
 from distill.corpus.faults import BadRow, Fault
 from distill.corpus.reading import Row, Source
 from distill.corpus.shapes import Columns, find_shape
@@ -115,6 +116,18 @@ def corpus_fingerprint(documents: datasets.Dataset, kept: np.ndarray) -> str:
         digest.update(b"".join(itertools.compress(found, kept[first : first + len(found)])))
         first += len(found)
     return digest.hexdigest()
+
+
+def texts_of(documents: datasets.Dataset, rows: np.ndarray) -> Iterator[str]:
+    """Yield the texts in some rows, in the table's order: plain texts, and the contents of messages."""
+    chosen = documents.select_columns(["document", "conversation"]).select(np.sort(rows))
+    for batch in chosen.iter(batch_size=64):
+        for document, is_conversation in zip(batch["document"], batch["conversation"], strict=True):
+            if is_conversation:
+                contents = (message.get("content") for message in Conversation.parse(document).messages)
+                yield from (content for content in contents if isinstance(content, str))
+            else:
+                yield document
 
 
 def find_duplicates(hashes: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -29,6 +29,8 @@ class Window:
     counts: SourceCounts
     shapes: dict[str, int]
     thoughts_left_out: int
+    texts: Callable[[], Iterator[str]]
+    """Function that reads the texts of its training documents."""
 
 
 class Gathered(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from distill.corpus.documents import are_conversations, load_documents
+from distill.corpus.documents import are_conversations, load_documents, texts_of
 from distill.corpus.encoding import encode
 from distill.corpus.packing import Packing
 from distill.corpus.sample_sets import SampleSets, check_samples, numbers, shapes_of
@@ -94,4 +95,5 @@ def open_corpus(
         rendering=learning.described(tokenizer) if conversations else {},
         packing=packing,
         is_conversations=conversations,
+        texts=partial(texts_of, documents, train_rows),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import datasets
@@ -47,6 +48,8 @@ class SampleSets:
     """Way from documents to samples."""
     is_conversations: bool = False
     """True if the documents are conversations, false if they are plain texts."""
+    texts: Callable[[], Iterator[str]] = lambda: iter(())
+    """Function that reads the texts of the training documents: plain texts, and the contents of messages."""
     gatherer: Gatherer | None = None
     """The reading of a stream, of which a part is read; None for a corpus that is read whole."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from distill.corpus.documents import are_conversations, document_hashes
+from distill.corpus.documents import are_conversations, document_hashes, texts_of
 from distill.corpus.encoding import encode
 from distill.corpus.gathering import Gatherer, Window
 from distill.corpus.packing import Packing
@@ -81,6 +83,7 @@ class Streaming:
             rendering=rendering | {READING: self._windows.words} | self._revision(),
             packing=self._packing,
             is_conversations=self._conversations,
+            texts=lambda: itertools.chain.from_iterable(window.texts() for window in [*gatherer.windows]),
             gatherer=gatherer,
         )
 
@@ -114,4 +117,4 @@ class Streaming:
         owners = np.zeros(len(documents), dtype=np.int64)
         (counts,) = chosen.counts([""], owners, encoded, (train_rows, held_rows), sampling.sequence_length)
         thoughts = int(numbers(encoded, "thoughts").sum())
-        return Window(train, held_out, counts, shapes_of(documents), thoughts)
+        return Window(train, held_out, counts, shapes_of(documents), thoughts, partial(texts_of, documents, train_rows))

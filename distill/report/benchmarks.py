@@ -69,8 +69,9 @@ def section(facts: RunFacts) -> Iterator[Section]:
     contents: list[Content] = []
     groups = [_group(task, found) for task, found in by_task.items() if _is_share(found)]
     contents += score_charts(groups, f"Benchmark scores of {', '.join(models)}")
-    contents.append(_table(by_task, models))
-    contents.append(Note(_explanation(results, by_task)))
+    overlaps = facts.of("overlaps", "teacher")
+    contents.append(_table(by_task, models, overlaps))
+    contents.append(Note(_explanation(results, by_task, overlaps)))
     contents.append(_all_metrics(by_task))
     yield Section("benchmarks", "Benchmarks", contents)
 
@@ -109,14 +110,16 @@ def _group(task: str, found: Mapping[str, Mapping[str, Any]]) -> Group:
     return Group(task, bars, chance, "" if chance is None else f"chance {share(chance)}")
 
 
-def _table(by_task: Mapping[str, Mapping[str, Mapping[str, Any]]], models: list[str]) -> Table:
+def _table(
+    by_task: Mapping[str, Mapping[str, Mapping[str, Any]]], models: list[str], overlaps: Mapping[str, Any]
+) -> Table:
     learned = [model for model in models if model != "teacher"]
     head = [Cell("benchmark"), *(Cell(model_name(model), role=model) for model in models), Cell("chance")]
     head += [Cell("recovery", small=model_name(model)) for model in learned]
     rows = []
     for task, found in by_task.items():
         one = next(iter(found.values()))
-        row = [_task_cell(task, found)]
+        row = [_task_cell(task, found, overlaps.get(task, {}).get("overlapping"))]
         row += [score_cell(found.get(model)) for model in models]
         chance = one.get("chance")
         row.append(Cell("none") if chance is None else Cell(share(chance), chance))
@@ -127,13 +130,16 @@ def _table(by_task: Mapping[str, Mapping[str, Mapping[str, Any]]], models: list[
     return Table(head, rows)
 
 
-def _task_cell(task: str, found: Mapping[str, Mapping[str, Any]]) -> Cell:
+def _task_cell(task: str, found: Mapping[str, Mapping[str, Any]], overlapping: int | None) -> Cell:
     said, values = [next(iter(found.values()))["metric"]], []
     for key, unit in (("documents", "documents"), ("truncated", "prompts cut")):
         numbers = sorted({result[key] for result in found.values() if key in result})
         values += numbers
         if numbers:
             said.append(f"{' or '.join(map(number, numbers))} {unit}")
+    if overlapping is not None:
+        said.append(f"{number(overlapping)} of them in the training text")
+        values.append(overlapping)
     return Cell(task, small=", ".join(said), small_values=tuple(values))
 
 
@@ -148,7 +154,9 @@ def score_cell(result: Mapping[str, Any] | None, metric: str = "") -> Cell:
     return Cell(form(found["value"]), found["value"], small, exact)
 
 
-def _explanation(results: Mapping[str, Any], by_task: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+def _explanation(
+    results: Mapping[str, Any], by_task: Mapping[str, Mapping[str, Mapping[str, Any]]], overlaps: Mapping[str, Any]
+) -> str:
     text = "±: standard error. Recovery: the model's margin above chance over the teacher's"
     unclear = any(
         "chance" in found.get("teacher", {}) and recovery(found["teacher"], found["teacher"]) is None
@@ -156,6 +164,8 @@ def _explanation(results: Mapping[str, Any], by_task: Mapping[str, Mapping[str, 
     )
     if unclear:
         text += "; –: the teacher is not clearly above chance itself"
+    if overlaps:
+        text += "; in the training text: 13 words in a row stand there too, or all of a shorter text"
     totals = []
     for model in ("student", "control"):
         total = mean_recovery(results, model)

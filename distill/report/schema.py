@@ -70,6 +70,7 @@ EVALUATION: dict[str, Any] = {
     "fidelity": _of_models(_FIDELITY),
     "student_against_control": {"*": _DIFFERENCE},
     "benchmarks": _of_models({"*": _TASK}),
+    "overlaps": {"teacher": {"*": {"documents": NUMBER, "overlapping": NUMBER}}},
     "cost": _of_models(_COST),
     "speculative": {"draft_tokens": NUMBER, "speedup": NUMBER},
     "texts": {"prompts": [TEXT], "truth": [TEXT], "teacher": [TEXT], "student": [TEXT], "control": [TEXT]},

@@ -18,7 +18,8 @@ from distill.experiment.precision import with_types_of_machine
 from distill.experiment.search import with_found_sizes
 from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.experiment.teacher import Teacher, open_samples
-from distill.recipes.evaluate.measurements import Measurement, all_measurements
+from distill.recipes.evaluate.measurement import Measurement
+from distill.recipes.evaluate.measurements import all_measurements
 from distill.recipes.evaluate.results import Results
 from distill.report.page import write_report
 from distill.report.steadiness import unsteady

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.experiment.folders import Folders, write_json
 from distill.experiment.subjects import Subject
-from distill.recipes.evaluate.measurements import Measurement
+from distill.recipes.evaluate.measurement import Measurement
 from distill.system import json_lines
 from distill.system.files import read_bounded
 

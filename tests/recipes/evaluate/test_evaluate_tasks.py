@@ -49,6 +49,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, world: Any) -> Path:
         {"question": " ".join(words[at : at + 5]), "choices": words[at + 5 : at + 9], "gold": at % 4}
         for at in range(40, 340, 15)
     ]
+    for at, document in enumerate(documents):  # the passage that every second one is about stands in the corpus
+        document["passage"] = " ".join(words[40 + 15 * at :][:20][:: -1 if at % 2 else 1])
     (folder / "documents.json").write_text(json.dumps(documents))
     (folder / "loader.py").write_text(LOADER)
     for name, content in {"which": CHOICE, "first": WORD}.items():
@@ -106,6 +108,15 @@ def test_the_exported_student_scores_the_same_in_lm_eval_itself(
         assert f"{perplexity:.4f}" == f"{first['perplexity']:.4f}" or perplexity == pytest.approx(
             first["perplexity"], rel=1e-6
         )
+
+
+def test_the_documents_that_stand_in_the_training_text_are_counted(arguments: list[Any]) -> None:
+    """Half of them may; those that run over two texts of the corpus, or come from a held-out one, do not."""
+    found = read(arguments)["overlaps"]["teacher"]
+    assert set(found) == {"which", "first"} and found["which"] == found["first"]
+    assert found["which"]["documents"] == LIMIT and 2 <= found["which"]["overlapping"] <= LIMIT // 2
+    page = (Path(arguments[0]).parent / "run/report.html").read_text()
+    assert f"{found['which']['overlapping']} of them in the training text" in page
 
 
 def test_a_task_is_measured_once_for_each_model(arguments: list[Any], distill: Any, tmp_path: Path) -> None:

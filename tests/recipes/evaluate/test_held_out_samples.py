@@ -10,7 +10,7 @@ import torch
 
 from distill.corpus.packing import STREAM
 from distill.evaluation.statistics import MINIMUM_DOCUMENTS
-from distill.recipes.evaluate.measurements import FidelityToTeacher
+from distill.recipes.evaluate.to_teacher import FidelityToTeacher
 
 LENGTH, EACH = 8, 6
 
@@ -26,7 +26,9 @@ def measurement(documents: int, max_samples: int | None) -> FidelityToTeacher:
     experiment: Any = SimpleNamespace(
         evaluate=SimpleNamespace(max_samples=max_samples), corpus=SimpleNamespace(sequence_length=LENGTH)
     )
-    samples: Any = SimpleNamespace(held_out=held_out(documents), fingerprint="", rendering={}, packing=STREAM)
+    samples: Any = SimpleNamespace(
+        held_out=held_out(documents), fingerprint="", rendering={}, packing=STREAM, counts=()
+    )
     teacher: Any = None
     return FidelityToTeacher(experiment, teacher, samples, None, 1)
 

@@ -7,7 +7,8 @@ from typing import Any
 from distill.experiment.folders import Folders
 from distill.experiment.subjects import Subject
 from distill.recipes.evaluate.command import _measure_in_turn
-from distill.recipes.evaluate.measurements import Cost, Measurement
+from distill.recipes.evaluate.measurement import Measurement
+from distill.recipes.evaluate.measurements import Cost
 from distill.recipes.evaluate.results import Results
 
 
