@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from distill.corpus import overlap
+from distill.corpus import open_corpus, overlap
 from distill.corpus.overlap import LEAST_WORDS, WORDS, Overlaps
 
 GENERATOR = np.random.default_rng(0)
@@ -80,3 +82,14 @@ def test_words_are_forgotten_and_found_again(monkeypatch: pytest.MonkeyPatch) ->
 def test_nothing_to_look_for() -> None:
     assert Overlaps([]).look(["text"]).tolist() == []
     assert Overlaps([["short"]]).look(["short"]).tolist() == [False]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_the_texts_of_a_corpus_are_those_that_are_learned(tokenizer: Any, write: Any, is_streamed: bool) -> None:
+    """None of a held-out document, and of conversations what is said."""
+    rows = [{"prompt": f"Who {number}?", "completion": f"The fox {number}."} for number in range(40)]
+    path = write("a.jsonl", rows)
+    sets = open_corpus(path, tokenizer, sequence_length=64, held_out=0.3, is_streamed=is_streamed)
+    texts = set(sets.texts())
+    assert len(texts) == 2 * sets.train.documents < 80
+    assert {f"The fox {number}." for number in range(40) if f"Who {number}?" in texts} <= texts
