@@ -47,7 +47,8 @@ class Fault:
 
 def kind_of(reason: str) -> str:
     """Return a reason without numbers, quoted names and remedies: equal for rows with the same fault."""
-    kind = _DETAILS.sub(lambda found: "'…'" if found[0][0] == "'" else "N", _REMEDIES.sub("", reason))[:_LONGEST_REASON]
+    reason = _REMEDIES.sub("", _in_one_line(reason))
+    kind = _DETAILS.sub(lambda found: "'…'" if found[0][0] == "'" else "N", reason)
     return kind if kind.isprintable() else ascii(kind)[1:-1]
 
 
@@ -61,16 +62,18 @@ def refusal(faults: Sequence[Fault], rows: int, labels: Sequence[str]) -> UserEr
     if len(faults) == 1:
         (fault,) = faults
         where = f"{labels[fault.source]}: row {fault.row}"
-        return UserError(f"{where}: {fault.reason[:_LONGEST_REASON]}; corpus.bad_rows skip leaves such rows out")
+        remedy = "; corpus.bad_rows skip leaves such rows out" if rows > 1 else ""
+        return UserError(f"{where}: {_in_one_line(fault.reason)}{remedy}")
     by_kind: dict[str, list[Fault]] = {kind: [] for kind in count_kinds(faults)}
     for fault in faults:
         by_kind[fault.kind].append(fault)
     told = [_told(found, labels) for found in list(by_kind.values())[:MOST_KINDS]]
     if len(by_kind) > MOST_KINDS:
         told.append(f"and {len(by_kind) - MOST_KINDS} more kinds")
+    is_left = len(faults) < rows
+    remedy = ", or leave all of them out and counted with corpus.bad_rows skip" if is_left else ": no row is left"
     return UserError(
-        f"{len(faults):,} of {rows:,} rows cannot be learned: {'; '.join(told)}: mend or remove them, or leave all of "
-        "them out and counted with corpus.bad_rows skip"
+        f"{len(faults):,} of {rows:,} rows cannot be learned: {'; '.join(told)}: mend or remove them{remedy}"
     )
 
 
@@ -78,4 +81,8 @@ def _told(faults: Sequence[Fault], labels: Sequence[str]) -> str:
     first = ", ".join(str(fault.row) for fault in faults[:_FIRST_ROWS] if fault.source == faults[0].source)
     more = ", …" if len(faults) > _FIRST_ROWS or faults[-1].source != faults[0].source else ""
     where = f"{labels[faults[0].source]}: row{'s' if ',' in first or more else ''} {first}{more}"
-    return f"{where} ({len(faults):,}): {faults[0].reason[:_LONGEST_REASON]}"
+    return f"{where} ({len(faults):,}): {_in_one_line(faults[0].reason)}"
+
+
+def _in_one_line(reason: str) -> str:
+    return " ".join(reason.split())[:_LONGEST_REASON]

@@ -129,11 +129,15 @@ def test_a_row_that_the_template_refuses_is_named(make: Callable[..., Any], writ
         open_corpus(path, make(), sequence_length=8, held_out=0)
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}
 BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": [{"role": "narrator", "content": "x"}, CHAT[1]]}, "unknown role 'narrator'"),
     ({"messages": [*CHAT, {"role": "hooman", "content": "x"}]}, "unknown role"),
     ({"messages": CHAT[1:]}, "begins with the assistant"),
     ("no object", "a str, not an object"),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "write its tool call"),
+    ({"messages": [CHAT[0], {**CHAT[1], "reasoning_content": "Hm."}]}, "does not write its thought"),
+    ({"messages": CHAT, "tools": [{"name": "weather"}]}, "does not write the row's tools"),
     ({"text": "plain"}, "is plain text"),
 ]
 
@@ -153,9 +157,9 @@ def test_bad_rows_are_refused_all_together(tokenizer: Any, write: Write) -> None
     with pytest.raises(UserError) as refused:
         open_corpus(path, tokenizer, sequence_length=64, held_out=0)
     message = str(refused.value)
-    assert message.startswith("6 of 12 rows cannot be learned: ") and message.count("\n") == 0
+    assert message.startswith("9 of 18 rows cannot be learned: ") and message.count("\n") == 0
     assert "a.jsonl: rows 2, 4 (2): message 1: unknown role 'narrator'" in message, "the same fault is told once"
-    for word in (*(reason for _, reason in BAD_ROWS), "row 12 (1): not JSON", "corpus.bad_rows skip"):
+    for word in (*(reason for _, reason in BAD_ROWS), "row 18 (1): not JSON", "corpus.bad_rows skip"):
         assert word in message, (word, message)
 
 
@@ -163,14 +167,14 @@ def test_bad_rows_are_skipped_and_counted(tokenizer: Any, write: Write) -> None:
     path = mixed(write, [row for row, _ in BAD_ROWS])
     sets = open_corpus(path, tokenizer, sequence_length=64, bad_rows="skip", held_out=0)
     good = open_corpus(
-        write("b.jsonl", [{"messages": chat(number)} for number in range(6)]), tokenizer, sequence_length=64, held_out=0
+        write("b.jsonl", [{"messages": chat(number)} for number in range(9)]), tokenizer, sequence_length=64, held_out=0
     )
     assert sets.fingerprint == good.fingerprint, "it is that of the rows that are learned"
     assert torch.equal(sets.train[0]["input_ids"], good.train[0]["input_ids"])
     (counts,) = sets.counts
-    assert sum(counts.left_out.values()) == 6 and counts.rows == 12
+    assert sum(counts.left_out.values()) == 9 and counts.rows == 18
     assert counts.left_out["message N: unknown role '…'"] == 2
-    with pytest.raises(UserError, match=r"1 of 2 rows|rows 1, 2 \(2\)|2 of 2 rows"):
+    with pytest.raises(UserError, match=r"2 of 2 rows .*rows 1, 2 \(2\): a int, not an object.*no row is left$"):
         open_corpus(write("c.jsonl", [3, 4]), tokenizer, sequence_length=64, bad_rows="skip", held_out=0)
 
 
