@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,14 @@ language.
 """
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 LARGEST_HALF = 65504.0
+OLLAMA_CONTEXT = 4096
+"""Tokens that Ollama keeps in sight when nobody says otherwise."""
 
 
 def write(source: Path, folder: Path, type: str) -> None:
     """Write the student of the Hugging Face folder `source` as `<folder>/model-<type>.gguf`, replacing that file.
+
+    `Modelfile-<type>` beside it is for Ollama.
 
     The smaller types store 32 weights at a time. Matrices whose rows are no multiple of 32 long stay at f16, and a line
     says so. Raises UserError for a family, a tokenizer or a model of a plug-in that llama.cpp cannot run, for weights
@@ -61,6 +66,7 @@ def write(source: Path, folder: Path, type: str) -> None:
         writer.close()
         sync_file(temporary)
         os.replace(temporary, path)
+        modelfile(folder, type).write_text(_modelfile(path, tokenizer, plan.context), encoding="utf-8")
         sync_folder(folder)
     finally:
         writer.close()
@@ -69,6 +75,7 @@ def write(source: Path, folder: Path, type: str) -> None:
         plan.notes.append(f"{len(kept)} matrices stay at f16, their rows being no multiple of 32 long ({kept[0]})")
     for note in (*plan.notes, *vocabulary.notes):
         say(f"gguf: {note}")
+    say(f"gguf: for Ollama: ollama create NAME -f {modelfile(folder, type)}")
 
 
 def check(source: Path, folder: Path, type: str, text: str | None = None) -> str:
@@ -87,6 +94,22 @@ def check(source: Path, folder: Path, type: str, text: str | None = None) -> str
 def file(folder: Path, type: str) -> Path:
     """Return the path of the file of a type."""
     return folder / f"model-{type}.gguf"
+
+
+def modelfile(folder: Path, type: str) -> Path:
+    """Return the path of Ollama's description of the file of a type."""
+    return folder / f"Modelfile-{type}"
+
+
+def _modelfile(path: Path, tokenizer: Any, context: int) -> str:
+    """Return Ollama's description of a file: its path, the token that ends an answer, and a context below Ollama's own.
+
+    Ollama takes the chat template from the file if it knows it.
+    """
+    lines = [f"FROM ./{path.name}", f"PARAMETER stop {json.dumps(tokenizer.eos_token, ensure_ascii=False)}"]
+    if context < OLLAMA_CONTEXT:
+        lines.append(f"PARAMETER num_ctx {context}")
+    return "\n".join(lines) + "\n"
 
 
 def _require_gguf() -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 NO_CAP = 1e6
 """A soft cap that does nothing in float32, because llama.cpp's Gemma 2 always has one."""
+NO_ROPE_PERIOD = 4
+"""Number of layers of which llama.cpp's SmolLM3 leaves the last one without positions."""
 BIASES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP_BIASES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -50,6 +52,11 @@ FAMILIES = {
     "mistral": Family("llama", interleaved=True, biases=BIASES + MLP_BIASES),
     "qwen2": Family("qwen2", biases=BIASES[:3]),
     "qwen3": Family("qwen3"),
+    "smollm3": Family("smollm3", interleaved=True, biases=BIASES + MLP_BIASES),
+    "olmo2": Family("olmo2"),
+    "olmo3": Family("olmo2", window_period=4),
+    "granite": Family("granite", interleaved=True),
+    "phi3": Family("phi3"),
     "gemma": Family("gemma", "gelu_pytorch_tanh", norm_offset=1.0),
     "gemma2": Family("gemma2", "gelu_pytorch_tanh", norm_offset=1.0, window_period=2, layers_of_27b=46),
     "gemma3_text": Family("gemma3", "gelu_pytorch_tanh", norm_offset=1.0, window_period=6, layers_of_27b=62),
@@ -101,6 +108,12 @@ def _head(config: Any) -> int:
 
 
 def _refuse(config: Any, family: Family) -> None:
+    if config.model_type == "smollm3" and [bool(rotates) for rotates in config.no_rope_layers] != [
+        (layer + 1) % NO_ROPE_PERIOD != 0 for layer in range(config.num_hidden_layers)
+    ]:
+        raise UserError("gguf: llama.cpp's SmolLM3 rotates all layers but each fourth one, this model others")
+    if config.model_type == "phi3" and any(rope.get("rope_type", "default") != "default" for rope in _ropes(config)):
+        raise UserError("gguf: scaled rotary positions of phi3 cannot be written")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != family.activation:
         raise UserError(f"gguf: llama.cpp computes {config.model_type} with {family.activation}, not {activation}")
@@ -144,6 +157,13 @@ def add_hyperparameters(writer: GGUFWriter, plan: Plan) -> None:
     ropes = _ropes(config)
     writer.add_rope_freq_base(ropes[0]["rope_theta"])
     _add_scaling(writer, ropes[0], config)
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if config.model_type == "phi3":  # it asks for a window; the context ends where the model's own does
+        writer.add_sliding_window(0)
     if family.window_period is not None:
         _add_windows(writer, plan, ropes)
     if family.architecture == "gemma2":

@@ -51,6 +51,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, large heads": ("qwen2", {"head_dim": 16}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3, yarn": ("qwen3", rope("yarn", **SCALED)),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "use_sliding_window": False}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"num_hidden_layers": 5, "sliding_window": 8}),
+    "granite": (
+        "granite",
+        {"logits_scaling": 3.0, "residual_multiplier": 0.3, "embedding_multiplier": 5.0, "attention_multiplier": 0.2},
+    ),
+    "phi3": ("phi3", {"sliding_window": None}),
     "gemma": ("gemma", {"head_dim": 16}),
     "gemma2": (
         "gemma2",
@@ -225,7 +233,7 @@ def test_attention_windows_that_llama_cpp_lacks_end_the_context(
     ("family", "sizes", "words"),
     [
         ("gpt2", {}, "gpt2.*known: llama, mistral"),
-        ("granite", {}, "granite"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "each fourth one"),
         ("llama", {"hidden_act": "gelu"}, "silu, not gelu"),
         ("llama", rope("dynamic", factor=2.0), "dynamic.*known: default, linear"),
         ("qwen3", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **SCALED), "llama3"),
@@ -282,3 +290,14 @@ def test_weights_that_f16_cannot_hold_are_refused(
     save_language_model(HuggingFaceLanguageModel(model), tmp_path / "student", "huggingface", {}, made)
     with pytest.raises(UserError, match=words):
         gguf.write(tmp_path / "student", tmp_path / "out", "f16")
+
+
+def test_ollama_gets_a_description_beside_the_file(
+    students: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf.write(students("qwen3"), tmp_path, "q8_0")
+    lines = (tmp_path / "Modelfile-q8_0").read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ["FROM ./model-q8_0.gguf", 'PARAMETER stop "<|im_end|>"']
+    context = json.loads((students("qwen3") / "config.json").read_text())["max_position_embeddings"]
+    assert lines[2:] == ([f"PARAMETER num_ctx {context}"] if context < 4096 else [])
+    assert f"ollama create NAME -f {tmp_path / 'Modelfile-q8_0'}" in capsys.readouterr().out

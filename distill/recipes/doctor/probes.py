@@ -27,7 +27,7 @@ REQUIRED = ("torch", "lightning", "transformers", "datasets", "bitsandbytes", "p
 OPTIONAL = {
     "lm-eval": "benchmarks",
     "gguf": "GGUF files",
-    "llama-cpp-python": "checking and chatting with GGUF exports",
+    "xllamacpp": "checking GGUF exports by llama.cpp",
     "onnx": "ONNX export",
     "onnxscript": "ONNX export",
     "onnxruntime": "checking ONNX exports",
