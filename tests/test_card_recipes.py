@@ -11,6 +11,7 @@ from distill.experiment.file import load_experiment
 from distill.forecast.forecast import Forecaster
 from distill.forecast.machine.cards import find_card
 from distill.forecast.phases.simulator import PHASES
+from distill.forecast.sizes import amount_of, corpus_work
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*-*gb.yaml"))
 SPARE = 0.7e9
@@ -35,4 +36,6 @@ def test_a_file_for_a_card_fits_it(file: Path, forecaster: Forecaster, one_threa
         needed = forecaster.needed_bytes(experiment, phase)
         print(f"{phase}: {needed / 1e9:.2f} GB, {(card.memory_bytes - needed) / 1e9:.2f} GB to spare")
         assert card.memory_bytes - needed >= SPARE, phase
-    print(f"{time.monotonic() - began:.0f} s")
+    work = corpus_work(experiment, amount_of(experiment, []))
+    assert work is not None and work.is_fetched and 0.9e8 < work.tokens < 2.5e8, "a part of the data set is read"
+    print(f"{time.monotonic() - began:.0f} s; corpus: {work.described()}")

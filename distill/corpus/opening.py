@@ -87,7 +87,7 @@ def open_corpus(
         train,
         held,
         chosen.fingerprint,
-        chosen.counts(labels_of(sources), owners, encoded, (train_rows, held_rows), sequence_length),
+        chosen.counts(labels_of(sources), owners, encoded, (train_rows, held_rows), sequence_length, long == "skip"),
         file_names(sources, files),
         tuple(file.owner for file in files),
         shapes=shapes_of(documents),

@@ -18,7 +18,7 @@ from distill.corpus.documents import (
 )
 from distill.corpus.faults import Fault, count_kinds, refusal
 from distill.corpus.samples import document_lengths
-from distill.corpus.summary import BEYOND, DUPLICATE, EMPTY, UNLEARNABLE, SourceCounts, count_source
+from distill.corpus.summary import BEYOND, DUPLICATE, EMPTY, LONG, UNLEARNABLE, SourceCounts, count_source
 from distill.errors import UserError
 
 BadRows = Literal["refuse", "skip"]
@@ -43,16 +43,20 @@ class Selection:
         encoded: datasets.Dataset,
         sides: tuple[np.ndarray, np.ndarray],
         length: int,
+        skips_long: bool = False,
     ) -> tuple[SourceCounts, ...]:
         """Return the counts of each source of `names`. `owners` is the source's number of each row.
 
-        `sides` are the rows of the training and of the held-out documents.
+        `sides` are the rows of the training and of the held-out documents; with `skips_long`, those longer than
+        `length` tokens are left out.
         """
         is_taken, is_held = np.zeros((2, len(self.kept)), dtype=bool)
         is_taken[np.concatenate(sides)] = True
         is_held[sides[1]] = True
         bad = np.zeros(len(self.kept), dtype=bool)
         bad[[fault.place for fault in self.faults]] = True
+        is_long = is_taken & skips_long & (document_lengths(encoded) > length)
+        is_taken &= ~is_long
         lengths, learned = document_lengths(encoded), encoded.data.column("learned").to_numpy()
         found = []
         for number, name in enumerate(names):
@@ -62,7 +66,8 @@ class Selection:
                 EMPTY: int((here & ~self.kept & ~self.repeated & ~bad).sum()),
                 UNLEARNABLE: int((here & self.kept & ~self.learnable).sum()),
                 DUPLICATE: int((here & self.repeated).sum()),
-                BEYOND: int((here & self.learnable & ~is_taken).sum()),
+                BEYOND: int((here & self.learnable & ~is_taken & ~is_long).sum()),
+                LONG: int((here & is_long).sum()),
             }
             found.append(count_source(name, lengths[own], learned[own], is_held[own], left_out, length))
         return tuple(found)

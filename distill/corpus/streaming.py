@@ -115,6 +115,7 @@ class Streaming:
         self._number += 1
         self._rows = (self._rows[0] + len(train_rows), self._rows[1] + len(held_rows))
         owners = np.zeros(len(documents), dtype=np.int64)
-        (counts,) = chosen.counts([""], owners, encoded, (train_rows, held_rows), sampling.sequence_length)
+        rows, length, skips = (train_rows, held_rows), sampling.sequence_length, sampling.long == "skip"
+        (counts,) = chosen.counts([""], owners, encoded, rows, length, skips)
         thoughts = int(numbers(encoded, "thoughts").sum())
         return Window(train, held_out, counts, shapes_of(documents), thoughts, partial(texts_of, documents, train_rows))

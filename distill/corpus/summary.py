@@ -11,7 +11,8 @@ import numpy as np
 
 from distill.corpus.faults import MOST_KINDS
 
-EMPTY, UNLEARNABLE, DUPLICATE, BEYOND = "empty", "no token to learn", "exact duplicate", "beyond its weight"
+EMPTY, UNLEARNABLE, DUPLICATE = "empty", "no token to learn", "exact duplicate"
+BEYOND, LONG = "beyond its weight", "longer than a sample"
 """Reasons why a document is left out, beside the kinds of bad rows."""
 
 

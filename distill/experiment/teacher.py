@@ -132,8 +132,13 @@ class Begun:
 NOTHING_BEGUN = Begun()
 
 
-def open_samples(experiment: Experiment, teacher: Teacher, begun: Begun = NOTHING_BEGUN) -> SampleSets:
-    """Open the corpus as samples of the teacher's tokens, as a cache that was begun has them."""
+def open_samples(
+    experiment: Experiment, teacher: Teacher, begun: Begun = NOTHING_BEGUN, evaluated: int | None = None
+) -> SampleSets:
+    """Open the corpus as samples of the teacher's tokens, as a cache that was begun has them.
+
+    A stream is read as far as the cache needs it, and so many `evaluated` held-out samples.
+    """
     corpus = experiment.corpus
     return open_corpus(
         [
@@ -157,7 +162,7 @@ def open_samples(experiment: Experiment, teacher: Teacher, begun: Begun = NOTHIN
         is_streamed=begun.is_streamed,
         revision=corpus.revision or begun.revision,
         most=experiment.cache.max_samples,
-        most_held_out=max(experiment.cache.held_out_samples, experiment.evaluate.max_samples or 0),
+        most_held_out=max(experiment.cache.held_out_samples, evaluated or 0),
     )
 
 

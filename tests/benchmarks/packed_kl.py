@@ -32,17 +32,20 @@ def main() -> None:
     alone = {int(whole.train[number]["document_hash"][0]): number for number in range(len(whole.train))}
     for pack in ("documents", "stream"):
         sets = open_corpus(options.corpus, tokenizer, sequence_length=options.length, pack=pack, held_out=0)
-        kls = torch.cat([kl for kl in _kls(model, sets, whole, alone, options.samples, teacher.vocab_size)])
-        print(
-            f"{pack}: {len(kls):,} learned positions of {options.samples} samples, KL {kls.mean():.4f} nats, "
-            f"largest {kls.max():.2g}, over 0.001 nats at {(kls > 1e-3).float().mean():.1%}"
-        )
+        found = list(_kls(model, sets, whole, alone, options.samples, teacher.vocab_size))
+        for is_cut, name in ((False, "begin their document"), (True, "lie behind a cut")):
+            kls = torch.cat([torch.empty(0), *(kl for cut, kl in found if cut is is_cut)])
+            if len(kls):
+                print(f"{pack}: {len(kls):,} positions that {name}: KL {kls.mean():.1e} nats, largest {kls.max():.1e}")
 
 
 def _kls(
     model: torch.nn.Module, sets: SampleSets, whole: SampleSets, alone: dict[int, int], count: int, vocab_size: int
-) -> Iterator[Tensor]:
-    """Yield the KL in nats at the learned positions of each piece that stands in one place of its document."""
+) -> Iterator[tuple[bool, Tensor]]:
+    """Yield the KL in nats at the learned positions of each piece that stands in one place of its document.
+
+    In front stands True for a piece that does not begin there.
+    """
     for number in range(count):
         sample = sets.train[number]
         packed = _log_probs(model, sample["input_ids"], sample["position_ids"], vocab_size)
@@ -60,7 +63,7 @@ def _kls(
             at = int(matching[0])
             lone = _log_probs(model, document["input_ids"][:length], document["position_ids"][:length], vocab_size)
             lone, ours = lone[at : at + end - begin][mask], packed[begin:end][mask]
-            yield (lone.exp() * (lone - ours)).sum(-1)
+            yield at > 0, (lone.exp() * (lone - ours)).sum(-1)
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ def test_a_long_conversation_is_split_at_its_turns(tokenizer: Any, write: Write)
     skipped = open_corpus(path, tokenizer, sequence_length=200, long="skip", held_out=0)
     assert texts(skipped, tokenizer) == [tokenizer.apply_chat_template(chat(2), tokenize=False)]
     assert skipped.long_documents == "1 documents left out"
+    assert skipped.counts[0].left_out == {"longer than a sample": 1} and skipped.counts[0].documents == 1
 
 
 def test_what_begins_inside_a_document_begins_as_the_tokenizer_begins_texts(

@@ -80,3 +80,12 @@ def test_conversations_are_whole_and_a_cache_of_cut_ones_goes_on_as_it_is(
     distill("cache-teacher", experiment, *cut, "--corpus.pack", "documents").refused("documents, long split")
     distill("train-student", experiment, *whole, "--corpus.long", "skip").refused("long skip", "long split")
     distill("cache-teacher", experiment, "--corpus.pack", "stream", "--corpus.long", "skip").refused("corpus.long")
+
+
+def test_parts_of_two_days_are_not_merged(distill: Any, tmp_path: Path, experiment: str) -> None:
+    parts = [tmp_path / name for name in ("first", "second")]
+    for number, part in enumerate(parts, start=1):
+        made = ["--cache.dir", part, "--cache.part", f"{number}/2", "--corpus.date", f"2024-07-2{number}"]
+        distill("cache-teacher", experiment, *made).done()
+    distill("merge", *parts, "--to", tmp_path / "whole").refused("date", "2024-07-21", "2024-07-22")
+    assert not (tmp_path / "whole").exists()

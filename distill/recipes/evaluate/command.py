@@ -40,7 +40,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     begun = begun_in(folders)
     experiment = as_packed(experiment, begun.packing)
     teacher = Teacher(experiment, Place.of(experiment))
-    samples = open_samples(experiment, teacher, begun)
+    samples = open_samples(experiment, teacher, begun, experiment.evaluate.max_samples)
     trained_roles(experiment, folders, samples.fingerprint)
     if not len(samples.held_out):
         raise UserError("nothing to evaluate on: corpus.held_out is 0")
