@@ -1,4 +1,4 @@
-"""Every experiment file whose name ends in a card's size fits on such a card with 0.7 GB to spare."""
+"""Every experiment file whose name ends in a card or its size fits on such a card with 0.7 GB to spare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from distill.forecast.machine.cards import find_card
 from distill.forecast.phases.simulator import PHASES
 from distill.forecast.sizes import amount_of, corpus_work
 
-FILES = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*-*gb.yaml"))
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted([*CONFIGS.glob("*-*gb.yaml"), *CONFIGS.glob("*-t4.yaml")])
 SPARE = 0.7e9
 
 
@@ -24,7 +25,7 @@ def forecaster() -> Forecaster:
 
 
 def test_there_is_one_for_each_size() -> None:
-    assert {file.stem.rpartition("-")[2] for file in FILES} == {"6gb", "8gb", "12gb", "16gb", "24gb"}
+    assert {file.stem.rpartition("-")[2] for file in FILES} == {"6gb", "8gb", "12gb", "16gb", "24gb", "t4"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -32,6 +33,9 @@ def test_a_file_for_a_card_fits_it(file: Path, forecaster: Forecaster, one_threa
     began = time.monotonic()
     card = find_card(file.stem.rpartition("-")[2])
     experiment = load_experiment(str(file), [])
+    if not card.has_bf16:  # the forecaster's card has it
+        assert "auto" not in (experiment.teacher.compute_dtype, experiment.train.precision)
+        assert "bf" not in f"{experiment.teacher.compute_dtype} {experiment.train.precision}"
     for phase in PHASES:
         needed = forecaster.needed_bytes(experiment, phase)
         print(f"{phase}: {needed / 1e9:.2f} GB, {(card.memory_bytes - needed) / 1e9:.2f} GB to spare")

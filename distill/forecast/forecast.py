@@ -17,6 +17,7 @@ from distill.forecast.machine.cards import GIB, Card, this_machine
 from distill.forecast.phases.simulator import PHASES, NoForecast, Phase, Piece, Simulator
 from distill.forecast.room import free_bytes, needs, shortages
 from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, corpus_work, moment_bytes
+from distill.forecast.steps import Training, searched, step_samples, steps
 from distill.system.units import size
 
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -87,6 +88,8 @@ class Forecast:
     """Disks of this machine that lack room for what is still to be written, a line each."""
     notes: list[str] = field(default_factory=list)
     """Assumptions that were made."""
+    training: Training | None = None
+    """Amount of the student's training; None if the amount of text is not known."""
 
     def spare_bytes(self, phase: Phase) -> int:
         """Return the bytes left on the device at the phase's peak; below 0 it does not fit."""
@@ -150,7 +153,9 @@ class Forecaster:
         if small and self.card.is_cuda:
             notes.append(f"{', '.join(small)}: less than {size(MARGIN_BYTES)} to spare, and the allowances are guesses")
         free, short = free_bytes(Folders.of(experiment).run), shortages(needs(experiment, disk, amount.cached))
-        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, short, notes)
+        sizes = found["train-student"][0].sizes if "train-student" in found else None
+        training = Training.of(experiment, amount, None if sizes is None else sizes["trained_parameters"])
+        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, short, notes, training)
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
         """Return the device memory that a phase needs."""
@@ -215,11 +220,11 @@ class Forecaster:
             train = experiment.train
             trained = sizes["trained_bytes"]
             moments = moment_bytes(experiment, sizes["trained_parameters"], trained)
-            whole, count = train.keep_checkpoints + 1, len(roles(experiment))  # one more while it is written
-            if (steps := _steps(experiment, amount)) is not None:
-                whole = min(whole, -(-steps // train.checkpoint_every_steps))
-            disk["checkpoints"] = count * (whole * (trained + moments) + trained)  # and the best weights
-            disk["student"] = count * _student_bytes(experiment, sizes)
+            whole, models = train.keep_checkpoints + 1, len(roles(experiment))  # one more while it is written
+            if (count := steps(experiment, amount)) is not None:
+                whole = min(whole, -(-count // train.checkpoint_every_steps))
+            disk["checkpoints"] = models * (whole * (trained + moments) + trained)  # and the best weights
+            disk["student"] = models * _student_bytes(experiment, sizes)
         return disk
 
     def _student_sizes(self, experiment: Experiment, found: dict[Phase, list[Piece]]) -> dict[str, int] | None:
@@ -260,38 +265,15 @@ def _time(
         each = pieces[0].seconds + models * pieces[1].seconds
         count = batches
     else:
-        each, steps = pieces[0].seconds, _steps(experiment, amount)
-        if steps is None:
+        each, count = pieces[0].seconds, steps(experiment, amount)
+        if count is None:
             return None, each, None
         # A held-out sample needs only a forward pass, about a third of a training sample's work.
-        held_out = (steps // train.validate_every_steps + 1) * amount.held_out / _step_samples(experiment) / 3
+        held_out = (count // train.validate_every_steps + 1) * amount.held_out / step_samples(experiment) / 3
         trainings = len(roles(experiment))
-        return (trainings * (steps + held_out) + _searched(experiment, amount, steps)) * each, each, trainings * steps
+        tries = searched(with_found_sizes(experiment), amount, count)
+        return (trainings * (count + held_out) + tries) * each, each, trainings * count
     return None if count is None else count * each, each, count
-
-
-def _searched(experiment: Experiment, amount: Amount, total: int) -> float:
-    """Return the work of the search for the student's sizes, in steps; 0 if they are given or found."""
-    search = asked(with_found_sizes(experiment))
-    if search is None:
-        return 0.0
-    tries = search.tries(search.candidates, total)
-    return sum(tries) + len(tries) * amount.held_out / _step_samples(experiment) / 3
-
-
-def _step_samples(experiment: Experiment) -> int:
-    """Return the samples of an optimiser step on all devices."""
-    train = experiment.train
-    return train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
-
-
-def _steps(experiment: Experiment, amount: Amount) -> int | None:
-    """Return the optimiser steps of a training, or None if the amount of text is not known."""
-    train = experiment.train
-    if amount.train is None:
-        return train.max_steps
-    steps = max(1, amount.train * train.epochs // _step_samples(experiment))
-    return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def _student_bytes(experiment: Experiment, sizes: dict[str, int]) -> int:

@@ -111,6 +111,7 @@ def _print(forecast: Forecast, advice: Advice | None, changed: Forecast | None, 
     print(f"{card.name}, {size(forecast.limit_bytes)}; time {timed}\n")
     _print_phases(forecast)
     _print_disk(forecast)
+    _print_training(forecast)
     for note in forecast.notes:
         print(f"- {note}")
     for shortage in shortages:
@@ -164,6 +165,13 @@ def _print_phases(forecast: Forecast) -> None:
         print("  " + ", ".join(f"{kind} {size(held)}" for kind, held in parts.items() if held >= 5e6))
 
 
+def _print_training(forecast: Forecast) -> None:
+    if forecast.training is not None:
+        print(f"training: {forecast.training.described()}")
+        for line in forecast.training.shortcomings():
+            print(f"- {line}")
+
+
 def _print_disk(forecast: Forecast) -> None:
     told = [f"{name} {'unknown' if held is None else size(held)}" for name, held in forecast.disk.items()]
     print(f"disk: {', '.join(told)}; {size(forecast.free_disk_bytes)} are free")
@@ -192,9 +200,17 @@ def _forecast(forecast: Forecast) -> dict[str, Any]:
         "phases": phases,
         "disk": forecast.disk,
         "free_disk_bytes": forecast.free_disk_bytes,
+        "training": _training(forecast),
         "notes": forecast.notes,
         "failures": forecast.failures,
     }
+
+
+def _training(forecast: Forecast) -> dict[str, Any] | None:
+    training = forecast.training
+    if training is None:
+        return None
+    return {**asdict(training), "tokens": training.tokens, "shortcomings": training.shortcomings()}
 
 
 def _write(path: str, experiment: Experiment, advice: Advice | None, card: Card) -> str:

@@ -55,6 +55,8 @@ def test_what_fits_is_status_0_and_a_table(experiment: Experiment, capsys: pytes
     out = capsys.readouterr().out
     assert out.startswith("RTX 3060, 12.9 GB")
     assert all(word in out for word in ("cache-teacher", "train-student", "evaluate", "to spare", "disk: cache"))
+    assert "\ntraining: 10 samples of 256 tokens, 1 epoch: 1 optimiser step of 8 samples in 1 pass, 2,048 tokens" in out
+    assert "- few steps: 1 optimiser step, where 200 and more are usual: --train.epochs 4 makes 5" in out
     assert out.endswith("it fits\n")
 
 
@@ -62,6 +64,7 @@ def test_json_says_everything(experiment: Experiment, capsys: pytest.CaptureFixt
     assert plan.main(experiment, "8GiB", as_json=True) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["changes"] == [] and found["card"]["memory_bytes"] == 8 * 2**30
+    assert found["training"]["steps"] == 1 and len(found["training"]["shortcomings"]) == 2
     phase = found["phases"]["train-student"]
     assert sum(phase["parts"].values()) == phase["peak_bytes"] < phase["needed_bytes"]
     assert phase["spare_bytes"] == found["limit_bytes"] - phase["needed_bytes"]
