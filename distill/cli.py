@@ -26,6 +26,7 @@ EXPERIMENT_COMMANDS = {
     "train-student": "phase 2: the student learns from the cache",
     "evaluate": "the student beside its teacher, on held-out text",
     "run": "all three, skipping what is done",
+    "sweep": "runs that differ in a few settings and share one cache, in one table",
     "preview": "what will be learned, and what is left out; before the teacher is loaded",
     "plan": "will it fit, how long, how much disk; before anything is loaded",
 }
@@ -132,11 +133,13 @@ def _chosen(arguments: list[str]) -> Callable[[], int]:
         raise UserError(f"{command}: which experiment file? For example: distill {command} configs/demo.yaml")
     if command in LOOKS:
         return partial(_look, command, rest[0], rest[1:])
+    if command == "sweep":
+        return partial(_sweep, rest[0], rest[1:])
     return partial(_run_recipe, command, rest[0], rest[1:])
 
 
 def look_parser(command: str) -> argparse.ArgumentParser:
-    """Return a parser of the options of `plan` or `preview` that are not keys of the experiment file."""
+    """Return a parser of the options of `plan`, `preview` or `sweep` that are not keys of the experiment file."""
     parser = argparse.ArgumentParser(prog=f"distill {command}", add_help=False, allow_abbrev=False)
     if command == "plan":
         parser.add_argument(
@@ -144,6 +147,14 @@ def look_parser(command: str) -> argparse.ArgumentParser:
         )
         parser.add_argument("--fit", metavar="FILE", help="write the experiment with what makes it fit")
         parser.add_argument("--json", dest="as_json", action="store_true", help="print all as JSON")
+    elif command == "sweep":
+        parser.add_argument(
+            "--vary",
+            metavar="KEY=A,B",
+            action="append",
+            default=[],
+            help="a key of student, loss or train and its values; given again, all combinations are run",
+        )
     else:
         parser.add_argument(
             "--samples", metavar="N", type=int, default=2, help="print the first N training samples (default: 2)"
@@ -168,7 +179,7 @@ def _print_options(command: str) -> int:
 
     try:
         print(f"distill {command} FILE [--section.key value ...]: {COMMANDS[command]}\n")
-        if command in LOOKS:
+        if command in (*LOOKS, "sweep"):
             for action in look_parser(command)._actions:
                 print(f"{f'{action.option_strings[0]} {action.metavar or str()}':<14} {action.help}")
             print()
@@ -186,7 +197,29 @@ def _run_recipe(command: str, path: str, overrides: list[str]) -> int:
         return _run_steps(command, path, _spelled_out(overrides))
 
 
-def _run_steps(command: str, path: str, overrides: list[str]) -> int:
+def _sweep(path: str, rest: list[str]) -> int:
+    """Make the runs of a sweep one after another, each as `distill run` makes it, and their table."""
+    options, overrides = look_parser("sweep").parse_known_args(rest)
+    from distill.experiment.file import load_experiment
+    from distill.system.output import unbreakable_output
+
+    overrides = _spelled_out(overrides)
+    folder = load_experiment(path, overrides).run_dir
+    quiet_command()
+    recipe = _recipe_of("sweep")
+    runs = recipe.prepared(path, overrides, options.vary)
+    with unbreakable_output():
+        for number, run in enumerate(runs, 1):
+            say(f"\nsweep: run {number} of {len(runs)}: {run.name}")
+            status = _run_steps("run", path, run.overrides, again=shlex.join(["distill", "sweep", path, *rest]))
+            if status:
+                return status
+        recipe.summarise(folder, runs)
+    return 0
+
+
+def _run_steps(command: str, path: str, overrides: list[str], again: str | None = None) -> int:
+    """Run a command's steps. `again` is the command that goes on after a stop, if that is another."""
     from distill.experiment.file import load_experiment
     from distill.system import slurm
 
@@ -219,7 +252,7 @@ def _run_steps(command: str, path: str, overrides: list[str]) -> int:
         if _PART_OF_A_RUN in os.environ:
             return 130
         resume = " --resume" if command == "train-student" and "--train.resume" not in overrides else ""
-        again = shlex.join(["distill", command, path, *overrides])
+        again = again or shlex.join(["distill", command, path, *overrides])
         queued = f"{slurm.requeue()}. By hand" if interrupt.requeue_asked() else "To go on"
         print(f"\nstopped; everything so far is kept. {queued}: {again}{resume}", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from distill.system.output import unbreakable_output
 
 COMMANDS = {
+    "init": "an experiment file for your card and data, which fits",
     "inspect": "what is in a cache",
     "merge": "parts of a cache, made on several machines, joined into one",
     "compare": "several runs on one page",
@@ -46,6 +47,24 @@ def stoppable(work: Callable[[], int], words: str) -> int:
     except interrupt.Interrupted:
         print(f"\nstopped; {words}", file=sys.stderr)
         return 130
+
+
+def _init(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("--data", metavar="PATH", help="a file, a folder, or a hub data set's name")
+    parser.add_argument("--goal", metavar="GOAL", help="chat, text or draft (default: as the data are)")
+    parser.add_argument("--card", metavar="NAME", help="a card (rtx-3060) or a size (12GiB); default: this machine")
+    parser.add_argument("--hours", metavar="N", help="time for all of it, such as 8 or 90m (default: no limit)")
+    parser.add_argument("--teacher", metavar="MODEL", help="default: the largest that ships and suits the card")
+    parser.add_argument("--student", metavar="STUDENT", help="pruned (the default), a size such as 60M, or a model")
+    parser.add_argument("--to", metavar="FILE", default="my.yaml", help="the new file (default: my.yaml)")
+    parser.add_argument("--yes", action="store_true", help="ask nothing")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import init
+
+        return stoppable(lambda: init.main(init.Wishes(**vars(options))), f"{options.to} was not written")
+
+    return recipe
 
 
 def _inspect(parser: argparse.ArgumentParser) -> Recipe:
@@ -89,12 +108,17 @@ def _merge(parser: argparse.ArgumentParser) -> Recipe:
 def _compare(parser: argparse.ArgumentParser) -> Recipe:
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run_dir of a finished evaluation")
     parser.add_argument("--to", metavar="FILE", default="compare.html", help="the page (default: compare.html)")
+    parser.add_argument("--csv", metavar="FILE", help="a row for each run: how it differs, and its figures; a new file")
+    parser.add_argument("--json", metavar="FILE", help="the same as JSON, with means over seeds; a new file")
 
     def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
         from distill.recipes import compare
 
         with unbreakable_output():
-            return stoppable(lambda: compare.main(options.runs, options.to), f"{options.to} was not written")
+            return stoppable(
+                lambda: compare.main(options.runs, options.to, options.csv, options.json),
+                f"{options.to} was not written",
+            )
 
     return recipe
 
@@ -205,6 +229,7 @@ def _doctor(parser: argparse.ArgumentParser) -> Recipe:
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], Recipe]] = {
+    "init": _init,
     "inspect": _inspect,
     "merge": _merge,
     "compare": _compare,

@@ -24,7 +24,7 @@ from distill.system.values import fits, is_plain, type_hints
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["student", "teacher", "callback"]
+Kind = Literal["student", "teacher", "callback", "divergence"]
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "teacher": {
@@ -38,8 +38,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "pruned": "students.pruned:prune_teacher",
     },
     "callback": {},
+    "divergence": {},
 }
-SETTING = {"student": "student.class_path", "teacher": "teacher.class_path", "callback": "train.callbacks"}
+SETTING = {
+    "student": "student.class_path",
+    "teacher": "teacher.class_path",
+    "callback": "train.callbacks",
+    "divergence": "loss.divergence",
+}
 """Key of the experiment file that names a plug-in, for messages."""
 OPTIONS = {"student": "student.options", "teacher": "teacher.options", "callback": "train.callbacks: init_args"}
 """Key of the experiment file that holds its arguments."""
@@ -62,7 +68,7 @@ def load(reference: str, kind: Kind) -> Callable[..., Any]:
         raise UserError(f"{SETTING[kind]}: {module_name} has no '{attribute}'{did_you_mean(attribute, own)}")
     if not callable(found):
         raise UserError(f"{SETTING[kind]}: {full} is not a class or function")
-    if kind != "callback" and reference not in table and not module_name.endswith(".py"):
+    if kind in ("student", "teacher") and reference not in table and not module_name.endswith(".py"):
         _check_is_model(found, f"{SETTING[kind]}: {full}")
     return typing.cast("Callable[..., Any]", found)
 

@@ -101,7 +101,11 @@ def test_every_command_of_a_block_is_one(command: list[str], monkeypatch: pytest
     if command[0] in folder_commands.COMMANDS:
         folder_commands.make_parser(command[0])[0].parse_args(command[1:])
         return
-    own = cli.look_parser(command[0]).parse_known_args(command[2:])[1] if command[0] in cli.LOOKS else command[2:]
+    own = (
+        cli.look_parser(command[0]).parse_known_args(command[2:])[1]
+        if command[0] in (*cli.LOOKS, "sweep")
+        else command[2:]
+    )
     file, overrides = command[1], cli._spelled_out(own)
     if file.startswith("my"):  # an experiment file of the reader's own
         file = "configs/demo.yaml"
@@ -113,7 +117,7 @@ def test_every_command_in_the_text_is_one(text: str) -> None:
     words = text.split()
     assert words[0] in cli.COMMANDS
     known = {"--help", "--resume"}
-    if words[0] in cli.LOOKS:
+    if words[0] in (*cli.LOOKS, "sweep"):
         known |= {name for action in cli.look_parser(words[0])._actions for name in action.option_strings}
     if words[0] in folder_commands.COMMANDS:
         known = {name for action in folder_commands.make_parser(words[0])[0]._actions for name in action.option_strings}

@@ -176,21 +176,27 @@ class StudentConfig:
     """Sizes to find: `{share: 0.4}` of the teacher's parameters or `{parameters: 60M}`; also `candidates`, `steps`."""
 
 
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "total_variation",
+    "mean_squared_logits",
+)
+"""Values of `loss.divergence` that are no function of the user's own."""
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """The loss: `(1 - alpha) * divergence(teacher, student) + alpha * cross-entropy with the true token`."""
 
-    divergence: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "jsd",
-        "skewed_kl",
-        "skewed_reverse_kl",
-        "adaptive_kl",
-        "total_variation",
-        "mean_squared_logits",
-    ] = "forward_kl"
-    """Divergence. All but forward_kl need cache.scheme `hidden` or `top_k` (mean_squared_logits: `hidden`)."""
+    divergence: str = "forward_kl"
+    """forward_kl, reverse_kl, jsd, skewed_kl, skewed_reverse_kl, adaptive_kl, total_variation, mean_squared_logits, or
+    your own, `module:function` or `file.py:function`. All of ours but forward_kl need cache.scheme `hidden` or `top_k`
+    (mean_squared_logits: `hidden`)."""
     beta: Annotated[float, Between(0, 1)] = 0.5
     """jsd: the teacher's share of the mixture that both are compared with."""
     skew: Annotated[float, Between(0, 1)] = 0.1

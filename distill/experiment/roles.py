@@ -84,6 +84,8 @@ def own_settings(experiment: Experiment, role: Role) -> dict[str, Any]:
     """Return those of the `training_settings` that the experiment alone tells, without the cache and the devices."""
     loss = asdict(experiment.loss)
     del loss["alpha"], loss["chunk_size"]
+    if ":" in experiment.loss.divergence:  # a function of the user's own
+        loss["source"] = plugins.source_of(experiment.loss.divergence, "divergence")
     train = {**asdict(experiment.train), "rounding": rounding_of(experiment)}
     return {
         "student": _described(experiment.student),

@@ -124,7 +124,7 @@ def _checked(key: str, value: Any) -> Any:
             f"student.search: unknown key '{key}'{did_you_mean(key, known)} (known: {', '.join(sorted(known))})"
         )
     if key == "parameters":
-        return _parameters(value, where)
+        return parse_parameters(value, where)
     number = _number(value)
     if key == "share":
         if number is None or not 0 < number < 1:
@@ -146,8 +146,8 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _parameters(value: Any, where: str) -> int:
-    """Return the number that `60M`, `1.5B` or 60000000 means."""
+def parse_parameters(value: Any, where: str) -> int:
+    """Return the number that `60M`, `1.5B` or 60000000 means. Raises UserError for anything else."""
     unit = 1
     text = str(value).strip()
     if isinstance(value, str) and text[-1:].upper() in _UNITS:

@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from distill.errors import UserError
-from distill.experiment.configuration import Between, CorpusConfig, Experiment
+from distill.errors import UserError, did_you_mean
+from distill.experiment.configuration import DIVERGENCES, Between, CorpusConfig, Experiment
 from distill.system.units import parse_duration, parse_size
 
 NO_VALUE = "has no value: give it one, or leave the key out"
@@ -90,7 +90,14 @@ def _parse_part(text: str, key: str) -> object:
     return Part.parse(text)
 
 
+def _check_divergence(text: str, key: str) -> None:
+    if ":" not in text and text not in DIVERGENCES:
+        near = did_you_mean(text, DIVERGENCES)
+        raise UserError(f"{key}: {text}: no such divergence{near}, or give one of your own, file.py:function")
+
+
 _FORMS: dict[str, Callable[[str, str], object]] = {
+    "loss.divergence": _check_divergence,
     "cache.part": _parse_part,
     "cache.max_size": parse_size,
     "cache.max_time": parse_duration,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -123,10 +124,15 @@ def _samples_in_files(experiment: Experiment) -> int | None:
         files = local_files(source.path, source.split)
         if files is None:
             return None
-        held += sum(
-            file.stat().st_size * (_COMPRESSION if file.suffix in (*COMPRESSIONS, ".parquet") else 1) for file in files
-        )
+        held += bytes_of_text(files)
     return max(1, math.ceil(held / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
+
+
+def bytes_of_text(files: list[Path]) -> float:
+    """Return the bytes of text in a corpus's files, compressed ones as they usually unpack."""
+    return sum(
+        file.stat().st_size * (_COMPRESSION if file.suffix in (*COMPRESSIONS, ".parquet") else 1) for file in files
+    )
 
 
 def bytes_a_token(experiment: Experiment, hidden_size: int, notes: list[str]) -> float:

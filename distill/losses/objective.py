@@ -11,6 +11,7 @@ from distill.errors import UserError, did_you_mean
 from distill.losses import divergences
 from distill.losses.chunks import ChunkTarget, Divergence
 from distill.losses.divergences import cross_entropy, forward_kl
+from distill.losses.own import is_own, load_divergence, try_divergence
 
 DIVERGENCES: dict[str, Divergence] = {
     divergence.__name__: divergence
@@ -59,9 +60,15 @@ class Mixture:
 
 
 def make_divergence(name: str, beta: float = 0.5, skew: float = 0.1) -> Divergence:
-    """Return the divergence of a name with its parameter. Raises UserError for one that is out of range."""
+    """Return the divergence of a name with its parameter, or the user's own (`module:function`).
+
+    Raises UserError for a name that is unknown, and a parameter that is out of range.
+    """
+    if is_own(name):
+        return load_divergence(name)
     if name not in DIVERGENCES:
-        raise UserError(f"loss.divergence: {name}: no such divergence{did_you_mean(name, DIVERGENCES)}")
+        near = did_you_mean(name, DIVERGENCES)
+        raise UserError(f"loss.divergence: {name}: no such divergence{near}, or give one of your own, file.py:function")
     if name == "jsd":
         if not 0 < beta < 1:
             raise UserError(
@@ -77,7 +84,13 @@ def make_divergence(name: str, beta: float = 0.5, skew: float = 0.1) -> Divergen
 
 
 def check_divergence(name: str, scheme: str) -> None:
-    """Raise UserError if targets of a scheme (`varopt`, `top_k`, `random`, `hidden`) cannot give a divergence."""
+    """Raise UserError if targets of a scheme (`varopt`, `top_k`, `random`, `hidden`) cannot give a divergence.
+
+    A function of the user's own is tried on such targets.
+    """
+    if is_own(name):
+        try_divergence(load_divergence(name), scheme)
+        return
     if name == "forward_kl" or scheme == "hidden":
         return
     if name == "mean_squared_logits":

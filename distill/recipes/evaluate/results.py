@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -22,7 +23,7 @@ class Results:
 
     A measurement is a line of `measured.jsonl` as soon as it is made, and stays. If it is asked for again, after other
     options or models in between, it is not made again. Each line carries its own hash: a damaged one does not count,
-    and is measured again.
+    and is measured again. Lines of the teacher alone are kept beside the cache as well, for all runs that share it.
     """
 
     def __init__(self, folders: Folders, subjects: list[Subject], measurements: list[Measurement]) -> None:
@@ -30,7 +31,8 @@ class Results:
         self.subjects, self.measurements = subjects, measurements
         self.teacher = subjects[0].identity
         self.everyone = {subject.name: subject.identity for subject in subjects}
-        lines = json_lines.read(self.lines, _LIMIT)
+        self.shared = folders.measured / "teacher.jsonl"
+        lines = [*json_lines.read(self.shared, _LIMIT), *json_lines.read(self.lines, _LIMIT)]
         whole = (line for line in lines if line.get("digest") == _digest([line.get("key"), line.get("found")]))
         self.found = {line["key"]: line["found"] for line in whole}
         for measurement in measurements:
@@ -53,7 +55,11 @@ class Results:
 
     def put(self, subject: Subject, measurement: Measurement, found: Any) -> None:
         """Keep a measurement, on disk too. Measurements that belong together count once the last of them is there."""
-        self._append(self._key(subject, measurement), found)
+        key = self._key(subject, measurement)
+        self._append(key, found)
+        # A speed is no fact about the teacher alone: it is measured in turn with the students, on one machine.
+        if subject.identity == self.teacher and not measurement.together and measurement.rounds == 1:
+            self._share(key, found)
         last = [each for each in self.subjects if measurement.wanted_of(each)][-1]
         if not measurement.together or subject.name == last.name:
             self._append(self._key_of_all(measurement), measurement.about_all())
@@ -62,6 +68,12 @@ class Results:
         self.found[key] = found
         found = json.loads(json.dumps(found))  # as it is read
         json_lines.append(self.lines, {"key": key, "found": found, "digest": _digest([key, found])})
+
+    def _share(self, key: str, found: Any) -> None:
+        """Keep a measurement beside the cache too, if that can be written."""
+        found = json.loads(json.dumps(found))
+        with contextlib.suppress(OSError):
+            json_lines.append(self.shared, {"key": key, "found": found, "digest": _digest([key, found])})
 
     def _key(self, subject: Subject, measurement: Measurement) -> str:
         made_from = [self.teacher if measurement.together else None, subject.identity, measurement.inputs]
