@@ -66,6 +66,8 @@ def open_corpus(
     sampling = Sampling(tokenizer, sequence_length, pack, long, begun, held_out)
     if len(sources) == 1 and (is_stream(path, sources[0].split) if is_streamed is None else is_streamed):
         return Streaming(sources[0], learning, bad_rows, sampling, seed, revision).gathered(most, most_held_out)
+    if revision is not None:
+        raise UserError(f"corpus.revision: {revision}: only a hub data set that is the only source has revisions")
     files = [file for owner, source in enumerate(sources) for file in source.open(owner)]
     with quiet_datasets():
         documents = load_documents(files)

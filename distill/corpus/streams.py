@@ -84,11 +84,11 @@ def open_stream(
 ) -> Stream:
     """Open a corpus as a stream of files, shuffled with `seed`. No file's content is read but for a sample of it."""
     files = local_files(path, split)
-    return (
-        _local(Path(path).expanduser(), files, columns, seed)
-        if files
-        else _hub(path, name, split, columns, seed, revision)
-    )
+    if files is None:
+        return _hub(path, name, split, columns, seed, revision)
+    if revision is not None:
+        raise UserError(f"corpus.revision: {revision}: {path} is on this machine, and has no revisions")
+    return _local(Path(path).expanduser(), files, columns, seed)
 
 
 def _local(root: Path, files: list[Path], columns: Columns, seed: int) -> Stream:

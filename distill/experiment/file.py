@@ -255,6 +255,7 @@ def _as_text(content: dict[str, Any]) -> str:
 
 
 _UNION = r"Does not validate against any of the Union subtypes Subtypes: \[(\w+), NoneType\] .*? Given value:"
+_BOOL_OR_NAME = r"Does not validate against any of the Union subtypes Subtypes: \[bool, (one of .*?)\] .*? Given value:"
 _ANNOTATED = r"(?:typing\.)?Annotated\[(\w+), [^\]]*\]"
 
 
@@ -266,5 +267,6 @@ def _plain(message: str) -> str:
     line = re.sub(r'^Parser key "([^"]+)":', r"\1:", line)
     line = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", line)
     line = re.sub(_ANNOTATED, r"\1", re.sub(r"<class '(\w+)'>", r"\1", line))
+    line = re.sub(_BOOL_OR_NAME, r"expected \1, true or false. Got value:", line)
     line = re.sub(_UNION, r"Expected a \1. Got value:", line)
     return line.replace("Expected a one of", "expected one of").replace("Expected a", "expected")

@@ -157,6 +157,14 @@ def test_rows_of_two_kinds_are_bad_whatever_was_read_before(
     assert skipped.counts[0].documents == 40
 
 
+def test_only_the_hub_has_revisions(tokenizer: Any, write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("a.jsonl", [{"text": "the dog"}])
+    for large in (2**40, 1):
+        monkeypatch.setattr(streams, "LARGE", large)
+        with pytest.raises(UserError, match=r"corpus\.revision: main: "):
+            open_corpus(path, tokenizer, sequence_length=16, held_out=0, revision="main")
+
+
 def test_where_reading_knows_no_hub(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         streams.is_stream(str(tmp_path / "nowhere"), "train")

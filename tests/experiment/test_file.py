@@ -130,7 +130,10 @@ def test_to_dict_gives_back_an_equal_experiment(tmp_path: Path, minimal: str) ->
         ("train: {epochs: many}\n", ["train.epochs", "many", "int"]),
         ("train: {epochs: 1.5}\n", ["train.epochs", "1.5", "int"]),
         ("train: {learning_rate: fast}\n", ["train.learning_rate", "fast", "float"]),
-        ("corpus: {path: c, pack: perhaps}\n", ["corpus.pack", "perhaps", "bool"]),
+        (
+            "corpus: {path: c, pack: perhaps}\n",
+            ["corpus.pack: expected one of 'auto', 'documents'", "true or false", "perhaps"],
+        ),
         ("student: {options: 3}\n", ["student.options", "3"]),
         ("corpus: {seed: 1}\nteacher: {model: t}\n", ["corpus.path: is missing", "corpus.sources"]),
         (
