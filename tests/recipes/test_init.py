@@ -51,6 +51,17 @@ def test_the_file_fits_has_comments_and_is_what_was_said(init: Any) -> None:
     assert Path("my.yaml").read_bytes() == before
 
 
+def test_from_data_to_a_file_for_llama_cpp_in_three_commands(init: Any, distill: Any, tmp_path: Path) -> None:
+    init("--student", "90k").done()
+    small = ["--cache.max_samples", 8, "--cache.held_out_samples", 4, "--train.max_steps", 2, "--preflight", "false"]
+    quick = ["--evaluate.max_samples", 4, "--evaluate.cost", "false", "--evaluate.texts", 0]
+    quick += ["--student.search", "{parameters: 90k, candidates: 2, steps: 1}", "--evaluate.control", "false"]
+    distill("run", "my.yaml", *small, *quick).done()
+    pytest.importorskip("gguf")
+    distill("export", "runs/my", "--to", "gguf", "--format", "gguf", "--type", "f16").done()
+    assert list((tmp_path / "gguf").glob("*.gguf"))
+
+
 def test_hours_that_do_not_suffice_are_said_before_a_file_is_there(init: Any) -> None:
     init("--card", "8GiB", "--hours", "0.0000001", "--student", "90k").refused("--hours", "give more hours")
     assert not Path("my.yaml").exists()
