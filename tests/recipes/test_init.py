@@ -39,6 +39,7 @@ def test_the_file_fits_has_comments_and_is_what_was_said(init: Any) -> None:
     experiment = load_experiment("my.yaml", [])
     assert (experiment.student.class_path, experiment.run_dir) == ("pruned", "runs/my")
     assert experiment.corpus.sequence_length == 256, "no longer than the teacher reads"
+    assert experiment.student.options == {"calibration_samples": 2}, "there are about 11 samples"
     assert experiment.train.epochs == 4 and experiment.cache.threshold == 0.01
     assert "40 rows of plain text" in outcome.out and "few tokens" in outcome.out
     planned = plan.planned(experiment, "rtx-3060").forecast
@@ -106,6 +107,12 @@ def test_a_terminal_is_asked_what_was_not_given(distill: Any, world: Any, monkey
     monkeypatch.setattr(command, "propose", propose)
     distill("init", "--card", "12GiB").refused("enough")
     assert asked == ["data", "what for", "hours at most"]
+
+    def ended(question: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    distill("init", "--card", "12GiB").refused("no answer", "--yes")
     (frame,) = frames
     assert (frame.goal, frame.hours, frame.is_here, frame.teacher) == ("draft", 3.0, False, None)
 

@@ -106,7 +106,10 @@ def _hours(text: str | None) -> float | None:
 
 
 def _ask(question: str, default: str) -> str:
-    return input(f"{question} [{default}]: ").strip() or default
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:
+        raise UserError("init: no answer; nothing was written (--yes asks nothing)") from None
 
 
 def _describe(proposal: Proposal) -> None:

@@ -44,6 +44,8 @@ REPEATED = ((20_000_000, 1), (5_000_000, 2))
 CONTROL_SECONDS = 2 * 3600
 """Time up to which a control is trained too, if no `--hours` say otherwise."""
 FEWEST_SAMPLES = 32
+FEW_SAMPLES = 64
+"""Training samples below which a student is cut out by fewer of them than usual: their number is an estimate."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,14 @@ def _start(frame: Frame, teacher: str, student: StudentConfig, length: int) -> E
 
 def _worked_out(frame: Frame, forecaster: Forecaster, experiment: Experiment, parameters: int) -> Proposal:
     """Set the levers, then the amounts. Raises UserError if it does not fit."""
-    samples = (frame.data.tokens or HUB_TOKENS) // experiment.corpus.sequence_length
+    samples = _all_samples(frame, experiment)
     experiment = apply(experiment, {"corpus.held_out": held_out_share(frame.data, samples)})
     typed = experiment = _with_types(frame, experiment)
     advice = advise(forecaster, experiment, PHASES)
     if not advice.fits:
         raise UserError(f"a student of {_size(experiment)} is too large")
     experiment = advice.experiment
-    samples = (frame.data.tokens or HUB_TOKENS) // experiment.corpus.sequence_length
+    samples = _all_samples(frame, experiment)
     samples, epochs = _within_hours(frame, forecaster, experiment, samples)
     experiment = _with_amounts(frame, experiment, samples, epochs)
     found = _checked(frame, forecaster, experiment)
@@ -189,10 +191,14 @@ def _within_hours(frame: Frame, forecaster: Forecaster, experiment: Experiment, 
     return max(FEWEST_SAMPLES, min(samples, most)), epochs
 
 
+def _all_samples(frame: Frame, experiment: Experiment) -> int:
+    return max(1, (frame.data.tokens or HUB_TOKENS) // experiment.corpus.sequence_length)
+
+
 def _with_amounts(frame: Frame, experiment: Experiment, samples: int, epochs: int) -> Experiment:
     """Return the experiment with its numbers of samples, passes and steps, which change no phase's memory."""
     length = experiment.corpus.sequence_length
-    all_samples = (frame.data.tokens or HUB_TOKENS) // length
+    all_samples = _all_samples(frame, experiment)
     least, most = (max(1, tokens // length) for tokens in TOKENS_A_STEP)
     held_out = experiment.corpus.held_out
     train_samples = max(1, min(samples, int(all_samples * (1 - held_out))))
@@ -202,6 +208,8 @@ def _with_amounts(frame: Frame, experiment: Experiment, samples: int, epochs: in
     steps = max(1, train_samples * epochs // (micro_batch * passes))
     watched = max(1, min(128, round(all_samples * held_out)))
     is_whole = frame.data.tokens is not None and samples >= all_samples
+    if experiment.student.search and train_samples < FEW_SAMPLES:  # it looks at 16 of them, if nothing is said
+        experiment = apply(experiment, {"student.options.calibration_samples": max(1, train_samples // 4)})
     return apply(
         experiment,
         {

@@ -111,6 +111,7 @@ def _comments(proposal: Proposal, data: Data) -> dict[str, str]:
     if student.class_path == "pruned":
         found["student.class_path"] = "cut out of the teacher: fewer layers, channels, heads, neurons"
         share = student.search["parameters"] / proposal.teacher_parameters
+        found["student.options"] = "training samples that tell which parts of the teacher matter"
         found["student.search"] = f"at most so many parameters, {share:.0%} of the teacher's; shapes are tried out"
     else:
         found["student.class_path"] = "a pretrained model of the same tokens"
