@@ -66,7 +66,7 @@ def prune_teacher(
         raise ValueError("give at least one of layers, hidden_size, intermediate_size, key_value_groups")
     if depth == "importance" and not isinstance(layers, int):
         raise ValueError("depth: importance chooses the layers, so layers must be the number of them to keep")
-    total: int = config.num_hidden_layers
+    total = _layers(config)
     chosen = chosen_layers(total if layers is None else layers, total)
     widths, narrowing = None, None
     if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
@@ -110,6 +110,16 @@ def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[
     if checkpoint.gguf_file is None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"the weights of {teacher} are quantized: set teacher to an unquantized copy to prune it")
     return config, checkpoint
+
+
+def _layers(config: Any) -> int:
+    """Return the number of layers. Raises ValueError for a family that does not count them as decoders do."""
+    try:
+        total = int(config.num_hidden_layers)
+        copy.deepcopy(config).num_hidden_layers = total  # a family of encoder and decoder has no such number to set
+        return total
+    except (AttributeError, NotImplementedError, TypeError):
+        raise ValueError(f"{config.model_type} is no decoder with a number of layers: it cannot be pruned") from None
 
 
 def chosen_layers(layers: int | list[int], total: int) -> list[int]:

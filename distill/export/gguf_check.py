@@ -23,7 +23,7 @@ from torch import Tensor
 
 import distill
 from distill.errors import UserError, first_line
-from distill.export.gguf_architecture import query_divisor
+from distill.export.gguf_architecture import plan, query_divisor
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing
@@ -169,7 +169,7 @@ def compare(checkpoint: Checkpoint, file: Path, ids: list[int], texts: tuple[str
     """
     tokenizer, model = load_tokenizer(checkpoint), load_language_model(checkpoint.folder)
     vocabulary = vocab_size(tokenizer)
-    context = context_length(model) or WINDOW
+    context = min(context_length(model) or WINDOW, plan(load_config(checkpoint)).context)
     window = _windows(ids, min(WINDOW, context))[0]
     places = torch.linspace(0, len(window) - 2, min(PLACES, len(window) - 1)).round().long().unique()
     new_tokens = max(1, min(NEW_TOKENS, context // 2))

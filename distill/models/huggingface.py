@@ -154,14 +154,16 @@ def transformation(config: Any) -> dict[str, float]:
     """Return the head's `scale` and `soft_cap` from a configuration; of a multimodal one, from its text part.
 
     Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere multiplies by `logit_scale`, and Gemma 2
-    caps with `final_logit_softcapping`. `check` finds families that need anything else.
+    caps with `final_logit_softcapping` (RecurrentGemma and xLSTM under other names). `check` finds families that need
+    anything else.
     """
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None)
     scaling = getattr(text, "logits_scaling", None)
     if scale is None and scaling is not None:
         scale = scaling if text.model_type.startswith("hyperclovax") else 1.0 / scaling
-    soft_cap = getattr(text, "final_logit_softcapping", None)
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    soft_cap = next((cap for name in names if (cap := getattr(text, name, None)) is not None), None)
     found: dict[str, float] = {} if scale is None else {"scale": float(scale)}
     return found if soft_cap is None else {**found, "soft_cap": float(soft_cap)}
 

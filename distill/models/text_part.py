@@ -83,7 +83,8 @@ def model_class(config: Any) -> Any:
     import transformers
 
     causal, seeing = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
-    if type(config) not in causal._model_mapping and type(config) in seeing._model_mapping:
+    is_wrapper = type(config) not in causal._model_mapping or _inner(config) is not None
+    if is_wrapper and type(config) in seeing._model_mapping:
         return _without_eyes(seeing._model_mapping[type(config)])
     return causal
 

@@ -106,7 +106,7 @@ class Family:
         import torch
 
         teacher = self.teacher()
-        whole = tiny_families.own_class(self.name).from_pretrained(self.model, dtype=torch.float32).eval()
+        whole = tiny_families.whole(self.name, self.folder)
         with torch.no_grad():
             own = whole(input_ids=self.ids_BL, use_cache=False).logits[..., : tiny_families.TOKENS]
         said = near(self.logits(teacher), own, 1e-4, "logits")
@@ -139,7 +139,8 @@ class Family:
 
     def streamed_nf4(self) -> str:
         resident = self.logits(self.teacher(quantization="nf4"))
-        return near(self.logits(self.teacher(class_path="streamed", quantization="nf4")), resident, 1e-5, "logits")
+        given = {"quantization": "nf4", "quantized_copy": str(self.folder.parent / "copy")}
+        return near(self.logits(self.teacher(class_path="streamed", **given)), resident, 1e-5, "logits")
 
     def student(self, name: str, **options: Any) -> Any:
         from distill import plugins

@@ -63,6 +63,8 @@ SIZES: dict[str, Any] = {
     "rope_head_dim": 16,
 }
 """Sizes by their names in configurations: small, but several of each kind of thing that a family counts."""
+NEED_TIMM = {"gemma3n": "gemma3n_text"}
+"""Wrappers whose eyes come from a package that is not installed, and their text families."""
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 BY_FAMILY: dict[str, dict[str, Any]] = {
     "dots1": {"layer_types": ["full_attention"] * LAYERS},
@@ -182,6 +184,8 @@ def write(family: str, folder: Path) -> Path:
 
     config = tiny_config(family)
     torch.manual_seed(0)
+    if family in NEED_TIMM:
+        return _write_wrapped(family, config, folder)
     with quiet_transformers():
         model = own_class(family).from_config(config, dtype=torch.float32)
         with torch.no_grad():
@@ -192,3 +196,30 @@ def write(family: str, folder: Path) -> Path:
                     parameter.normal_(std=0.05)
         model.save_pretrained(folder)
     return folder
+
+
+def _write_wrapped(family: str, config: Any, folder: Path) -> Path:
+    """Write the text model of a wrapper as the wrapper's checkpoint holds it, without eyes."""
+    from safetensors.torch import load_file, save_file
+
+    write(NEED_TIMM[family], folder)
+    weights = load_file(folder / "model.safetensors")
+    prefix = {name: name.replace("model.", "model.language_model.", 1) for name in weights}
+    save_file(
+        {prefix[name]: tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    config.text_config = tiny_config(NEED_TIMM[family])
+    config.save_pretrained(folder)
+    return folder
+
+
+def whole(family: str, folder: Path) -> Any:
+    """Return the family's own model, eyes and all, in evaluation mode."""
+    import torch
+    import transformers
+
+    if family not in NEED_TIMM:
+        return own_class(family).from_pretrained(folder, dtype=torch.float32).eval()
+    mapping = {r"^model\.language_model\.": "model."}
+    config = transformers.AutoConfig.from_pretrained(folder).text_config
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, key_mapping=mapping).eval()

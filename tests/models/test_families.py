@@ -29,6 +29,11 @@ def test_a_family_works_and_is_no_other_model(name: str, tmp_path: Path) -> None
     assert said["packed"] == ("rows" if name in ("gpt_oss", "qwen3_next", "nemotron_h", "opt") else "positions")
 
 
+@pytest.mark.parametrize("name", ["recurrent_gemma", "xlstm"])
+def test_a_soft_cap_has_its_name_in_each_family(name: str, tmp_path: Path) -> None:
+    families.Family(name, tmp_path).adapter()
+
+
 @pytest.mark.parametrize("name", ["diffllama", "minicpm3"])
 def test_layers_that_compute_by_their_number_are_not_cut_out_in_silence(name: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, UserError), match="is not its teacher without the others"):
