@@ -101,7 +101,7 @@ class Gatherer:
         self.held_out = Gathered(lambda count: None, self.sequence_length)
 
     def gather(self, train: int | None, held_out: int, advance: Callable[[int], None]) -> None:
-        """Read until there are enough samples of both sides, or the stream surely has enough to train on.
+        """Read until there are enough samples to train on, or enough held out of a stream that surely has the others.
 
         None means all of the stream. From here on the numbers of samples are fixed. `advance` receives the number of
         training samples of each window.
@@ -112,9 +112,11 @@ class Gatherer:
         self.held_out.fix(self.held_out.ready)
 
     def _is_enough(self, train: int | None, held_out: int) -> bool:
-        if train is None or self.held_out.ready < held_out or not self.train.ready:
+        if train is None or not self.train.ready:
             return False
-        return self.train.ready >= train or self.estimate(self.train.ready) >= MARGIN * train
+        if self.train.ready >= train:  # no further text is read to be held out
+            return self.held_out.ready > 0 or not held_out
+        return self.held_out.ready >= held_out and self.estimate(self.train.ready) >= MARGIN * train
 
     def _more(self) -> bool:
         window = None if self._is_over else self.take()
