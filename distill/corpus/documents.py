@@ -15,7 +15,7 @@ import pyarrow.compute
 
 from distill.corpus.conversations import Conversation
 from distill.corpus.faults import BadRow, Fault
-from distill.corpus.reading import Row, Source
+from distill.corpus.reading import Row
 from distill.corpus.shapes import Columns, find_shape
 from distill.errors import UserError, did_you_mean
 
@@ -62,11 +62,17 @@ class Rows(Protocol):
         """Yield the rows, numbered from 1."""
 
 
-def load_documents(sources: Sequence[Source]) -> datasets.Dataset:
+class WholeRows(Rows, Protocol):
+    """Rows whose content is known beforehand."""
+
+    def content_key(self) -> str:
+        """Return a text that changes with the content."""
+
+
+def load_documents(sources: Sequence[WholeRows]) -> datasets.Dataset:
     """Load the documents of all `sources` in order, empty ones included, as a memory-mapped table (see `FEATURES`).
 
-    The table is kept in the cache folder of `datasets` under a hash of the
-    files' bytes and read from there next time.
+    The table is kept in the cache folder of `datasets` under a hash of the files' bytes, and read from there next time.
     """
     key = json.dumps([READER_VERSION, [_key(source) for source in sources]])
 
@@ -161,7 +167,7 @@ def document_hashes(documents: datasets.Dataset) -> np.ndarray:
     return np.frombuffer(first, dtype="<i8").astype(np.int64)
 
 
-def _key(source: Source) -> list[Any]:
+def _key(source: WholeRows) -> list[Any]:
     """Return what determines a source's part of the table, as JSON values."""
     return [source.owner, source.limit, source.columns.key(), source.content_key()]
 

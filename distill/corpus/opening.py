@@ -65,10 +65,12 @@ def open_corpus(
     path, weights = ", ".join(source.path for source in sources), check_weights(sources)
     sampling = Sampling(tokenizer, sequence_length, pack, long, begun, held_out)
     if len(sources) == 1 and (is_stream(path, sources[0].split) if is_streamed is None else is_streamed):
-        return Streaming(sources[0], learning, bad_rows, sampling, seed, revision).gathered(most, most_held_out)
+        streaming = Streaming(sources[0], learning, bad_rows, sampling, seed, revision or sources[0].revision)
+        return streaming.gathered(most, most_held_out)
     if revision is not None:
-        raise UserError(f"corpus.revision: {revision}: only a hub data set that is the only source has revisions")
-    files = [file for owner, source in enumerate(sources) for file in source.open(owner)]
+        raise UserError(f"corpus.revision: {revision}: only a hub data set has revisions")
+    is_alone = len(sources) == 1
+    files = [file for owner, source in enumerate(sources) for file in source.open(owner, seed, is_alone=is_alone)]
     with quiet_datasets():
         documents = load_documents(files)
         labels = [file.label for file in files]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.corpus.reading import Source, find_sources
+from distill.corpus.reading import Source, find_sources, local_files
 from distill.corpus.shapes import BY_NAME, Columns
+from distill.corpus.streams import HubFile, open_hub
 from distill.errors import UserError
 from distill.system.files import last_part
 
@@ -27,6 +28,8 @@ class TextSource:
     """Weight of its tokens in the training text; None where all tokens of all sources are taken."""
     limit: int | None = None
     """Largest number of rows that are read."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
 
     @property
     def label(self) -> str:
@@ -34,11 +37,27 @@ class TextSource:
         label = last_part(self.path) if Path(self.path).expanduser().exists() else self.path
         return label if self.name is None else f"{label}/{self.name}"
 
-    def open(self, owner: int) -> list[Source]:
-        """Return the files, or the data set. They carry `owner`, the source's number."""
+    def open(self, owner: int, seed: int, *, is_alone: bool) -> list[Source | HubFile]:
+        """Return the files. They carry `owner`, the source's number.
+
+        Of a hub data set beside other sources, only as many files are opened, in an order by `seed`, as hold the rows
+        that its limit allows. Raises UserError if it has none.
+        """
+        if is_alone or local_files(self.path, self.split) is not None:
+            if self.revision is not None:
+                raise UserError(
+                    f"corpus.sources: {self.path}: only a hub data set has revisions: take {self.revision} out"
+                )
+            files = find_sources(self.path, self.name, self.split, self.columns)
+            return [replace(file, owner=owner, limit=self.limit) for file in files]
+        if self.limit is None:
+            raise UserError(
+                f"corpus.sources: {self.path}: a hub data set beside other sources needs a limit, the rows that are "
+                "read of it: give it one, such as limit: 20000"
+            )
         return [
-            replace(source, owner=owner, limit=self.limit)
-            for source in find_sources(self.path, self.name, self.split, self.columns)
+            replace(file, owner=owner, limit=self.limit)
+            for file in open_hub(self.path, self.name, self.split, self.columns, seed, self.revision).files
         ]
 
 
@@ -51,7 +70,7 @@ def labels_of(sources: Sequence[TextSource]) -> list[str]:
     return found
 
 
-def file_names(sources: Sequence[TextSource], files: Sequence[Source]) -> tuple[str, ...]:
+def file_names(sources: Sequence[TextSource], files: Sequence[Source | HubFile]) -> tuple[str, ...]:
     """Return each file's name as it is on every machine: below its source's folder, or the last part of its path.
 
     Where there are several sources, the source's label stands before a name below a folder.

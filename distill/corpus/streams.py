@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import datasets
 import numpy as np
@@ -26,11 +26,14 @@ _SAMPLED = 1 << 20
 """Bytes of a file that are hashed: a third each at its beginning, in the middle and at its end."""
 
 
+File = TypeVar("File", bound=Rows, covariant=True)
+
+
 @dataclass(frozen=True)
-class Stream:
+class Stream(Generic[File]):
     """The files of a corpus in the order in which they are read."""
 
-    files: Sequence[Rows]
+    files: Sequence[File]
     fingerprint: str
     """Hash of the files, their content as far as it is known without reading, and their order."""
     store_key: str
@@ -52,8 +55,14 @@ class HubFile:
     index: int
     count: int
     columns: Columns
+    key: str
+    """Hash of the data set's files and their order."""
     owner: int = 0
     limit: int | None = None
+
+    def content_key(self) -> str:
+        """Return what tells this file's content from others', without reading it."""
+        return f"hub {self.key} {self.index}"
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of this file alone; no other one is opened."""
@@ -81,17 +90,17 @@ def is_stream(path: str, split: str) -> bool:
 
 def open_stream(
     path: str, name: str | None, split: str, columns: Columns, seed: int, revision: str | None = None
-) -> Stream:
+) -> Stream[Rows]:
     """Open a corpus as a stream of files, shuffled with `seed`. No file's content is read but for a sample of it."""
     files = local_files(path, split)
     if files is None:
-        return _hub(path, name, split, columns, seed, revision)
+        return open_hub(path, name, split, columns, seed, revision)
     if revision is not None:
         raise UserError(f"corpus.revision: {revision}: {path} is on this machine, and has no revisions")
     return _local(Path(path).expanduser(), files, columns, seed)
 
 
-def _local(root: Path, files: list[Path], columns: Columns, seed: int) -> Stream:
+def _local(root: Path, files: list[Path], columns: Columns, seed: int) -> Stream[Rows]:
     order = np.random.default_rng(seed).permutation(len(files)).tolist()
     files = [files[number] for number in order]
     names = [file.relative_to(root).as_posix() if file != root else file.name for file in files]
@@ -113,7 +122,10 @@ def _sample(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _hub(path: str, name: str | None, split: str, columns: Columns, seed: int, revision: str | None) -> Stream:
+def open_hub(
+    path: str, name: str | None, split: str, columns: Columns, seed: int, revision: str | None
+) -> Stream[HubFile]:
+    """Open a data set of the hub as a stream of files, shuffled with `seed`. Raises UserError if it cannot be found."""
     try:
         builder = datasets.load_dataset_builder(path, name, revision=revision)
         data = builder.as_streaming_dataset(split=split)
@@ -132,7 +144,10 @@ def _hub(path: str, name: str | None, split: str, columns: Columns, seed: int, r
     fingerprint = _sha256(["hub", path, name, split, names, commits, builder.hash if not found else "", order])
     known = len(names) == len(order)
     labels = [f"{path}/{names[index]}" if known else f"{path}, file {index}" for index in order]
-    files = [HubFile(label, data, index, len(order), columns) for label, index in zip(labels, order, strict=True)]
+    files = [
+        HubFile(label, data, index, len(order), columns, fingerprint)
+        for label, index in zip(labels, order, strict=True)
+    ]
     return Stream(files, fingerprint, fingerprint, labels, [1] * len(order), commit)
 
 

@@ -25,6 +25,8 @@ class SourceConfig:
     """A file, a folder, or a hub data set's name, as `corpus.path`."""
     name: str | None = None
     """Configuration name of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; default: its newest."""
     split: str = "train"
     """Split of a hub data set, or of a folder whose files are named after splits."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -32,7 +34,7 @@ class SourceConfig:
     weight: Annotated[float, Between(1e-6, 1e6)] | None = None
     """Share of the training tokens, relative to the other sources' weights; default: all tokens of all sources."""
     limit: Annotated[int, Between(1, 2**40)] | None = None
-    """Rows that are read at most."""
+    """Rows that are read at most; a hub data set needs it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class CorpusConfig:
         """The sources; `path` with its keys is one."""
         if self.path is None:
             return self.sources
-        return [SourceConfig(self.path, self.name, self.split, self.columns)]
+        return [SourceConfig(self.path, self.name, self.revision, self.split, self.columns)]
 
     @property
     def named(self) -> str:

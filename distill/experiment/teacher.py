@@ -142,7 +142,15 @@ def open_samples(
     corpus = experiment.corpus
     return open_corpus(
         [
-            TextSource(source.path, source.name, source.split, Columns.of(source.columns), source.weight, source.limit)
+            TextSource(
+                source.path,
+                source.name,
+                source.split,
+                Columns.of(source.columns),
+                source.weight,
+                source.limit,
+                source.revision,
+            )
             for source in corpus.all_sources
         ],
         teacher.tokenizer,

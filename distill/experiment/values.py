@@ -79,8 +79,13 @@ def _contradictions(corpus: CorpusConfig) -> Iterator[str]:
         yield "corpus.path: is missing: give a file, a folder or a hub data set's name (or several as corpus.sources)"
     if corpus.path is not None and corpus.sources:
         yield "corpus.path: stands beside corpus.sources: make it one of them"
-    own = {"name": corpus.name is not None, "split": corpus.split != "train", "columns": bool(corpus.columns)}
-    for key in (key for key, is_given in own.items() if is_given and corpus.path is None):
+    own = {
+        "name": corpus.name is not None,
+        "revision": corpus.revision is not None,
+        "split": corpus.split != "train",
+        "columns": bool(corpus.columns),
+    }
+    for key in (key for key, is_given in own.items() if is_given and corpus.sources):
         yield f"corpus.{key}: stands beside corpus.sources: give it to each source that it is meant for"
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from distill.corpus import open_corpus
+from distill.corpus import open_corpus, reading, streams
+from distill.corpus import sources as sources_module
 from distill.corpus.shapes import Columns
 from distill.corpus.sources import TextSource, labels_of
 from distill.corpus.splitting import mix
@@ -99,3 +100,31 @@ def test_sources_of_one_name_are_told_apart(write: Write) -> None:
     other = str(Path(write("y/set/train.txt", "c")).parent)
     sources = [TextSource(folder), TextSource(folder, split="test"), TextSource("owner/set", "tiny"), TextSource(other)]
     assert labels_of(sources) == ["set train 1", "set test", "owner/set/tiny", "set train 4"]
+
+
+def test_of_a_hub_data_set_no_more_is_read_than_its_limit(
+    tokenizer: Any, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        rows = [{"text": f"file {number} row {row} the lazy dog"} for row in range(10)]
+        path = Path(write(f"hub/data/train-{number:05d}-of-00020.jsonl", rows))
+    hub = str(path.parents[1])
+    for module in (sources_module, streams):
+        monkeypatch.setattr(
+            module, "local_files", lambda path, split: None if path == hub else reading.local_files(path, split)
+        )
+    used: list[str] = []
+    rows_of = streams.HubFile.rows
+
+    def noted(file: streams.HubFile) -> Iterator[Any]:
+        for row in rows_of(file):
+            used.append(file.label)
+            yield row
+
+    monkeypatch.setattr(streams.HubFile, "rows", noted)
+    local = TextSource(write("a.jsonl", [{"text": "The fox."}]))
+    sets = open_corpus([local, TextSource(hub, limit=25)], tokenizer, sequence_length=16, held_out=0, seed=1)
+    assert [each.rows for each in sets.counts] == [1, 25]
+    assert len(sets.sources) == 21 and len(set(used)) == 3, "three files of ten rows"
+    with pytest.raises(UserError, match="a hub data set beside other sources needs a limit"):
+        open_corpus([local, TextSource(hub)], tokenizer, sequence_length=16, held_out=0)
