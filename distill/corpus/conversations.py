@@ -11,6 +11,8 @@ Message = dict[str, Any]
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold its thought. The renderer offers each under the names that templates ask for."""
+LOSS_KEYS = ("weight", "train", "training", "loss")
+"""Keys of a message that say if it is learned, as OpenAI, axolotl and ms-swift name them."""
 THOUGHT_END = "</think>"
 """The mark that ends a thought at the beginning of a content."""
 
@@ -50,13 +52,13 @@ class Conversation:
 
 
 def is_learned(message: Message) -> bool:
-    """Return False for a message that its row takes the loss from (`weight: 0` or `train: false`)."""
-    return bool(message.get("weight", 1)) and bool(message.get("train", True))
+    """Return False for a message that its row takes the loss from (`weight: 0`, `train: false` and the like)."""
+    return all(message.get(key, True) for key in LOSS_KEYS)
 
 
 def said(message: Message) -> Message:
     """Return the message as a template gets it, without the keys that only say if it is learned."""
-    return {key: value for key, value in message.items() if key not in ("weight", "train")}
+    return {key: value for key, value in message.items() if key not in LOSS_KEYS}
 
 
 def thought_of(message: Message) -> tuple[str, str] | None:

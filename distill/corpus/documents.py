@@ -19,7 +19,7 @@ from distill.corpus.reading import Row
 from distill.corpus.shapes import Columns, find_shape
 from distill.errors import UserError, did_you_mean
 
-READER_VERSION = 3
+READER_VERSION = 4
 """Part of the key of stored tables. Raise it when the same file gives another table."""
 
 MAX_DOCUMENT_BYTES = 32 << 20
@@ -182,7 +182,10 @@ def read_documents(
     """Yield the rows of a table (see `FEATURES`) from behind a place, a file's number and a row's, on.
 
     `before` is the first good row where rows of the only source were read before: a row of another kind is a bad one.
+    Raises UserError at the end if the user named a column that no row has.
     """
+    unseen = {source.owner: set(source.columns.may_lack) for source in sources}
+    seen: dict[int, set[str]] = {}
     first: dict[int, First] = {} if before is None else {0: before}  # of each owner
     rows: Counter[int] = Counter()
     for index, source in enumerate(sources):
@@ -193,6 +196,9 @@ def read_documents(
             if (index, number) <= behind:
                 continue
             where = f"{source.label}: row {number}"
+            if unseen[source.owner] and not isinstance(row, BadRow):
+                unseen[source.owner].difference_update(row)
+                seen.setdefault(source.owner, set()).update(row)
             try:
                 found = _read(row, source.columns, where)
                 kind, place = first.setdefault(source.owner, (found["conversation"], where))
@@ -203,6 +209,19 @@ def read_documents(
                 found = NO_DOCUMENT | {"fault": str(error).removeprefix(f"{where}: ")}
             yield found | {"source": index, "row": number}
             rows[source.owner] += 1
+    if behind == (0, 0):
+        _check_seen(sources, unseen, seen)
+
+
+def _check_seen(sources: Sequence[Rows], unseen: Mapping[int, set[str]], seen: Mapping[int, set[str]]) -> None:
+    """Raise UserError for a column that no row of a source has, though the user named it."""
+    for source in sources:
+        for column in sorted(unseen[source.owner]):
+            near = did_you_mean(column, sorted(seen.get(source.owner, [])))
+            raise UserError(
+                f"{source.label}: no row has the column '{column}', which corpus.columns names{near}: mend the name, "
+                "or take it out"
+            )
 
 
 _KINDS = ("plain text", "a conversation")

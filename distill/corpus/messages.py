@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from distill.corpus.conversations import LOSS_KEYS
 from distill.errors import UserError, did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -23,6 +24,10 @@ _SPEAKERS = {
 """Other names of the roles, as ShareGPT's data and its descendants have them."""
 _CALLS = ("function_call", "tool_call")
 """Speakers whose text is a call as JSON."""
+_ARGUMENTS = ("arguments", "parameters")
+"""Keys of a call that hold its arguments."""
+_NO_ARGUMENTS = ("id", "type", "name", "index", "call_id", "tool_call_id", "description", "function")
+"""Keys of a call that are there beside its arguments."""
 _RESERVED = (
     "messages",
     "conversations",
@@ -116,6 +121,8 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if role in _CALLS:
         calls = _json(str(found.get("content", "")), f"{place}: {role}")
         found |= {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    if (call := found.pop("function_call", None)) and not found.get("tool_calls"):  # one call, as OpenAI first had it
+        found["tool_calls"] = [_json(call, f"{place}: function_call") if isinstance(call, str) else call]
     found["role"] = _SPEAKERS.get(found["role"], found["role"])
     if found["role"] not in ROLES:
         raise UserError(f"{place}: unknown role '{role}'{did_you_mean(role, ROLES)}")
@@ -132,7 +139,8 @@ def _message(message: Any, place: str) -> dict[str, Any]:
 
 
 def _check_loss(message: Mapping[str, Any], place: str) -> None:
-    for key, allowed in (("weight", (0, 1)), ("train", (False, True))):
+    for key in LOSS_KEYS:
+        allowed = (0, 1) if key == "weight" else (False, True)
         if key in message and message[key] not in allowed:
             raise UserError(f"{place}: {key} is {message[key]!r}, not {allowed[0]} or {allowed[1]}")
 
@@ -161,12 +169,15 @@ def _call(call: Mapping[str, Any], place: str) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise UserError(f"{place}: has no name")
-    arguments = function.get("arguments", {})
+    key = next((key for key in _ARGUMENTS if key in function), None)
+    if key is None and (others := [str(other) for other in function if other not in _NO_ARGUMENTS]):
+        raise UserError(f"{place}: has no arguments (found: {', '.join(others)}): name them arguments")
+    arguments = {} if key is None else function[key]
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{place}: arguments") if arguments.strip() else {}
     if not isinstance(arguments, Mapping):
         raise UserError(f"{place}: arguments are a {type(arguments).__name__}, not an object")
-    function = {**function, "arguments": arguments}
+    function = {**{name: value for name, value in function.items() if name != key}, "arguments": arguments}
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 
 

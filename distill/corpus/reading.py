@@ -142,6 +142,11 @@ def local_files(path: str, split: str = "train") -> list[Path] | None:
         if kind_of(local) is None:
             raise UserError(f"{path}: not a format that can be read (known: {KNOWN_KINDS})")
         _check_plain(local)
+        if split != "train":
+            raise UserError(
+                f"{path}: corpus.split: '{split}' chooses files of a folder or of a hub data set; this is one file: "
+                "take it out, or name the folder"
+            )
         return [local]
     looks_like_path = not HUB_NAME.fullmatch(path) or kind_of(local) is not None or Path(local.parts[0]).exists()
     if looks_like_path:
@@ -241,7 +246,11 @@ def _parse(text: str) -> Any:
 
 def _csv_rows(file: TextIO, label: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses fields over 128 KiB, which articles exceed
-    for number, row in enumerate(csv.DictReader(lines(file, label), strict=True, delimiter=delimiter), start=1):
+    reader = csv.DictReader(lines(file, label), strict=True, delimiter=delimiter)
+    header = reader.fieldnames or []
+    if twice := [name for place, name in enumerate(header) if name in header[:place]]:
+        raise UserError(f"{label}: the header has column '{twice[0]}' twice: rename one of them")
+    for number, row in enumerate(reader, start=1):
         mark = "comma" if delimiter == "," else "tab"
         too_many = BadRow(f"more fields than the header has: quote fields that hold a {mark}")
         yield number, too_many if None in row else row

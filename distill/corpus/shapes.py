@@ -34,6 +34,8 @@ _PAIRS = (
     ("query", "answer"),
     ("problem", "solution"),
 )
+_OPTIONAL = ("system", "input")
+"""Meanings that a row may be without, though the user named a column."""
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
 
@@ -65,6 +67,11 @@ class Columns:
     def key(self) -> list[Any]:
         """Return what identifies the choice, as JSON values."""
         return [list(pair) for pair in self.named]
+
+    @property
+    def may_lack(self) -> frozenset[str]:
+        """The named columns that a row may be without."""
+        return frozenset(column for meaning, column in self.named if meaning in _OPTIONAL)
 
     @property
     def text_column(self) -> str:
@@ -106,8 +113,8 @@ class Shape:
             messages = messages_of(value, where)
             if isinstance(value, list) and value and "from" in value[0]:
                 kind = SHAREGPT
-        if (system := columns.get("system")) and row.get(system) and messages and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": text_of(row[system], where, system)}, *messages]
+        if (system := columns.get("system")) and row.get(system) and messages:
+            messages = _with_system(messages, text_of(row[system], where, system), f"{where}: column '{system}'")
         tools = tools_of(row.get(columns.get("tools", "")), where)
         options = options_of(row.get(columns.get("chat_template_kwargs", "")), where)
         if not messages or (tools is None and not options):
@@ -128,7 +135,7 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
     extras |= _first("system", _SYSTEMS, names)
     if own:
         columns = extras | own
-        if any(column not in names for meaning, column in own.items() if meaning not in ("system", "input")):
+        if any(column not in names for meaning, column in own.items() if meaning not in _OPTIONAL):
             return None
         kind = next(kind for meaning, kind in _KINDS.items() if meaning in own)
         return Shape(kind, columns)
@@ -142,7 +149,7 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
         return Shape(CHOSEN, extras | prompt | {"chosen": "chosen"})
     for prompt_name, completion in _PAIRS:
         if prompt_name in names and completion in names:
-            more = _first("input", _INPUTS, names)
+            more = _first("input", _INPUTS, names) | _first("history", ("history",), names)
             return Shape(PAIR, extras | more | {"prompt": prompt_name, "completion": completion})
     return None
 
@@ -183,7 +190,34 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, str], where: str, answer
         if addition is not None and (more := text_of(addition, where, columns["input"])):
             question = f"{question}\n\n{more}" if question else more
         asked = [{"role": "user", "content": question}] if question else []
+    if asked and (history := row.get(columns.get("history", ""))):
+        asked = _earlier(parsed(history), f"{where}: column '{columns['history']}'") + asked
     if isinstance(completion, list):
         return asked + messages_of(completion, where)
     said = text_of(completion, where, columns[answer])
     return [*asked, {"role": "assistant", "content": said}] if asked and said else []
+
+
+def _earlier(history: Any, place: str) -> list[dict[str, Any]]:
+    """Return the turns before a pair, from messages or pairs of texts."""
+    if isinstance(history, list) and all(isinstance(turn, Mapping) for turn in history):
+        return messages_of(history, place)
+    is_pairs = isinstance(history, list) and all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text.strip() for text in turn)
+        for turn in history
+    )
+    if not is_pairs:
+        raise UserError(
+            f"{place} is no list of pairs of question and answer: mend it, or name the columns with corpus.columns"
+        )
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
+
+
+def _with_system(messages: list[dict[str, Any]], text: str, place: str) -> list[dict[str, Any]]:
+    """Return messages with the system's in front. Raises UserError if they have another one."""
+    if messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *messages] if text else messages
+    if text and text.strip() != str(messages[0].get("content", "")).strip():
+        raise UserError(f"{place} and message 1 ({messages[0]['role']}) say different things: remove one of them")
+    return messages

@@ -58,6 +58,10 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, Any]], str]] = [
      [{"role": "user", "content": "Name\n\na river."}, ANSWER], "pairs of prompt and completion"),
     ({"question": "Name a river.", "answer": "The Elbe.", "system_prompt": "Be brief."}, [SYSTEM, *PLAIN],
      "pairs of prompt and completion"),
+    ({"instruction": "Name a river.", "output": "The Elbe.", "history": [["Hello", "Hi"]], "system": "Be brief."},
+     [SYSTEM, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, *PLAIN],
+     "pairs of prompt and completion"),
+    ({"messages": [SYSTEM, *PLAIN], "system": "Be brief.\n"}, [SYSTEM, *PLAIN], "conversations"),
     ({"prompt": "Name a river.", "chosen": PLAIN, "rejected": [USER]}, PLAIN, "chosen answers of preferences"),
     ({"prompt": "Name a river.", "chosen": "The Elbe.", "rejected": "No."}, PLAIN, "chosen answers of preferences"),
     ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, PLAIN, "chosen answers of preferences"),
@@ -126,7 +130,10 @@ def test_calls_in_every_form_are_one(write: Write) -> None:
         {"conversations": [SHAREGPT[0], speaker]},
         {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [filled], "name": None}]},
         {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": json.dumps([call])}]},
-    ]
+        {"messages": [USER, {"role": "assistant", "content": "", "function_call": as_text["function"]}]},
+        {"messages": [USER, {"role": "assistant", "content": "",
+                             "tool_calls": [{"name": "weather", "parameters": arguments}]}]},
+    ]  # fmt: skip
     found, _ = read(write("a.jsonl", rows))
     assert [conversation.messages[1] for conversation in found] == [
         {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -150,15 +157,20 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, {**ANSWER, "tool_calls": [{"function": {}}]}]}, "message 2: tool call 1: has no name"),
     ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "arguments is no JSON"),
     ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": [1]}]}]}, "arguments are a list"),
+    ({"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "args": {"a": 1}}]}]},
+     r"tool call 1: has no arguments \(found: args\): name them arguments"),
+    ({"messages": [USER, {**ANSWER, "loss": 0.5}]}, r"message 2: loss is 0\.5, not False or True"),
     ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"message 2: weight is 0\.5, not 0 or 1"),
     ({"messages": [USER, {**ANSWER, "train": "no"}]}, "message 2: train is 'no', not False or True"),
+    ({"messages": [SYSTEM, *PLAIN], "system": "Be long."}, r"'system' and message 1 \(system\) say different things"),
+    ({"prompt": "x", "completion": "y", "history": ["Hello", "Hi"]}, "'history' is no list of pairs of question"),
     ({"messages": PLAIN, "tools": "{"}, "row 1: tools is no JSON"),
     ({"messages": PLAIN, "tools": [{"type": "function"}]}, "row 1: tool 1 has no name"),
     ({"messages": PLAIN, "chat_template_kwargs": {"messages": 1}}, "'messages' cannot be set by a row"),
     ({"messages": PLAIN, "chat_template_kwargs": [1]}, "chat_template_kwargs are a list, not an object"),
     ({"conversations": [{"from": "hooman", "value": "x"}]}, "message 1: unknown role 'hooman'"),
     ({"conversations": [{"from": "function_call", "value": "f()"}]}, "message 1: function_call is no JSON"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
@@ -171,6 +183,26 @@ def test_a_named_column_that_is_missing(write: Write) -> None:
     columns = Columns.of({"prompt": "question", "completion": "reply"})
     with pytest.raises(UserError, match=r"no column 'reply', which corpus\.columns names; did you mean 'replay'"):
         read(write("a.jsonl", [{"question": "x", "replay": "y"}]), columns)
+
+
+def test_a_named_column_that_no_row_has(write: Write) -> None:
+    """One that single rows lack is read where it is."""
+    rows = [{"q": "Name a river.", "a": "The Elbe.", "rule": "Be brief."}, {"q": "Name a river.", "a": "The Elbe."}]
+    path = write("a.jsonl", rows)
+    found, _ = read(path, Columns.of({"prompt": "q", "completion": "a", "system": "rule"}))
+    assert [conversation.messages for conversation in found] == [[SYSTEM, *PLAIN], PLAIN]
+    with pytest.raises(
+        UserError, match=r"no row has the column 'rul', which corpus\.columns names; did you mean 'rule'"
+    ):
+        read(path, Columns.of({"prompt": "q", "completion": "a", "input": "rul"}))
+
+
+def test_nothing_is_chosen_in_silence(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\none,two\n")
+    with pytest.raises(UserError, match="the header has column 'text' twice: rename one of them"):
+        read(str(tmp_path / "a.csv"))
+    with pytest.raises(UserError, match="'test' chooses files of a folder or of a hub data set; this is one file"):
+        find_sources(write("train.jsonl", [{"text": "x"}]), None, "test")
 
 
 def test_shapes_are_counted_and_learned(tokenizer: Any, write: Write) -> None:

@@ -229,7 +229,7 @@ def test_whose_turns_are_learned(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("template", [CHATML, GENERATION])
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0}, {"loss": False}])
 def test_a_message_without_weight_is_context(make: Callable[..., Any], template: str, mark: dict[str, Any]) -> None:
     tokenizer = make(template)
     messages = [*CHAT[:2], CHAT[2] | mark, CHAT[3], CHAT[4] | {"weight": 1, "train": True}]
