@@ -70,12 +70,16 @@ def load_streamed_teacher(
         teacher = StreamedTeacher(
             plan.model, packed_types(plan.model, plan.types), reader, device, name, micro_batch, keep_layers, kept
         )
+    teacher.copy_bytes = 0 if quantization == "none" or is_copy(checkpoint.folder) else plan.nbytes
     teacher.check()
     return teacher
 
 
 class StreamedTeacher(HuggingFaceLanguageModel):
     """A `transformers` model whose own forward runs, and whose layers have weights only while it is their turn."""
+
+    copy_bytes = 0
+    """Bytes of the quantised copy that this experiment keeps."""
 
     def __init__(
         self,
@@ -193,9 +197,9 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         """Load everything outside the streamed layers, for good."""
         missing = set() if self._reader is None else without_own_value(self.model, self._reader.missing)
         absent = set() if self._reader is None else self._reader.missing
-        present = {
-            name: torch.empty_like(weight, device="cpu") for name, weight in weights.items() if name not in absent
-        }
+        where = device if self._reader is None else "cpu"  # a reader fills the host's memory
+        here = {name: weight for name, weight in weights.items() if name not in absent}
+        present = {name: torch.empty(each.shape, dtype=each.dtype, device=where) for name, each in here.items()}
         if self._reader is not None:
             self._reader.read(present)
         for name, tensor in present.items():

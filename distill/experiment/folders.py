@@ -38,6 +38,11 @@ class Folders:
         return self.cache.with_name(f"{self.cache.name}.measured") if is_here else self.run / "measured"
 
     @property
+    def quantized_teacher(self) -> Path:
+        """Folder of a streamed teacher's quantised copy, if the experiment names no other."""
+        return self.run / "quantized-teacher"
+
+    @property
     def evaluation(self) -> Path:
         return self.run / "evaluation.json"
 

@@ -34,7 +34,7 @@ class Teacher:
     def __init__(self, experiment: Experiment, place: Place) -> None:
         """Find the checkpoint. Raises UserError if it is missing, or reads fewer tokens than a sample has."""
         self.config, self.place, self.device = experiment.teacher, place, place.device
-        self._run = Folders.of(experiment).run
+        self._copy = Folders.of(experiment).quantized_teacher
         self.corpus, self._is_checked, self._runs_apart = experiment.corpus, False, False
         with place.making(), quiet_transformers():
             self.checkpoint = checkpoints.resolve(
@@ -99,7 +99,7 @@ class Teacher:
             "device": str(self.place.device),
             "revision": self.config.revision,
             "trust_remote_code": self.config.trust_remote_code,
-            "quantized_copy": str(self._run / "quantized-teacher"),
+            "quantized_copy": str(self._copy),
         }
         with self.place.making():
             model = plugins.build(self.config.class_path, "teacher", self.config.options, offered)

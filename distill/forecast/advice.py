@@ -206,12 +206,12 @@ def _instead(key: str, values: tuple[str, ...], keys: Keys) -> Lever:
 
 
 def _layer_by_layer(experiment: Experiment) -> list[Keys]:
-    """Read unquantised weights anew for every batch: the larger that is, the less the reading costs."""
+    """Read weights anew for every batch, quantised as they are: the larger that is, the less the reading costs."""
     class_path = plugins.declared(experiment.teacher.class_path, "teacher", "layer_by_layer")
     if class_path is None:
         return []
     sizes = [size for size in (64, 32, 16, 8) if size <= experiment.cache.shard_samples]  # no batch straddles shards
-    common = {"teacher.class_path": class_path, "teacher.quantization": "none", "teacher.options.micro_batch": 1}
+    common = {"teacher.class_path": class_path, "teacher.options.micro_batch": 1}
     return [{**common, "cache.batch_size": size, "evaluate.batch_size": size} for size in sizes]
 
 

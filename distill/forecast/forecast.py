@@ -80,8 +80,8 @@ class Forecast:
     failures: list[str]
     """Reasons why the others could not."""
     disk: dict[str, int | None]
-    """Bytes of `cache`, `checkpoints` and `student`, and of the teacher's `head` beside hidden states. None means that
-    the amount of text is not known."""
+    """Bytes of `cache`, `checkpoints` and `student`, of the teacher's `head` beside hidden states, and of its copy for
+    streaming (`quantised teacher`). None means that the amount of text is not known."""
     free_disk_bytes: int
     """Free bytes on the disk of the run's folder."""
     shortages: list[str]
@@ -188,7 +188,7 @@ class Forecaster:
     def _host_bytes(
         self, experiment: Experiment, pieces: list[Piece], amount: Amount, needed: int, phase: Phase
     ) -> int:
-        loading = max(piece.loading_bytes for piece in pieces)
+        loading = max(piece.loading_bytes + piece.sizes.get("host_bytes", 0) for piece in pieces)
         states = 0
         if phase == "evaluate":  # the teacher's, of all samples
             each = self.simulator.hidden_size(experiment) * (2 if self.card.is_cuda else 4)
@@ -207,6 +207,8 @@ class Forecaster:
         self, experiment: Experiment, found: dict[Phase, list[Piece]], amount: Amount, notes: list[str]
     ) -> dict[str, int | None]:
         disk: dict[str, int | None] = {}
+        if copy := max((pieces[0].sizes.get("copy_bytes", 0) for pieces in found.values()), default=0):
+            disk["quantised teacher"] = copy
         if "cache-teacher" in found:
             each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), notes)
             disk["cache"] = cache_bytes(experiment, each, amount.cached)

@@ -128,7 +128,8 @@ def _finder(folder: Path, notes: list[str]) -> Find:
 def size_of(model: nn.Module) -> dict[str, int]:
     """Return parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as kept.
 
-    `bytes_read` is the number that a streamed teacher reads from disk for every batch; `head_bytes` are the head's.
+    `bytes_read` is the number that a streamed teacher reads from disk for every batch, `host_bytes` those of its layers
+    in the host's memory, `copy_bytes` those of its quantised copy on disk; `head_bytes` are the head's.
     """
     weights, head = list(model.parameters()), getattr(model, "head", None)
     packed = [
@@ -143,6 +144,6 @@ def size_of(model: nn.Module) -> dict[str, int]:
         "trained_parameters": sum(weight.numel() for weight in trained),
         "trained_bytes": sum(weight.nbytes for weight in trained),
         "bytes": sum(weight.nbytes for weight in weights),
-        "bytes_read": getattr(model, "bytes_read", 0),
+        **{name: getattr(model, name, 0) for name in ("bytes_read", "host_bytes", "copy_bytes")},
         "head_bytes": 0 if head is None else head.weight_VD.nbytes,
     }

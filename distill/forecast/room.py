@@ -38,6 +38,9 @@ def needs(experiment: Experiment, disk: Mapping[str, int | None], train_samples:
     folders, found = Folders.of(experiment), []
     if not (experiment.cache.dir and is_url(experiment.cache.dir)):
         found += list(_of_cache(experiment, folders.cache, disk, train_samples))
+    if copy := disk.get("quantised teacher"):
+        folder = Path(experiment.teacher.options.get("quantized_copy") or folders.quantized_teacher).expanduser()
+        found.append(Need("the quantised teacher", folder, copy - _bytes_in(folder)))
     count = len(roles(experiment))
     for role in roles(experiment) if experiment.cache.part is None else []:
         if folders.model(role.name).exists():

@@ -145,7 +145,11 @@ def test_a_card_without_bfloat16_is_not_told_to_use_it() -> None:
 def test_a_teacher_larger_than_the_card_is_streamed_in_large_batches(tmp_path: Path) -> None:
     advice = advise(Rules(4_500), PLAIN, ("cache-teacher",))
     assert advice.fits
-    assert advice.changes["teacher.class_path"] == "streamed" and advice.changes["teacher.quantization"] == "none"
+    assert advice.changes["teacher.class_path"] == "streamed"
+    for quantization in ("none", "nf4"):  # each lever moves alone: what the user asked for stays
+        quantised = apply(PLAIN, {"teacher.quantization": quantization})
+        changed = advise(Rules(4_500), quantised, ("cache-teacher",)).experiment.teacher
+        assert (changed.class_path, changed.quantization) == ("streamed", quantization)
     assert advice.changes["cache.batch_size"] > 8 and advice.experiment.teacher.options == {"micro_batch": 1}
     assert "--teacher.options.micro_batch 1" in as_options(advice.changes)
     (tmp_path / "mine.py").write_text("from torch.nn import Module as Teacher")  # which declares nothing
