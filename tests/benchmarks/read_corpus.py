@@ -2,7 +2,7 @@
 
     python tests/benchmarks/read_corpus.py [--gigabytes 2] [--documents 1000000] [--long 30] [--most SAMPLES]
 
-Makes documents of words with one long one among them (in MB), in 16 jsonl files, in a folder that is removed.
+Makes documents of the demo's speeches with one long one among them (in MB), in 16 jsonl files, in a folder that goes.
 Reads them in processes of their own: once to the end (or to `--most` samples), killed half-way, and again from there.
 `RAYON_NUM_THREADS` is the number of threads of the tokenizer.
 """
@@ -28,11 +28,11 @@ from distill.models import checkpoints, tokenizers
 tokenizer = tokenizers.load_tokenizer(checkpoints.resolve("smollm2-135m-demo"))
 ready = time.monotonic()
 path, first, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) or None
-sets = open_corpus(path, tokenizer, sequence_length=1024, most=first, most_held_out=64)
+sets = open_corpus(path, tokenizer, sequence_length=1024, most=first, most_held_out=64, is_streamed=True)
 sets.train[0]
 seen, processor = time.monotonic(), time.process_time()
 print(f"first sample after {seen - ready:.1f} s ({ready - began:.1f} s for imports and tokenizer before)", flush=True)
-sets = open_corpus(path, tokenizer, sequence_length=1024, most=most)
+sets = open_corpus(path, tokenizer, sequence_length=1024, most=most, is_streamed=True)
 with sets.ahead():
     sets.train[len(sets.train) - 1]
 spent = time.process_time() - processor
@@ -73,8 +73,8 @@ def make(folder: Path, gigabytes: float, documents: int, long: float) -> None:
     """Write the corpus."""
     folder.mkdir()
     choose = random.Random(0)
-    words = ["".join(choose.choices("abcdefghijklmnopqrstuvwxyz", k=choose.randint(2, 9))) for _ in range(20_000)]
-    text = " ".join(choose.choices(words, k=2_000_000))
+    with open(Path(__file__).parents[2] / "data" / "sotu.jsonl", encoding="utf-8") as speeches:
+        text = " ".join(json.loads(line)["text"] for line in speeches)
     each = int(gigabytes * 1e9 / documents)
     for number in range(16):
         with open(folder / f"{number:02d}.jsonl", "w", encoding="utf-8") as file:
@@ -82,7 +82,7 @@ def make(folder: Path, gigabytes: float, documents: int, long: float) -> None:
                 at = choose.randrange(len(text) - each)
                 file.write(json.dumps({"text": f"{number} {document} {text[at : at + each]}"}) + "\n")
             if number == 3:
-                file.write(json.dumps({"text": (text * 9)[: int(long * 1e6)]}) + "\n")
+                file.write(json.dumps({"text": (text * 40)[: int(long * 1e6)]}) + "\n")
 
 
 if __name__ == "__main__":
