@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from distill.corpus.splitting import spread
 from distill.corpus.summary import left_out_in_words, together
 from distill.corpus.templates import Learning
 from distill.errors import UserError
+from distill.experiment import settings
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.teacher import NOTHING_BEGUN, Begun, Teacher
@@ -152,8 +153,21 @@ def begun_in(folders: Folders) -> Begun:
     if not (folders.cache / MANIFEST).is_file():
         return NOTHING_BEGUN
     manifest = read_manifest(folders.cache)
-    found = manifest.fingerprints
-    return Begun(found.get(DATE), packing_of(manifest), found.get("corpus"), READING in found, found.get(REVISION))
+    return _begun(manifest.fingerprints, manifest.pack)
+
+
+def begun_for_run(folders: Folders) -> Begun:
+    """Return what the cache of the run's student says of its text, wherever that cache is now."""
+    student = folders.model("student")
+    if (folders.cache / MANIFEST).is_file() or not (student / settings.FILE).is_file():
+        return begun_in(folders)
+    made_from = settings.read(student)["cache"]
+    return _begun(made_from["fingerprints"], made_from["pack"])
+
+
+def _begun(found: Mapping[str, str], pack: bool) -> Begun:
+    packing = Packing.parse(found.get(PACKING, ""), pack)
+    return Begun(found.get(DATE), packing, found.get("corpus"), READING in found, found.get(REVISION))
 
 
 def check_tokens(folder: Path, manifest: Manifest, samples: SampleSets) -> None:

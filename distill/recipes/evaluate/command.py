@@ -10,7 +10,7 @@ import torch
 
 from distill.errors import UserError
 from distill.evaluation.statistics import mean_and_deviation, speculative
-from distill.experiment.cache import as_packed, begun_in
+from distill.experiment.cache import as_packed, begun_for_run
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -37,7 +37,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     experiment = with_found_sizes(with_types_of_machine(experiment))
     folders = Folders.of(experiment)
     make_run_folder(folders)
-    begun = begun_in(folders)
+    begun = begun_for_run(folders)
     experiment = as_packed(experiment, begun.packing)
     teacher = Teacher(experiment, Place.of(experiment))
     samples = open_samples(experiment, teacher, begun, experiment.evaluate.max_samples)
