@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import re
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -18,6 +20,15 @@ _SEES = re.compile(
 )
 """Names of the modules that make pictures or sound into hidden states."""
 
+TRANSFORMATIONS = (
+    "logit_scale",
+    "logits_scaling",
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)
+"""Names of the transformations of a head in configurations, as `huggingface.transformation` reads them."""
+
 
 def text_config(config: Any) -> Any:
     """Return the configuration of the language model in a multimodal one, if its family is one of transformers' own.
@@ -26,7 +37,7 @@ def text_config(config: Any) -> Any:
     here. Any other configuration comes back as it is.
     """
     text = _inner(config)
-    if text is None or not _is_causal(text):
+    if text is None or not _is_causal(text) or not _transforms_alike(config, text):
         return config
     text = copy.deepcopy(text)
     if getattr(config, "tie_word_embeddings", None) is not None:  # it is the outer one that counts
@@ -50,6 +61,25 @@ def _is_causal(config: Any) -> bool:
     import transformers
 
     return type(config) in transformers.AutoModelForCausalLM._model_mapping
+
+
+def _transforms_alike(config: Any, text: Any) -> bool:
+    """Tell whether the outer family's code knows the transformations of the text family's head.
+
+    Aya Vision's, for one, leaves out the scale of Cohere's logits: the text family alone would be another model.
+    """
+    import transformers
+
+    try:
+        source = _source(transformers.AutoModelForImageTextToText._model_mapping[type(config)])
+    except KeyError:  # a family of sound, or whatever else has a text part
+        return True
+    return all(name in source for name in TRANSFORMATIONS if getattr(text, name, None) not in (None, 1, 1.0))
+
+
+@functools.cache
+def _source(family: Any) -> str:
+    return inspect.getsource(sys.modules[family.__module__])
 
 
 def renaming(config: Any, names: Collection[str]) -> dict[str, str]:
