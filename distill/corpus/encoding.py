@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.corpus.conversations import Conversation
 from distill.corpus.documents import are_conversations
 from distill.corpus.faults import RowError
+from distill.corpus.long_texts import PIECE, long_ids
 from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_from, tokens_in_spans
 
 ENCODER_VERSION = 4
@@ -93,13 +94,23 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Batch], Batch
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def function(batch: Batch) -> Batch:
-        texts = [text for text in batch["document"] if text]
+        long = {text: found for text in batch["document"] if (found := _long(tokenizer, text)) is not None}
+        texts = [text for text in batch["document"] if text and text not in long]
         encoded = iter(_token_ids(tokenizer, texts)["input_ids"]) if texts else iter(())
-        ids = [next(encoded) if text else [] for text in batch["document"]]
+        ids = [long[text] if text in long else next(encoded) if text else [] for text in batch["document"]]
         ids = [row + end if row and row[-1:] != end else row for row in ids]
         return _table([np.asarray(row, dtype=np.int32) for row in ids], [np.ones(len(row), dtype=bool) for row in ids])
 
     return function
+
+
+def _long(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
+    """Return the ids of a long text, with the special tokens around it; None for one that is tokenised at once."""
+    if len(text) < 2 * PIECE or (ids := long_ids(tokenizer, text)) is None:
+        return None
+    framed, plain = (_token_ids(tokenizer, ["a"], add_special_tokens=on)["input_ids"][0] for on in (True, False))
+    at = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), 0)
+    return [*framed[:at], *ids, *framed[at + len(plain) :]]
 
 
 def _encode_conversations(
