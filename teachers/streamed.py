@@ -5,6 +5,7 @@ Shapes: B batch, L sequence length, D hidden size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from distill.models.quantization import Quantization
 from distill.models.quantized_copy import CopyPlan, CopyReader, packed_types
 from distill.models.quantized_manifest import is_copy
 from distill.models.shapes import finder
-from distill.models.streamed_copy import copy_of, host_bytes_of
+from distill.models.streamed_copy import copy_of, host_bytes_of, say_pace
 from distill.models.streaming import Reader, Weights, WeightsReader, decoder_layers, place
 from teachers.huggingface import resolve_dtype
 from teachers.streamed_turns import Turns
@@ -103,6 +104,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         self._name, self._micro_batch = name, micro_batch
         self._reader = reader
         self._turns: Turns | None = None
+        self._groups = 0
         self._prefixes = {index: prefix for index, prefix in enumerate(layers) if index >= keep_layers}
         weights = {name: tensor.to("meta", types[name]) for name, tensor in model.state_dict().items()}
         streamed: dict[int, Layer] = {}
@@ -141,6 +143,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         def run(index: int) -> None:
             hidden[index] = super(StreamedTeacher, self).body(*passes[index])
 
+        began, waited = time.perf_counter(), self._stream.waited
         try:
             if len(passes) > 1 and self._reader is not None:
                 self._turns = Turns(len(passes), passes[0][0].device)
@@ -148,6 +151,10 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             else:
                 for index in range(len(passes)):
                     run(index)
+            self._groups += 1
+            if self._groups == 2 and self._reader is not None:  # the first one reads what stays in the host's memory
+                samples, seconds = sum(len(ids_BL) for ids_BL, _ in passes), time.perf_counter() - began
+                say_pace(samples, seconds, self._stream.waited - waited, self.bytes_read)
             return hidden
         finally:
             self._turns = None

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.fake import without_memory
 from distill.models import checkpoints, quantized_copy
 from distill.models.checkpoints import resolve
 from distill.models.quantized_copy import CopyPlan, write_copy
+from distill.models.streamed_copy import say_pace
+from distill.targets import schemes
 from teachers.huggingface import load_teacher
 from teachers.streamed import StreamedTeacher, load_streamed_teacher
 
@@ -161,6 +164,21 @@ def test_a_forecast_reads_the_bytes_of_the_copy(folder: Any, tmp_path: Path) -> 
         return teacher.bytes_read, teacher.host_bytes, resident - teacher._stream.largest * (teacher is shape)
 
     assert loaded.bytes_read > 0 and held(shape)[:2] == held(loaded)[:2]
+    assert shape.copy_bytes == loaded.copy_bytes > loaded.bytes_read
+
+
+def test_a_forecast_counts_what_stays_on_the_card(folder: Any) -> None:
+    found = simulate_teacher(
+        lambda: load_streamed_teacher(folder("qwen3_moe"), "nf4", "bfloat16"),
+        batch_size=2,
+        length=16,
+        vocab_size=99,
+        scheme=schemes.make("varopt", threshold=0.02),
+        chunk_size=32,
+        device="cuda",
+    )
+    layer = 30_000
+    assert found.parts["weights"] >= 2 * 99 * 64 * 2 + layer, "embedding, head and a layer"
 
 
 def test_from_the_command_line(world: Any, distill: Any, tmp_path: Path) -> None:
@@ -184,3 +202,12 @@ def test_from_the_command_line(world: Any, distill: Any, tmp_path: Path) -> None
         made.append({path.name: path.read_bytes() for path in sorted((run / "cache").rglob("*.safetensors"))})
     assert made[0] == made[1] == made[2] and made[0]
     assert (tmp_path / "by itself/quantized-teacher/quantized.json").is_file()
+
+
+def test_the_group_that_hides_the_reading_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight of ten seconds are spent waiting, so five times the samples compute as long as the disk reads."""
+    say_pace(16, 10.0, 8.0, 2_000_000_000)
+    assert "groups of 80 would hide the reading (cache.batch_size" in capsys.readouterr().out
+    say_pace(16, 10.0, 0.5, 2_000_000_000)
+    say_pace(16, 10.0, 8.0, 0)
+    assert not capsys.readouterr().out
