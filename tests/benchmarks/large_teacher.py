@@ -132,9 +132,7 @@ def main() -> None:
     shutil.rmtree(copy, ignore_errors=True)
     size = sum(path.stat().st_size for path in options.folder.glob("*.safetensors"))
     print(f"checkpoint {size / 1e9:.2f} GB")
-    print(
-        "| way | peak when loaded, less imports (GB) | after a batch (GB) | read a batch (GB) | tokens/s | load (s) |"
-    )
+    print("| way | peak loaded, less imports (GB) | after a batch (GB) | read a batch (GB) | tokens/s | load (s) |")
     print("|---|---|---|---|---|---|")
     zero = 0
     for way in ("import", "quantize", "resident nf4", "streamed nf4", "streamed none"):

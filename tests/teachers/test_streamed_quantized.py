@@ -168,8 +168,9 @@ def test_a_forecast_reads_the_bytes_of_the_copy(folder: Any, tmp_path: Path) -> 
 
 
 def test_a_forecast_counts_what_stays_on_the_card(folder: Any) -> None:
+    model = folder("qwen3_moe")
     found = simulate_teacher(
-        lambda: load_streamed_teacher(folder("qwen3_moe"), "nf4", "bfloat16"),
+        lambda: load_streamed_teacher(model, "nf4", "bfloat16"),
         batch_size=2,
         length=16,
         vocab_size=99,
