@@ -94,3 +94,20 @@ def test_a_stop_keeps_what_is_done_and_gives_the_signals_back(
     assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (handler, hook)
     assert (cache_teacher(experiment) / "manifest.json").is_file()
     assert len(distill.CacheReader(tmp_path / "run" / "cache", "train")) > 0
+    with pytest.raises(UserError, match="no split 'test'"):
+        distill.CacheReader(tmp_path / "run" / "cache", "test")
+
+
+def test_a_cache_of_hidden_states_brings_its_head(world: Any, tmp_path: Path, no_traces: None) -> None:
+    import torch
+
+    file = world.write(tmp_path / "my.yaml", cache={"scheme": "hidden", "max_samples": 2, "held_out_samples": 2})
+    reader = distill.CacheReader(cache_teacher(load_experiment(file)), "train")
+    batch = reader.collate([reader[0], reader[1]])
+    with pytest.raises(UserError, match=r"reader\.teacher_head"):
+        distill.chunk_target(batch)
+    target = distill.chunk_target(batch, teacher_head=reader.teacher_head)
+    head = reader.teacher_head
+    hidden_ND = torch.zeros(int(batch.loss_mask_BL.sum()), head.weight_VD.shape[1])
+    loss = distill.fused_loss(hidden_ND, head, target, distill.divergences.reverse_kl, chunk_size=16)
+    assert loss.item() > 0

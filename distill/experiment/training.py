@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from distill.cache.format.head import load_head
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
@@ -97,10 +96,8 @@ def make_module(
 
 def teacher_head(train: CacheReader, vocabulary: Vocabulary | None) -> Head | None:
     """Return the teacher's head from a cache of hidden states, in the student's vocabulary; None for other caches."""
-    if train.manifest.scheme != "hidden":
-        return None
-    head = load_head(train.storage.folder)
-    return head if vocabulary is None else trim_head(head, vocabulary)
+    head = train.teacher_head
+    return head if vocabulary is None or head is None else trim_head(head, vocabulary)
 
 
 def _optimizer(experiment: Experiment, device_type: str, module: torch.nn.Module) -> torch.optim.Optimizer:

@@ -43,6 +43,7 @@ def test_the_file_fits_has_comments_and_is_what_was_said(init: Any) -> None:
     assert experiment.train.epochs == 4 and experiment.cache.threshold == 0.01
     assert "40 rows of plain text" in outcome.out and "few tokens" in outcome.out
     planned = plan.planned(experiment, "rtx-3060").forecast
+    assert min(map(planned.spare_bytes, planned.phases)) >= 0.7e9, "as the experiments for cards"
     assert planned.fits and not planned.failures and planned.training is not None
     assert f"training: {planned.training.described()}" in outcome.out
     lines = [line for line in Path("my.yaml").read_text().splitlines() if line and not line.startswith("#")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,13 +13,15 @@ from torch.utils.data import Dataset
 from distill.cache.format import records, version1
 from distill.cache.format.arrays import DamagedRecord
 from distill.cache.format.folder import read_journal, read_manifest
+from distill.cache.format.head import load_head
 from distill.cache.format.part import read_part
 from distill.cache.format.records import Record
 from distill.cache.format.shards import ShardFile
 from distill.cache.format.token_order import load_order
 from distill.cache.reading.batches import Batch, collate
 from distill.cache.reading.storage import Storage, open_storage
-from distill.errors import UserError
+from distill.errors import UserError, did_you_mean
+from distill.models.language_model import Head
 
 _ATTEMPTS = 3
 NO_LIMITS: Mapping[str, int | None] = MappingProxyType({})
@@ -41,6 +44,8 @@ class CacheReader(Dataset[Record]):
         self.storage = open_storage(location) if isinstance(location, (str, Path)) else location
         self.manifest = read_manifest(self.storage.folder)
         self.scheme = self.manifest.make_scheme()
+        if split not in self.manifest.splits:
+            raise UserError(f"cache {self.storage.name}: no split '{split}'{did_you_mean(split, self.manifest.splits)}")
         counts = {name: _least(count, at_most.get(name)) for name, count in self.manifest.splits.items()}
         self.used = replace(self.manifest, splits=counts)
         """Manifest of the cache that has no more samples than are read of this one."""
@@ -50,6 +55,11 @@ class CacheReader(Dataset[Record]):
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    @cached_property
+    def teacher_head(self) -> Head | None:
+        """The teacher's head beside a cache of hidden states; None for other caches. Raises UserError if it is lost."""
+        return load_head(self.storage.folder) if self.manifest.scheme == "hidden" else None
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):

@@ -18,7 +18,7 @@ from distill.experiment.configuration import (
 )
 from distill.experiment.precision import with_types_of_card, with_types_of_machine
 from distill.forecast.advice import advise, apply
-from distill.forecast.forecast import Forecast, Forecaster
+from distill.forecast.forecast import MARGIN_BYTES, Forecast, Forecaster
 from distill.forecast.machine.cards import Card
 from distill.forecast.models import Models
 from distill.forecast.phases.simulator import PHASES, Simulator
@@ -82,7 +82,9 @@ def propose(frame: Frame) -> Proposal:
     names = [frame.teacher] if frame.teacher is not None else choices.teachers(frame.card, frame.goal)
     reason = ""
     with Simulator(frame.card) as simulator:
-        forecaster = Forecaster(frame.card, simulator=simulator)
+        # The allowances for context and fragmentation are guesses, so a card is not filled to the last byte.
+        spare = MARGIN_BYTES if frame.card.is_cuda else 0
+        forecaster = Forecaster(frame.card, frame.card.memory_bytes - spare, simulator=simulator)
         for name in names:
             say(f"init: forecasts with {name} as the teacher ...")
             for experiment, parameters in _starts(frame, name):
