@@ -67,6 +67,7 @@ NEED_TIMM = {"gemma3n": "gemma3n_text"}
 """Wrappers whose eyes come from a package that is not installed, and their text families."""
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 BY_FAMILY: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
     "dots1": {"layer_types": ["full_attention"] * LAYERS},
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
