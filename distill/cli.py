@@ -22,10 +22,11 @@ from distill.system.quiet import quiet_command
 from distill.system.rank import is_first_process
 
 EXPERIMENT_COMMANDS = {
+    "generate": "a model continues prompts: texts to learn from",
     "cache-teacher": "phase 1: the teacher reads the corpus once, its answers go to disk",
     "train-student": "phase 2: the student learns from the cache",
     "evaluate": "the student beside its teacher, on held-out text",
-    "run": "all three, skipping what is done",
+    "run": "cache, training and evaluation, skipping what is done",
     "sweep": "runs that differ in a few settings and share one cache, in one table",
     "preview": "what will be learned, and what is left out; before the teacher is loaded",
     "plan": "will it fit, how long, how much disk; before anything is loaded",

@@ -26,7 +26,7 @@ FLOORS = (
     {"plugins"},
     {"targets"},
     {"losses", "cache", "corpus"},
-    {"training", "evaluation", "export", "report"},
+    {"training", "evaluation", "export", "report", "generation"},
     {"experiment", "forecast"},
     {"recipes"},
     {"folder_commands", "api"},

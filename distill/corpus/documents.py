@@ -16,7 +16,8 @@ import pyarrow.compute
 from distill.corpus.conversations import Conversation
 from distill.corpus.faults import BadRow, Fault
 from distill.corpus.reading import Row
-from distill.corpus.shapes import Columns, find_shape
+from distill.corpus.shapes import WRITTEN, Columns, find_shape
+from distill.corpus.written import COLUMN, Text
 from distill.errors import UserError, did_you_mean
 
 READER_VERSION = 4
@@ -236,7 +237,8 @@ def _read(row: Mapping[str, Any] | BadRow, columns: Columns, where: str) -> dict
     if shape is None:
         raise UserError(f"{where}: {_no_shape(row, columns)}")
     content, kind = shape.document(row, where)
-    return NO_DOCUMENT | {"conversation": shape.is_conversation, "shape": kind} | _document(content, where)
+    found = NO_DOCUMENT | {"conversation": shape.is_conversation, "shape": kind} | _document(content, where)
+    return found | {"share": Text.of(row[COLUMN], where).share} if kind == WRITTEN else found
 
 
 def _no_shape(row: Mapping[str, Any], columns: Columns) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from distill.corpus.conversations import Conversation
 from distill.corpus.documents import are_conversations
 from distill.corpus.faults import RowError
 from distill.corpus.long_texts import PIECE, long_ids
+from distill.corpus.shapes import WRITTEN
 from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_from, tokens_in_spans
+from distill.models.tokenizers import vocab_size
 
 ENCODER_VERSION = 4
 """Part of the key of stored tables. Raise it when the same document gives other tokens or another mask."""
@@ -39,6 +42,7 @@ FEATURES = datasets.Features(
 )
 
 Batch = dict[str, list[Any]]
+Encoder = Callable[[Batch], Batch]
 
 
 def encode(
@@ -54,8 +58,13 @@ def encode(
     """
     batch_size = max(1, min(512, BATCH_BYTES * len(documents) // max(1, documents.data.nbytes)))
     conversations = are_conversations(documents)
-    texts = _encode_texts(tokenizer)
-    function = _by_kind(_encode_conversations(tokenizer, labels, learning), texts) if conversations else texts
+    function = _by_kind(
+        {
+            _WRITTEN: lambda: _take_written(vocab_size(tokenizer), everything=learning.turns == "all"),
+            _CONVERSATION: lambda: _encode_conversations(tokenizer, labels, learning),
+            _PLAIN: lambda: _encode_texts(tokenizer),
+        }
+    )
     key = f"{ENCODER_VERSION} {documents._fingerprint} {_tokenizer_key(tokenizer)} {learning if conversations else ''}"
     return documents.map(
         function,
@@ -68,19 +77,24 @@ def encode(
     )
 
 
-def _by_kind(conversations: Callable[[Batch], Batch], texts: Callable[[Batch], Batch]) -> Callable[[Batch], Batch]:
-    """Return a function that gives each row of a batch to the function of its kind."""
+_PLAIN, _CONVERSATION, _WRITTEN = range(3)
+
+
+def _by_kind(makers: Mapping[int, Callable[[], Encoder]]) -> Encoder:
+    """Return a function that gives each row of a batch to the encoder of its kind, made when its first row comes."""
+    made: dict[int, Encoder] = {}
 
     def function(batch: Batch) -> Batch:
-        is_one = np.array(batch["conversation"], dtype=bool)
-        table: Batch = {name: [None] * len(is_one) for name in FEATURES}
-        for kind, encode_kind in ((True, conversations), (False, texts)):
-            rows = np.flatnonzero(is_one == kind).tolist()
-            if rows:
-                found = encode_kind({name: [column[row] for row in rows] for name, column in batch.items()})
-                for name, values in found.items():
-                    for row, value in zip(rows, values, strict=True):
-                        table[name][row] = value
+        kinds = np.array(batch["conversation"], dtype=np.int64)
+        kinds[np.array(batch["shape"]) == WRITTEN] = _WRITTEN
+        table: Batch = {name: [None] * len(kinds) for name in FEATURES}
+        for kind in np.unique(kinds).tolist():
+            encode_kind = made.get(kind) or made.setdefault(kind, makers[kind]())
+            rows = np.flatnonzero(kinds == kind).tolist()
+            found = encode_kind({name: [column[row] for row in rows] for name, column in batch.items()})
+            for name, values in found.items():
+                for row, value in zip(rows, values, strict=True):
+                    table[name][row] = value
         return table
 
     return function
@@ -145,6 +159,27 @@ def _encode_conversations(
             "turns": [tokens_from(at, found.turns) for at, found in zip(places, rendered, strict=True)],
             "openings": [tokens_from(at, found.openings) for at, found in zip(places, rendered, strict=True)],
         }
+
+    return function
+
+
+def _take_written(size: int, everything: bool) -> Callable[[Batch], Batch]:
+    """Return a function that takes the token ids of texts that a model wrote, with loss on the written tokens alone.
+
+    `size` is the number of tokens of the vocabulary; `everything`: the prompts are learned too.
+    """
+
+    def function(batch: Batch) -> Batch:
+        ids, to_learn, faults = [], [], []
+        for document in batch["document"]:
+            found: dict[str, Any] = json.loads(document) if document else {"input_ids": [], "prompt_tokens": 0}
+            highest = max(found["input_ids"], default=0)
+            is_known = highest < size
+            faults.append("" if is_known else f"has token {highest}, and the tokenizer has {size} tokens")
+            ids.append(np.asarray(found["input_ids"] if is_known else [], dtype=np.int32))
+            first = 0 if everything else int(found["prompt_tokens"])
+            to_learn.append(np.arange(len(ids[-1])) >= first)
+        return _table(ids, to_learn) | {"fault": faults}
 
     return function
 

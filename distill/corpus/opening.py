@@ -20,6 +20,7 @@ from distill.corpus.splitting import check_sides, mix
 from distill.corpus.streaming import Streaming
 from distill.corpus.streams import is_stream
 from distill.corpus.templates import DEFAULTS, Learning
+from distill.corpus.written_parts import Cut, check_written
 from distill.errors import UserError
 from distill.system.quiet import quiet_datasets
 
@@ -34,6 +35,7 @@ def open_corpus(
     long: str = "split",
     begun: Packing | None = None,
     bad_rows: BadRows = "refuse",
+    cut: Cut = "keep",
     held_out: float = 0.05,
     seed: int = 0,
     begun_with: str | None = None,
@@ -44,8 +46,9 @@ def open_corpus(
 ) -> SampleSets:
     """Read, tokenise, split and pack a corpus, a path or several sources.
 
-    The arguments are those of the configuration's `CorpusConfig`, with its keys for conversations as `learning`. Of a
-    cache of it that was begun, `begun` is the packing, and `begun_with` the fingerprint of the corpus (see `select`).
+    The arguments are those of the configuration's `CorpusConfig`, with its keys for conversations as `learning` and
+    `cut_texts` as `cut`. Of a cache of it that was begun, `begun` is the packing, and `begun_with` the fingerprint of
+    the corpus (see `select`).
 
     A large corpus of one source, or one of the hub, is a stream (unless a cache that was begun is of one that was not:
     `is_streamed`). It is read as far as `most` training samples and `most_held_out` held-out ones need it, a hub data
@@ -71,6 +74,7 @@ def open_corpus(
         raise UserError(f"corpus.revision: {revision}: only a hub data set has revisions")
     is_alone = len(sources) == 1
     files = [file for owner, source in enumerate(sources) for file in source.open(owner, seed, is_alone=is_alone)]
+    files, written = check_written(files, tokenizer, cut)
     with quiet_datasets():
         documents = load_documents(files)
         labels = [file.label for file in files]
@@ -98,6 +102,7 @@ def open_corpus(
         thoughts_left_out=int(numbers(encoded, "thoughts").sum()),
         rendering=learning.described(tokenizer) if conversations else {},
         packing=packing,
+        written=written,
         is_conversations=conversations,
         texts=partial(texts_of, documents, train_rows),
     )

@@ -25,6 +25,8 @@ from distill.corpus.faults import BadRow
 from distill.corpus.folders import documents_in, files_of_split
 from distill.corpus.shapes import BY_NAME, Columns, columns_to_read
 from distill.corpus.text_files import COMPRESSIONS, LONGEST_LINE, lines, open_text
+from distill.corpus.written import is_written
+from distill.corpus.written_parts import WrittenPart, written_parts
 from distill.errors import UserError, first_line, nearest_path
 from distill.system.files import is_inside
 
@@ -112,7 +114,7 @@ class HubDataset:
         yield from enumerate(self.data.select_columns(wanted), start=1)
 
 
-Source = CorpusFile | HubDataset
+Source = CorpusFile | HubDataset | WrittenPart
 
 
 def find_sources(path: str, name: str | None, split: str, columns: Columns = BY_NAME) -> list[Source]:
@@ -120,8 +122,10 @@ def find_sources(path: str, name: str | None, split: str, columns: Columns = BY_
 
     The hub is asked only if nothing on this machine has the name. In a folder whose files are named after splits, only
     those of `split` are read. Files of other formats, and those that only tell about a data set, are left out with one
-    logged line. Hidden files and folders are left out.
+    logged line. Hidden files and folders are left out. A folder that a model wrote is its parts.
     """
+    if is_written(path):
+        return list(written_parts(path))
     files = local_files(path, split)
     if files is None:
         return [HubDataset(path, _load_from_hub(path, name, split), columns)]

@@ -50,6 +50,8 @@ class SampleSets:
     """True if the documents are conversations, false if they are plain texts."""
     texts: Callable[[], Iterator[str]] = lambda: iter(())
     """Function that reads the texts of the training documents: plain texts, and the contents of messages."""
+    written: tuple[str, ...] = ()
+    """Lines about the folders of texts that a model wrote."""
     gatherer: Gatherer | None = None
     """The reading of a stream, of which a part is read; None for a corpus that is read whole."""
 

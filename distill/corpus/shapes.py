@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.corpus.messages import messages_of, options_of, parsed, text_of, tools_of
+from distill.corpus.written import COLUMN, Text
 from distill.errors import UserError, did_you_mean
 
 MEANINGS = ("text", "messages", "prompt", "completion", "input", "chosen", "system", "tools", "chat_template_kwargs")
@@ -19,9 +20,11 @@ NAMES = (
     "ShareGPT conversations",
     "pairs of prompt and completion",
     "chosen answers of preferences",
+    "prompts",
+    "texts of a model",
 )
 """Shapes of rows, by the number that a document carries."""
-TEXT, MESSAGES, SHAREGPT, PAIR, CHOSEN = range(len(NAMES))
+TEXT, MESSAGES, SHAREGPT, PAIR, CHOSEN, PROMPT, WRITTEN = range(len(NAMES))
 
 _PAIRS = (
     ("prompt", "completion"),
@@ -36,6 +39,7 @@ _PAIRS = (
 )
 _OPTIONAL = ("system", "input")
 """Meanings that a row may be without, though the user named a column."""
+_PROMPTS = tuple(dict.fromkeys(prompt for prompt, _ in _PAIRS))
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
 
@@ -45,9 +49,11 @@ class Columns:
     """Columns that the user named by their meaning. Without any, rows are recognised by their columns' names."""
 
     named: tuple[tuple[str, str], ...] = ()
+    prompts: bool = False
+    """True if only the questions of rows are wanted: a row needs no answer."""
 
     @classmethod
-    def of(cls, columns: Mapping[str, str]) -> Columns:
+    def of(cls, columns: Mapping[str, str], prompts: bool = False) -> Columns:
         """Check the names. Raises UserError for a meaning that is unknown or lacks its partner."""
         for meaning in columns:
             if meaning not in MEANINGS:
@@ -55,6 +61,8 @@ class Columns:
                     f"corpus.columns: '{meaning}' is no meaning of a column{did_you_mean(meaning, MEANINGS)}"
                 )
         main = [meaning for meaning in ("text", "messages", "chosen", "completion") if meaning in columns]
+        if prompts and not main and "prompt" in columns:
+            main = ["prompt"]
         if columns and len(main) != 1:
             raise UserError(
                 "corpus.columns: name one of text, messages, chosen, or prompt and completion "
@@ -62,11 +70,11 @@ class Columns:
             )
         if ("completion" in columns) and "prompt" not in columns:
             raise UserError("corpus.columns: a completion needs a prompt: name its column too")
-        return cls(tuple(sorted(columns.items())))
+        return cls(tuple(sorted(columns.items())), prompts)
 
     def key(self) -> list[Any]:
         """Return what identifies the choice, as JSON values."""
-        return [list(pair) for pair in self.named]
+        return [*(list(pair) for pair in self.named), *(["prompts"] if self.prompts else [])]
 
     @property
     def may_lack(self) -> frozenset[str]:
@@ -99,11 +107,16 @@ class Shape:
     def document(self, row: Mapping[str, Any], where: str) -> tuple[Any, int]:
         """Return the row's text, or its conversation as JSON values, and the shape's number. Raises UserError."""
         columns = self.columns
+        if self.kind == WRITTEN:
+            text = Text.of(row[COLUMN], where)
+            return {"input_ids": text.input_ids, "prompt_tokens": text.prompt_tokens}, WRITTEN
         if self.kind == TEXT:
             return text_of(row[columns["text"]], where, columns["text"]), TEXT
         kind = self.kind
         if kind == PAIR:
             messages = _pair(row, columns, where, "completion")
+        elif kind == PROMPT:
+            messages = _asked(row, columns, where)
         elif kind == CHOSEN:
             chosen = parsed(row[columns["chosen"]])
             is_whole = isinstance(chosen, list) and _is_whole(chosen)
@@ -130,6 +143,8 @@ class Shape:
 @functools.lru_cache(maxsize=4096)
 def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
     """Return the shape of rows with columns of these names, or None if they are not told."""
+    if names == (COLUMN,):
+        return Shape(WRITTEN)
     own = dict(wanted.named)
     extras: dict[str, str] = {meaning: meaning for meaning in ("tools", "chat_template_kwargs") if meaning in names}
     extras |= _first("system", _SYSTEMS, names)
@@ -138,7 +153,7 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
         if any(column not in names for meaning, column in own.items() if meaning not in _OPTIONAL):
             return None
         kind = next(kind for meaning, kind in _KINDS.items() if meaning in own)
-        return Shape(kind, columns)
+        return Shape(PROMPT if wanted.prompts and kind == PAIR else kind, columns)
     for name in ("messages", "conversations", "conversation"):
         if name in names:
             return Shape(MESSAGES, extras | {"messages": name})
@@ -150,7 +165,11 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
     for prompt_name, completion in _PAIRS:
         if prompt_name in names and completion in names:
             more = _first("input", _INPUTS, names) | _first("history", ("history",), names)
-            return Shape(PAIR, extras | more | {"prompt": prompt_name, "completion": completion})
+            found = extras | more | {"prompt": prompt_name, "completion": completion}
+            return Shape(PROMPT if wanted.prompts else PAIR, found)
+    if wanted.prompts and (prompt := _first("prompt", _PROMPTS, names)):
+        more = _first("input", _INPUTS, names) | _first("history", ("history",), names)
+        return Shape(PROMPT, extras | more | prompt)
     return None
 
 
@@ -158,7 +177,7 @@ def _first(meaning: str, candidates: Sequence[str], names: Sequence[str]) -> dic
     return next(({meaning: name} for name in candidates if name in names), {})
 
 
-_KINDS = {"text": TEXT, "messages": MESSAGES, "chosen": CHOSEN, "completion": PAIR}
+_KINDS = {"text": TEXT, "messages": MESSAGES, "chosen": CHOSEN, "completion": PAIR, "prompt": PROMPT}
 
 
 def columns_to_read(names: Sequence[str], wanted: Columns) -> list[str]:
@@ -181,17 +200,7 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, str], where: str, answer
             f"{where}: column '{columns[answer]}' has no question, and there is no column with a prompt: "
             "name it with corpus.columns"
         )
-    prompt, completion = parsed(row[columns["prompt"]]), parsed(row[columns[answer]])
-    if isinstance(prompt, list):
-        asked = messages_of(prompt, where)
-    else:
-        question = text_of(prompt, where, columns["prompt"])
-        addition = row.get(columns.get("input", ""))
-        if addition is not None and (more := text_of(addition, where, columns["input"])):
-            question = f"{question}\n\n{more}" if question else more
-        asked = [{"role": "user", "content": question}] if question else []
-    if asked and (history := row.get(columns.get("history", ""))):
-        asked = _earlier(parsed(history), f"{where}: column '{columns['history']}'") + asked
+    asked, completion = _asked(row, columns, where), parsed(row[columns[answer]])
     if isinstance(completion, list):
         return asked + messages_of(completion, where)
     said = text_of(completion, where, columns[answer])
@@ -221,3 +230,19 @@ def _with_system(messages: list[dict[str, Any]], text: str, place: str) -> list[
     if text and text.strip() != str(messages[0].get("content", "")).strip():
         raise UserError(f"{place} and message 1 ({messages[0]['role']}) say different things: remove one of them")
     return messages
+
+
+def _asked(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
+    """Return the prompt, a text or messages, as messages, with those before it."""
+    prompt = parsed(row[columns["prompt"]])
+    if isinstance(prompt, list):
+        asked = messages_of(prompt, where)
+    else:
+        question = text_of(prompt, where, columns["prompt"])
+        addition = row.get(columns.get("input", ""))
+        if addition is not None and (more := text_of(addition, where, columns["input"])):
+            question = f"{question}\n\n{more}" if question else more
+        asked = [{"role": "user", "content": question}] if question else []
+    if asked and (history := row.get(columns.get("history", ""))):
+        return _earlier(parsed(history), f"{where}: column '{columns['history']}'") + asked
+    return asked

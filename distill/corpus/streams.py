@@ -16,6 +16,7 @@ from distill.corpus.documents import Rows
 from distill.corpus.reading import CorpusFile, Row, local_files
 from distill.corpus.shapes import Columns, columns_to_read
 from distill.corpus.text_files import COMPRESSIONS
+from distill.corpus.written import is_written
 from distill.errors import UserError, first_line
 
 LARGE = 256 << 20
@@ -83,7 +84,9 @@ def text_bytes(file: Path) -> int:
 
 
 def is_stream(path: str, split: str) -> bool:
-    """Tell whether a corpus is read as a stream: any hub data set, and large files."""
+    """Tell whether a corpus is read as a stream: any hub data set, and large files but those that a model wrote."""
+    if is_written(path):
+        return False
     files = local_files(path, split)
     return files is None or is_large(files)
 

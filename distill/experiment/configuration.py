@@ -59,6 +59,8 @@ class CorpusConfig:
     """drop: leave the assistant's thoughts out of conversations (`reasoning_content`, and text before `</think>`)."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """Rows that cannot be learned: refuse them all in one message, or skip and count them."""
+    cut_texts: Literal["keep", "drop"] = "keep"
+    """Texts of a folder of `distill generate` that were cut by their limit of tokens: keep them, or leave them out."""
     chat_template: str | None = None
     """File with a chat template (Jinja) to use instead of the tokenizer's; the student gets it too."""
     date: str | None = None
@@ -117,6 +119,46 @@ class TeacherConfig:
     """A built-in's short name, `package.module:Class`, or `file.py:Class`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of a teacher plug-in."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The texts that a model writes, to learn from (`distill generate`)."""
+
+    by: Literal["teacher", "student", "control"] = "teacher"
+    """The writer: the teacher, or the trained student or control of this run."""
+    prompts: str | None = None
+    """File, folder or hub data set with prompts, as `corpus.path` takes them; default: `corpus.path`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of `prompts` by their meaning, such as `{prompt: question}`."""
+    to: str | None = None
+    """Folder for the texts, which `corpus.path` reads; default: `written` in `run_dir`."""
+    max_prompts: Annotated[int, Between(1, 2**32)] | None = None
+    """Prompts at most; default: all."""
+    samples_per_prompt: Annotated[int, Between(1, 2**16)] = 1
+    """Texts for each prompt."""
+    max_new_tokens: Annotated[int, Between(1, 2**20)] = 512
+    """Tokens of a text at most, without its prompt; a text that reaches them is cut."""
+    prompt_tokens: Annotated[int, Between(1, 2**20)] = 64
+    """Tokens of a plain text's beginning that are the prompt."""
+    temperature: Annotated[float, Between(0, 100)] = 1.0
+    """Temperature of the sampling; 0 takes the likeliest token."""
+    top_p: Annotated[float, Between(1e-6, 1)] = 1.0
+    """Sample among the likeliest tokens that have this probability together; 1: among all."""
+    top_k: Annotated[int, Between(1, 2**24)] | None = None
+    """Sample among this many likeliest tokens; default: among all."""
+    min_p: Annotated[float, Between(0, 1)] = 0.0
+    """Sample among tokens with at least this share of the likeliest one's probability."""
+    seed: Annotated[int, Between(0, 2**63)] = 0
+    """Seed of the sampling."""
+    system: str | None = None
+    """System message for conversations that have none."""
+    thinking: bool | None = None
+    """Thinking on or off, for chat templates that have `enable_thinking`; default: the template's choice."""
+    batch_size: Annotated[int, Between(1, 2**16)] = 32
+    """Texts that are written at one time; halved when the device runs out of memory."""
+    group: Annotated[int, Between(1, 2**20)] = 64
+    """Prompts a part, the unit of work: a part that was interrupted is written anew."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +379,7 @@ class Experiment:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     run_dir: str = "runs/experiment"
     """Folder in which the experiment leaves everything it makes."""
     preflight: bool = True

@@ -50,6 +50,11 @@ class Folders:
     def report(self) -> Path:
         return self.run / "report.html"
 
+    @property
+    def written(self) -> Path:
+        """Folder of the texts that `distill generate` writes, unless `generate.to` names another."""
+        return self.run / "written"
+
     def model(self, role: str) -> Path:
         """Return the folder of the finished `student` or `control`."""
         return self.run / role

@@ -99,11 +99,12 @@ def all_subjects(
     experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None
 ) -> list[Subject]:
     """Return the teacher first, then the student before training, then the trained models."""
-    trained = [_trained(experiment, folders, role, teacher, vocabulary) for role in roles(experiment)]
-    return [_teacher(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *trained]
+    trained = [trained_subject(experiment, folders, role, teacher, vocabulary) for role in roles(experiment)]
+    return [teacher_subject(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *trained]
 
 
-def _teacher(experiment: Experiment, teacher: Teacher) -> Subject:
+def teacher_subject(experiment: Experiment, teacher: Teacher) -> Subject:
+    """Return the teacher."""
     plugin = {"class_path": experiment.teacher.class_path, "options": experiment.teacher.options}
 
     def load() -> Loaded:
@@ -131,9 +132,10 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
     return Subject("before", identity, [], _checked_once(experiment, load))
 
 
-def _trained(
+def trained_subject(
     experiment: Experiment, folders: Folders, role: Role, teacher: Teacher, vocabulary: Vocabulary | None
 ) -> Subject:
+    """Return the finished model of a role. Its folder must be there."""
     folder = folders.model(role.name)
     weights = sorted(folder.glob("*.safetensors"))
 

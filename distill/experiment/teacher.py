@@ -158,12 +158,13 @@ def open_samples(
         learning=Learning(
             corpus.learn,
             corpus.thoughts == "keep",
-            _day(corpus.date or begun.date) if prints_the_date(teacher.tokenizer) else None,
+            day_of(corpus.date or begun.date) if prints_the_date(teacher.tokenizer) else None,
         ),
         pack=corpus.pack,
         long=corpus.long,
         begun=begun.packing,
         bad_rows=corpus.bad_rows,
+        cut=corpus.cut_texts,
         held_out=corpus.held_out,
         seed=corpus.seed,
         begun_with=begun.corpus,
@@ -185,7 +186,8 @@ def read_template(path: str) -> str:
         raise UserError(f"corpus.chat_template: {path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def _day(text: str | None) -> str:
+def day_of(text: str | None) -> str:
+    """Return a day as YYYY-MM-DD, today's for None. Raises UserError for a text that is none."""
     if text is None:
         return datetime.date.today().isoformat()
     try:

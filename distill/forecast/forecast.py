@@ -18,7 +18,8 @@ from distill.forecast.phases.simulator import PHASES, NoForecast, Phase, Piece, 
 from distill.forecast.room import free_bytes, needs, shortages
 from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, corpus_work, moment_bytes
 from distill.forecast.steps import Training, searched, step_samples, steps
-from distill.system.units import size
+from distill.forecast.writing import is_asked, seconds_of, writing_of
+from distill.system.units import duration, size
 
 CONTEXT_BYTES = int(0.6 * GIB)
 """Memory of a card that a process takes beside torch's allocator: the CUDA context and the kernels of torch, cuBLAS
@@ -80,8 +81,9 @@ class Forecast:
     failures: list[str]
     """Reasons why the others could not."""
     disk: dict[str, int | None]
-    """Bytes of `cache`, `checkpoints` and `student`, of the teacher's `head` beside hidden states, and of its copy for
-    streaming (`quantised teacher`). None means that the amount of text is not known."""
+    """Bytes of `cache`, `checkpoints` and `student`, of the teacher's `head` beside hidden states, of its copy for
+    streaming (`quantised teacher`), and of the texts that are to be `written`. None means that the amount of text is
+    not known."""
     free_disk_bytes: int
     """Free bytes on the disk of the run's folder."""
     shortages: list[str]
@@ -135,6 +137,8 @@ class Forecaster:
         amount = amount_of(experiment, notes)
         made = {phase: self._phase(experiment, phase, pieces, amount) for phase, pieces in found.items()}
         disk = self._disk(experiment, found, amount, notes)
+        if is_asked(experiment):
+            disk["written"] = self._writing(experiment, found, notes)
         if experiment.evaluate.tasks or experiment.evaluate.cost or experiment.evaluate.texts:
             notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
         if self.card.is_cuda and not self.card.has_bf16 and experiment.train.precision.startswith("bf16"):
@@ -228,6 +232,23 @@ class Forecaster:
             disk["checkpoints"] = models * (whole * (trained + moments) + trained)  # and the best weights
             disk["student"] = models * _student_bytes(experiment, sizes)
         return disk
+
+    def _writing(self, experiment: Experiment, found: dict[Phase, list[Piece]], notes: list[str]) -> int | None:
+        """Return the bytes of the texts that a model is to write, and note their time."""
+        writing = writing_of(experiment)
+        if writing is None:
+            notes.append("generate: the number of prompts is not known here; with generate.max_prompts it is told")
+            return None
+        time = "its time is not known here"
+        pieces = found.get("cache-teacher" if experiment.generate.by == "teacher" else "train-student")
+        if pieces is not None:
+            seconds = seconds_of(writing, experiment, self.card, pieces[0].sizes)
+            time = f"about {duration(seconds)} at most, if no text ends before its limit"
+        notes.append(
+            f"generate: up to {writing.texts:,} texts and {writing.tokens:,} tokens of the {experiment.generate.by}; "
+            f"{time}; the memory of its key-value cache is not counted (generate.batch_size is halved where it lacks)"
+        )
+        return writing.bytes
 
     def _student_sizes(self, experiment: Experiment, found: dict[Phase, list[Piece]]) -> dict[str, int] | None:
         """Return the student's sizes if a training follows, also one that another command begins later."""

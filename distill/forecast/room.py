@@ -16,6 +16,7 @@ from distill.cache.format.part import Part
 from distill.cache.reading.storage import is_url
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
+from distill.experiment.generation import folder_of
 from distill.experiment.roles import roles
 from distill.system.units import parse_size, size
 
@@ -41,6 +42,8 @@ def needs(experiment: Experiment, disk: Mapping[str, int | None], train_samples:
     if copy := disk.get("quantised teacher"):
         folder = Path(experiment.teacher.options.get("quantized_copy") or folders.quantized_teacher).expanduser()
         found.append(Need("the quantised teacher", folder, copy - _bytes_in(folder)))
+    if disk.get("written"):
+        found.append(Need("texts", folder_of(experiment), disk["written"] or 0))
     count = len(roles(experiment))
     for role in roles(experiment) if experiment.cache.part is None else []:
         if folders.model(role.name).exists():

@@ -14,6 +14,7 @@ from distill.corpus.streams import is_large
 from distill.corpus.text_files import COMPRESSIONS
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
+from distill.forecast.writing import written_tokens
 from distill.system.units import duration, parse_size, size
 
 # Bytes a token by threshold or entries: the largest of three corpora in the tables of distill/cache/README.md
@@ -84,7 +85,10 @@ def corpus_work(experiment: Experiment, amount: Amount) -> CorpusWork | None:
     if (Folders.of(experiment).cache / MANIFEST).is_file() or amount.train is None:
         return None
     samples = amount.train / (1 - corpus.held_out)
-    files = [local_files(source.path, source.split) for source in corpus.all_sources]
+    files = [
+        local_files(source.path, source.split) if written_tokens(experiment, source.path) is None else []
+        for source in corpus.all_sources
+    ]
     if len(files) > 1 or (files[0] is not None and not is_large(files[0])):
         if (whole := _samples_in_files(experiment)) is None:
             return None
@@ -110,6 +114,8 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
             notes.append(f"corpus {corpus.named}: its size is not known here; with cache.max_samples the whole is told")
         return Amount(cache.max_samples, cache.held_out_samples, evaluated)
     text = f"about {total:,} samples, by the size of its files ({BYTES_A_TOKEN_OF_TEXT:g} bytes a token)"
+    if any(written_tokens(experiment, source.path) is not None for source in corpus.all_sources):
+        text = f"about {total:,} samples, by the tokens that a model wrote, or writes at most"
     if any(source.weight or source.limit for source in corpus.all_sources):
         text += ", fewer by their weights and limits"
     notes.append(f"corpus {corpus.named}: {text}")
@@ -119,13 +125,17 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
 
 
 def _samples_in_files(experiment: Experiment) -> int | None:
-    held = 0.0
+    tokens = 0.0
     for source in experiment.corpus.all_sources:
+        written = written_tokens(experiment, source.path)
+        if written is not None:
+            tokens += written
+            continue
         files = local_files(source.path, source.split)
         if files is None:
             return None
-        held += bytes_of_text(files)
-    return max(1, math.ceil(held / BYTES_A_TOKEN_OF_TEXT / experiment.corpus.sequence_length))
+        tokens += bytes_of_text(files) / BYTES_A_TOKEN_OF_TEXT
+    return max(1, math.ceil(tokens / experiment.corpus.sequence_length))
 
 
 def bytes_of_text(files: list[Path]) -> float:

@@ -48,10 +48,11 @@ def decoder(model: LanguageModel, vocab_size: int) -> Decoder:
 
 def has_cache(model: LanguageModel) -> bool:
     """Tell whether the model reads only the new token at each step, and not the whole text."""
-    return isinstance(model, HuggingFaceLanguageModel) and _cache_name(model) is not None
+    return isinstance(model, HuggingFaceLanguageModel) and cache_name(model) is not None
 
 
-def _cache_name(model: HuggingFaceLanguageModel) -> str | None:
+def cache_name(model: HuggingFaceLanguageModel) -> str | None:
+    """Return transformers' name for the family's cache (one of `CACHES`), or None if it has none."""
     taken = inspect.signature(model.model.base_model.forward).parameters
     return next((name for name in CACHES if name in taken), None)
 
@@ -61,7 +62,7 @@ class _CachingDecoder:
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._model, self._vocab_size = model, vocab_size
-        self._name = str(_cache_name(model))
+        self._name = str(cache_name(model))
         self._cache: Any = None
 
     def __call__(self, ids_BL: Tensor) -> Tensor:

@@ -319,6 +319,8 @@ def _describe(experiment: Experiment, manifest: Manifest, asked: dict[str, int],
     )
     if samples.gatherer is not None:
         say(f"corpus: a stream of {len(samples.sources):,} shuffled files, read as far as it is needed")
+    for line in samples.written:
+        say(f"corpus: {line}")
     say(f"corpus: {', '.join(f'{kind}, {rows:,} rows' for kind, rows in samples.shapes.items())}")
     if samples.thoughts_left_out:
         say(

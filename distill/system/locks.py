@@ -13,20 +13,23 @@ from distill.system.units import size
 
 
 @contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other writers out of a cache's folder, which is made if missing. A process that dies leaves no lock behind.
+def sole_writer(folder: Path, what: str = "cache", option: str = "--cache.dir") -> Iterator[None]:
+    """Keep other writers out of a folder, which is made if missing. A process that dies leaves no lock behind.
 
-    Raises UserError while another process holds it, and if it cannot be made.
+    `what` is written there, and `option` names the folder. Raises UserError while another process holds it, and if it
+    cannot be made.
     """
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(files.sole_writer(folder))
         except OSError as error:
-            raise cannot_write(folder, error) from None
+            raise cannot_write(folder, error, what=what, option=option) from None
         yield
 
 
-def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> UserError:
+def cannot_write(
+    folder: Path, error: OSError, needed: int | None = None, what: str = "cache", option: str = "--cache.dir"
+) -> UserError:
     """Return the error of a failed write as a message. `needed` is the approximate number of bytes still to come."""
     reason = error.strerror or str(error)
     again = "then run the same command again"
@@ -34,9 +37,9 @@ def cannot_write(folder: Path, error: OSError, needed: int | None = None) -> Use
         room = f"about {size(needed)}" if needed else "room"
         return UserError(
             f"{folder}: disk full ({reason}); everything finished so far is kept: free {room}, "
-            f"or move the folder and point --cache.dir to it, {again}"
+            f"or move the folder and point {option} to it, {again}"
         )
     return UserError(
-        f"{folder}: cannot write the cache here ({reason}); what was finished before is kept: "
-        f"mend that, or point --cache.dir elsewhere, {again}"
+        f"{folder}: cannot write the {what} here ({reason}); what was finished before is kept: "
+        f"mend that, or point {option} elsewhere, {again}"
     )

@@ -224,8 +224,8 @@ def test_the_cache_is_used(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> 
         lengths.append(input_ids.shape[1])
         return forward(input_ids=input_ids, **options)
 
-    name = generation._cache_name(model)
-    monkeypatch.setattr(generation, "_cache_name", lambda _: name)  # the wrapper hides the signature
+    name = generation.cache_name(model)
+    monkeypatch.setattr(generation, "cache_name", lambda _: name)  # the wrapper hides the signature
     monkeypatch.setattr(model.model.model, "forward", counted)
     list(generate(model, PROMPT, 4, vocab_size=99))
     assert lengths == [9, 1, 1, 1]

@@ -1,0 +1,169 @@
+"""The experiment's writer of texts, its prompts, and the manifest of the folder that it writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from distill.corpus.shapes import Columns
+from distill.corpus.sources import TextSource
+from distill.corpus.templates import prints_the_date
+from distill.corpus.written import MANIFEST, Manifest, is_written, read_manifest
+from distill.errors import UserError
+from distill.experiment.configuration import Experiment, SourceConfig
+from distill.experiment.folders import Folders
+from distill.experiment.roles import roles
+from distill.experiment.subjects import Loaded, Subject, teacher_subject, trained_subject
+from distill.experiment.teacher import Teacher, day_of
+from distill.generation.authors import LocalAuthor
+from distill.generation.prompts import Asking, Prompts, read_prompts
+from distill.generation.sampling import Sampling
+from distill.models import tokenizers
+from distill.models.generation import context_length, context_of, ending_tokens
+from distill.models.vocabulary import FILE as VOCABULARY
+from distill.models.vocabulary import Vocabulary
+from distill.system.staging import recover
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
+_SETTINGS = (*_SAMPLING, "max_new_tokens", "prompt_tokens", "system", "thinking")
+"""Keys of `generate` that determine the texts, beside those that are numbers of the manifest itself."""
+
+
+def folder_of(experiment: Experiment) -> Path:
+    """Return the folder that the texts are written into. Raises UserError for a file."""
+    generate = experiment.generate
+    folder = Path(generate.to).expanduser() if generate.to else Folders.of(experiment).written
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"generate.to: {folder} is a file: name a folder")
+    return folder
+
+
+def prompt_sources(experiment: Experiment) -> list[TextSource]:
+    """Return the sources of the prompts. Raises UserError for a folder of written texts."""
+    generate, corpus = experiment.generate, experiment.corpus
+    sources = corpus.all_sources
+    if generate.prompts is not None:
+        sources = [SourceConfig(generate.prompts, columns=generate.columns)]
+    elif generate.columns:
+        raise UserError("generate.columns: describes generate.prompts, which is not given: use corpus.columns")
+    for path in (source.path for source in sources):
+        if is_written(path) or Path(path).expanduser().resolve() == folder_of(experiment).resolve():
+            raise UserError(f"generate.prompts: {path} is a folder of written texts: name the prompts to start from")
+    return [
+        TextSource(source.path, source.name, source.split, Columns.of(source.columns, prompts=True), limit=source.limit)
+        for source in sources
+    ]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The model that writes, and the tokens in which it does."""
+
+    experiment: Experiment
+    teacher: Teacher
+
+    @cached_property
+    def _subject(self) -> Subject:
+        if self.experiment.generate.by == "teacher":
+            return teacher_subject(self.experiment, self.teacher)
+        name, folders = self.experiment.generate.by, Folders.of(self.experiment)
+        found = [role for role in roles(self.experiment) if role.name == name]
+        if not found:
+            raise UserError(f"generate.by: {name}: this experiment trains none: give --evaluate.control true")
+        recover(self._folder)
+        if not self._folder.exists():
+            raise UserError(f"{self._folder}: no trained {name} here: run `distill train-student` first")
+        return trained_subject(self.experiment, folders, found[0], self.teacher, self._vocabulary)
+
+    @property
+    def _folder(self) -> Path:
+        return Folders.of(self.experiment).model(self.experiment.generate.by)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary | None:
+        """The tokens of a student that has only some of the teacher's."""
+        is_trimmed = self.experiment.generate.by != "teacher" and (self._folder / VOCABULARY).exists()
+        return Vocabulary.load(self._folder) if is_trimmed else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the prompts: the teacher's, or that of a student of fewer tokens, with its template."""
+        if self._vocabulary is None:
+            return self.teacher.tokenizer
+        tokenizer = tokenizers.load_folder_tokenizer(self._folder)
+        tokenizer.chat_template = self.teacher.tokenizer.chat_template
+        return tokenizer
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """The model on its device."""
+        return self._subject.load()
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that the model can read; None if it does not say."""
+        if self.experiment.generate.by == "teacher":
+            return context_of(self.teacher.shape)
+        return context_length(self.loaded.model)
+
+    def in_teachers_ids(self, ids: list[int]) -> list[int]:
+        """Return tokens of the writer under the teacher's numbers."""
+        return ids if self._vocabulary is None else self._vocabulary.kept_ids[ids].tolist()
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the writer, and of the teacher's tokenizer and template, whose ids are stored."""
+        teacher = tokenizers.tokenizer_fingerprint(self.teacher.tokenizer)
+        found = {name: value for name, value in self._subject.identity.items() if isinstance(value, str)}
+        others = {name: value for name, value in self._subject.identity.items() if name not in found}
+        digest = hashlib.sha256(json.dumps([found, others], sort_keys=True).encode()).hexdigest()
+        named = found if self.experiment.generate.by == "teacher" else {}
+        return {"writer": self.experiment.generate.by, **named, "model": digest, **teacher}
+
+    def author(self) -> LocalAuthor:
+        """Return the writer, ready."""
+        generate, loaded = self.experiment.generate, self.loaded
+        return LocalAuthor(
+            loaded.model,
+            vocab_size=loaded.vocab_size,
+            stop_ids=ending_tokens(loaded.model, self.tokenizer),
+            sampling=Sampling(**{name: getattr(generate, name) for name in _SAMPLING}),
+            max_new_tokens=generate.max_new_tokens,
+            batch_size=generate.batch_size,
+        )
+
+
+def open_prompts(experiment: Experiment, writer: Writer) -> tuple[Prompts, Manifest]:
+    """Read the prompts, and return them with the manifest of their folder.
+
+    A chat template that prints the day gets that on which the folder was begun. Raises UserError for prompts that
+    cannot be written on.
+    """
+    generate, corpus = experiment.generate, experiment.corpus
+    sources, folder = prompt_sources(experiment), folder_of(experiment)
+    date = None
+    if prints_the_date(writer.tokenizer):
+        begun = read_manifest(folder).settings.get("date") if (folder / MANIFEST).exists() else None
+        date = day_of(corpus.date or begun)
+    prompts = read_prompts(
+        sources,
+        writer.tokenizer,
+        Asking(generate.prompt_tokens, generate.system, generate.thinking, date),
+        bad_rows=corpus.bad_rows,
+        limit=writer.limit,
+        most=generate.max_prompts,
+    )
+    settings = {name: getattr(generate, name) for name in _SETTINGS} | ({} if date is None else {"date": date})
+    manifest = Manifest(
+        kind=prompts.kind,
+        prompts=len(prompts),
+        samples_per_prompt=generate.samples_per_prompt,
+        group=generate.group,
+        fingerprints={**writer.fingerprints, "prompts": prompts.fingerprint},
+        settings=settings,
+    )
+    return prompts, manifest

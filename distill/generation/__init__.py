@@ -1,0 +1,1 @@
+"""A model writes: prompts become texts, stored with the token ids that were written."""
