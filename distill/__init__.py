@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from distill.api import cache_teacher as cache_teacher
     from distill.api import evaluate as evaluate
+    from distill.api import generate as generate
     from distill.api import load_experiment as load_experiment
     from distill.api import load_student as load_student
     from distill.api import plan as plan
@@ -43,6 +44,7 @@ _PLACES = {
     "divergences": "distill.losses",
     "evaluate": "distill.api",
     "fused_loss": "distill.losses.fused",
+    "generate": "distill.api",
     "load_experiment": "distill.api",
     "load_student": "distill.api",
     "plan": "distill.api",

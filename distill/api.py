@@ -34,6 +34,18 @@ def load_experiment(source: str | Path | Mapping[str, Any], changes: Mapping[str
     return file.experiment_of(name, file.with_changes(content, _plain(changes or {}, name), name), [])
 
 
+def generate(experiment: Experiment) -> Path:
+    """Let a model write on from prompts, as `distill generate` does, and return the folder of its texts.
+
+    What is written already is not written again. Ctrl-C keeps every finished part, and raises KeyboardInterrupt.
+    Raises UserError for all that the command refuses.
+    """
+    _run(experiment, ("generate",))
+    from distill.experiment.generation import folder_of
+
+    return folder_of(experiment)
+
+
 def cache_teacher(experiment: Experiment) -> Path:
     """Let the teacher read the corpus, as `distill cache-teacher` does, and return the folder of its cache.
 

@@ -22,7 +22,7 @@ _JOURNAL_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that determines the texts of a folder, up to rounding."""
+    """Identity of a folder's texts: it determines them up to rounding."""
 
     kind: Literal["messages", "text"]
     """Form of the prompts: conversations, or the beginnings of plain texts."""

@@ -156,7 +156,11 @@ class GenerateConfig:
     thinking: bool | None = None
     """Thinking on or off, for chat templates that have `enable_thinking`; default: the template's choice."""
     batch_size: Annotated[int, Between(1, 2**16)] = 32
-    """Texts that are written at one time; halved when the device runs out of memory."""
+    """Texts that are written, or asked for, at one time; halved when the device runs out of memory."""
+    server: str | None = None
+    """Address of an OpenAI-compatible server that writes as the teacher, such as `http://127.0.0.1:8080/v1`."""
+    server_model: str | None = None
+    """Name of the server's model; default: its only one."""
     group: Annotated[int, Between(1, 2**20)] = 64
     """Prompts a part, the unit of work: a part that was interrupted is written anew."""
 

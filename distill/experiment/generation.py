@@ -22,8 +22,9 @@ from distill.experiment.teacher import Teacher, day_of
 from distill.generation.authors import LocalAuthor
 from distill.generation.prompts import Asking, Prompts, read_prompts
 from distill.generation.sampling import Sampling
+from distill.generation.server import ServerAuthor
 from distill.models import tokenizers
-from distill.models.generation import context_length, context_of, ending_tokens
+from distill.models.generation import context_length, context_of, end_of_turn, ending_tokens
 from distill.models.vocabulary import FILE as VOCABULARY
 from distill.models.vocabulary import Vocabulary
 from distill.system.staging import recover
@@ -115,23 +116,53 @@ class Writer:
         return ids if self._vocabulary is None else self._vocabulary.kept_ids[ids].tolist()
 
     @cached_property
+    def server(self) -> ServerAuthor | None:
+        """The server that writes in the teacher's place, or None. Raises UserError if it cannot."""
+        generate, tokenizer = self.experiment.generate, self.teacher.tokenizer
+        if generate.server is None:
+            if generate.server_model is not None:
+                raise UserError("generate.server_model: names a model of generate.server, which is not given")
+            return None
+        if generate.by != "teacher":
+            raise UserError(f"generate.server: writes as the teacher; with generate.by {generate.by} leave it out")
+        if not generate.server.startswith(("http://", "https://")):
+            raise UserError(f"generate.server: {generate.server} is no address, such as http://127.0.0.1:8080/v1")
+        return ServerAuthor(
+            generate.server,
+            generate.server_model,
+            tokenizer=tokenizer,
+            end_ids=(end_of_turn(tokenizer), tokenizer.eos_token_id),
+            sampling=self._sampling,
+            max_new_tokens=generate.max_new_tokens,
+            batch_size=generate.batch_size,
+        )
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(**{name: getattr(self.experiment.generate, name) for name in _SAMPLING})
+
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the writer, and of the teacher's tokenizer and template, whose ids are stored."""
         teacher = tokenizers.tokenizer_fingerprint(self.teacher.tokenizer)
+        if self.server is not None:  # whose weights nobody sees
+            return {"writer": "server", "server_model": self.server.model, **teacher}
         found = {name: value for name, value in self._subject.identity.items() if isinstance(value, str)}
         others = {name: value for name, value in self._subject.identity.items() if name not in found}
         digest = hashlib.sha256(json.dumps([found, others], sort_keys=True).encode()).hexdigest()
         named = found if self.experiment.generate.by == "teacher" else {}
         return {"writer": self.experiment.generate.by, **named, "model": digest, **teacher}
 
-    def author(self) -> LocalAuthor:
+    def author(self) -> LocalAuthor | ServerAuthor:
         """Return the writer, ready."""
+        if self.server is not None:
+            return self.server
         generate, loaded = self.experiment.generate, self.loaded
         return LocalAuthor(
             loaded.model,
             vocab_size=loaded.vocab_size,
             stop_ids=ending_tokens(loaded.model, self.tokenizer),
-            sampling=Sampling(**{name: getattr(generate, name) for name in _SAMPLING}),
+            sampling=self._sampling,
             max_new_tokens=generate.max_new_tokens,
             batch_size=generate.batch_size,
         )

@@ -71,7 +71,10 @@ def _prompts(experiment: Experiment) -> int | None:
         return most
     if any(kind_of(file) not in _LINES for file in files):
         return most
-    rows = sum(sum(1 for line in open_text(file) if line.strip()) for file in files)
+    rows = 0
+    for file in files:
+        with open_text(file) as text:
+            rows += sum(1 for line in text if line.strip())
     return rows if most is None else min(rows, most)
 
 

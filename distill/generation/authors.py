@@ -35,6 +35,8 @@ class Asked:
     """Number of the prompt."""
     sample: int
     """Number of the text among those of its prompt."""
+    is_answer: bool = False
+    """True for the next turn of a conversation."""
 
 
 @dataclass(frozen=True)

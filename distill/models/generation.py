@@ -201,7 +201,7 @@ def ending_tokens(model: LanguageModel, tokenizer: Any) -> frozenset[int]:
     """
     settings = getattr(model.model, "generation_config", None) if isinstance(model, HuggingFaceLanguageModel) else None
     ends = _several(getattr(settings, "eos_token_id", None))
-    return frozenset(end for end in (*ends, tokenizer.eos_token_id, _end_of_turn(tokenizer)) if end is not None)
+    return frozenset(end for end in (*ends, tokenizer.eos_token_id, end_of_turn(tokenizer)) if end is not None)
 
 
 def end_as(model: Any, tokenizer: Any) -> None:
@@ -238,7 +238,7 @@ def special_ids(tokenizer: Any) -> dict[str, Any]:
     There are two ends where the chat template ends an answer with another token than a text.
     """
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    turn = _end_of_turn(tokenizer)
+    turn = end_of_turn(tokenizer)
     ends = [end for end in dict.fromkeys((ids["eos_token_id"], turn)) if end is not None]
     return {**ids, "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
 
@@ -247,7 +247,7 @@ def _several(ids: Any) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+def end_of_turn(tokenizer: Any) -> int | None:
     """Return the added token (such as `<|im_end|>`) right after an answer in the chat template, or None."""
     if not getattr(tokenizer, "chat_template", None):
         return None

@@ -15,6 +15,7 @@ from distill.experiment.teacher import Teacher
 from distill.generation.authors import Answer, Asked, Author
 from distill.generation.folder import WrittenFolder
 from distill.generation.prompts import Prompts, spread_over
+from distill.generation.server import ServerAuthor
 from distill.models.generation import decode_text
 from distill.system import interrupt, ledger, units
 from distill.system.locks import cannot_write, sole_writer
@@ -50,6 +51,11 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
             if manifest.kind == "messages" and len(missing) == manifest.parts > 1:
                 _try_endings(author, prompts, experiment.generate.max_new_tokens)
             _write(place, missing, author, prompts, writer)
+            if isinstance(author, ServerAuthor) and author.other_counts:
+                say(
+                    f"generate: {author.other_counts:,} texts have another number of tokens here than the server wrote "
+                    "them in: the local tokenizer splits them otherwise"
+                )
     _summarise(place, bool(missing))
     return 0
 
@@ -69,7 +75,9 @@ def _describe(experiment: Experiment, prompts: Prompts, manifest: Manifest) -> N
 
 def _asked(prompts: Prompts, numbers: Sequence[int], samples: int) -> list[Asked]:
     return [
-        Asked(prompts.prompts[number].ids_L.tolist(), number, sample) for number in numbers for sample in range(samples)
+        Asked(prompt.ids_L.tolist(), number, sample, prompt.is_conversation)
+        for number, prompt in ((number, prompts.prompts[number]) for number in numbers)
+        for sample in range(samples)
     ]
 
 

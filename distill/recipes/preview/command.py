@@ -73,6 +73,7 @@ def _facts(experiment: Experiment, tokenizer: Any, sets: SampleSets) -> list[str
         f"Shapes: {', '.join(f'{kind}, {rows:,} rows' for kind, rows in sets.shapes.items())}.",
         f"Special tokens: BOS {bos}; end of text {tokenizer.eos_token or 'none'}.",
     ]
+    facts += [f"Written by a model: {line}." for line in sets.written]
     if sets.packing.words:
         facts.append(f"Packed as {sets.packing.words} (corpus.pack).")
     if sets.long_documents:
