@@ -27,6 +27,7 @@ BENCHES = (
     "head_loss",
     "train_step",
     "cache_throughput",
+    "generate",
     "cache_size",
     "decode",
     "corpus",

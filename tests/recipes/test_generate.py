@@ -231,3 +231,25 @@ def test_a_text_is_held_out_where_its_document_is(texts: Path, world: Any) -> No
     )
     beginnings = [{tuple(each["input_ids"][:8].tolist()) for each in samples} for samples in (fixed, written)]
     assert len(beginnings[1]) == fixed.documents and beginnings[1] <= beginnings[0]
+
+
+def test_a_student_of_fewer_tokens_writes_in_the_teachers_ids(
+    finished: Any, train: Any, distill: Any, world: Any, tmp_path: Path
+) -> None:
+    few = ["--student.vocabulary", "corpus", "--evaluate.control", "false"]
+    train(*few, "--train.max_steps", 2).done()
+    own = [*few, "--generate.by", "student", "--generate.max_prompts", 6, "--generate.max_new_tokens", 6]
+    own += ["--generate.prompt_tokens", 9]
+    assert "the student writes" in distill("generate", *finished.elsewhere(tmp_path / "run"), *own).done().out
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.folder / "teacher")
+    for row in rows(tmp_path / "run/written"):
+        said = row["input_ids"][: -1 if row["ended"] else None]
+        assert tokenizer.decode(said, skip_special_tokens=True) == row["text"]
+    open_corpus(str(tmp_path / "run/written"), tokenizer, sequence_length=32, held_out=0)
+
+
+def test_the_control_writes_too(finished: Any, distill: Any, tmp_path: Path) -> None:
+    own = ["--generate.by", "control", "--generate.to", tmp_path / "texts", "--generate.max_new_tokens", 3]
+    distill("generate", finished.file, *own, "--generate.max_prompts", 2).done()
+    written = json.loads((tmp_path / "texts/written.json").read_text())
+    assert written["fingerprints"]["writer"] == "control" and len(rows(tmp_path / "texts")) == 2
