@@ -19,6 +19,7 @@ from distill.corpus.reading import Row
 from distill.corpus.shapes import WRITTEN, Columns, find_shape
 from distill.corpus.written import COLUMN, Text
 from distill.errors import UserError, did_you_mean
+from distill.models.generation import decode_text
 
 READER_VERSION = 4
 """Part of the key of stored tables. Raise it when the same file gives another table."""
@@ -125,12 +126,15 @@ def corpus_fingerprint(documents: datasets.Dataset, kept: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def texts_of(documents: datasets.Dataset, rows: np.ndarray) -> Iterator[str]:
-    """Yield the texts in some rows, in the table's order: plain texts, and the contents of messages."""
-    chosen = documents.select_columns(["document", "conversation"]).select(np.sort(rows))
+def texts_of(documents: datasets.Dataset, rows: np.ndarray, tokenizer: Any) -> Iterator[str]:
+    """Yield the texts in some rows, in the table's order: plain texts, the contents of messages, and decoded tokens."""
+    chosen = documents.select_columns(["document", "conversation", "shape"]).select(np.sort(rows))
     for batch in chosen.iter(batch_size=64):
-        for document, is_conversation in zip(batch["document"], batch["conversation"], strict=True):
-            if is_conversation:
+        columns = (batch[name] for name in ("document", "conversation", "shape"))
+        for document, is_conversation, shape in zip(*columns, strict=True):
+            if shape == WRITTEN:
+                yield decode_text(tokenizer, json.loads(document)["input_ids"])
+            elif is_conversation:
                 contents = (message.get("content") for message in Conversation.parse(document).messages)
                 yield from (content for content in contents if isinstance(content, str))
             else:

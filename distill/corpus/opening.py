@@ -104,5 +104,5 @@ def open_corpus(
         packing=packing,
         written=written,
         is_conversations=conversations,
-        texts=partial(texts_of, documents, train_rows),
+        texts=partial(texts_of, documents, train_rows, tokenizer),
     )

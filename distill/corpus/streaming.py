@@ -118,4 +118,11 @@ class Streaming:
         rows, length, skips = (train_rows, held_rows), sampling.sequence_length, sampling.long == "skip"
         (counts,) = chosen.counts([""], owners, encoded, rows, length, skips)
         thoughts = int(numbers(encoded, "thoughts").sum())
-        return Window(train, held_out, counts, shapes_of(documents), thoughts, partial(texts_of, documents, train_rows))
+        return Window(
+            train,
+            held_out,
+            counts,
+            shapes_of(documents),
+            thoughts,
+            partial(texts_of, documents, train_rows, self._sampling.tokenizer),
+        )

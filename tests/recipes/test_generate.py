@@ -206,6 +206,7 @@ def test_a_row_that_was_never_written_is_refused(corpus: Any, change: dict[str, 
 def test_only_texts_that_ended_are_learned_if_asked(corpus: Any, texts: Path) -> None:
     sets = corpus(lambda row: row | {"ended": True}, cut="drop")
     assert sets.train.documents == 1 + sum(row["ended"] for row in rows(texts)[1:])
+    assert rows(texts)[0]["text"] in list(sets.texts()), "for those who look for benchmarks in it"
 
 
 def test_another_tokenizer_or_a_damaged_part_is_refused(corpus: Any, texts: Path, world: Any, tmp_path: Path) -> None:
