@@ -17,6 +17,8 @@ from distill.cache.format.folder import MANIFEST, Manifest, differences, read_jo
 from distill.cache.format.manifest import MOST_SOURCES
 from distill.cache.format.records import token_hash
 from distill.cache.format.token_order import TokenOrder, token_counts
+from distill.cache.reading.mixture import MixedReader
+from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
 from distill.corpus.packing import Packing
@@ -218,10 +220,30 @@ def sample_numbers(manifest: Manifest, samples: SampleSets) -> dict[str, Sequenc
     return {"held_out": held_out[: manifest.splits["held_out"]], "train": range(manifest.splits["train"])}
 
 
+def open_training(experiment: Experiment) -> tuple[CacheReader | MixedReader, CacheReader]:
+    """Open the training samples of the experiment's cache, or of all `train.caches`, and the held-out samples.
+
+    Held-out samples are those of the first cache. Raises UserError for caches that cannot be learned together.
+    """
+    at_most = {"train": experiment.cache.max_samples, "held_out": experiment.cache.held_out_samples}
+    named = experiment.train.caches
+    storages = [_open(experiment, name) for name in named] or [open_cache(experiment)]
+    for name, weight in named.items():
+        if not 0 < weight < float("inf"):
+            raise UserError(f"train.caches: {name}: {weight} is no weight: give a number above 0, or leave it out")
+    readers = [CacheReader(storage, "train", at_most) for storage in storages]
+    train = MixedReader(readers, list(named.values())) if len(readers) > 1 else readers[0]
+    return train, CacheReader(storages[0], "held_out", at_most)
+
+
 def open_cache(experiment: Experiment) -> Storage:
     """Open the finished cache to read from: the folder that was made, or a URL."""
     cache = experiment.cache
-    location = cache.dir if cache.dir and is_url(cache.dir) else Folders.of(experiment).cache
+    return _open(experiment, cache.dir if cache.dir and is_url(cache.dir) else Folders.of(experiment).cache)
+
+
+def _open(experiment: Experiment, location: str | Path) -> Storage:
+    cache = experiment.cache
     storage = open_storage(location, local_copy_bytes=int(cache.local_copy_gb * 1e9))
     if isinstance(storage, UrlStorage) and storage.bytes > storage.limit:
         say(

@@ -265,8 +265,11 @@ class LossConfig:
 class TrainConfig:
     """The training of the student."""
 
+    caches: dict[str, float] = field(default_factory=dict)
+    """Caches of one teacher to train on together, by folder, each with its weight: its share of an epoch's samples.
+    Held-out samples are the first one's. Default: the experiment's own cache."""
     epochs: Annotated[int, Between(1, 10**6)] = 1
-    """Passes over the cache."""
+    """Passes over the cache, or over as many samples as all caches have."""
     max_steps: Annotated[int, Between(1, 10**9)] | None = None
     """Optimiser steps at most; default: all of the epochs."""
     max_time: str | None = None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill import plugins
-from distill.cache.format.folder import Manifest
 from distill.experiment import settings
 from distill.experiment.configuration import Experiment, StudentConfig
 from distill.training.optimizers.adamw import choose_rounding
 from distill.training.optimizers.rounding import Rounding
+
+if TYPE_CHECKING:  # by statement these take a second
+    from distill.cache.reading.mixture import MixedReader
+    from distill.cache.reading.reader import CacheReader
 
 
 @dataclass(frozen=True)
@@ -51,22 +54,28 @@ def rounding_of(experiment: Experiment) -> Rounding:
 
 # Settings that may change when a training is resumed: they change its speed, its memory or its logs, not its result.
 _MAY_CHANGE = {
-    *("resume", "num_workers", "log_every_steps", "loggers", "callbacks"),
+    *("resume", "caches", "num_workers", "log_every_steps", "loggers", "callbacks"),
     *("max_time", "checkpoint_every_steps", "keep_checkpoints"),
     *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
     *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
 }
 
 
-def training_settings(experiment: Experiment, role: Role, cache: Manifest) -> dict[str, Any]:
+def training_settings(experiment: Experiment, role: Role, samples: CacheReader | MixedReader) -> dict[str, Any]:
     """Return the settings that a trained model depends on. Other settings make another model."""
-    train = experiment.train
-    return {
+    from distill.cache.reading.mixture import MixedReader
+
+    train, cache = experiment.train, samples.used
+    found = {
         **own_settings(experiment, role),
         settings.NOT_COMPARED: {"callbacks": train.callbacks},
         "samples_a_step": train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes,
         "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
     }
+    if isinstance(samples, MixedReader):  # wherever the folders lie
+        pairs = zip(samples.readers, samples.counts, strict=True)
+        found["caches"] = {f"{place}": [reader.used.identity, count] for place, (reader, count) in enumerate(pairs)}
+    return found
 
 
 def _described(student: StudentConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill import plugins
+from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.experiment.checks import check_length, check_model, offered_options
@@ -29,7 +30,7 @@ FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """Function: count -> token ids, position ids and loss mask `[count, L]` of the first training samples."""
 
 
-def first_samples(reader: CacheReader) -> FirstSamples:
+def first_samples(reader: CacheReader | MixedReader) -> FirstSamples:
     """Return the first training samples of a cache, for students that look at text while they are made."""
 
     def first(count: int) -> tuple[Tensor, Tensor, Tensor]:

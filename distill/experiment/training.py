@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
@@ -94,7 +95,7 @@ def make_module(
     )
 
 
-def teacher_head(train: CacheReader, vocabulary: Vocabulary | None) -> Head | None:
+def teacher_head(train: CacheReader | MixedReader, vocabulary: Vocabulary | None) -> Head | None:
     """Return the teacher's head from a cache of hidden states, in the student's vocabulary; None for other caches."""
     head = train.teacher_head
     return head if vocabulary is None or head is None else trim_head(head, vocabulary)

@@ -100,6 +100,12 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
     """Return the samples of a cache that was begun, else the allowed number, or an estimate by the files' size."""
     cache, corpus = experiment.cache, experiment.corpus
     folder = Folders.of(experiment).cache
+    mixed = [Path(name) for name in experiment.train.caches]
+    if mixed and all((each / MANIFEST).is_file() for each in mixed):
+        found = [read_manifest(each).splits for each in mixed]
+        held_out = min(found[0]["held_out"], cache.held_out_samples)
+        train = sum(min(splits["train"], cache.max_samples or splits["train"]) for splits in found)
+        return Amount(train, held_out, experiment.evaluate.max_samples or held_out)
     if (folder / MANIFEST).is_file():
         splits = read_manifest(folder).splits
         train, held_out = splits["train"], min(splits["held_out"], cache.held_out_samples)

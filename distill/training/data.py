@@ -7,10 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distill.cache.format.records import Record
 from distill.cache.reading.batches import Batch
+from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
 from distill.models.vocabulary import Vocabulary
 from distill.training.order import NOTHING, batches_of, permuted, share
@@ -35,11 +38,14 @@ class EpochPermutation(Sampler[int]):
         batch_size: int = 1,
         rank: int = 0,
         world: int = 1,
+        mixture: MixedReader | None = None,
     ) -> None:
         assert seen % (batch_size * world) == 0, "an epoch is left between two steps"
         self.size, self.seed, self.epoch = size, seed, first_epoch
         self.first_epoch, self.seen = first_epoch, seen
         self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.mixture = mixture
+        """Several caches, of which an epoch has shares; None for one cache."""
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -52,7 +58,21 @@ class EpochPermutation(Sampler[int]):
             if self.seed is None or places[0] == NOTHING:
                 yield from places.tolist()
             else:
-                yield from permuted(places, self.size, self.seed, epoch).tolist()
+                chosen = permuted(places, self.size, self.seed, epoch)
+                yield from (chosen if self.mixture is None else self._mixed(self.mixture, chosen, epoch)).tolist()
+
+    def _mixed(self, mixture: MixedReader, places: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Return the samples of several caches at places of an epoch. Each cache has an order of its own."""
+        assert self.seed is not None
+        samples = np.empty_like(places)
+        for number, here, before in mixture.places(places, epoch):
+            rounds, within = np.divmod(before, mixture.size(number))
+            for each in np.unique(rounds).tolist():
+                of_round = rounds == each
+                seed = self.seed + ((number + 1) << 64)
+                found = permuted(within[of_round], mixture.size(number), seed, each)
+                samples[here[of_round]] = mixture.sample(number, found)
+        return samples
 
     def __len__(self) -> int:
         whole, left = divmod(self.size, self.batch_size * self.world)
@@ -66,7 +86,7 @@ class Samples(Dataset[Record | None]):
     With a `vocabulary` they are in the ids of a student that has only some of the teacher's tokens.
     """
 
-    def __init__(self, reader: CacheReader, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(self, reader: CacheReader | MixedReader, vocabulary: Vocabulary | None = None) -> None:
         self.reader, self.vocabulary = reader, vocabulary
 
     def __getitem__(self, index: int) -> Record | None:
@@ -106,7 +126,7 @@ class CacheDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: CacheReader,
+        train: CacheReader | MixedReader,
         held_out: CacheReader | None,
         *,
         step_samples: int,
@@ -125,7 +145,13 @@ class CacheDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world = self._process()
         order = EpochPermutation(
-            len(self.train), self.seed, *self._begin, batch_size=self.step_samples, rank=rank, world=world
+            len(self.train),
+            self.seed,
+            *self._begin,
+            batch_size=self.step_samples,
+            rank=rank,
+            world=world,
+            mixture=self.train if isinstance(self.train, MixedReader) else None,
         )
         self._order = order
         return self._loader(self.train, order, self.num_workers)
@@ -137,7 +163,7 @@ class CacheDataModule(pl.LightningDataModule):
         order = EpochPermutation(len(self.held_out), None, batch_size=self.batch_size, rank=rank, world=world)
         return self._loader(self.held_out, order, num_workers=0)
 
-    def _loader(self, reader: CacheReader, order: EpochPermutation, num_workers: int) -> DataLoader:
+    def _loader(self, reader: CacheReader | MixedReader, order: EpochPermutation, num_workers: int) -> DataLoader:
         samples = Samples(reader, self.vocabulary)
         return (DataLoader if num_workers else ReadAhead)(
             samples,

@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from typing import Any
 
 from distill.cache.format.tokenizer_files import checked_tokenizer
+from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage
 from distill.errors import UserError
 from distill.experiment import settings
-from distill.experiment.cache import as_packed, check_cache_settings, open_cache, packing_of
+from distill.experiment.cache import as_packed, check_cache_settings, open_training, packing_of
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -37,9 +38,8 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     folders = Folders.of(experiment)
     make_run_folder(folders)
-    storage = open_cache(experiment)
-    at_most = {"train": experiment.cache.max_samples, "held_out": experiment.cache.held_out_samples}
-    train, held_out = (CacheReader(storage, split, at_most) for split in ("train", "held_out"))
+    train, held_out = open_training(experiment)
+    storage = train.storage
     experiment = as_packed(experiment, packing_of(train.manifest))
     check_cache_settings(experiment, train.manifest, storage.name)
     pending = [role for role in roles(experiment) if not is_done(role, experiment, folders, train)]
@@ -48,7 +48,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     return 0
 
 
-def is_done(role: Role, experiment: Experiment, folders: Folders, train: CacheReader) -> bool:
+def is_done(role: Role, experiment: Experiment, folders: Folders, train: CacheReader | MixedReader) -> bool:
     """Tell whether a model is finished. Raises UserError if the folder holds another one."""
     folder = folders.model(role.name)
     recover(folder)
@@ -56,7 +56,7 @@ def is_done(role: Role, experiment: Experiment, folders: Folders, train: CacheRe
         return False
     if not (folder / settings.FILE).exists():
         raise UserError(f"{folder}: not a {role.name} that was finished here: choose another --run_dir, or remove it")
-    different = settings.differences(folder, training_settings(role.own(experiment), role, train.used))
+    different = settings.differences(folder, training_settings(role.own(experiment), role, train))
     if different:
         raise UserError(
             f"{folder} was trained with other settings ({'; '.join(different)}): "
@@ -70,7 +70,7 @@ def _train(
     experiment: Experiment,
     folders: Folders,
     storage: Storage,
-    train: CacheReader,
+    train: CacheReader | MixedReader,
     held_out: CacheReader,
     pending: list[Role],
     deadline: float | None,

@@ -12,6 +12,7 @@ import torch
 
 from distill import plugins
 from distill.cache.format.tokenizer_files import checked_tokenizer
+from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage
 from distill.errors import UserError
@@ -45,20 +46,21 @@ from distill.training.watch import ProbeAgain, TellOfLostSteps, WarnOfFirstLoss
 
 
 def kept_vocabulary(
-    experiment: Experiment, storage: Storage, train: CacheReader, held_out: CacheReader
+    experiment: Experiment, storage: Storage, train: CacheReader | MixedReader, held_out: CacheReader
 ) -> Vocabulary | None:
     if experiment.student.vocabulary == "full":
         return None
     tokenizer = load_folder_tokenizer(checked_tokenizer(storage.folder))
+    readers = train.readers if isinstance(train, MixedReader) else [train]
     total = (len(train) + len(held_out)) * train.manifest.sequence_length
     with Progress("count tokens", total, "tokens") as progress:
-        counts_V = count_tokens([train, held_out], train.manifest.vocab_size, progress.advance)
+        counts_V = count_tokens([*readers, held_out], train.manifest.vocab_size, progress.advance)
     vocabulary = needed_tokens(tokenizer, counts_V)
     say(f"vocabulary: {len(vocabulary):,} of the teacher's {vocabulary.full_size:,} tokens{_mass(train, vocabulary)}")
     return vocabulary
 
 
-def _mass(train: CacheReader, vocabulary: Vocabulary) -> str:
+def _mass(train: CacheReader | MixedReader, vocabulary: Vocabulary) -> str:
     """Return a text with the teacher's mass on the dropped tokens, on the first samples; empty unless it is known."""
     batch = train.collate([train[index] for index in range(min(len(train), 64))])
     _, dropped = trim_batch(batch, vocabulary)
@@ -73,13 +75,13 @@ class Training:
     data: CacheDataModule
     held_out: MeasureHeldOut
 
-    def __init__(self, experiment: Experiment, folders: Folders, train: CacheReader, role: Role) -> None:
+    def __init__(self, experiment: Experiment, folders: Folders, train: CacheReader | MixedReader, role: Role) -> None:
         self.experiment, self.folders, self.role = experiment, folders, role
         self.place = Place.of(experiment)
         self.train, self.manifest = train, train.manifest
         self.checkpoints = folders.checkpoints(role.name)
         self.best = self.checkpoints / BEST
-        self.settings = training_settings(experiment, role, train.used)
+        self.settings = training_settings(experiment, role, train)
 
     def fit(self, held_out: CacheReader, vocabulary: Vocabulary | None, deadline: float | None) -> None:
         """Train, and save the student. Raises Interrupted when asked to stop, or at the deadline."""

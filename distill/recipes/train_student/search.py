@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
 from distill.errors import UserError
 from distill.experiment import search
@@ -33,7 +34,7 @@ from distill.training.trainer import make_trainer
 
 
 def found_sizes(
-    experiment: Experiment, train: CacheReader, held_out: CacheReader, vocabulary: Vocabulary | None
+    experiment: Experiment, train: CacheReader | MixedReader, held_out: CacheReader, vocabulary: Vocabulary | None
 ) -> Experiment:
     """Return the experiment with a student of known sizes; search for them if it asks for that and nobody has.
 
@@ -84,7 +85,9 @@ def steps_of(experiment: Experiment, samples: int) -> int:
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
-def _begun(experiment: Experiment, wanted: Search, place: Place, tokens: int, train: CacheReader) -> Record:
+def _begun(
+    experiment: Experiment, wanted: Search, place: Place, tokens: int, train: CacheReader | MixedReader
+) -> Record:
     """Return the search as far as it is done, or a new one."""
     asked = search.identity(experiment, train.manifest.fingerprints)
     record, file = search.read(experiment), Folders.of(experiment).run / search.FILE
@@ -99,7 +102,7 @@ def _begun(experiment: Experiment, wanted: Search, place: Place, tokens: int, tr
 
 
 def _data(
-    experiment: Experiment, train: CacheReader, held_out: CacheReader, vocabulary: Vocabulary | None
+    experiment: Experiment, train: CacheReader | MixedReader, held_out: CacheReader, vocabulary: Vocabulary | None
 ) -> CacheDataModule:
     config = experiment.train
     return CacheDataModule(
