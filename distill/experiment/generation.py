@@ -54,6 +54,9 @@ def prompt_sources(experiment: Experiment) -> list[TextSource]:
     for path in (source.path for source in sources):
         if is_written(path) or Path(path).expanduser().resolve() == folder_of(experiment).resolve():
             raise UserError(f"generate.prompts: {path} is a folder of written texts: name the prompts to start from")
+    for source in sources:
+        if source.revision is not None:
+            raise UserError(f"generate.prompts: {source.path}: is read at its newest revision: leave the revision out")
     return [
         TextSource(source.path, source.name, source.split, Columns.of(source.columns, prompts=True), limit=source.limit)
         for source in sources
