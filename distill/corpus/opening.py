@@ -87,8 +87,11 @@ def open_corpus(
     train_rows, held_rows = sampling.rows(documents, chosen.kept, chosen.learnable, seed)
     check_sides(path, len(train_rows), len(held_rows), held_out)
     if weights is not None:
-        check_all_are_there(sources, owners[train_rows])
-        train_rows = mix(train_rows, owners, document_lengths(encoded), weights)
+        lengths = document_lengths(encoded)
+        is_left_out = (lengths[train_rows] > sequence_length) & (packing.long == "skip")
+        fitting, too_long = train_rows[~is_left_out], train_rows[is_left_out]  # what is not read has no weight
+        check_all_are_there(sources, owners[fitting])
+        train_rows = np.concatenate([mix(fitting, owners, lengths, weights), too_long])
     train, held = (sampling.samples(documents, encoded, rows, packing) for rows in (train_rows, held_rows))
     check_samples(path, (len(train_rows), len(held_rows)), (len(train), len(held)), sampling)
     return SampleSets(

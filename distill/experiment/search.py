@@ -120,9 +120,7 @@ def _checked(key: str, value: Any) -> Any:
     known = {field.name for field in fields(Search)}
     where = f"student.search.{key}"
     if key not in known:
-        raise UserError(
-            f"student.search: unknown key '{key}'{did_you_mean(key, known)} (known: {', '.join(sorted(known))})"
-        )
+        raise UserError(f"student.search: unknown key '{key}'{did_you_mean(key, known)}")
     if key == "parameters":
         return parse_parameters(value, where)
     number = _number(value)

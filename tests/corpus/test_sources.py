@@ -94,6 +94,19 @@ def test_weights_are_of_tokens_and_what_is_beyond_them_is_counted(tokenizer: Any
         open_corpus([weighed[0], both[1]], tokenizer, sequence_length=64)
 
 
+def test_documents_that_are_left_out_as_too_long_have_no_weight(
+    tokenizer: Any, write: Write, both: list[TextSource]
+) -> None:
+    rows = [{"text": "The lazy dog. " * (99 if number % 2 else 1) + str(number)} for number in range(60)]
+    weighed = [TextSource(write("long.jsonl", rows), weight=1), TextSource(both[1].path, weight=1)]
+    sets = open_corpus(weighed, tokenizer, sequence_length=64, held_out=0, long="skip")
+    long, chats = sets.counts
+    assert abs(long.tokens - chats.tokens) < 40 and long.left_out == {"longer than a sample": 30}
+    only_long = TextSource(write("only.jsonl", rows[1::2]), weight=1)
+    with pytest.raises(UserError, match=r"only\.jsonl has a weight, but no document to train on"):
+        open_corpus([only_long, weighed[1]], tokenizer, sequence_length=64, held_out=0, long="skip")
+
+
 def test_sources_of_one_name_are_told_apart(write: Write) -> None:
     write("x/set/train.txt", "a")
     folder = str(Path(write("x/set/test.txt", "b")).parent)
