@@ -48,6 +48,15 @@ FEW_SAMPLES = 64
 """Training samples below which a student is cut out by fewer of them than usual: their number is an estimate."""
 
 
+_STRONGEST = {
+    "train.batch_size": 1,
+    "train.activation_checkpointing": True,
+    "train.optimizer": "adamw_8bit",
+    "loss.chunk_size": 64,
+}
+_PURE_BFLOAT16 = {"train.precision": "bf16-true", "train.rounding": "stochastic"}
+
+
 @dataclass(frozen=True)
 class Proposal:
     """An experiment that fits, and its forecast."""
@@ -138,6 +147,10 @@ def _worked_out(frame: Frame, forecaster: Forecaster, experiment: Experiment, pa
     samples = _all_samples(frame, experiment)
     experiment = apply(experiment, {"corpus.held_out": held_out_share(frame.data, samples)})
     typed = experiment = _with_types(frame, experiment)
+    # One forecast with the strongest levers tells what many would find out one by one.
+    strongest = {**_STRONGEST, **({} if frame.card.is_cuda and not frame.card.has_bf16 else _PURE_BFLOAT16)}
+    if forecaster.needed_bytes(apply(experiment, strongest), "train-student") > forecaster.limit_bytes:
+        raise UserError(f"a student of {_size(experiment)} is too large")
     advice = advise(forecaster, experiment, PHASES)
     if not advice.fits:
         raise UserError(f"a student of {_size(experiment)} is too large")
