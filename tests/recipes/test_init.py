@@ -6,15 +6,17 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from distill.errors import UserError
+from distill.experiment.configuration import CacheConfig, CorpusConfig, Experiment, TeacherConfig, TrainConfig
 from distill.experiment.file import load_experiment
 from distill.forecast.machine.cards import find_card
 from distill.recipes import plan
-from distill.recipes.init import choices, command, data, writing
+from distill.recipes.init import choices, command, data, proposal, writing
 from distill.recipes.init.data import Data, held_out_share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,6 +64,23 @@ def test_from_data_to_a_file_for_llama_cpp_in_three_commands(init: Any, distill:
     pytest.importorskip("gguf")
     distill("export", "runs/my", "--to", "gguf", "--format", "gguf", "--type", "f16").done()
     assert list((tmp_path / "gguf").glob("*.gguf"))
+
+
+def test_the_hours_are_used_whatever_the_passes_of_a_step() -> None:
+    """A step of 8 samples takes 4 s and a batch of 2 of the teacher 1 s: a sample takes 0.5 s + 1.5 · 0.5 s."""
+    experiment = Experiment(
+        CorpusConfig("owner/name"),
+        TeacherConfig("teacher"),
+        cache=CacheConfig(batch_size=2),
+        train=TrainConfig(batch_size=1, accumulate_grad_batches=8),
+    )
+    seconds = {"cache-teacher": SimpleNamespace(seconds_each=1.0), "train-student": SimpleNamespace(seconds_each=4.0)}
+    forecaster = SimpleNamespace(forecast=lambda changed: SimpleNamespace(phases=seconds))
+    frame = proposal.Frame(
+        Data("owner/name", None, None, "", False), find_card("8GiB"), False, "text", 10.0, None, None, "runs/a"
+    )
+    samples, epochs = proposal._within_hours(frame, forecaster, experiment, 100_000)  # type: ignore[arg-type]
+    assert (samples, epochs) == (int(36_000 / 1.25), 1)
 
 
 def test_hours_that_do_not_suffice_are_said_before_a_file_is_there(init: Any) -> None:

@@ -22,6 +22,7 @@ from distill.forecast.forecast import MARGIN_BYTES, Forecast, Forecaster
 from distill.forecast.machine.cards import Card
 from distill.forecast.models import Models
 from distill.forecast.phases.simulator import PHASES, Simulator
+from distill.forecast.steps import step_samples
 from distill.models.checkpoints import load_config
 from distill.models.generation import context_of
 from distill.models.huggingface import parameters_of
@@ -199,7 +200,7 @@ def _within_hours(frame: Frame, forecaster: Forecaster, experiment: Experiment, 
     found = forecaster.forecast(apply(experiment, {"cache.max_samples": samples}))
     teacher, train = (found.phases[phase].seconds_each for phase in ("cache-teacher", "train-student"))
     teacher /= experiment.cache.batch_size
-    train *= 1.5 / experiment.train.batch_size  # the search takes about half as long as the training
+    train *= 1.5 / step_samples(experiment)  # the search takes about half as long as the training
     while epochs > 1 and samples * (teacher + epochs * train) > frame.hours * 3600:
         epochs -= 1
     most = int(frame.hours * 3600 / (teacher + epochs * train))
