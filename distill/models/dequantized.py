@@ -34,6 +34,8 @@ Make = Callable[[], Tensor]
 Settings = dict[str, Any]
 INPUT_SCALES = ("input_scale", "activation_scale", "input_zero_point", "input_global_scale", "k_scale", "v_scale")
 """Endings of tensors that quantise activations, which are not needed where weights are dequantised."""
+_CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+"""Types of weights that mean nothing without their scale."""
 _OTHERS = {
     "aqlm": "aqlm",
     "hqq": "hqq",
@@ -74,7 +76,7 @@ class DequantizedTensors:
         self._makes: dict[str, Make] = {}
         used = _MAKERS[method](self._makes, stored, source.read, dict(settings), name)
         plain = stored - used
-        self._makes.update({each: partial(source.read, each) for each in plain if not each.endswith(INPUT_SCALES)})
+        self._makes.update({each: partial(self._plain, each) for each in plain if not each.endswith(INPUT_SCALES)})
 
     def names(self) -> list[str]:
         return sorted(self._makes)
@@ -83,6 +85,16 @@ class DequantizedTensors:
     def read(self, name: str) -> Tensor:
         """Return one tensor: float32 where it was quantised, else as it is stored."""
         return self._makes[name]()
+
+    def _plain(self, name: str) -> Tensor:
+        """Return a tensor as it is stored. Raises UserError for a matrix of codes, which are no weights."""
+        tensor = self._source.read(name)
+        if tensor.dim() > 1 and tensor.dtype in _CODES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self._name}: {name} is in {kind}, without a scale that is known here: name the unquantised one"
+            )
+        return tensor
 
 
 Maker = Callable[[dict[str, Make], "set[str]", Parts, Settings, str], "set[str]"]

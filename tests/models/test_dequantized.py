@@ -244,3 +244,14 @@ def test_what_cannot_be_read_is_refused(settings: dict[str, Any], words: str, pl
         for quantization in ("none", "nf4"):
             with pytest.raises(UserError, match=words):
                 load(str(tmp_path / "model"), quantization, "float32")  # type: ignore[operator]
+
+
+def test_codes_without_a_scale_are_no_weights(plain: Path, tmp_path: Path) -> None:
+    def write(weight_OI: Tensor) -> Written:
+        parts, full = fp8(weight_OI, "tensor")
+        return {"weight": parts["weight"], "weight_factor": parts["weight_scale"]}, full
+
+    quantise(plain, tmp_path / "model", write, {"quant_method": "fp8"})
+    for load, quantization in ((load_teacher, "none"), (load_teacher, "nf4"), (load_streamed_teacher, "none")):
+        with pytest.raises(UserError, match=r"weight is in float8_e4m3fn, without a scale that is known here"):
+            answer(load(str(tmp_path / "model"), quantization, "float32"))  # type: ignore[operator]
