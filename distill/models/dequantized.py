@@ -165,6 +165,10 @@ def _packed_linear(
     for codes in [each for each in stored if each.endswith(f".{parts[0]}")]:
         layer = codes.removesuffix(f".{parts[0]}")
         there = {part: f"{layer}.{part}" for part in parts if f"{layer}.{part}" in stored}
+        if missing := {"qzeros", "scales"} - there.keys():
+            raise UserError(
+                f"{layer} has {parts[0]} without {' and '.join(sorted(missing))}: fetch the checkpoint again"
+            )
         makes[f"{layer}.weight"] = partial(_of_named, make, read, there)
         used |= set(there.values())
     return used

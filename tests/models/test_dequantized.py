@@ -255,3 +255,6 @@ def test_codes_without_a_scale_are_no_weights(plain: Path, tmp_path: Path) -> No
     for load, quantization in ((load_teacher, "none"), (load_teacher, "nf4"), (load_streamed_teacher, "none")):
         with pytest.raises(UserError, match=r"weight is in float8_e4m3fn, without a scale that is known here"):
             answer(load(str(tmp_path / "model"), quantization, "float32"))  # type: ignore[operator]
+    quantise(plain, tmp_path / "gptq", lambda w: ({"qweight": w.int()}, w.numpy()), {"quant_method": "gptq"})
+    with pytest.raises(UserError, match="has qweight without qzeros and scales: fetch the checkpoint again"):
+        load_teacher(str(tmp_path / "gptq"), "none", "float32")
