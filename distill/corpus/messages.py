@@ -133,7 +133,8 @@ def _message(message: Any, place: str) -> dict[str, Any]:
         if not found["tool_calls"]:
             del found["tool_calls"]
     if not isinstance(found.get("content"), str) and not ("content" not in found and found.get("tool_calls")):
-        raise UserError(f"{place}: content is {type(found.get('content')).__name__}, not text")
+        kind = "null" if found.get("content") is None else type(found["content"]).__name__
+        raise UserError(f"{place}: content is {kind}, not text")
     _check_loss(found, place)
     return found
 

@@ -42,6 +42,8 @@ _OPTIONAL = ("system", "input")
 _PROMPTS = tuple(dict.fromkeys(prompt for prompt, _ in _PAIRS))
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
+_OTHER = "other "
+"""Beginning of the meaning of a second column with the same meaning."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Shape:
 
     def document(self, row: Mapping[str, Any], where: str) -> tuple[Any, int]:
         """Return the row's text, or its conversation as JSON values, and the shape's number. Raises UserError."""
-        columns = self.columns
+        columns, row = self.columns, _one_of_twins(self.columns, row, where)
         if self.kind == WRITTEN:
             text = Text.of(row[COLUMN], where)
             return {"input_ids": text.input_ids, "prompt_tokens": text.prompt_tokens}, WRITTEN
@@ -149,6 +151,7 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
     extras: dict[str, str] = {meaning: meaning for meaning in ("tools", "chat_template_kwargs") if meaning in names}
     extras |= _first("system", _SYSTEMS, names)
     if own:
+        extras = {meaning: column for meaning, column in extras.items() if meaning.removeprefix(_OTHER) not in own}
         columns = extras | own
         if any(column not in names for meaning, column in own.items() if meaning not in _OPTIONAL):
             return None
@@ -174,7 +177,32 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
 
 
 def _first(meaning: str, candidates: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    return next(({meaning: name} for name in candidates if name in names), {})
+    """Return the first candidate that is a column, and for meanings with two usual names also the other one."""
+    found = [name for name in candidates if name in names]
+    if len(found) > 1 and candidates in (_SYSTEMS, _INPUTS):
+        return {meaning: found[0], f"{_OTHER}{meaning}": found[1]}
+    return {meaning: found[0]} if found else {}
+
+
+def _one_of_twins(columns: Mapping[str, str], row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the row with the text of each meaning in its first column, where a set has two columns for it.
+
+    Raises UserError if both say something, and not the same.
+    """
+    for meaning, other in columns.items():
+        if meaning.startswith(_OTHER) and _says(row.get(other)):
+            first = columns[meaning.removeprefix(_OTHER)]
+            if _says(row.get(first)) and row[first] != row[other]:
+                raise UserError(
+                    f"{where}: columns '{first}' and '{other}' say different things: name one of them with "
+                    f"corpus.columns, such as {{{meaning.removeprefix(_OTHER)}: {first}}}"
+                )
+            row = {**row, first: row[other]}
+    return row
+
+
+def _says(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
 
 
 _KINDS = {"text": TEXT, "messages": MESSAGES, "chosen": CHOSEN, "completion": PAIR, "prompt": PROMPT}

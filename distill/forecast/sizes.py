@@ -31,7 +31,7 @@ BYTES_A_TOKEN_OF_TEXT = 4.0
 TABLE_BYTES_A_TOKEN = 9.1
 """Bytes a token of the tables of a corpus on disk: its text, its token ids and masks (42 MB for 4.6 M tokens)."""
 TOKENS_A_SECOND = 250_000
-"""Tokens of text that one core reads and tokenises in a second (`python tests/benchmarks/read_corpus.py`)."""
+"""Tokens of text that one core reads and tokenises in a second: 4.6 M tokens of English in 18 s."""
 _COMPRESSION = 3.0
 
 

@@ -120,7 +120,7 @@ BAD_ROWS: list[tuple[list[Any], str]] = [
         r"row 1: message 1: unknown role 'asistant'; did you mean 'assistant'",
     ),
     ([{"messages": [USER]}, {"messages": [{"role": "user", "content": 3}]}], r"row 2: message 1: content is int"),
-    ([{"messages": [{"role": "user"}]}], r"row 1: message 1: content is NoneType, not text"),
+    ([{"messages": [{"role": "user"}]}], r"row 1: message 1: content is null, not text"),
 ]
 
 

@@ -118,6 +118,20 @@ def test_tools_and_variables_of_a_row(write: Write) -> None:
     assert [conversation.messages for conversation in found] == [PLAIN] * 4
 
 
+def test_two_columns_of_one_meaning(write: Write) -> None:
+    """The one that says something is taken; two that differ are refused."""
+    asked = {"instruction": "Add", "output": "3"}
+    rows = [
+        {**asked, "input": "", "context": "1 and 2", "system": None, "system_prompt": "Be brief."},
+        {**asked, "input": "1 and 2", "context": " ", "system": "Be brief.", "system_prompt": "Be brief."},
+    ]
+    found, _ = read(write("a.jsonl", rows))
+    wanted = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add\n\n1 and 2"}]
+    assert [conversation.messages[:2] for conversation in found] == [wanted] * 2
+    with pytest.raises(UserError, match="row 1: columns 'input' and 'context' say different things"):
+        read(write("b.jsonl", [{**asked, "input": "1", "context": "2"}]))
+
+
 def test_calls_in_every_form_are_one(write: Write) -> None:
     arguments = {"city": "Graz", "days": None}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}

@@ -241,6 +241,15 @@ def _impossible(manifest: Manifest) -> str | None:
     return None
 
 
+_SETTINGS = {
+    "fingerprints.samples": " (corpus.pack, corpus.long)",
+    "fingerprints.mixture": " (weights in corpus.sources)",
+    "fingerprints.conversations": " (corpus.learn, corpus.thoughts)",
+    "fingerprints.date": " (corpus.date)",
+}
+"""Settings behind a difference whose name does not tell them."""
+
+
 def differences(expected: Manifest, found: Manifest) -> list[str]:
     """Return the reasons why two caches are not the same one, as `field: expected x, found y`.
 
@@ -251,7 +260,7 @@ def differences(expected: Manifest, found: Manifest) -> list[str]:
     if expected.version != found.version:  # each version counts the tokens' order over other samples
         keys -= {"version", "fingerprints.token_order"}
     return [
-        f"{key}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
+        f"{key}{_SETTINGS.get(key, '')}: expected {_short(ours.get(key))}, found {_short(theirs.get(key))}"
         for key in sorted(keys)
         if ours.get(key) != theirs.get(key)
     ]

@@ -28,6 +28,7 @@ from distill.system import interrupt
 from distill.system.blame import blamed
 from distill.system.progress import Progress, say
 from distill.system.rank import is_first_process
+from distill.system.units import three_or_four_digits
 from distill.training.callbacks import ShowProgress
 from distill.training.data import CacheDataModule
 from distill.training.trainer import make_trainer
@@ -168,4 +169,4 @@ class _MeasureAtEnd(pl.Callback):
 def _text(candidate: dict[str, Any]) -> str:
     """Return a candidate's sizes in words."""
     options = ", ".join(f"{name} {value}" for name, value in candidate["options"].items())
-    return f"{options} ({candidate['parameters'] / 1e6:,.1f} M)"
+    return f"{options} ({three_or_four_digits(candidate['parameters'] / 1e6)} M)"
