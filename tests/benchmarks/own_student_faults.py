@@ -181,7 +181,6 @@ BODIES: dict[str, str] = {
     "mean over rows": "return x + x.mean(0, keepdim=True)",
     "row above": "return x + x.roll(1, 0)",
     "batch norm": "return self.norm(x.flatten(0, 1)).view_as(x)",
-    "runs over documents": "return x.cumsum(1)",
     "ids in place": "input_ids.clamp_(max=3); return x",
     "positions in place": "position_ids.zero_(); return x",
     "random": "return x + torch.rand(())",
