@@ -41,5 +41,7 @@ def test_a_file_for_a_card_fits_it(file: Path, forecaster: Forecaster, one_threa
         print(f"{phase}: {needed / 1e9:.2f} GB, {(card.memory_bytes - needed) / 1e9:.2f} GB to spare")
         assert card.memory_bytes - needed >= SPARE, phase
     work = corpus_work(experiment, amount_of(experiment, []))
-    assert work is not None and work.is_fetched and 0.9e8 < work.tokens < 2.5e8, "a part of the data set is read"
+    assert work is not None and work.is_fetched and experiment.cache.max_samples is not None
+    wanted = experiment.cache.max_samples * experiment.corpus.sequence_length
+    assert wanted <= work.tokens < 1.5 * wanted, "no more of the data set is read than is needed"
     print(f"{time.monotonic() - began:.0f} s; corpus: {work.described()}")

@@ -228,9 +228,6 @@ def open_training(experiment: Experiment) -> tuple[CacheReader | MixedReader, Ca
     at_most = {"train": experiment.cache.max_samples, "held_out": experiment.cache.held_out_samples}
     named = experiment.train.caches
     storages = [_open(experiment, name) for name in named] or [open_cache(experiment)]
-    for name, weight in named.items():
-        if not 0 < weight < float("inf"):
-            raise UserError(f"train.caches: {name}: {weight} is no weight: give a number above 0, or leave it out")
     readers = [CacheReader(storage, "train", at_most) for storage in storages]
     train = MixedReader(readers, list(named.values())) if len(readers) > 1 else readers[0]
     return train, CacheReader(storages[0], "held_out", at_most)

@@ -265,7 +265,7 @@ class LossConfig:
 class TrainConfig:
     """The training of the student."""
 
-    caches: dict[str, float] = field(default_factory=dict)
+    caches: dict[str, Annotated[float, Between(1e-6, 10**6)]] = field(default_factory=dict)
     """Caches of one teacher to train on together, by folder, each with its weight: its share of an epoch's samples.
     Held-out samples are the first one's. Default: the experiment's own cache."""
     epochs: Annotated[int, Between(1, 10**6)] = 1

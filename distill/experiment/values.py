@@ -48,7 +48,8 @@ def _wrong(key: str, value: Any, hint: Any) -> list[str]:
     limits, faults = limits_of(hint), []
     if isinstance(value, dict):
         faults += [f"{key}: {name!r} is no text, as a name is" for name in value if not isinstance(name, str)]
-    for each in value if isinstance(value, list) else [value]:
+    numbers = value.values() if isinstance(value, dict) and limits is not None else [value]
+    for each in value if isinstance(value, list) else numbers:
         if isinstance(each, str) and not each.strip():
             faults.append(f"{key}: is empty: give it a value, or leave the key out")
         elif isinstance(each, str) and any(unicodedata.category(letter) in ("Cc", "Cs") for letter in each):

@@ -39,6 +39,8 @@ TIE = 2.0**-9
 is 2⁻¹¹, and errors are some units.
 """
 NEW_TOKENS = 32
+UNREACHABLE = 3
+"""Exit status of `PROGRAM` on a machine without a loopback, such as some containers."""
 PROGRAM = ("-m", "distill.export.gguf_llama_cpp")
 WINDOW = 512
 PLACES = 64
@@ -113,7 +115,7 @@ def check(checkpoint: Checkpoint, file: Path, type: str, text: str | None = None
         try:
             return _verdict(compare(checkpoint, file, ids), file, type)
         except ProcessDied as death:
-            why = f"it crashed here ({death})"
+            why = str(death)
     found = compare_by_transformers(checkpoint, file, ids)
     _hold(found, file, type)
     return (
@@ -265,7 +267,7 @@ def _logits(model: Any, ids: list[int], vocabulary: int) -> Tensor:
 
 
 class ProcessDied(Exception):
-    """Raised when a signal ended llama.cpp's process. The message names the signal."""
+    """Raised when llama.cpp gave no answer, whatever the file. The message says why."""
 
 
 def _ask(request: dict[str, Any], program: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -279,7 +281,9 @@ def _ask(request: dict[str, Any], program: tuple[str, ...] | None = None) -> dic
         # `-m` looks for modules in the current folder first, and that may be a stranger's.
         done = subprocess.run(command, cwd=name, env=environment, capture_output=True, text=True, errors="replace")
         if done.returncode < 0:
-            raise ProcessDied(signal.Signals(-done.returncode).name)
+            raise ProcessDied(f"it crashed here ({signal.Signals(-done.returncode).name})")
+        if done.returncode == UNREACHABLE:
+            raise ProcessDied("its server cannot be reached on this machine's loopback")
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["it gives no reason"]
             raise UserError(f"{request['file']}: llama.cpp does not run it: {said[-1]}")

@@ -38,7 +38,11 @@ def calls(path: Path) -> Iterator[str]:
     [
         ("plugins.build", {"experiment/student.py", "experiment/teacher.py"}),
         ("DistillationModule", {"experiment/training.py"}),
-        ("Manifest", {"experiment/cache.py", "cache/format/manifest.py"}),  # the second reads one
+        # Of a cache and of written texts; the second and the last read one.
+        (
+            "Manifest",
+            {"experiment/cache.py", "cache/format/manifest.py", "experiment/generation.py", "corpus/written.py"},
+        ),
         ("open_corpus", {"experiment/teacher.py"}),
         ("dtype_of_card", {"experiment/place.py", "experiment/precision.py", "models/devices.py"}),
     ],

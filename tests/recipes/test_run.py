@@ -12,7 +12,7 @@ import torch
 
 ALONE = {"nll", "perplexity", "bits_per_byte", "ece", "confidence_gap", "intervals", "by_entropy", "by_position"}
 BESIDE = ALONE | {"kl", "reverse_kl", "jsd", "top1_agreement", "top5_agreement", "acceptance"}
-ABOUT = {"experiment", "versions", "machine", "fingerprints"}
+ABOUT = {"corpus", "experiment", "versions", "machine", "fingerprints"}
 
 
 def read(run: Path) -> dict[str, Any]:
