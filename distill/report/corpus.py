@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from distill.report.contents import Cell, Content, Section, Table
@@ -25,9 +26,11 @@ def source_tables(sources: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     head = [*map(Cell, ("source", "rows", "documents", "held out", "tokens", "learned", "longer than a sample"))]
     rows = []
     for name, found in sources.items():
-        learned = found.get("learned", 0) / max(found.get("tokens", 0), 1)
+        learned = _count(found.get("learned"))
+        if found.get("tokens"):
+            learned = replace(learned, small=share(found.get("learned", 0) / found["tokens"]))
         cells = [_count(found.get(key)) for key in _NUMBERS]
-        rows.append([Cell(name), *cells, Cell(share(learned), learned), _count(found.get("longer"))])
+        rows.append([Cell(name), *cells, learned, _count(found.get("longer"))])
     tables = [Table(head, rows)]
     reasons = [
         [Cell(reason, small=name if len(sources) > 1 else ""), _count(count)]

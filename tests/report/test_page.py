@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from distill.errors import UserError
+from distill.report.corpus import source_tables
 from distill.report.facts import RunFacts
 from distill.report.markdown import text
 from distill.report.page import run_page, write_report
@@ -62,6 +63,13 @@ def test_every_figure_stands_there_exactly(fake_run: Callable[..., Path]) -> Non
     assert {repr(value) for value in figures(content)} - shown == set()
     assert f"{content['fidelity']['student']['kl']:.3f}" in page.read_text(encoding="utf-8")
     assert f"{content['fidelity']['student']['kl']:.3f}" in card.read_text(encoding="utf-8")
+
+
+def test_every_count_of_a_source_stands_there_exactly() -> None:
+    counts = {"rows": 31, "documents": 29, "held_out": 3, "tokens": 221834, "learned": 221805, "longer": 28}
+    tables = source_tables({"speeches": {**counts, "left_out": {"empty": 2}}})
+    shown = {cell.value for table in tables for row in table.rows for cell in row}
+    assert set(figures(counts)) | {2} <= shown
 
 
 def test_tables_of_card_and_page_are_the_same(fake_run: Callable[..., Path]) -> None:
