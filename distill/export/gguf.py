@@ -83,8 +83,8 @@ def check(source: Path, folder: Path, type: str, text: str | None = None) -> str
 
     With llama.cpp (the package xllamacpp), this compares tokens of difficult texts, greedy continuations of five
     prompts, and whole distributions on `text` (default: a passage kept here). Without it, transformers' reader of GGUF
-    files is used. Raises UserError if the mean KL is above `gguf_check.FARTHEST` (without llama.cpp: if the perplexity
-    is off by more than `gguf_check.TOLERANCES`), if a token of a text differs, and at f16 if a continuation differs
+    files is used. Raises UserError if the mean KL is above `gguf_check.FARTHEST`, if the perplexity
+    is off by more than `gguf_check.TOLERANCES`, if a token of a text differs, and at f16 if a continuation differs
     (`gguf_check.Comparison` explains ties).
     """
     _require_gguf()

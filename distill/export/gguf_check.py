@@ -151,13 +151,11 @@ def _perplexities(found: Comparison) -> str:
 
 def _hold(found: Comparison, file: Path, type: str) -> None:
     advice = {"q8_0": ": use --type f16", "q4_0": ": use --type q8_0"}.get(type, "")
-    if found.kl is not None:  # of 64 positions the perplexity alone would say little
-        if not found.kl <= FARTHEST[type]:
-            raise UserError(
-                f"{file.name}: llama.cpp answers otherwise than the student: KL {found.kl:.3f} nats a token, more than "
-                f"{FARTHEST[type]}{advice}"
-            )
-        return
+    if found.kl is not None and not found.kl <= FARTHEST[type]:
+        raise UserError(
+            f"{file.name}: llama.cpp answers otherwise than the student: KL {found.kl:.3f} nats a token, more than "
+            f"{FARTHEST[type]}{advice}"
+        )
     if not abs(found.drift) <= TOLERANCES[type]:
         raise UserError(
             f"{file.name}: perplexity {_perplexities(found)}, off by more than {TOLERANCES[type]:.0%}{advice}"

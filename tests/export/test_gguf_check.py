@@ -137,6 +137,7 @@ def test_a_crash_of_llama_cpp_is_survived(student: Path, tmp_path: Path, monkeyp
         ("q8_0", {"theirs": 3.0 + math.log(1.021)}, "off by more than 2%.*--type f16"),
         ("q4_0", {"theirs": 3.0 + math.log(1.101)}, "off by more than 10%.*--type q8_0"),
         ("f16", {"theirs": float("nan")}, "off by more than"),
+        ("q4_0", {"theirs": 3.0 + math.log(1.157), "kl": 0.1}, "off by more than 10%"),
         ("f16", {"kl": 0.011}, "KL 0.011 nats a token, more than 0.01"),
         ("q8_0", {"kl": float("nan")}, "KL nan.*--type f16"),
         ("q4_0", {"other_texts": ["a b"]}, "1 of 8 texts into other tokens.*'a b'"),
