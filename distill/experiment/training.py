@@ -17,6 +17,7 @@ from distill.losses.features import check_features
 from distill.losses.objective import Mixture, check_divergence, make_divergence
 from distill.models.language_model import Head
 from distill.models.vocabulary import Vocabulary, trim_head
+from distill.training.data import CacheDataModule
 from distill.training.guards import NonFinite
 from distill.training.module import DistillationModule
 from distill.training.offload import check_offload, offload_activations
@@ -92,6 +93,26 @@ def make_module(
         feature=loss.feature,
         feature_weight=0.0 if role.alpha == 1 else loss.feature_weight,
         **({"saved_activations": offload_activations} if train.offload_activations else {}),
+    )
+
+
+def make_data(
+    experiment: Experiment,
+    train: CacheReader | MixedReader,
+    held_out: CacheReader,
+    seed: int,
+    vocabulary: Vocabulary | None = None,
+) -> CacheDataModule:
+    """Make the batches of a training, in the order of its `seed`."""
+    config = experiment.train
+    return CacheDataModule(
+        train,
+        held_out if len(held_out) else None,
+        step_samples=config.batch_size * config.accumulate_grad_batches,
+        batch_size=config.batch_size,
+        seed=seed,
+        num_workers=config.num_workers,
+        vocabulary=vocabulary,
     )
 
 

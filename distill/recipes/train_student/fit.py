@@ -22,7 +22,7 @@ from distill.experiment.folders import Folders
 from distill.experiment.place import Place
 from distill.experiment.roles import Role, rounding_of, training_settings
 from distill.experiment.student import first_samples, make_student_to_train
-from distill.experiment.training import make_module, teacher_head
+from distill.experiment.training import make_data, make_module, teacher_head
 from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer
@@ -85,16 +85,8 @@ class Training:
 
     def fit(self, held_out: CacheReader, vocabulary: Vocabulary | None, deadline: float | None) -> None:
         """Train, and save the student. Raises Interrupted when asked to stop, or at the deadline."""
-        config, name = self.experiment.train, self.role.name
-        self.data = CacheDataModule(
-            self.train,
-            held_out if len(held_out) else None,
-            step_samples=config.batch_size * config.accumulate_grad_batches,
-            batch_size=config.batch_size,
-            seed=self.role.seed,
-            num_workers=config.num_workers,
-            vocabulary=vocabulary,
-        )
+        name = self.role.name
+        self.data = make_data(self.experiment, self.train, held_out, self.role.seed, vocabulary)
         resume_from = self._checkpoint_to_resume()
         student, options = self._student()
         if is_first_process():

@@ -21,7 +21,9 @@ from distill.experiment.place import Place
 from distill.experiment.roles import Role
 from distill.experiment.search import Options, Record, Search
 from distill.experiment.student import candidates, first_samples, make_student_to_train
-from distill.experiment.training import make_module, teacher_head
+from distill.experiment.training import make_data, make_module, teacher_head
+from distill.forecast.sizes import Amount
+from distill.forecast.steps import steps as steps_of
 from distill.models.micro_batches import free_memory
 from distill.models.vocabulary import Vocabulary
 from distill.system import interrupt
@@ -60,15 +62,16 @@ def found_sizes(
     place, tokens = Place.of(experiment), train.manifest.vocab_size if vocabulary is None else len(vocabulary)
     record = _begun(experiment, wanted, place, tokens, train)
     folder = Folders.of(experiment).run
-    rounds = wanted.rounds(len(record.candidates), steps_of(experiment, len(train)))
+    total = steps_of(experiment, Amount(len(train), len(held_out), None))
+    assert total is not None
+    rounds = wanted.rounds(len(record.candidates), total)
     still = list(range(len(record.candidates)))
     for steps, keep in rounds:
         for number in still:
             one = record.candidates[number]
             if str(steps) not in one["kl"]:
-                one["parameters"], one["kl"][str(steps)] = _tried(
-                    experiment, one["options"], steps, _data(experiment, train, held_out, vocabulary), place
-                )
+                data = make_data(experiment, train, held_out, experiment.train.seed, vocabulary)
+                one["parameters"], one["kl"][str(steps)] = _tried(experiment, one["options"], steps, data, place)
                 record.write(folder)
                 free_memory()
             say(f"search: {_text(one)} after {steps} steps: held-out KL {one['kl'][str(steps)]:.4f}")
@@ -77,13 +80,6 @@ def found_sizes(
     record.write(folder)
     say(f"search: the best is {_text(record.candidates[still[0]])} (all of them: {folder / search.FILE})")
     return search.with_found_sizes(experiment)
-
-
-def steps_of(experiment: Experiment, samples: int) -> int:
-    """Return the optimiser steps of the experiment's training on one device."""
-    train = experiment.train
-    steps = max(1, samples * train.epochs // (train.batch_size * train.accumulate_grad_batches))
-    return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
 def _begun(
@@ -100,21 +96,6 @@ def _begun(
             f"{file}: is of a search with other settings: choose another --run_dir, or remove it to search again"
         )
     return record
-
-
-def _data(
-    experiment: Experiment, train: CacheReader | MixedReader, held_out: CacheReader, vocabulary: Vocabulary | None
-) -> CacheDataModule:
-    config = experiment.train
-    return CacheDataModule(
-        train,
-        held_out,
-        step_samples=config.batch_size * config.accumulate_grad_batches,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        vocabulary=vocabulary,
-    )
 
 
 def _tried(
