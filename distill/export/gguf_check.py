@@ -43,7 +43,7 @@ UNREACHABLE = 3
 """Exit status of `PROGRAM` on a machine without a loopback, such as some containers."""
 PROGRAM = ("-m", "distill.export.gguf_llama_cpp")
 WINDOW = 512
-PLACES = 64
+PLACES = 256
 """Positions at which whole distributions are compared."""
 FARTHEST = {"f16": 0.01, "q8_0": 0.03, "q4_0": 0.5}
 """Allowed mean KL(student ‖ file) there, in nats a token."""
