@@ -7,6 +7,7 @@ from __future__ import annotations
 try:
     import os
     import signal
+    import sys
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 
@@ -14,6 +15,11 @@ except KeyboardInterrupt:
 def main() -> None:
     """Run the command line, and exit with its status."""
     _take_signals()
+    if sys.platform == "win32":  # there is no fork, no lock of folders, no SIGHUP
+        print(
+            "distill: Windows itself cannot run it: install WSL2 (`wsl --install`) and distill inside", file=sys.stderr
+        )
+        raise SystemExit(2)
     from distill import cli
 
     try:

@@ -66,3 +66,9 @@ def test_a_signal_behind_the_work_prints_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distill", "--version"]
     done = run(command, environment, tmp_path)
     assert (done.returncode, done.stderr) == (130, "\nstopped\n")
+
+
+def test_windows_itself_is_refused_with_what_to_do() -> None:
+    code = "import sys; sys.platform = 'win32'; from distill.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "WSL2" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, else a log line now and then."""
+"""Progress of long work: a bar in a terminal, a line that changes in a notebook, else a log line now and then."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import re
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from distill.system.units import duration
 
 LINE_SECONDS = 15.0
 """Seconds between two log lines if there is no terminal."""
+CELL_SECONDS = 1.0
+"""Seconds between two changes of the line in a notebook's cell."""
 
 
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -47,6 +50,8 @@ class Progress:
         self._values = ""
         self._started = self._last_line = time.monotonic()
         self._bar = self._make_bar() if sys.stdout.isatty() and not _is_quiet else None
+        self._in_cell = not self._bar and not _is_quiet and _is_a_notebook()
+        self._cell: Any = None  # the cell's output, once there is one
 
     def _make_bar(self):  # type: ignore[no-untyped-def]  # rich is imported only where there is a terminal
         from rich import progress
@@ -91,7 +96,7 @@ class Progress:
         self._values = "  ".join(f"{name} {value}" for name, value in values.items())
         if self._bar:
             self._bar.update(self._task, completed=self.done, values=self._values, rate=_shown(self.rate()))
-        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+        elif time.monotonic() - self._last_line >= (CELL_SECONDS if self._in_cell else LINE_SECONDS):
             self._line()
 
     def rate(self) -> float:
@@ -103,10 +108,29 @@ class Progress:
         rate = self.rate()
         left = duration((self.total - self.done) / rate) if rate else "?"
         share = 100 * self.done // max(self.total, 1)
-        say(
+        line = (
             f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share} %), "
             f"{_shown(rate)} {self.unit}/s, {left} left  {self._values}".rstrip()
         )
+        if not self._in_cell:
+            say(line)
+        elif self._cell is None:
+            self._cell = _shown_in_cell(line)
+        else:
+            self._cell.update({"text/plain": visible(line)}, raw=True)
+
+
+def _is_a_notebook() -> bool:
+    """Tell whether this program is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+def _shown_in_cell(line: str) -> Any:
+    """Show a line as an output of its own in the cell, and return its handle, which changes it in place."""
+    from IPython.display import display
+
+    return display({"text/plain": visible(line)}, raw=True, display_id=True)
 
 
 def _shown(rate: float) -> str:

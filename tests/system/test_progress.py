@@ -124,3 +124,30 @@ def test_what_is_shown_steers_no_terminal_and_loses_nothing(text: str) -> None:
 def test_a_message_with_a_strangers_name_steers_no_terminal(distill: Any, tmp_path: Path) -> None:
     outcome = distill("chat", f"{tmp_path}/\x1b[2J\x07")
     assert outcome.status == 2 and "\\x1b[2J\\x07: holds no" in outcome.err and "\x1b" not in outcome.err
+
+
+def test_in_a_notebook_one_line_changes_in_its_place(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    import IPython.display
+
+    shown: list[list[str]] = []  # the lines that each output of the cell has had
+
+    class Handle:
+        def __init__(self) -> None:
+            self.lines = shown[-1]
+
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            self.lines.append(data["text/plain"])
+
+    def display(data: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        shown.append([data["text/plain"]])
+        return Handle()
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: type("Shell", (), {"kernel": object()})())
+    with Progress("train", total=100, unit="steps") as bar:
+        for _ in range(100):
+            clock.now += 0.1
+            bar.advance(1)
+    (lines,) = shown
+    assert 9 <= len(lines) <= 11, "about one a second"
+    assert lines[-1].startswith("train: 100 of 100 steps (100 %)")
