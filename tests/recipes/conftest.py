@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0
 """Seconds that a process of its own may take to get going on a busy machine."""
 
@@ -112,20 +113,69 @@ class Stopped:
     err: str
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A process that runs a command, and the files that have its output."""
+
+    process: Any
+    out: Path
+    err: Path
+
+    def ended(self) -> Stopped:
+        """Wait for its end; one that hangs is killed."""
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        said = [path.read_text() if path.exists() else "" for path in (self.out, self.err)]
+        return Stopped(self.process.exitcode, *said)
+
+
+def _become(arguments: list[str], out: Path | int, err: Path | int) -> None:
+    """Run a command as a program of its own does, in this fork of the tests' process."""
+    import torch
+    from tqdm import tqdm
+
+    from distill.cli import main
+
+    for to, number in ((out, 1), (err, 2)):
+        os.dup2(to if isinstance(to, int) else os.open(to, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    tqdm.set_lock(threading.RLock())  # the one of before is shared with the tests
+    sys.argv = ["distill", *arguments]
+    main()
+
+
 @pytest.fixture
-def stop(tmp_path: Path) -> Callable[..., Stopped]:
-    """`stop(signal, when, *arguments)`: run a command in a process of its own; signal it once `when(stdout)` holds."""
+def begin(tmp_path: Path) -> Callable[..., Begun]:
+    """`begin("run", file)`: start a command in a process of its own: a fork, which has imported everything already.
+
+    `to` is a descriptor for all of its output, which goes to files in the test's folder otherwise.
+    """
+
+    def command(*arguments: str, to: int | None = None) -> Begun:
+        files = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        places = files if to is None else (to, to)
+        process = multiprocessing.get_context("fork").Process(target=_become, args=([*arguments], *places))
+        process.start()
+        return Begun(process, *files)
+
+    return command
+
+
+@pytest.fixture
+def stop(begin: Any) -> Callable[..., Stopped]:
+    """`stop(signal, when, *arguments)`: begin a command, and signal it once `when(stdout)` holds."""
 
     def command(signum: signal.Signals, when: Callable[[str], bool], *arguments: str) -> Stopped:
-        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
-        with open(out, "wb") as to_out, open(err, "wb") as to_err:
-            line = [sys.executable, "-m", "distill", *arguments]
-            with subprocess.Popen(line, cwd=ROOT, stdout=to_out, stderr=to_err) as process:
-                deadline = time.monotonic() + PATIENCE
-                while not when(out.read_text()) and process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.002)
-                process.send_signal(signum)
-                status = process.wait(PATIENCE)
-        return Stopped(status, out.read_text(), err.read_text())
+        begun = begin(*arguments)
+        deadline = time.monotonic() + PATIENCE
+        while not (begun.out.exists() and when(begun.out.read_text())) and begun.process.is_alive():
+            assert time.monotonic() < deadline, begun.out.read_text()
+            time.sleep(0.005)
+        if begun.process.is_alive():
+            os.kill(begun.process.pid, signum)
+        return begun.ended()
 
     return command
