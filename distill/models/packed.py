@@ -158,10 +158,12 @@ def put(module: nn.Module, name: str, weight: PackedWeight) -> None:
 def run_expert_by_expert(experts: nn.Module) -> None:
     """Let fused experts whose class follows transformers' interface for them dequantise one expert at a time.
 
-    The others run their own forward, most of which ask for one expert at a time too.
+    The others run their own forward, most of which ask for one expert at a time too. The walk over experts and their
+    numbers of tokens goes through `each_expert`, which a forecast replaces.
     """
     if hasattr(experts, "is_transposed") and hasattr(experts, "_apply_gate") and hasattr(experts, "down_proj"):
-        experts.forward = types.MethodType(_forward, experts)
+        own: Any = experts
+        own.forward, own.each_expert = types.MethodType(_forward, experts), iter
 
 
 def _forward(experts: Any, hidden_ND: Tensor, chosen_NK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def _forward(experts: Any, hidden_ND: Tensor, chosen_NK: Tensor, weight_NK: Tens
     order = chosen_NK.reshape(-1).argsort(stable=True)
     result_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device)
     begin = 0
-    for index, count in enumerate(_counts(chosen_NK, len(down))):
+    for index, count in experts.each_expert(enumerate(_counts(chosen_NK, len(down)))):
         if not count:
             continue
         places = order[begin : begin + count]

@@ -2,13 +2,13 @@
 
 Of a model's equal blocks the first two and the last are run. The blocks between repeat the second one's forward and the
 last one's backward. From block to block memory grows or shrinks by the same amount, so it is highest at the first or
-the last of them, which are run.
+the last of them, which are run. Without gradients, two neighbouring experts of a block stand for all of as many tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
+from distill.forecast.simulation.repetition import first_two_alike
 from distill.forecast.simulation.tracker import Storage, Tracker
 from distill.forecast.simulation.work import Work, tensors_in
 from distill.training.activation_checkpointing import blocks
@@ -56,14 +57,19 @@ class Backward:
 
 @contextmanager
 def alike_once(model: nn.Module, tracker: Tracker) -> Iterator[AlikeBlocks]:
-    """Skip some of the model's blocks inside. A backward pass may raise `NotAlike`."""
+    """Skip some of the model's blocks, and of their experts, inside. A backward pass may raise `NotAlike`."""
     found = AlikeBlocks(model, tracker)
     forwards = [block.forward for block in found.blocks]
     for index, block in enumerate(found.blocks):
         block.forward = partial(found.run, index, block.forward)
+    walks = [(module, module.each_expert) for module in model.modules() if hasattr(module, "each_expert")]
+    for experts, _ in walks:
+        experts.each_expert = found.each_expert
     try:
         yield found
     finally:
+        for experts, walk in walks:
+            experts.each_expert = walk
         for block, forward in zip(found.blocks, forwards, strict=True):
             block.forward = forward
 
@@ -82,11 +88,18 @@ class AlikeBlocks:
         self._forward: dict[Place, Forward] = {}
         self._backward: dict[Place, Backward] = {}
         self._unsettled: list[Forward] = []
+        self._runs_all = False
         self.begin_step()
 
     def run_all(self) -> None:
-        """Run every block from now on."""
-        self._between = set()
+        """Run every block and every expert from now on."""
+        self._between, self._runs_all = set(), True
+
+    def each_expert(self, experts: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+        """Yield the experts of a block, number and tokens, that are to be run."""
+        if self._runs_all or torch.is_grad_enabled():  # with gradients, each one leaves activations behind
+            return experts
+        return first_two_alike(experts, self.tracker, lambda expert: expert[1])
 
     def begin_step(self) -> None:
         """Begin another step, and forget the storages that the step before left."""

@@ -15,6 +15,9 @@ from distill.forecast.simulation.blocks import AlikeBlocks
 from distill.forecast.simulation.result import Simulation
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import Head
+from distill.models.packed import PackedWeight
+from distill.models.packed_formats import _scale_codes
+from distill.models.packing import pack_in_place, packing_of
 from distill.models.quantization import quantize_linears
 from distill.targets import schemes
 from distill.training.offload import offload_activations
@@ -175,3 +178,28 @@ def test_a_teacher(spared: list[int], quantization: Any) -> None:
     assert len(spared) == LAYERS - 3
     check_equal(once, simulate_teacher(make, **given, alike_blocks_once=False))
     assert len(spared) == LAYERS - 3
+
+
+@pytest.mark.parametrize(("experts", "run"), [(8, 3 * 2), (7, 3 * 7)], ids=["of as many tokens", "of other numbers"])
+def test_a_mixture_in_few_bits(experts: int, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the three blocks that are run, two experts that get as many tokens stand for all."""
+    sizes = {**SIZES, "head_dim": 16, "moe_intermediate_size": 64, "num_experts": experts, "num_experts_per_tok": 2}
+
+    def make() -> Any:
+        import transformers
+
+        config = transformers.Qwen3MoeConfig(**sizes)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        pack_in_place(model, packing_of(model), "nf4", torch.bfloat16)
+        return HuggingFaceLanguageModel(model).eval().requires_grad_(False)
+
+    _scale_codes(torch.device("cpu"))  # which the first of all passes would make
+    asked: list[int] = []
+    whole_slice = PackedWeight.slice
+    monkeypatch.setattr(PackedWeight, "slice", lambda self, index: asked.append(index) or whole_slice(self, index))
+    given: dict[str, Any] = {"batch_size": 2, "length": 64, "vocab_size": V}
+    given["scheme"] = schemes.make("varopt", threshold=0.1)
+    once = simulate_teacher(make, **given)
+    assert len(asked) == 2 * run  # both matrices of each
+    check_equal(once, simulate_teacher(make, **given, alike_blocks_once=False))
+    assert len(asked) == 2 * (run + LAYERS * experts)
