@@ -140,7 +140,7 @@ def _become(arguments: list[str], out: Path | int, err: Path | int) -> None:
 
     for to, number in ((out, 1), (err, 2)):
         os.dup2(to if isinstance(to, int) else os.open(to, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     tqdm.set_lock(threading.RLock())  # the one of before is shared with the tests
     sys.argv = ["distill", *arguments]

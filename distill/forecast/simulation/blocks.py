@@ -62,7 +62,9 @@ def alike_once(model: nn.Module, tracker: Tracker) -> Iterator[AlikeBlocks]:
     forwards = [block.forward for block in found.blocks]
     for index, block in enumerate(found.blocks):
         block.forward = partial(found.run, index, block.forward)
-    walks = [(module, module.each_expert) for module in model.modules() if hasattr(module, "each_expert")]
+    walks: list[tuple[Any, Any]] = [
+        (module, module.each_expert) for module in model.modules() if hasattr(module, "each_expert")
+    ]
     for experts, _ in walks:
         experts.each_expert = found.each_expert
     try:

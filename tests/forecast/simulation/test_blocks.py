@@ -182,7 +182,7 @@ def test_a_teacher(spared: list[int], quantization: Any) -> None:
 
 @pytest.mark.parametrize(("experts", "run"), [(8, 3 * 2), (7, 3 * 7)], ids=["of as many tokens", "of other numbers"])
 def test_a_mixture_in_few_bits(experts: int, run: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the three blocks that are run, two experts that get as many tokens stand for all."""
+    """Two experts that get as many tokens stand for all, in the three blocks that are run."""
     sizes = {**SIZES, "head_dim": 16, "moe_intermediate_size": 64, "num_experts": experts, "num_experts_per_tok": 2}
 
     def make() -> Any:
