@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -104,6 +105,45 @@ def test_a_crash_at_every_step_in_turn_heals(tmp_path: Path, finish: Any, undist
     for step in crashes(lambda: finish(folder)):
         assert step < 200, "it does not come to an end"
     assert contents(folder) == undisturbed
+
+
+def test_a_crash_while_a_cache_grows_heals_and_keeps_every_full_shard(
+    tmp_path: Path, make_manifest: Any, make_record: Any, tokenizer: Any, contents: Any
+) -> None:
+    """Both splits grow, each with a last shard that is not full: any step may be the last one of a start."""
+
+    def make(folder: Path, held_out: int, train: int) -> None:
+        manifest = make_manifest(splits={"held_out": held_out, "train": train})
+        writer = CacheWriter(folder, manifest, batch_size=2)
+        save_tokenizer(folder, tokenizer)
+        for shard in writer.missing():
+            shift = 0 if "held_out" in manifest.shard_file(shard) else 100 - held_out
+            made = [make_record(shift + sample, writer.scheme) for sample in manifest.shard_range(shard)]
+            for start in range(writer.begun(shard), len(made), 2):
+                writer.add(shard, made[start : start + 2], 2)
+
+    small, grown, folder = tmp_path / "small", tmp_path / "grown", tmp_path / "cache"
+    make(small, 5, 6)
+    make(grown, 7, 9)
+    full = {name: data for name, data in contents(small).items() if name.endswith("-000000.safetensors")}
+    assert len(full) == 2 and full.items() <= contents(grown).items()
+    for again in (True, False):
+        shutil.copytree(small, folder)
+        steps = 0
+        for _ in crashes(lambda: make(folder, 7, 9)):
+            found, steps = contents(folder), steps + 1
+            assert full.items() <= found.items()
+            with contextlib.suppress(UserError):  # the cache is not finished, as either of the two
+                assert len(CacheReader(folder, "train")) in (6, 9)
+            if again:  # each start goes on from the small cache, else from where the one before ended
+                make(folder, 7, 9)
+                assert contents(folder) == contents(grown)
+                shutil.rmtree(folder)
+                shutil.copytree(small, folder)
+        assert steps > 20
+        make(folder, 7, 9)
+        assert contents(folder) == contents(grown)
+        shutil.rmtree(folder)
 
 
 def test_a_crash_while_another_cache_is_overwritten_heals(
