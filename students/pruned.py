@@ -23,9 +23,11 @@ from students.pruning_check import check_against_teacher, counts_of_layers, of_a
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_kept import kept_importance
 from students.pruning_sizes import candidate_sizes
-from students.pruning_stream import COMPUTED, LAYER, LayerwiseTeacher, split_name
+from students.pruning_stream import COMPUTED, LAYER, InMemory, LayerwiseTeacher, split_name
 from students.pruning_width import Narrowing, Widths, largest, narrowed_widths
 
+ENDS_IN_FULL = ("gemma4_text",)
+"""Families whose last layer sees the whole text, whatever its configuration says."""
 FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 """The first samples of the corpus, so many: input_ids int64, position_ids int64, loss_mask bool, each `[B, L]`."""
 
@@ -33,7 +35,7 @@ FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 @declare(
     pretrained="teacher",
     candidates=candidate_sizes,
-    sizes=("layers", "depth", "hidden_size", "intermediate_size", "key_value_groups"),
+    sizes=("layers", "depth", "hidden_size", "intermediate_size", "key_value_groups", "experts"),
 )
 def prune_teacher(
     teacher: str,
@@ -42,6 +44,7 @@ def prune_teacher(
     hidden_size: int | None = None,
     intermediate_size: int | None = None,
     key_value_groups: int | None = None,
+    experts: int | None = None,
     calibration_samples: int = 16,
     teacher_revision: str | None = None,
     trust_remote_code: bool = False,
@@ -56,27 +59,38 @@ def prune_teacher(
     those without which the teacher's distribution changes most, each skipped alone on `calibration_samples` samples.
     hidden_size, intermediate_size (neurons of an MLP), key_value_groups (key-value heads, each with all the query
     heads that share it): the most active ones on `calibration_samples` samples stay.
+    experts: of each layer of a mixture, those that tokens of these samples choose most often.
 
     Only the kept weights stay in memory: the teacher is read tensor by tensor, and measured layer by layer on `device`
     (a GGUF file is dequantised whole). What was measured is kept in the folder `measured` for the next student.
     `teacher`, its revision, `device`, `first_samples` and `measured` come from the pipeline.
     """
     config, checkpoint = _open(teacher, teacher_revision, trust_remote_code)
-    if layers is None and hidden_size is None and intermediate_size is None and key_value_groups is None:
-        raise ValueError("give at least one of layers, hidden_size, intermediate_size, key_value_groups")
+    sizes = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "key_value_groups": key_value_groups,
+        "experts": experts,
+    }
+    is_narrower = any(size is not None for size in sizes.values())
+    if layers is None and not is_narrower:
+        raise ValueError(f"give at least one of layers, {', '.join(sizes)}")
     if depth == "importance" and not isinstance(layers, int):
         raise ValueError("depth: importance chooses the layers, so layers must be the number of them to keep")
     total = _layers(config)
     chosen = chosen_layers(total if layers is None else layers, total)
+    if config.model_type in ENDS_IN_FULL and depth == "even":
+        _check_last(config, chosen)
     widths, narrowing = None, None
-    if depth == "importance" or not hidden_size is intermediate_size is key_value_groups is None:
-        widths = narrowed_widths(config, hidden_size, intermediate_size, key_value_groups)
+    if depth == "importance" or is_narrower:
+        widths = narrowed_widths(config, **sizes)
         _check_family(pruned_config(config, chosen, widths), widths)
     if finder() is not None:  # a forecast, for which any layers, neurons and channels are as good
         made = pruned_config(config, chosen, widths)
         return HuggingFaceLanguageModel(shape_of(made, torch.float32, trust_remote_code))
-    source = tensors(checkpoint)
+    source: Source = tensors(checkpoint)
     if widths is not None:
+        source = InMemory(pruned_config(config, list(range(total))), source, trust_remote_code)
         wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)
         importance = Importance()
         if wanted != Wanted():
@@ -90,6 +104,8 @@ def prune_teacher(
                 lambda wanted: measure(LayerwiseTeacher(whole, source, device, trust_remote_code), samples, wanted),
             )
         if importance.depth_I is not None:
+            if config.model_type in ENDS_IN_FULL:
+                importance.depth_I[-1] = torch.inf
             chosen = largest(importance.depth_I, len(chosen)).tolist()  # all at once, after one measurement
         narrowing = _narrowing(config, widths, importance, chosen)
     weights = pruned_weights(source, chosen, narrowing, config)
@@ -110,6 +126,17 @@ def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[
     if checkpoint.gguf_file is None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"the weights of {teacher} are quantized: set teacher to an unquantized copy to prune it")
     return config, checkpoint
+
+
+def _check_last(config: Any, chosen: list[int]) -> None:
+    """Raise ValueError for a last layer that the family's code would make another one of."""
+    kinds = config.layer_types
+    if kinds[chosen[-1]] != "full_attention":
+        full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+        raise ValueError(
+            f"layers: the last layer of a {config.model_type} sees the whole text, and layer {chosen[-1]} does not: "
+            f"end with one of {full}"
+        )
 
 
 def _layers(config: Any) -> int:
@@ -160,6 +187,7 @@ def _wanted(teacher: Widths, student: Widths, depth: bool) -> Wanted:
         hidden=student.hidden < teacher.hidden,
         groups=student.groups < teacher.groups,
         neurons=student.intermediate < teacher.intermediate,
+        experts=student.experts < teacher.experts,
     )
 
 
@@ -177,13 +205,18 @@ def _samples(first_samples: FirstSamples | None, count: int) -> Samples:
 
 def _narrowing(config: Any, student: Widths, importance: Importance, chosen: list[int]) -> Narrowing:
     """Choose the most important units: neurons and groups in each layer, channels over all the layers that stay."""
-    hidden, groups, neurons = importance.hidden_ID, importance.groups_IG, importance.neurons_IF
+    hidden = importance.hidden_ID
+
+    def in_each(scores_I: Tensor | None, count: int) -> list[Tensor] | None:
+        return None if scores_I is None else [largest(scores, count) for scores in scores_I]
+
     return Narrowing(
         config.model_type,
         Widths.of(config),
         hidden=None if hidden is None else largest(hidden[[*chosen, -1]].sum(dim=0), student.hidden),
-        groups=None if groups is None else [largest(scores_G, student.groups) for scores_G in groups],
-        neurons=None if neurons is None else [largest(scores_F, student.intermediate) for scores_F in neurons],
+        groups=in_each(importance.groups_IG, student.groups),
+        neurons=in_each(importance.neurons_IF, student.intermediate),
+        experts=in_each(importance.experts_IE, student.experts),
     )
 
 
@@ -192,8 +225,7 @@ def pruned_config(config: Any, chosen: list[int], widths: Widths | None = None) 
     pruned = copy.deepcopy(config)
     for name, value in counts_of_layers(config, chosen).items():
         setattr(pruned, name, value)
-    pruned.num_hidden_layers = len(chosen)
-    for name, value in ({} if widths is None else widths.as_config()).items():
+    for name, value in ({} if widths is None else widths.as_config(config)).items():
         setattr(pruned, name, value)
     if hasattr(pruned, "quantization_config"):
         del pruned.quantization_config
@@ -217,7 +249,7 @@ def pruned_weights(
         if narrowing is None:
             kept[new] = _float32(of_all_layers(source.read(name), name, config, chosen))
         elif not local.endswith(COMPUTED):
-            kept[new] = _float32(narrowing.slice(source.read(name), local, layer))
+            kept[new] = _float32(narrowing.slice(of_all_layers(source.read(name), name, config, chosen), local, layer))
     return kept
 
 

@@ -124,12 +124,17 @@ def _passing_over(outputs: int) -> Callable[..., Any]:
 
 
 def counts_of_layers(config: Any, chosen: list[int]) -> dict[str, Any]:
-    """Return the settings of a configuration that count or number its layers, for the `chosen` ones alone."""
+    """Return the settings of a configuration that count or number its layers, for the `chosen` ones alone.
+
+    They are in the order in which a configuration takes them.
+    """
     total = config.num_hidden_layers
     found: dict[str, Any] = {}
-    for name, value in config.to_dict().items():
+    settings = config.to_dict()
+    each = settings.pop("per_layer_config", None)  # Gemma 4: what differs in some layers, by their numbers
+    for name, value in settings.items():
         if isinstance(value, list) and value and not name.endswith("token_id"):
-            numbers = all(type(each) is int for each in value) and value == sorted(set(value))
+            numbers = all(type(number) is int for number in value) and value == sorted(set(value))
             if numbers and ("layer" in name or "idx" in name) and value[0] >= 0 and value[-1] < total:
                 found[name] = [chosen.index(number) for number in value if number in chosen]
             elif len(value) == total:
@@ -138,6 +143,9 @@ def counts_of_layers(config: Any, chosen: list[int]) -> dict[str, Any]:
             found[name] = sum(index < value for index in chosen)
         elif name == "num_kv_shared_layers" and isinstance(value, int):
             found[name] = sum(index >= total - value for index in chosen)
+    found["num_hidden_layers"] = len(chosen)
+    if each is not None:
+        found["per_layer_config"] = {chosen.index(int(key)): its for key, its in each.items() if int(key) in chosen}
     return found
 
 

@@ -1,7 +1,7 @@
-"""Importance of each layer, neuron, head and channel of a teacher on samples of text, in one pass over its weights.
+"""Importance of each layer, neuron, head, channel and expert of a teacher on samples, in one pass over its weights.
 
 Shapes: B samples, L sequence length, N counted positions of a sample, I layers, D hidden size, F neurons,
-G key-value groups, V vocabulary.
+G key-value groups, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.language_model import Head
+from students.pruning_families import FAMILIES, Family
 from students.pruning_stream import LayerCall, LayerwiseTeacher
 from students.pruning_width import Widths
 
 STATE_BYTES = 2**31  # of hidden states at a time; more samples mean another pass over the weights
 CHUNK = 256  # positions whose logits exist at once
-NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Wanted:
     hidden: bool = False
     groups: bool = False
     neurons: bool = False
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Importance:
     Width is scored by activations, as Minitron found best (Muralidharan et al. 2024, "Compact Language Models via
     Pruning and Knowledge Distillation", §2.2). The score at each position is the absolute value of the MLP's inner
     activation (neurons), the norm of each head's output, summed over the heads of a group (groups), or the absolute
-    output of a norm (channels). It is averaged over a sample's positions, then the L2 norm is taken over samples.
+    output of a norm (channels), or 1 where a token chooses the expert. It is averaged over a sample's positions, then
+    the L2 norm is taken over samples. Layers that have no such units score 0.
     """
 
     depth_I: Tensor | None = None
@@ -62,6 +64,7 @@ class Importance:
     """Sum over the layer's norms. The last row is the norm after all layers, so there are I + 1 rows."""
     groups_IG: Tensor | None = None
     neurons_IF: Tensor | None = None
+    experts_IE: Tensor | None = None
 
 
 @torch.no_grad()
@@ -90,6 +93,7 @@ class _Measurement:
     def __init__(self, teacher: LayerwiseTeacher, samples: Samples, wanted: Wanted) -> None:
         self.teacher, self.samples, self.wanted = teacher, samples, wanted
         self.widths = Widths.of(teacher.model.config)
+        self.family = FAMILIES[teacher.model.config.model_type]
         self.squares: dict[tuple[str, int], Tensor] = {}  # (activation's name, layer) → squared means over positions
         self.kl_I = torch.zeros(len(teacher), dtype=torch.float64)
         self.positions = 0
@@ -125,7 +129,7 @@ class _Measurement:
         """Return a sample's states after a layer."""
         device = self.teacher.device
         entering_LD, *without = states
-        with _watched(layer, self.wanted) as seen:
+        with _watched(layer, self.family, self.wanted, self.widths.experts) as seen:
             after = [call(layer, entering_LD.to(device)).cpu()]
         for name, activation in seen.items():
             self._add(name, index, row, activation)
@@ -160,22 +164,26 @@ class _Measurement:
         """Return the importances that the sums give."""
         layers = range(len(self.teacher))
 
-        def stacked(wanted: bool, names: tuple[str, ...], rows: Iterable[int]) -> Tensor | None:
+        def stacked(wanted: bool, kind: str, rows: range, units: int) -> Tensor | None:
             if not wanted:
                 return None
-            found = [[self.squares[name, row].sqrt() for name in names if (name, row) in self.squares] for row in rows]
-            return torch.stack([torch.stack(scores).sum(dim=0) for scores in found])
+            scores = torch.zeros(len(rows), units, dtype=torch.float64)
+            for (name, row), square in self.squares.items():
+                if name.startswith(kind):
+                    scores[row] += square.sqrt()
+            return scores
 
         return Importance(
             depth_I=self.kl_I / self.positions if self.wanted.depth else None,
-            hidden_ID=stacked(self.wanted.hidden, (*NORMS, "norm"), range(len(self.teacher) + 1)),
-            groups_IG=stacked(self.wanted.groups, ("groups",), layers),
-            neurons_IF=stacked(self.wanted.neurons, ("neurons",), layers),
+            hidden_ID=stacked(self.wanted.hidden, "norm", range(len(self.teacher) + 1), self.widths.hidden),
+            groups_IG=stacked(self.wanted.groups, "groups", layers, self.widths.groups),
+            neurons_IF=stacked(self.wanted.neurons, "neurons", layers, self.widths.intermediate),
+            experts_IE=stacked(self.wanted.experts, "experts", layers, self.widths.experts),
         )
 
 
 @contextlib.contextmanager
-def _watched(layer: nn.Module, wanted: Wanted) -> Iterator[dict[str, Tensor]]:
+def _watched(layer: nn.Module, family: Family, wanted: Wanted, experts: int) -> Iterator[dict[str, Tensor]]:
     """Yield a mapping in which the wanted activations `[L, units]` of the layer's next call appear, by name."""
     seen: dict[str, Tensor] = {}
 
@@ -185,16 +193,21 @@ def _watched(layer: nn.Module, wanted: Wanted) -> Iterator[dict[str, Tensor]]:
     def keep_output(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen[name] = output[0]
 
+    def keep_choices(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        index_LK = args[1]
+        seen["experts"] = index_LK.new_zeros(len(index_LK), experts, dtype=torch.float32).scatter(1, index_LK, 1.0)
+
     hooks = []
-    if wanted.neurons:
-        down = layer.get_submodule("mlp.down_proj")
-        hooks.append(down.register_forward_pre_hook(partial(keep_input, "neurons")))
-    if wanted.groups:
-        output = layer.get_submodule("self_attn.o_proj")
-        hooks.append(output.register_forward_pre_hook(partial(keep_input, "groups")))
-    if wanted.hidden:
-        norms = [(name, module) for name, module in layer.named_children() if name in NORMS]
-        hooks += [module.register_forward_hook(partial(keep_output, name)) for name, module in norms]
+    for name, module in layer.named_modules():
+        axes = family.axes_of(f"{name}.weight")
+        if axes == "DF" and wanted.neurons:
+            hooks.append(module.register_forward_pre_hook(partial(keep_input, "neurons")))
+        elif axes == "DQ" and wanted.groups:
+            hooks.append(module.register_forward_pre_hook(partial(keep_input, "groups")))
+        elif axes == "D" and wanted.hidden:
+            hooks.append(module.register_forward_hook(partial(keep_output, f"norm {name}")))
+        elif name.endswith(".experts") and wanted.experts:
+            hooks.append(module.register_forward_pre_hook(keep_choices))
     try:
         yield seen
     finally:

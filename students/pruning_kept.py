@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.models.checkpoints import Checkpoint, weight_files
 from students.pruning_importance import Importance, Samples, Wanted
 
-VERSION = 1
+VERSION = 2
 """Part of a file's name. Raise it when the same samples give other importances."""
 _DIGEST = "sha256"
 
@@ -39,7 +39,8 @@ def kept_importance(
     known = _read(file)
     if not all(name in known for name in _names(wanted)):
         # Widths cost next to nothing beside the pass itself, so a first measurement has them for all later students.
-        asked = Wanted(depth=wanted.depth or _tensor("depth") in known, hidden=True, groups=True, neurons=True)
+        depth = wanted.depth or _tensor("depth") in known
+        asked = Wanted(depth=depth, hidden=True, groups=True, neurons=True, experts=True)
         found = measure(asked)
         known = {name: getattr(found, name) for name in _names(asked)}
         _write(file, known)

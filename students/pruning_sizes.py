@@ -14,8 +14,9 @@ import torch
 
 from distill.models.checkpoints import load_config, resolve
 from distill.models.huggingface import shape_of
+from students.pruning_families import FAMILIES, Family
 from students.pruning_stream import split_name
-from students.pruning_width import AXES, AXES_OF_FAMILY, FAMILIES, FIXED_HIDDEN, Widths
+from students.pruning_width import Widths, narrowed_widths
 
 BLOCK = 32
 """Weights of a row that llama.cpp quantises together."""
@@ -48,12 +49,13 @@ def candidate_sizes(
 ) -> list[dict[str, Any]]:
     """Return up to `count` options of `pruned` whose students have at most `parameters`, the largest to train first.
 
-    Of each number of layers the most even cut comes in first, then others. Families whose widths are not known are cut
-    in depth alone, which leaves one. Raises ValueError if there is none, with the smallest and the largest.
+    Of each number of layers the most even cut comes in first, then others. Families whose widths are not known, and
+    mixtures of experts, are cut in depth alone, which leaves one. Raises ValueError if there is none, with the smallest
+    and the largest.
     """
     config = load_config(resolve(teacher, teacher_revision, trust_remote_code), trust_remote_code)
     counted = _Counted.of(config, trust_remote_code)
-    if config.model_type not in FAMILIES:
+    if not _is_known(config):
         layers = (parameters - counted.outside(None)) // max(counted.layer(None), 1)
         if not 1 <= layers <= counted.layers:
             raise ValueError(_impossible(parameters, counted.total(1, None), counted.total(counted.layers, None)))
@@ -73,6 +75,17 @@ def candidate_sizes(
     return [_options(cut, counted.layers, teacher_widths) for cut in chosen]
 
 
+def _is_known(config: Any) -> bool:
+    """Tell whether a model can be cut to any number of neurons."""
+    if config.model_type not in FAMILIES or "intermediate_size" in FAMILIES[config.model_type].fixed:
+        return False
+    try:
+        narrowed_widths(config)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Counted:
     """The parameters of a teacher as products of sizes."""
@@ -81,27 +94,28 @@ class _Counted:
     config: Any
     outer: list[tuple[str, tuple[int, ...]]]
     """Axes and lengths of each tensor outside the layers."""
-    inner: list[tuple[str, tuple[int, ...]]]
-    """Axes and lengths of each tensor of the layers, of all of them."""
+    inner: dict[int, list[tuple[str, tuple[int, ...]]]]
+    """Axes and lengths of each tensor of each layer."""
 
     @classmethod
     def of(cls, config: Any, trust_remote_code: bool) -> _Counted:
         with torch.device("meta"):
             model = shape_of(config, torch.float32, trust_remote_code)
-        special = AXES_OF_FAMILY.get(config.model_type, {})
+        family = FAMILIES.get(config.model_type, Family())
         outer: list[tuple[str, tuple[int, ...]]] = []
-        inner: list[tuple[str, tuple[int, ...]]] = []
+        inner: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
         for name, weight in model.named_parameters():  # a tied head once
             layer, local = split_name(name)
-            axes = special.get(local) or AXES.get(local) or "." * weight.dim()
-            (outer if layer is None else inner).append((axes, tuple(weight.shape)))
+            axes = family.axes_of(local) or "." * weight.dim()
+            (outer if layer is None else inner.setdefault(layer, [])).append((axes, tuple(weight.shape)))
         return cls(config.num_hidden_layers, config, outer, inner)
 
     def outside(self, widths: Widths | None) -> int:
         return sum(_size(axes, shape, widths) for axes, shape in self.outer)
 
     def layer(self, widths: Widths | None) -> int:
-        return sum(_size(axes, shape, widths) for axes, shape in self.inner) // self.layers
+        """Return the parameters of the largest layer: nobody knows yet which ones stay."""
+        return max(sum(_size(axes, shape, widths) for axes, shape in layer) for layer in self.inner.values())
 
     def total(self, layers: int, widths: Widths | None) -> int:
         return self.outside(widths) + layers * self.layer(widths)
@@ -115,7 +129,8 @@ def _size(axes: str, shape: tuple[int, ...], widths: Widths | None) -> int:
 def _cuts(parameters: int, config: Any, counted: _Counted) -> Iterator[_Cut]:
     whole = Widths.of(config)
     depths = sorted({max(1, round(share * counted.layers)) for share in SHARES})
-    for groups in sorted({max(1, round(share * whole.groups)) for share in SHARES}):
+    fixed_groups = "key_value_groups" in FAMILIES[config.model_type].fixed
+    for groups in [whole.groups] if fixed_groups else sorted({max(1, round(share * whole.groups)) for share in SHARES}):
         for hidden in _hidden_sizes(config, replace(whole, groups=groups)):
             for layers in depths:
                 narrow = replace(whole, hidden=hidden, groups=groups, intermediate=0)
@@ -139,7 +154,7 @@ def _imbalance(depth: float, widths: Widths, whole: Widths) -> float:
 
 def _hidden_sizes(config: Any, widths: Widths) -> list[int]:
     """Return the hidden sizes to try with so many groups: multiples of a block that the family can load again."""
-    if config.model_type in FIXED_HIDDEN:
+    if "hidden_size" in FAMILIES[config.model_type].fixed:
         return [widths.hidden]
     heads = widths.groups * widths.heads_per_group
     step = math.lcm(BLOCK, heads)  # llama asks for a hidden size that its heads divide; for others it does no harm

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distill.models.huggingface import HuggingFaceLanguageModel, transformation
 from distill.models.language_model import Head
 from distill.models.streaming import Source, Weights, place, without_weights
+from students.pruning_families import FAMILIES
 
 LAYER = re.compile(r"(?:^|(?<=\.))(layers|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h
 COMPUTED = "rotary_emb.inv_freq"  # early Llama checkpoints store what the model computes
@@ -52,6 +53,31 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+class InMemory:
+    """A checkpoint's tensors by their names in the model, whatever the checkpoint calls them: experts in one tensor."""
+
+    def __init__(self, config: Any, source: Source, trust_remote_code: bool = False) -> None:
+        """Look up the names. Raises ValueError for a tensor that has no place in the model."""
+        model = without_weights(config, torch.float32, trust_remote_code)
+        self._weights = Weights(model, source, "the teacher")
+        refuse_unknown(self._weights)
+        self._names = sorted(set(model.state_dict()) - self._weights.missing)
+
+    def names(self) -> list[str]:
+        """Return all names, sorted."""
+        return self._names
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, in the type in which it is stored."""
+        return next(self._weights.read([name]))[1]
+
+
+def refuse_unknown(weights: Weights) -> None:
+    """Raise ValueError for a tensor of a checkpoint that has no place in the model."""
+    if unknown := [name for name in weights.unknown if not name.endswith(COMPUTED)]:
+        raise ValueError(f"the checkpoint's {unknown[0]} has no place in its configuration")
+
+
 class LayerwiseTeacher:
     """A decoder of a llama-like family in float32: its last norm in memory, the rest on disk.
 
@@ -65,16 +91,18 @@ class LayerwiseTeacher:
         self.model = without_weights(config, torch.float32, trust_remote_code).eval()
         self.device = torch.device(device)
         self._weights = Weights(self.model, source, "the teacher")
-        if unknown := [name for name in self._weights.unknown if not name.endswith(COMPUTED)]:
-            raise ValueError(f"the checkpoint's {unknown[0]} has no place in its configuration")
+        refuse_unknown(self._weights)
         base = self.model.base_model
         self._base = f"{self.model.base_model_prefix}."
         self._layers: list[nn.Module] = list(base.layers)
         self._recorders = [_Recorder() for _ in self._layers]
         base.layers = nn.ModuleList(self._recorders)
-        self.norm: nn.Module = base.norm
-        self._fill(self.norm, self._base + "norm.")
-        base.rotary_emb.to(self.device)
+        known = FAMILIES[config.model_type]
+        last = next(name for name, _ in base.named_children() if known.axes_of(f"{name}.weight") == "D")
+        self.norm: nn.Module = base.get_submodule(last)
+        self._fill(self.norm, f"{self._base}{last}.")
+        # The embeddings, and the modules that compute from positions alone.
+        self._first = {name: module for name, module in base.named_children() if name not in ("layers", last)}
 
     def __len__(self) -> int:
         """Return the number of layers."""
@@ -84,7 +112,9 @@ class LayerwiseTeacher:
     def begin(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> list[tuple[Tensor, list[LayerCall]]]:
         """Return, for each sample, the hidden states `[L, D]` that enter the first layer, and each layer's call."""
         model, begun = HuggingFaceLanguageModel(self.model), []
-        with self._held(self.model.base_model.embed_tokens, self._base + "embed_tokens."):
+        with contextlib.ExitStack() as stack:
+            for name, module in self._first.items():
+                stack.enter_context(self._held(module, f"{self._base}{name}."))
             for ids_L, positions_L in zip(input_ids_BL, position_ids_BL, strict=True):
                 model.body(ids_L[None].to(self.device), positions_L[None].to(self.device))
                 begun.append((self._recorders[0].entered, [recorder.call for recorder in self._recorders]))

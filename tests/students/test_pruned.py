@@ -142,3 +142,14 @@ def test_a_quantized_teacher_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="quantized"):
         prune_teacher(str(tmp_path), 2)
+
+
+def test_a_last_layer_that_the_family_would_change_is_refused(tmp_path: Path) -> None:
+    """Gemma 4's code makes the last layer one that sees the whole text, whatever its weights were made for."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    sizes = {"global_head_dim": 16, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 99}
+    teacher_folder("gemma4_text", tmp_path, layer_types=kinds, head_dim=8, **sizes)
+    with pytest.raises(ValueError, match=r"layer 3 does not: end with one of \[1, 4\]"):
+        prune_teacher(str(tmp_path), [0, 3])
+    student = prune_teacher(str(tmp_path), [0, 2, 4])  # compared with its teacher there
+    assert student.model.config.to_dict()["per_layer_config"] == {"2": {"head_dim": 16}}

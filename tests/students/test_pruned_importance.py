@@ -17,7 +17,7 @@ from students import pruning_importance
 from students.pruned import prune_teacher, pruned_weights
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_stream import LayerwiseTeacher
-from students.pruning_width import FAMILIES, Narrowing, Widths
+from students.pruning_width import Narrowing, Widths
 
 LAYERS, VOCABULARY = 3, 61
 SIZES: dict[str, Any] = {
@@ -38,6 +38,25 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
 }
+EXTRA |= {
+    "gemma4_text": {
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_5_text": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    },
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+FAMILIES = ("llama", "mistral", "qwen2", "olmo2", "phi3", "glm4", *[family for family in EXTRA if family != "qwen2"])
 EVERYTHING = Wanted(depth=True, hidden=True, groups=True, neurons=True)
 
 
@@ -82,7 +101,7 @@ def measured(model: Any, samples: Samples, wanted: Wanted = EVERYTHING) -> Impor
 
 
 class Identity(nn.Module):
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
 

@@ -11,6 +11,8 @@ from distill.models.checkpoints import Checkpoint
 from students.pruning_importance import Importance, Samples, Wanted
 from students.pruning_kept import kept_importance
 
+WIDTHS = ("hidden_ID", "groups_IG", "neurons_IF", "experts_IE")
+
 
 class Measured:
     """A measurement that tells how often it was made, of numbers that differ each time."""
@@ -20,7 +22,7 @@ class Measured:
 
     def __call__(self, wanted: Wanted) -> Importance:
         self.asked.append(wanted)
-        made = {name: torch.full((3, 4), float(len(self.asked))) for name in ("hidden_ID", "groups_IG", "neurons_IF")}
+        made = {name: torch.full((3, 4), float(len(self.asked))) for name in WIDTHS}
         return Importance(depth_I=torch.arange(3.0) if wanted.depth else None, **made)
 
 
