@@ -158,7 +158,7 @@ def of_all_layers(tensor: Tensor, name: str, config: Any, chosen: list[int]) -> 
     if not size or "per_layer" not in name or LAYER.search(name) is not None:
         return tensor
     whole = size * config.num_hidden_layers
-    keep = (torch.tensor(chosen)[:, None] * size + torch.arange(size)).flatten()
+    keep = (torch.tensor(chosen)[:, None] * size + torch.arange(size)).flatten().to(tensor.device)
     for dim, length in enumerate(tensor.shape):
         if length == whole:
             return tensor.index_select(dim, keep)

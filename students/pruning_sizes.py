@@ -14,6 +14,7 @@ import torch
 
 from distill.models.checkpoints import load_config, resolve
 from distill.models.huggingface import shape_of
+from students.pruning_check import of_all_layers
 from students.pruning_families import FAMILIES, Family
 from students.pruning_stream import split_name
 from students.pruning_width import Widths, narrowed_widths
@@ -56,10 +57,11 @@ def candidate_sizes(
     config = load_config(resolve(teacher, teacher_revision, trust_remote_code), trust_remote_code)
     counted = _Counted.of(config, trust_remote_code)
     if not _is_known(config):
-        layers = (parameters - counted.outside(None)) // max(counted.layer(None), 1)
-        if not 1 <= layers <= counted.layers:
-            raise ValueError(_impossible(parameters, counted.total(1, None), counted.total(counted.layers, None)))
-        return [{"layers": int(layers)}]
+        smallest, largest = counted.total(1, None), counted.total(counted.layers, None)
+        if not smallest <= parameters <= largest:
+            raise ValueError(_impossible(parameters, smallest, largest))
+        layers = max(each for each in range(1, counted.layers + 1) if counted.total(each, None) <= parameters)
+        return [{"layers": layers}]
     teacher_widths = Widths.of(config)
     cuts = sorted(_cuts(parameters, config, counted), key=lambda cut: (cut.imbalance, -cut.layers))
     if not cuts:
@@ -107,18 +109,19 @@ class _Counted:
         for name, weight in model.named_parameters():  # a tied head once
             layer, local = split_name(name)
             axes = family.axes_of(local) or "." * weight.dim()
-            (outer if layer is None else inner.setdefault(layer, [])).append((axes, tuple(weight.shape)))
+            part = of_all_layers(weight, name, config, [0])
+            if part is not weight:  # each layer has its part
+                for number in range(config.num_hidden_layers):
+                    inner.setdefault(number, []).append((axes, tuple(part.shape)))
+            else:
+                (outer if layer is None else inner.setdefault(layer, [])).append((axes, tuple(weight.shape)))
         return cls(config.num_hidden_layers, config, outer, inner)
 
-    def outside(self, widths: Widths | None) -> int:
-        return sum(_size(axes, shape, widths) for axes, shape in self.outer)
-
-    def layer(self, widths: Widths | None) -> int:
-        """Return the parameters of the largest layer: nobody knows yet which ones stay."""
-        return max(sum(_size(axes, shape, widths) for axes, shape in layer) for layer in self.inner.values())
-
     def total(self, layers: int, widths: Widths | None) -> int:
-        return self.outside(widths) + layers * self.layer(widths)
+        """Return the parameters with the largest so many layers: nobody knows yet which ones stay."""
+        sizes = [sum(_size(axes, shape, widths) for axes, shape in layer) for layer in self.inner.values()]
+        outside = sum(_size(axes, shape, widths) for axes, shape in self.outer)
+        return outside + sum(sorted(sizes, reverse=True)[:layers])
 
 
 def _size(axes: str, shape: tuple[int, ...], widths: Widths | None) -> int:
