@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.experiment import file
+from distill.experiment.stages import Stage, stages
 from distill.system import interrupt
+from distill.system.progress import say
 from distill.system.quiet import quiet_command
 
 if TYPE_CHECKING:  # by statement these take seconds, which `load_experiment` does not need
     from distill.experiment.configuration import Experiment
     from distill.forecast.forecast import Forecast
     from distill.report.frames import Results
-
-STEPS = ("cache-teacher", "train-student", "evaluate")
 
 
 def load_experiment(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Experiment:
@@ -40,7 +40,7 @@ def generate(experiment: Experiment) -> Path:
     What is written already is not written again. Ctrl-C keeps every finished part, and raises KeyboardInterrupt.
     Raises UserError for all that the command refuses.
     """
-    _run(experiment, ("generate",))
+    _run(experiment, _one("generate"))
     from distill.experiment.generation import folder_of
 
     return folder_of(experiment)
@@ -52,7 +52,7 @@ def cache_teacher(experiment: Experiment) -> Path:
     What is there already is not made again. Ctrl-C keeps every finished batch, and raises KeyboardInterrupt.
     Raises UserError for all that the command refuses.
     """
-    _run(experiment, ("cache-teacher",))
+    _run(experiment, _one("cache-teacher"))
     from distill.experiment.folders import Folders
 
     return Folders.of(experiment).cache
@@ -64,7 +64,7 @@ def train_student(experiment: Experiment, resume: bool = False) -> Path:
     resume: continue from the last checkpoint of this run. Ctrl-C leaves one, and raises KeyboardInterrupt.
     Raises UserError for all that the command refuses.
     """
-    _run(_resuming(experiment) if resume else experiment, ("train-student",))
+    _run(_resuming(experiment) if resume else experiment, _one("train-student"))
     from distill.experiment.folders import Folders
 
     return Folders.of(experiment).model("student")
@@ -75,7 +75,7 @@ def evaluate(experiment: Experiment) -> Results:
 
     Raises UserError for all that the command refuses.
     """
-    _run(experiment, ("evaluate",))
+    _run(experiment, _one("evaluate"))
     from distill.report.frames import Results
 
     return Results.read(experiment.run_dir)
@@ -86,7 +86,7 @@ def run(experiment: Experiment) -> Results:
 
     Raises UserError for all that the command refuses.
     """
-    _run(_resuming(experiment), STEPS)
+    _run(_resuming(experiment), stages)
     from distill.report.frames import Results
 
     return Results.read(experiment.run_dir)
@@ -142,13 +142,19 @@ def _plain(value: Any, where: str) -> Any:
     return value
 
 
-def _run(experiment: Experiment, steps: tuple[str, ...]) -> None:
+def _one(command: str) -> Callable[[Experiment], Iterator[Stage]]:
+    return lambda experiment: iter([Stage(command, experiment)])
+
+
+def _run(experiment: Experiment, made: Callable[[Experiment], Iterator[Stage]]) -> None:
     _check_is_alone(experiment)
     with _as_a_command():
-        for number, step in enumerate(steps):
-            interrupt.stop_if_asked()  # a signal may have come in the last batch of the step before
-            recipe = importlib.import_module(f"distill.recipes.{step.replace('-', '_')}")
-            recipe.main(experiment, steps[number + 1 :])
+        for stage in made(experiment):
+            interrupt.stop_if_asked()  # a signal may have come in the last batch of the stage before
+            if stage.title:
+                say(f"\n{stage.title}")
+            recipe = importlib.import_module(f"distill.recipes.{stage.command.replace('-', '_')}")
+            recipe.main(stage.experiment, stage.following)
 
 
 def _resuming(experiment: Experiment) -> Experiment:

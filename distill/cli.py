@@ -222,10 +222,10 @@ def _sweep(path: str, rest: list[str]) -> int:
 def _run_steps(command: str, path: str, overrides: list[str], again: str | None = None) -> int:
     """Run a command's steps. `again` is the command that goes on after a stop, if that is another."""
     from distill.experiment.file import load_experiment
+    from distill.experiment.stages import Stage, as_overrides, stages
     from distill.system import slurm
 
-    steps = ["cache-teacher", "train-student", "evaluate"] if command == "run" else [command]
-    experiment = load_experiment(path, overrides)
+    experiment = loaded = load_experiment(path, overrides)
     global _run_folder
     _run_folder = Path(experiment.run_dir)
     quiet_command()
@@ -234,20 +234,24 @@ def _run_steps(command: str, path: str, overrides: list[str], again: str | None 
     if command == "run" or slurm.is_restarted():
         # `run` always resumes a training that was left unfinished, and so does a job that SLURM starts again.
         experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, resume=True))
-    recipe = _recipe_of(steps[0])  # before signals are taken over: in these seconds they end the program at once
+    # Before signals are taken over: in these seconds they end the program at once.
+    _recipe_of("cache-teacher" if command == "run" else command)
+    made = stages(experiment) if command == "run" else iter([Stage(command, experiment)])
     try:
         interrupt.install()
-        for number, step in enumerate(steps):
+        for stage in made:
             interrupt.stop_if_asked()  # a signal may have come in the last batch of the command before
-            if command == "run" and step == "train-student" and experiment.train.devices > 1:
-                status = _in_a_process_of_its_own([step, path, *overrides, "--train.resume", "true"])
+            if stage.title:
+                say(f"\n{stage.title}")
+            if command == "run" and _has_processes(stage):
+                own = as_overrides(stage.experiment, loaded)
+                status = _in_a_process_of_its_own([stage.command, path, *overrides, *own])
                 if status:
                     return status
             else:
-                if number > 0:
-                    with interrupt.held_back():
-                        recipe = _recipe_of(step)
-                recipe.main(experiment, tuple(steps[number + 1 :]))
+                with interrupt.held_back():
+                    recipe = _recipe_of(stage.command)
+                recipe.main(stage.experiment, stage.following)
         return 0
     except interrupt.Interrupted:
         if _PART_OF_A_RUN in os.environ:
@@ -257,6 +261,16 @@ def _run_steps(command: str, path: str, overrides: list[str], again: str | None 
         queued = f"{slurm.requeue()}. By hand" if interrupt.requeue_asked() else "To go on"
         print(f"\nstopped; everything so far is kept. {queued}: {again}{resume}", file=sys.stderr)
         return 130
+
+
+def _has_processes(stage: Any) -> bool:
+    """Tell whether a stage of a run is done by several processes, each of which runs its command anew.
+
+    The processes of a cache run the whole command, up to it, so only that of a round is a command of its own.
+    """
+    of_a_round = bool(stage.title) and stage.command == "cache-teacher"
+    trains = stage.command == "train-student"
+    return (trains and stage.experiment.train.devices > 1) or (of_a_round and stage.experiment.cache.devices > 1)
 
 
 def _recipe_of(step: str) -> Any:

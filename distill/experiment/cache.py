@@ -17,7 +17,7 @@ from distill.cache.format.folder import MANIFEST, Manifest, differences, read_jo
 from distill.cache.format.manifest import MOST_SOURCES
 from distill.cache.format.records import token_hash
 from distill.cache.format.token_order import TokenOrder, token_counts
-from distill.cache.reading.mixture import MixedReader
+from distill.cache.reading.mixture import MixedReader, check_alike
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage, UrlStorage, is_url, open_storage
 from distill.corpus import SampleSets
@@ -223,14 +223,26 @@ def sample_numbers(manifest: Manifest, samples: SampleSets) -> dict[str, Sequenc
 def open_training(experiment: Experiment) -> tuple[CacheReader | MixedReader, CacheReader]:
     """Open the training samples of the experiment's cache, or of all `train.caches`, and the held-out samples.
 
-    Held-out samples are those of the first cache. Raises UserError for caches that cannot be learned together.
+    Held-out samples are those of the first cache, which may weigh 0. Raises UserError for caches that cannot be learned
+    together.
     """
     at_most = {"train": experiment.cache.max_samples, "held_out": experiment.cache.held_out_samples}
     named = experiment.train.caches
+    for place, (name, weight) in enumerate(named.items()):
+        if not weight and (place or len(named) == 1):
+            raise UserError(
+                f"train.caches: {name}: weighs 0, as only the first of several may, for its held-out samples"
+            )
     storages = [_open(experiment, name) for name in named] or [open_cache(experiment)]
-    readers = [CacheReader(storage, "train", at_most) for storage in storages]
-    train = MixedReader(readers, list(named.values())) if len(readers) > 1 else readers[0]
-    return train, CacheReader(storages[0], "held_out", at_most)
+    held_out = CacheReader(storages[0], "held_out", at_most)
+    weights = list(named.values()) or [1.0]
+    readers = [
+        CacheReader(storage, "train", at_most) for storage, weight in zip(storages, weights, strict=True) if weight
+    ]
+    for reader in readers:
+        check_alike(held_out.manifest, reader.manifest, reader.storage.name, held_out.storage.name)
+    train = MixedReader(readers, [weight for weight in weights if weight]) if len(readers) > 1 else readers[0]
+    return train, held_out
 
 
 def open_cache(experiment: Experiment) -> Storage:

@@ -125,8 +125,8 @@ class TeacherConfig:
 class GenerateConfig:
     """The texts that a model writes, to learn from (`distill generate`)."""
 
-    by: Literal["teacher", "student", "control"] = "teacher"
-    """The writer: the teacher, or the trained student or control of this run."""
+    by: Literal["teacher", "student", "control", "fresh"] = "teacher"
+    """The writer: the teacher, the trained student or control of this run, or the fresh, untrained student."""
     prompts: str | None = None
     """File, folder or hub data set with prompts, as `corpus.path` takes them; default: `corpus.path`."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -265,13 +265,18 @@ class LossConfig:
 class TrainConfig:
     """The training of the student."""
 
-    caches: dict[str, Annotated[float, Between(1e-6, 10**6)]] = field(default_factory=dict)
+    caches: dict[str, Annotated[float, Between(0, 10**6)]] = field(default_factory=dict)
     """Caches of one teacher to train on together, by folder, each with its weight: its share of an epoch's samples.
-    Held-out samples are the first one's. Default: the experiment's own cache."""
+    Held-out samples are the first one's, which may weigh 0. Default: the experiment's own cache."""
+    begin_from: str | None = None
+    """Folder of a finished training of the same student (its `run_dir` or `train.dir`, with its checkpoints), whose
+    weights this training begins with; optimiser and learning rate begin anew."""
+    dir: str | None = None
+    """Folder of the trained models, their checkpoints and logs; default: `run_dir`."""
     epochs: Annotated[int, Between(1, 10**6)] = 1
-    """Passes over the cache, or over as many samples as all caches have."""
+    """Passes over the cache, or over as many samples as all caches have; in each round."""
     max_steps: Annotated[int, Between(1, 10**9)] | None = None
-    """Optimiser steps at most; default: all of the epochs."""
+    """Optimiser steps at most, in each round; default: all of the epochs."""
     max_time: str | None = None
     """Stop with a checkpoint after this long, such as `90m` or `11h30m`; the same command with --resume continues."""
     batch_size: Annotated[int, Between(1, 2**16)] = 8
@@ -376,6 +381,20 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class RoundsConfig:
+    """Rounds of `distill run`: the student writes, the teacher scores its texts, training goes on from that student."""
+
+    count: Annotated[int, Between(0, 1000)] = 0
+    """Rounds after the training on the corpus; 0: none. Without a corpus the fresh student writes the first texts."""
+    prompts: str | None = None
+    """File, folder or hub data set with prompts, as `generate.prompts` (and `generate.columns`), the default."""
+    samples_per_prompt: Annotated[int, Between(1, 2**16)] = 1
+    """Texts for each prompt in each round."""
+    share: Annotated[float, Between(0.001, 1)] = 0.5
+    """Share of a round's samples that are its own texts; earlier rounds and the corpus divide the rest equally."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One experiment: all settings of the commands."""
 
@@ -387,6 +406,7 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     run_dir: str = "runs/experiment"
     """Folder in which the experiment leaves everything it makes."""
     preflight: bool = True

@@ -14,6 +14,7 @@ from typing import Any
 from distill.errors import UserError, did_you_mean
 from distill.experiment import configuration as config
 from distill.experiment.configuration import Experiment
+from distill.experiment.stages import with_first_texts
 from distill.experiment.values import NO_VALUE, check_values, limits_of
 from distill.experiment.yaml_text import load_yaml
 from distill.system.files import read_bounded
@@ -61,7 +62,7 @@ def experiment_of(path: str, content: Mapping[str, Any], overrides: list[str]) -
     _check_overrides(overrides)
     experiment = _parse(path, content, overrides)
     check_values(experiment)
-    return experiment
+    return with_first_texts(experiment)
 
 
 def with_changes(content: Mapping[str, Any], changes: Mapping[str, Any], path: str) -> dict[str, Any]:

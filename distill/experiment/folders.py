@@ -25,11 +25,19 @@ class Folders:
 
     run: Path
     cache: Path
+    trained: Path
+    """Folder of the trained models, their checkpoints and logs."""
 
     @classmethod
     def of(cls, experiment: Experiment) -> Folders:
         run = Path(experiment.run_dir)
-        return cls(run, Path(experiment.cache.dir) if experiment.cache.dir else run / "cache")
+        cache = Path(experiment.cache.dir) if experiment.cache.dir else run / "cache"
+        return cls(run, cache, Path(experiment.train.dir) if experiment.train.dir else run)
+
+    @classmethod
+    def of_training(cls, folder: str | Path) -> Folders:
+        """Return the folders of a training elsewhere, by its `run_dir` or `train.dir`."""
+        return cls(Path(folder), Path(folder) / "cache", Path(folder))
 
     @property
     def measured(self) -> Path:
@@ -57,13 +65,13 @@ class Folders:
 
     def model(self, role: str) -> Path:
         """Return the folder of the finished `student` or `control`."""
-        return self.run / role
+        return self.trained / role
 
     def checkpoints(self, role: str) -> Path:
-        return self.run / "checkpoints" / role
+        return self.trained / "checkpoints" / role
 
     def logs(self, role: str) -> Path:
-        return self.run / "logs" / role
+        return self.trained / "logs" / role
 
 
 def finished_model(run: str | Path) -> Path:
@@ -87,7 +95,8 @@ def cache_in(folder: Path) -> Path:
 
 def make_run_folder(folders: Folders) -> None:
     """Make the run folder. Raises UserError if it cannot be written, or if a link in it leads out of it."""
-    _check_links(folders.run)
+    for folder in {folders.run, folders.trained}:
+        _check_links(folder)
     try:
         folders.run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folders.run):  # a file without a name, of which a kill leaves nothing

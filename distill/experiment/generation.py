@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.experiment.configuration import Experiment, SourceConfig
 from distill.experiment.folders import Folders
 from distill.experiment.roles import roles
-from distill.experiment.subjects import Loaded, Subject, teacher_subject, trained_subject
+from distill.experiment.subjects import Loaded, Subject, fresh_subject, teacher_subject, trained_subject
 from distill.experiment.teacher import Teacher, day_of
 from distill.generation.authors import LocalAuthor
 from distill.generation.prompts import Asking, Prompts, read_prompts
@@ -74,6 +74,8 @@ class Writer:
     def _subject(self) -> Subject:
         if self.experiment.generate.by == "teacher":
             return teacher_subject(self.experiment, self.teacher)
+        if self.experiment.generate.by == "fresh":
+            return fresh_subject(self.experiment, self.teacher)
         name, folders = self.experiment.generate.by, Folders.of(self.experiment)
         found = [role for role in roles(self.experiment) if role.name == name]
         if not found:
@@ -90,7 +92,8 @@ class Writer:
     @cached_property
     def _vocabulary(self) -> Vocabulary | None:
         """The tokens of a student that has only some of the teacher's."""
-        is_trimmed = self.experiment.generate.by != "teacher" and (self._folder / VOCABULARY).exists()
+        is_trained = self.experiment.generate.by in ("student", "control")
+        is_trimmed = is_trained and (self._folder / VOCABULARY).exists()
         return Vocabulary.load(self._folder) if is_trimmed else None
 
     @cached_property
@@ -172,10 +175,25 @@ class Writer:
 
 
 def open_prompts(experiment: Experiment, writer: Writer) -> tuple[Prompts, Manifest]:
-    """Read the prompts, and return them with the manifest of their folder.
+    """Read the prompts, and return them with the manifest of their folder. Raises UserError as `prompts_of`."""
+    generate = experiment.generate
+    prompts, date = prompts_of(experiment, writer)
+    settings = {name: getattr(generate, name) for name in _SETTINGS} | ({} if date is None else {"date": date})
+    manifest = Manifest(
+        kind=prompts.kind,
+        prompts=len(prompts),
+        samples_per_prompt=generate.samples_per_prompt,
+        group=generate.group,
+        fingerprints={**writer.fingerprints, "prompts": prompts.fingerprint},
+        settings=settings,
+    )
+    return prompts, manifest
 
-    A chat template that prints the day gets that on which the folder was begun. Raises UserError for prompts that
-    cannot be written on.
+
+def prompts_of(experiment: Experiment, writer: Writer) -> tuple[Prompts, str | None]:
+    """Read the prompts, and return them with the day that their chat template prints, if it does.
+
+    That is the day on which their folder was begun. Raises UserError for prompts that cannot be written on.
     """
     generate, corpus = experiment.generate, experiment.corpus
     sources, folder = prompt_sources(experiment), folder_of(experiment)
@@ -191,13 +209,4 @@ def open_prompts(experiment: Experiment, writer: Writer) -> tuple[Prompts, Manif
         limit=writer.limit,
         most=generate.max_prompts,
     )
-    settings = {name: getattr(generate, name) for name in _SETTINGS} | ({} if date is None else {"date": date})
-    manifest = Manifest(
-        kind=prompts.kind,
-        prompts=len(prompts),
-        samples_per_prompt=generate.samples_per_prompt,
-        group=generate.group,
-        fingerprints={**writer.fingerprints, "prompts": prompts.fingerprint},
-        settings=settings,
-    )
-    return prompts, manifest
+    return prompts, date

@@ -116,9 +116,10 @@ def _recorded_precision(experiment: Experiment) -> str | None:
 
 def _trainings(experiment: Experiment) -> Iterator[dict[str, Any]]:
     """Yield the settings of the run's trainings. A damaged file is the business of those that need it."""
-    folders = Folders.of(experiment)
+    folders, before = Folders.of(experiment), experiment.train.begin_from
+    begun = [] if before is None else [Folders.of_training(before).model("student")]
     for role in roles(experiment):
-        for folder in (folders.model(role.name), folders.checkpoints(role.name)):
+        for folder in (folders.model(role.name), folders.checkpoints(role.name), *begun):
             try:
                 found = settings.read(folder)
                 precision, fingerprints = found["train"]["precision"], found["cache"]["fingerprints"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distill import plugins
 from distill.experiment import settings
 from distill.experiment.configuration import Experiment, StudentConfig
+from distill.experiment.folders import Folders
 from distill.training.optimizers.adamw import choose_rounding
 from distill.training.optimizers.rounding import Rounding
 
@@ -30,9 +31,21 @@ class Role:
         """The value to minimise: a control's own loss, since it never sees the teacher, else the held-out KL."""
         return "held_out_loss" if self.alpha == 1 else "held_out_kl"
 
+    @property
+    def is_control(self) -> bool:
+        return self.name.rpartition("/")[2] == "control"
+
     def own(self, experiment: Experiment) -> Experiment:
-        """Return the experiment with this role's seed."""
-        return replace(experiment, train=replace(experiment.train, seed=self.seed))
+        """Return the experiment with this role's seed.
+
+        A control never sees rounds: it learns from the corpus alone, once, with the steps of all trainings.
+        """
+        train = replace(experiment.train, seed=self.seed)
+        if experiment.rounds.count and self.is_control:
+            times = experiment.rounds.count + 1
+            steps = None if train.max_steps is None else train.max_steps * times
+            train = replace(train, caches={}, begin_from=None, epochs=train.epochs * times, max_steps=steps)
+        return replace(experiment, train=train)
 
 
 def roles(experiment: Experiment) -> list[Role]:
@@ -54,7 +67,7 @@ def rounding_of(experiment: Experiment) -> Rounding:
 
 # Settings that may change when a training is resumed: they change its speed, its memory or its logs, not its result.
 _MAY_CHANGE = {
-    *("resume", "caches", "num_workers", "log_every_steps", "loggers", "callbacks"),
+    *("resume", "caches", "begin_from", "dir", "num_workers", "log_every_steps", "loggers", "callbacks"),
     *("max_time", "checkpoint_every_steps", "keep_checkpoints"),
     *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
     *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
@@ -72,6 +85,8 @@ def training_settings(experiment: Experiment, role: Role, samples: CacheReader |
         "samples_a_step": train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes,
         "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
     }
+    if train.begin_from is not None:  # wherever it lies
+        found["begins_with"] = settings.digest(Folders.of_training(train.begin_from).model("student"))
     if isinstance(samples, MixedReader):  # wherever the folders lie
         pairs = zip(samples.readers, samples.counts, strict=True)
         found["caches"] = {f"{place}": [reader.used.identity, count] for place, (reader, count) in enumerate(pairs)}

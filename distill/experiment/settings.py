@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     raise UserError(f"{folder}: its {FILE} is missing or damaged: remove the folder and train again")
+
+
+def digest(folder: Path) -> str:
+    """Return the sha256 (hex) of the settings that the model in a folder depends on. Raises UserError without any."""
+    found = {key: value for key, value in read(folder).items() if key != NOT_COMPARED}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:

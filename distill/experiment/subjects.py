@@ -115,7 +115,23 @@ def teacher_subject(experiment: Experiment, teacher: Teacher) -> Subject:
 
 def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None) -> Subject:
     first = _first_samples(samples, experiment.cache.max_samples)
+    looked_at = [samples.fingerprint, experiment.cache.max_samples]
+    return _untrained("before", experiment, teacher, first, looked_at, vocabulary)
 
+
+def fresh_subject(experiment: Experiment, teacher: Teacher) -> Subject:
+    """Return the student before any training, and before there is a corpus that its class could look at."""
+    return _untrained("fresh", experiment, teacher, None, [], None)
+
+
+def _untrained(
+    name: str,
+    experiment: Experiment,
+    teacher: Teacher,
+    first: FirstSamples | None,
+    looked_at: list[Any],
+    vocabulary: Vocabulary | None,
+) -> Subject:
     def load() -> Loaded:
         model = make_student(experiment, teacher.place, teacher.vocab_size, first, vocabulary)[0]
         model = model.to(device=teacher.device, dtype=_dtype(experiment)).eval()
@@ -125,11 +141,11 @@ def _before(experiment: Experiment, teacher: Teacher, samples: SampleSets, vocab
         "teacher": teacher.fingerprints,
         "student": asdict(experiment.student),
         "seed": experiment.train.seed,
-        "first_samples": [samples.fingerprint, experiment.cache.max_samples],
+        "first_samples": looked_at,
         "dtype": experiment.evaluate.student_dtype,
         **_code(experiment.student.class_path),
     }
-    return Subject("before", identity, [], _checked_once(experiment, load))
+    return Subject(name, identity, [], _checked_once(experiment, load))
 
 
 def trained_subject(

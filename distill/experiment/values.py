@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
-from distill.experiment.configuration import DIVERGENCES, Between, CorpusConfig, Experiment
+from distill.experiment.configuration import DIVERGENCES, Between, Experiment
 from distill.system.units import parse_duration, parse_size
 
 NO_VALUE = "has no value: give it one, or leave the key out"
@@ -24,7 +24,7 @@ def check_values(experiment: Experiment) -> None:
             wrong += _wrong(section, values, kind)
             continue
         wrong += _wrong_in(section, values)
-    wrong = wrong or [*_misspelt(experiment), *_contradictions(experiment.corpus)]
+    wrong = wrong or [*_misspelt(experiment), *_contradictions(experiment), *_of_rounds(experiment)]
     if wrong:
         raise UserError("; ".join(wrong))
 
@@ -74,9 +74,10 @@ def _misspelt(experiment: Experiment) -> Iterator[str]:
             yield str(error)
 
 
-def _contradictions(corpus: CorpusConfig) -> Iterator[str]:
-    """Yield the faults of the ways to name a corpus: a path, or several sources."""
-    if not corpus.all_sources:
+def _contradictions(experiment: Experiment) -> Iterator[str]:
+    """Yield the faults of the ways to name a corpus: a path, or several sources. Rounds need none."""
+    corpus = experiment.corpus
+    if not corpus.all_sources and not experiment.rounds.count:
         yield "corpus.path: is missing: give a file, a folder or a hub data set's name (or several as corpus.sources)"
     if corpus.path is not None and corpus.sources:
         yield "corpus.path: stands beside corpus.sources: make it one of them"
@@ -88,6 +89,27 @@ def _contradictions(corpus: CorpusConfig) -> Iterator[str]:
     }
     for key in (key for key, is_given in own.items() if is_given and corpus.sources):
         yield f"corpus.{key}: stands beside corpus.sources: give it to each source that it is meant for"
+
+
+def _of_rounds(experiment: Experiment) -> Iterator[str]:
+    """Yield the faults of settings that exclude rounds, or that rounds without a corpus lack."""
+    rounds, train, evaluate = experiment.rounds, experiment.train, experiment.evaluate
+    if not rounds.count:
+        return
+    if train.caches and train.begin_from is None:
+        yield "train.caches: rounds choose the caches of each training: leave it out"
+    if evaluate.seeds > 1:
+        yield "evaluate.seeds: each seed's student would write texts of its own: give 1 with rounds, and a run a seed"
+    if experiment.cache.part is not None or experiment.cache.num_nodes > 1 or train.num_nodes > 1:
+        yield "rounds: one machine makes them: leave cache.part, cache.num_nodes and train.num_nodes out"
+    if experiment.corpus.all_sources:
+        return
+    if rounds.prompts is None and experiment.generate.prompts is None:
+        yield "rounds.prompts: is missing: without a corpus, give prompts for the student to write on"
+    if evaluate.control:
+        yield "evaluate.control: a control learns from the corpus, and there is none (corpus.path)"
+    if experiment.student.search:
+        yield "student.search: students are compared on a corpus, and there is none (corpus.path): give their sizes"
 
 
 def _parse_part(text: str, key: str) -> object:

@@ -104,7 +104,12 @@ def amount_of(experiment: Experiment, notes: list[str]) -> Amount:
     if mixed and all((each / MANIFEST).is_file() for each in mixed):
         found = [read_manifest(each).splits for each in mixed]
         held_out = min(found[0]["held_out"], cache.held_out_samples)
-        train = sum(min(splits["train"], cache.max_samples or splits["train"]) for splits in found)
+        weights = experiment.train.caches.values()
+        train = sum(
+            min(splits["train"], cache.max_samples or splits["train"])
+            for splits, weight in zip(found, weights, strict=True)
+            if weight
+        )
         return Amount(train, held_out, experiment.evaluate.max_samples or held_out)
     if (folder / MANIFEST).is_file():
         splits = read_manifest(folder).splits

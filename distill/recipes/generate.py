@@ -27,6 +27,8 @@ TRIALS = 4
 _NAMES = {"what": "texts", "option": "--generate.to"}
 """Names for messages about writing."""
 
+_WRITERS = {"fresh": "fresh student"}
+
 
 def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     """Write the texts, or the parts that are missing."""
@@ -36,28 +38,32 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     prompts, manifest = open_prompts(experiment, writer)
     _describe(experiment, prompts, manifest)
     make_run_folder(folders)
-    with sole_writer(folder, **_NAMES), ledger.phase(folders.run, "generate"):
+    with sole_writer(folder, **_NAMES):
         place = WrittenFolder(folder, manifest)
         missing = place.missing()
         if missing and len(missing) < manifest.parts:
             say(f"generate: {manifest.parts - len(missing)} of {manifest.parts} parts are there; continuing")
         if missing:
-            author = writer.author()
-            if not author.is_cached:
-                say(
-                    "generate: this model has no key-value cache here, and reads its whole text again for each token: "
-                    "slow"
-                )
-            if manifest.kind == "messages" and len(missing) == manifest.parts > 1:
-                _try_endings(author, prompts, experiment.generate.max_new_tokens)
-            _write(place, missing, author, prompts, writer)
-            if isinstance(author, ServerAuthor) and author.other_counts:
-                say(
-                    f"generate: {author.other_counts:,} texts have another number of tokens here than the server wrote "
-                    "them in: the local tokenizer splits them otherwise"
-                )
+            with ledger.phase(folders.run, "generate"):
+                _write_missing(experiment, place, missing, prompts, writer)
     _summarise(place, bool(missing))
     return 0
+
+
+def _write_missing(
+    experiment: Experiment, place: WrittenFolder, missing: list[int], prompts: Prompts, writer: Writer
+) -> None:
+    manifest, author = place.manifest, writer.author()
+    if not author.is_cached:
+        say("generate: this model has no key-value cache here, and reads its whole text again for each token: slow")
+    if manifest.kind == "messages" and len(missing) == manifest.parts > 1:
+        _try_endings(author, prompts, experiment.generate.max_new_tokens)
+    _write(place, missing, author, prompts, writer)
+    if isinstance(author, ServerAuthor) and author.other_counts:
+        say(
+            f"generate: {author.other_counts:,} texts have another number of tokens here than the server wrote "
+            "them in: the local tokenizer splits them otherwise"
+        )
 
 
 def _describe(experiment: Experiment, prompts: Prompts, manifest: Manifest) -> None:
@@ -65,8 +71,8 @@ def _describe(experiment: Experiment, prompts: Prompts, manifest: Manifest) -> N
     path = generate.prompts or experiment.corpus.named
     kind = "conversations" if prompts.kind == "messages" else "plain texts"
     say(
-        f"generate: the {generate.by} writes {manifest.texts:,} texts of at most {generate.max_new_tokens:,} tokens, "
-        f"for {len(prompts):,} prompts of {path} ({kind})"
+        f"generate: the {_WRITERS.get(generate.by, generate.by)} writes {manifest.texts:,} texts of at most "
+        f"{generate.max_new_tokens:,} tokens, for {len(prompts):,} prompts of {path} ({kind})"
     )
     if prompts.left_out:
         told = ", ".join(f"{rows:,} {reason}" for reason, rows in prompts.left_out.items())

@@ -36,11 +36,11 @@ def test_a_student_that_lies_elsewhere_is_not_the_runs(tmp_path: Path) -> None:
 def test_nothing_is_written_through_a_link_out_of_the_run(name: str, tmp_path: Path) -> None:
     """A run that was sent may have links in it, and logs are appended to files that are there."""
     run = tmp_path / "run"
-    make_run_folder(Folders(run, run / "cache"))
+    make_run_folder(Folders(run, run / "cache", run))
     (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).symlink_to(tmp_path / "mine")
     with pytest.raises(UserError, match="is a link out of the run folder"):
-        make_run_folder(Folders(run, run / "cache"))
+        make_run_folder(Folders(run, run / "cache", run))
     (run / name).unlink()
     (run / name).symlink_to(".")
-    make_run_folder(Folders(run, run / "cache"))
+    make_run_folder(Folders(run, run / "cache", run))

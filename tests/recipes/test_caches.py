@@ -30,7 +30,7 @@ def test_a_student_learns_from_several_caches(finished: Any, distill: Any, tmp_p
     train("halves", 1, "--resume").done()
     whole, halves = (load_file(tmp_path / run / "student/model.safetensors") for run in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
-    train("none", 0).refused("train.caches", "not between")
+    train("none", 0).refused("train.caches", "weighs 0, as only the first")
     train("nowhere", 1, "--train.caches", json.dumps({str(tmp_path / "nowhere"): 1})).refused("nowhere")
     caches = json.dumps({str(finished.cache): 1, str(other): 1})
     experiment = load_experiment(finished.file, ["--train.caches", caches])

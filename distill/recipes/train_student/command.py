@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from distill.cache.format.tokenizer_files import checked_tokenizer
@@ -37,14 +39,21 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     config = experiment.train
     deadline = None if config.max_time is None else time.monotonic() + parse_duration(config.max_time, "train.max_time")
     folders = Folders.of(experiment)
+    if experiment.rounds.count and config.begin_from is None:
+        raise UserError("rounds: `distill run` makes them; to train on the corpus alone, give --rounds.count 0")
     make_run_folder(folders)
-    train, held_out = open_training(experiment)
-    storage = train.storage
-    experiment = as_packed(experiment, packing_of(train.manifest))
-    check_cache_settings(experiment, train.manifest, storage.name)
-    pending = [role for role in roles(experiment) if not is_done(role, experiment, folders, train)]
-    if pending:
-        _train(experiment, folders, storage, train, held_out, pending, deadline, following)
+    for is_control, members in groupby(roles(experiment), key=lambda role: role.is_control):
+        # A control never sees rounds, so it may learn from another cache.
+        caches = {} if is_control and experiment.rounds.count else config.caches
+        own = replace(experiment, train=replace(config, caches=caches))
+        train, held_out = open_training(own)
+        # The first cache is that of the experiment, or of its corpus, also where only its held-out samples are read.
+        storage = held_out.storage
+        own = as_packed(own, packing_of(held_out.manifest))
+        check_cache_settings(own, held_out.manifest, storage.name)
+        pending = [role for role in members if not is_done(role, own, folders, train)]
+        if pending:
+            _train(own, folders, storage, train, held_out, pending, deadline, following)
     return 0
 
 

@@ -15,7 +15,7 @@ from distill.cache.format.tokenizer_files import checked_tokenizer
 from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import Storage
-from distill.errors import UserError
+from distill.errors import UserError, first_line
 from distill.experiment import settings
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
@@ -50,6 +50,8 @@ def kept_vocabulary(
 ) -> Vocabulary | None:
     if experiment.student.vocabulary == "full":
         return None
+    if experiment.train.begin_from is not None:
+        return Vocabulary.load(Folders.of_training(experiment.train.begin_from).model("student"))
     tokenizer = load_folder_tokenizer(checked_tokenizer(storage.folder))
     readers = train.readers if isinstance(train, MixedReader) else [train]
     total = (len(train) + len(held_out)) * train.manifest.sequence_length
@@ -67,6 +69,20 @@ def _mass(train: CacheReader | MixedReader, vocabulary: Vocabulary) -> str:
     if dropped is None:
         return ""
     return f"; it gives {float(dropped) / max(len(batch.entropy_N), 1):.2%} of its probability to the others"
+
+
+def _handed_over_in(trained: str) -> Path:
+    """Return the checkpoint whose weights a finished training handed over. Raises UserError if it is not there."""
+    folders = Folders.of_training(trained)
+    stopped_early = settings.read(folders.model("student"))["train"]["early_stopping"] is not None
+    best = folders.checkpoints("student") / BEST
+    found = best if stopped_early and is_whole(best) else newest(folders.checkpoints("student"))
+    if found is None:
+        raise UserError(
+            f"train.begin_from: {folders.checkpoints('student')}: has no checkpoint any more: remove "
+            f"{folders.model('student')}, so that it is trained again"
+        )
+    return found
 
 
 class Training:
@@ -89,6 +105,8 @@ class Training:
         self.data = make_data(self.experiment, self.train, held_out, self.role.seed, vocabulary)
         resume_from = self._checkpoint_to_resume()
         student, options = self._student()
+        if resume_from is None and self.experiment.train.begin_from is not None:
+            self._load(student, _handed_over_in(self.experiment.train.begin_from))
         if is_first_process():
             settings.write(self.checkpoints, self.settings)
         started = time.monotonic()
@@ -210,11 +228,26 @@ class Training:
         """Return a student with the weights of a checkpoint."""
         assert checkpoint is not None, "every training ends with a checkpoint"
         student, _ = self._student(tell=lambda message: None)
+        self._load(student, checkpoint)
+        return student
+
+    def _load(self, student: Any, checkpoint: Path) -> None:
+        """Give a student the weights of a checkpoint, which has all that learn.
+
+        Raises UserError for the checkpoint of another student.
+        """
         trained = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         prefix = "student."
         own = {name.removeprefix(prefix): tensor for name, tensor in trained.items() if name.startswith(prefix)}
-        student.load_state_dict(own, strict=False)
-        return student
+        learn = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        try:
+            unknown = student.load_state_dict(own, strict=False).unexpected_keys
+        except RuntimeError as error:
+            raise UserError(
+                f"{checkpoint}: is of another student than this experiment's ({first_line(error)})"
+            ) from error
+        if unknown or not learn <= own.keys():
+            raise UserError(f"{checkpoint}: is of another student than this experiment's")
 
     def _save(self, student: Any, options: dict[str, Any]) -> None:
         tokenizer = load_folder_tokenizer(checked_tokenizer(self.data.train.storage.folder))

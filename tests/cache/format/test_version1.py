@@ -89,7 +89,7 @@ def as_version_2(found: Manifest) -> Manifest:
 
 
 def test_a_finished_one_is_complete(cache: Path, tmp_path: Path, capsys: Any) -> None:
-    folders = Folders(tmp_path, cache)
+    folders = Folders(tmp_path, cache, tmp_path)
     assert cache_teacher._accept_version_1(folders, as_version_2(read_manifest(cache))) == 0
     assert "is complete (3 shards, format version 1); nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="seed: expected 1, found 0"):

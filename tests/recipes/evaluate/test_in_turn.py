@@ -35,7 +35,7 @@ def test_the_models_are_measured_in_turn(tmp_path: Any) -> None:
 
     subjects = [subject(name) for name in ("teacher", "before", "student", "control")]
     measurement = Rounds()
-    folders = Folders(tmp_path, tmp_path / "cache")
+    folders = Folders(tmp_path, tmp_path / "cache", tmp_path)
     results = Results(folders, subjects, [measurement])
     _measure_in_turn(measurement, subjects, results)
     assert order == ["teacher", "student", "control"] * 3

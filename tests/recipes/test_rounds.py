@@ -1,0 +1,196 @@
+"""`distill run` with rounds: the student writes, the teacher scores, the student learns on; killed, and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.cache.making.writer import CacheWriter
+from distill.errors import UserError
+from distill.experiment.file import load_experiment
+from distill.experiment.stages import as_overrides, stages
+from distill.generation.folder import WrittenFolder
+from distill.recipes.evaluate.results import Results
+from distill.training.checkpoints import KeepCheckpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SECTIONS: dict[str, Any] = {
+    "cache": {"max_samples": 16, "held_out_samples": 2},
+    "train": {"max_steps": 3, "checkpoint_every_steps": 1, "loggers": ["csv"]},
+    "evaluate": {"control": True, "max_samples": 4},
+    "generate": {"prompt_tokens": 8, "max_new_tokens": 12, "group": 32, "batch_size": 32},
+    "rounds": {"count": 2},
+}
+MODELS = ("rounds/0/student", "rounds/1/student", "student", "control")
+TEXTS = ("rounds/1/written", "rounds/2/written", "cache/shards", "rounds/1/cache/shards", "rounds/2/cache/shards")
+
+
+class Killed(BaseException):
+    """End of a process."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two rounds that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    said = distill("run", world.write(folder / "experiment.yaml", **SECTIONS)).done().out
+    titles = [line.partition(";")[0] for line in said.splitlines() if line.startswith("round ")]
+    kinds = ["the student writes", "the teacher reads it", "training"]
+    assert titles == ["round 0 of 2: the teacher reads the corpus", "round 0 of 2: training"] + [
+        f"round {number} of 2: {kind}" for number in (1, 2) for kind in kinds
+    ]
+    assert "round 2 of 2: the student writes; about" in said and "left up to the evaluation" in said
+    return folder / "run"
+
+
+@pytest.fixture
+def kill_each_phase_once(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Kill the program at the second step of a phase, and once in each folder; return the folders as they come."""
+    seen: dict[Path, int] = {}
+    killed: set[Path] = set()
+
+    def deadly(owner: type, name: str, folder_of: Callable[[Any], Path], step: int = 2) -> None:
+        original: Any = getattr(owner, name)
+
+        def method(self: Any, *arguments: Any, **options: Any) -> Any:
+            folder = folder_of(self)
+            seen[folder] = seen.get(folder, 0) + 1
+            if seen[folder] == step and folder not in killed:
+                killed.add(folder)
+                raise Killed
+            return original(self, *arguments, **options)
+
+        monkeypatch.setattr(owner, name, method)
+
+    deadly(WrittenFolder, "add", lambda self: self.folder)
+    deadly(CacheWriter, "add", lambda self: self.folder)
+    deadly(KeepCheckpoints, "_save", lambda self: self.folder)
+    deadly(Results, "put", lambda self: Path("evaluation"))
+    return killed
+
+
+def test_killed_once_in_each_phase_it_goes_on_to_the_same_run(
+    undisturbed: Path, world: Any, distill: Any, kill_each_phase_once: set[Path], contents: Any, tmp_path: Path
+) -> None:
+    file, starts = world.write(tmp_path / "experiment.yaml", **SECTIONS), 0
+    while True:
+        starts += 1
+        try:
+            distill("run", file).done()
+            break
+        except Killed:
+            assert starts == len(kill_each_phase_once), "each start gets further than the one before"
+    assert len(kill_each_phase_once) == 3 + 4 + 2 + 1 == starts - 1, "caches, trainings, texts, evaluation"
+    run = tmp_path / "run"
+    for folder in TEXTS:
+        assert contents(run / folder) == contents(undisturbed / folder), folder
+    for folder in MODELS:
+        ours, theirs = (load_file(each / folder / "model.safetensors") for each in (run, undisturbed))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), folder
+    results = [json.loads((each / "evaluation.json").read_text())["fidelity"] for each in (run, undisturbed)]
+    assert results[0] == results[1]
+
+
+def test_a_finished_run_does_nothing_again(
+    undisturbed: Path, distill: Any, untouched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = untouched(undisturbed / "rounds"), untouched(undisturbed / "student")
+    said = distill("run", undisturbed.parent / "experiment.yaml").done().out
+    assert said.count("nothing to do") == 2 + 3 + 4 + 1
+    assert (untouched(undisturbed / "rounds"), untouched(undisturbed / "student")) == before
+    assert not (undisturbed / "rounds/1/checkpoints/student").exists(), "a round's go with the next one's student"
+
+
+def test_each_round_begins_with_the_student_before_and_the_control_never_sees_one(undisturbed: Path) -> None:
+    control, last = (json.loads((undisturbed / name / "settings.json").read_text()) for name in ("control", "student"))
+    assert control["train"]["max_steps"] == 9 and "caches" not in control and "begins_with" not in control
+    shares = [count for _, count in last["caches"].values()]
+    assert shares[2] == sum(shares) // 2 and abs(shares[0] - shares[1]) <= 1, "half its own, the rest divided equally"
+    loss = (undisturbed / "rounds/1/logs/student").rglob("metrics.csv")
+    assert list(loss), "each round has its curves"
+
+
+def test_a_stage_is_a_command_of_its_own(undisturbed: Path, untouched: Any, distill: Any) -> None:
+    """As for a training on several devices, whose processes are started with a command line."""
+    file = undisturbed.parent / "experiment.yaml"
+    experiment, before = load_experiment(str(file), []), untouched(undisturbed / "rounds")
+    for stage in list(stages(experiment))[2:5]:
+        said = distill(stage.command, file, *as_overrides(stage.experiment, experiment)).done().out
+        assert "nothing to do" in said
+    assert untouched(undisturbed / "rounds") == before
+    distill("train-student", file).refused("distill run", "--rounds.count 0")
+
+
+def test_without_a_corpus_the_fresh_student_writes_first(world: Any, distill: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    about = ("peace", "war", "corn", "tea", "salt", "law")
+    prompts.write_text("".join(json.dumps({"prompt": f"What is said of {word}?"}) + "\n" for word in about))
+    sections = {
+        **SECTIONS,
+        "corpus": {"path": None, "held_out": 0.3},
+        "evaluate": {"control": False},
+        "student": {"class_path": "huggingface", "options": {"model": str(world.folder / "teacher")}},
+        "rounds": {"count": 2, "prompts": str(prompts), "share": 1, "samples_per_prompt": 4},
+        "train": {**SECTIONS["train"], "learning_rate": 0.01},
+    }
+    file = world.write(tmp_path / "experiment.yaml", **sections)
+    said = distill("run", file).done().out
+    assert "the fresh student writes 24 texts" in said and "round 0" not in said
+    run = tmp_path / "run"
+    settings = json.loads((run / "student/settings.json").read_text())
+    assert "caches" not in settings, "a share of 1: of its own texts alone"
+    assert (run / "evaluation.json").exists() and not (run / "cache").exists()
+    assert "is trained" in distill("run", file).done().out
+    distill("evaluate", file).done()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--loss.divergence", "reverse_kl"], ["reverse_kl", "cache.scheme"]),
+        (["--rounds.prompts", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--evaluate.seeds", "2"], ["evaluate.seeds"]),
+        (["--train.caches", '{"a": 1}'], ["train.caches: rounds choose"]),
+        (["--cache.part", "1/2"], ["rounds: one machine"]),
+        (["--rounds.share", "0"], ["rounds.share: 0"]),
+        (["--rounds.cout", "1"], ["rounds.cout", "count"]),
+    ],
+    ids=["divergence", "prompts", "seeds", "caches", "part", "share", "key"],
+)
+def test_rounds_that_cannot_be_made_are_refused_first(
+    world: Any, distill: Any, tmp_path: Path, changes: list[str], words: list[str]
+) -> None:
+    distill("run", world.write(tmp_path / "experiment.yaml", **SECTIONS), *changes).refused(*words)
+    assert not (tmp_path / "run/cache").exists()
+
+
+def test_rounds_without_a_corpus_lack_prompts_or_a_control(world: Any, tmp_path: Path) -> None:
+    file = world.write(tmp_path / "experiment.yaml", corpus={"path": None}, rounds={"count": 1})
+    with pytest.raises(UserError, match=r"rounds\.prompts: is missing.*"):
+        load_experiment(file, [])
+    with pytest.raises(UserError, match=r"evaluate\.control: a control learns"):
+        load_experiment(file, ["--rounds.prompts", "prompts.jsonl", "--evaluate.control", "true"])
+
+
+def test_prompts_that_ask_nothing_are_refused_before_the_teacher(world: Any, distill: Any, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"messages": [{"role": "assistant", "content": "Hello."}]}) + "\n")
+    file = world.write(tmp_path / "experiment.yaml", **SECTIONS)
+    distill("run", file, "--rounds.prompts", bad).refused("no user's message")
+    assert not (tmp_path / "run/cache").exists()
+
+
+def test_another_student_does_not_begin_with_these_weights(undisturbed: Path, distill: Any, tmp_path: Path) -> None:
+    own = ["--rounds.count", 0, "--run_dir", tmp_path / "run", "--cache.dir", undisturbed / "cache"]
+    begun = ["train-student", undisturbed.parent / "experiment.yaml", *own, "--train.begin_from"]
+    distill(*begun, undisturbed, "--student.options.layers", 3, "--evaluate.control", "false").refused(
+        "another student"
+    )
+    distill(*begun, tmp_path / "nowhere").refused("nowhere", "settings.json")
+    distill(*begun, undisturbed / "rounds/1", "--evaluate.control", "false").refused("no checkpoint any more")
