@@ -178,15 +178,3 @@ CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 def setting(config: Any, names: tuple[str, ...]) -> str | None:
     """Return the first of the names that a configuration has, None if it has none."""
     return next((name for name in names if getattr(config, name, None) is not None), None)
-
-
-def neurons(config: Any) -> int:
-    """Return the number of neurons of a configuration's MLP, which LFM 2 computes from another number."""
-    size: int = config.intermediate_size
-    if not getattr(config, "block_auto_adjust_ff_dim", False):
-        return size
-    size = int(2 * size / 3)
-    if config.block_ffn_dim_multiplier is not None:
-        size = int(config.block_ffn_dim_multiplier * size)
-        size = -(-size // config.block_multiple_of) * config.block_multiple_of
-    return size

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.pruning_families import CHOSEN, EXPERTS, FAMILIES, neurons, setting
+from distill.models.huggingface import neurons
+from students.pruning_families import CHOSEN, EXPERTS, FAMILIES, setting
 
 GROUPED = 8
 """Channels whose bytes torch's product of all experts at once aligns, in 16 bits."""

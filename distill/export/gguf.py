@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.errors import UserError, did_you_mean
-from distill.export import gguf_architecture, gguf_check, gguf_tokenizer
+from distill.export import gguf_architecture, gguf_check, gguf_tensors, gguf_tokenizer
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.saving import DESCRIPTION
 from distill.models.tokenizers import load_tokenizer
@@ -27,6 +27,8 @@ have no zero, so beside one large weight all the small ones get the same error, 
 language.
 """
 EMBEDDINGS = ("token_embd.weight", "output.weight")
+IN_FULL = ("ffn_gate_inp", "shortconv.conv", "ssm_conv1d")
+"""Parts of names of the small matrices that llama.cpp takes in float32: routers and convolutions."""
 LARGEST_HALF = 65504.0
 OLLAMA_CONTEXT = 4096
 """Tokens that Ollama keeps in sight when nobody says otherwise."""
@@ -60,7 +62,7 @@ def write(source: Path, folder: Path, type: str) -> None:
         writer.add_file_type(int(LlamaFileType[f"MOSTLY_{type.upper()}"]))
         if type != "f16":
             writer.add_quantization_version(GGML_QUANT_VERSION)
-        gguf_architecture.add_hyperparameters(writer, plan)
+        gguf_architecture.add_hyperparameters(writer, plan, len(vocabulary.tokens))
         gguf_tokenizer.add_vocabulary(writer, vocabulary, tokenizer, plan.config)
         kept = _write_tensors(writer, plan, checkpoint, len(vocabulary.tokens), type)
         writer.close()
@@ -136,11 +138,11 @@ def _write_tensors(
     """Write the list of tensors, then each content, one in memory at a time. Returns the names of those left at f16."""
     from gguf.quants import quant_shape_to_byte_shape
 
-    tensors = list(gguf_architecture.converted(plan, checkpoint, vocab_size))
+    tensors = list(gguf_tensors.converted(plan, checkpoint, vocab_size))
     kept = []
     for name, shape, _ in tensors:
         kind = stored_type(name, shape, type)
-        if len(shape) > 1 and kind.name == "F16" and type != "f16":
+        if kind.name == "F16" and type != "f16":
             kept.append(name)
         stored = quant_shape_to_byte_shape(shape, kind)
         size = int(np.prod(stored))
@@ -157,7 +159,7 @@ def stored_type(name: str, shape: tuple[int, ...], type: str) -> GGMLQuantizatio
     """Return the type in which a file of `type` stores a tensor."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith(".bias") or any(part in name for part in IN_FULL):
         return GGMLQuantizationType.F32
     wanted = GGMLQuantizationType[("q8_0" if type.startswith("q4") and name in EMBEDDINGS else type).upper()]
     together, _ = GGML_QUANT_SIZES[wanted]  # weights that share a scale

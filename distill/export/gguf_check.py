@@ -23,7 +23,8 @@ from torch import Tensor
 
 import distill
 from distill.errors import UserError, first_line
-from distill.export.gguf_architecture import plan, query_divisor
+from distill.export.gguf_architecture import plan
+from distill.export.gguf_tensors import query_divisor
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.generation import context_length
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing

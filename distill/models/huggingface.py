@@ -168,6 +168,18 @@ def transformation(config: Any) -> dict[str, float]:
     return found if soft_cap is None else {**found, "soft_cap": float(soft_cap)}
 
 
+def neurons(config: Any) -> int:
+    """Return the number of neurons of an MLP, which LFM 2 computes from another number."""
+    size: int = config.intermediate_size
+    if not getattr(config, "block_auto_adjust_ff_dim", False):
+        return size
+    size = int(2 * size / 3)
+    if config.block_ffn_dim_multiplier is not None:
+        size = int(config.block_ffn_dim_multiplier * size)
+        size = -(-size // config.block_multiple_of) * config.block_multiple_of
+    return size
+
+
 def load_pretrained(
     checkpoint: Checkpoint,
     dtype: torch.dtype,

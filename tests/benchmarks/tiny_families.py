@@ -78,6 +78,7 @@ BY_FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
     "mamba2": {"head_dim": 16, "num_heads": 8},
+    "qwen3_moe": {"norm_topk_prob": True},  # as every published one
     "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "nemotron": {"head_dim": 16},
     "qwen4_exp_text": {"head_dim": 16},

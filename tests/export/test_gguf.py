@@ -20,7 +20,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from distill.errors import UserError
-from distill.export import gguf, gguf_architecture, gguf_check
+from distill.export import gguf, gguf_architecture, gguf_check, gguf_tensors
 from distill.models.checkpoints import Checkpoint
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.saving import save_language_model
@@ -52,6 +52,46 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3, yarn": ("qwen3", rope("yarn", **SCALED)),
     "smollm3": ("smollm3", {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "use_sliding_window": False}),
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 16, **rope("yarn", mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.5, **SCALED)},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **rope("yarn", **SCALED),
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+        },
+    ),
+    **{
+        name: (
+            "qwen3_5_text",
+            {
+                "num_hidden_layers": len(kinds),
+                "layer_types": [f"{kind}_attention" for kind in kinds],
+                "head_dim": 16,
+                **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                **rope("default", partial_rotary_factor=0.5),
+            },
+        )
+        for name, kinds in {
+            "qwen3_5": ("linear", "linear", "full"),
+            "qwen3_5, irregular": ("full", "linear", "full"),
+        }.items()
+    },
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
+    "glm4": ("glm4", {"head_dim": 16, "attention_bias": True, **rope("default", partial_rotary_factor=0.5)}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"num_hidden_layers": 5, "sliding_window": 8}),
     "granite": (
@@ -127,7 +167,7 @@ def test_llama_cpp_computes_the_students_logits(case: str, students: Callable[[s
 def test_unconverted_tensors_would_show(
     case: str, students: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_architecture, "convert", lambda plan, name, tensor: tensor)
+    monkeypatch.setattr(gguf_tensors, "convert", lambda plan, name, tensor: tensor)
     assert error(ours(students(case)), theirs(students(case), tmp_path)) > 2 * ROUNDING
 
 
@@ -136,13 +176,13 @@ def test_unconverted_tensors_would_show(
 def test_unscaled_positions_would_show(
     case: str, students: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_architecture, "_frequency_factors", lambda plan: None)
+    monkeypatch.setattr(gguf_tensors, "_frequency_factors", lambda plan: None)
     monkeypatch.setattr(gguf_architecture, "_add_scaling", lambda *given: None)
     assert error(ours(students(case)), theirs(students(case), tmp_path)) > 2 * ROUNDING
 
 
 def test_channels_that_are_rotated_together_become_neighbours() -> None:
-    assert gguf_architecture.interleaved_rows(8, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf_tensors.interleaved_rows(8, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def tensors(file: Path) -> dict[str, Any]:
@@ -241,6 +281,8 @@ def test_attention_windows_that_llama_cpp_lacks_end_the_context(
         ("qwen3", {"attention_bias": True}, "no place for the tensor.*bias"),
         ("gemma2", {"tie_word_embeddings": False}, "no place for the tensor lm_head"),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "soft cap on attention"),
+        ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 4}, "sum to 1"),
+        ("qwen3_5_text", {"linear_key_head_dim": 8, "linear_value_head_dim": 16}, "of one size"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(
