@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _SECONDS_TO_STOP = 60.0
 _SECONDS_TO_AGREE = 5.0
 """Seconds in which the process of rank 0 meets the same error as another, if all meet it. Then it alone reports."""
+_SECONDS_TO_END = 3.0
+"""Seconds that a process which failed alone may take from its report to its end; fewer than those to agree."""
 _SET_BY_LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -89,7 +91,7 @@ def _end_with_the_one_that_failed(trainer: pl.Trainer) -> None:
     def statuses() -> list[int]:
         return [process.returncode for process in _started(trainer) if process.poll()]
 
-    _wait_until(lambda: bool(statuses()), seconds=1.0)
+    _wait_until(lambda: bool(statuses()), _SECONDS_TO_END)
     for status in statuses():
         if status < 0:
             raise UserError(f"the process of another device was killed (signal {-status})") from None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 120.0
 """Seconds that a process of its own may take to get going on a busy machine."""
 
@@ -113,69 +116,99 @@ class Stopped:
     err: str
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A process that runs a command, and the files that have its output."""
+class Program:
+    """A command in a process of its own: a fork of this one, which has imported everything, where a fork can do all.
 
-    process: Any
-    out: Path
-    err: Path
-
-    def ended(self) -> Stopped:
-        """Wait for its end; one that hangs is killed."""
-        self.process.join(PATIENCE)
-        if self.process.exitcode is None:
-            self.process.kill()
-            self.process.join()
-        said = [path.read_text() if path.exists() else "" for path in (self.out, self.err)]
-        return Stopped(self.process.exitcode, *said)
-
-
-def _become(arguments: list[str], out: Path | int, err: Path | int) -> None:
-    """Run a command as a program of its own does, in this fork of the tests' process."""
-    import torch
-    from tqdm import tqdm
-
-    from distill.cli import main
-
-    for to, number in ((out, 1), (err, 2)):
-        os.dup2(to if isinstance(to, int) else os.open(to, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    tqdm.set_lock(threading.RLock())  # the one of before is shared with the tests
-    sys.argv = ["distill", *arguments]
-    main()
-
-
-@pytest.fixture
-def begin(tmp_path: Path) -> Callable[..., Begun]:
-    """`begin("run", file)`: start a command in a process of its own: a fork, which has imported everything already.
-
-    `to` is a descriptor for all of its output, which goes to files in the test's folder otherwise.
+    It cannot where CUDA is, which does not survive it; there the command starts from nothing.
     """
 
-    def command(*arguments: str, to: int | None = None) -> Begun:
-        files = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
-        places = files if to is None else (to, to)
-        process = multiprocessing.get_context("fork").Process(target=_become, args=([*arguments], *places))
-        process.start()
-        return Begun(process, *files)
+    def __init__(self, arguments: list[str], out: int, err: int) -> None:
+        """Start it with these descriptors for its output."""
+        import torch
 
-    return command
+        self._end = threading.Lock()
+        self.status: int | None = None
+        """Exit status, or the number of the signal that killed it below 0, once `poll` has found it."""
+        can_fork = hasattr(os, "fork") and not torch.cuda.is_available()
+        self.pid = os.fork() if can_fork else 0
+        self._spawned: Any = None
+        if not can_fork:
+            line = [sys.executable, "-m", "distill", *arguments]
+            self._spawned = subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=err)
+            self.pid = self._spawned.pid
+        elif not self.pid:
+            _become(arguments, out, err)
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        with self._end:
+            if self.status is None and self._spawned is not None:
+                self.status = self._spawned.poll()
+            elif self.status is None:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+                self.status = os.waitstatus_to_exitcode(status) if ended else None
+            return self.status
+
+    def send(self, signum: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def wait(self, until: Callable[[], Any] = bool) -> int | None:
+        """Wait for its end, or `until` something holds, and return its status; one that hangs is killed."""
+        deadline = time.monotonic() + PATIENCE
+        while self.poll() is None and not until():
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+            time.sleep(0.005)
+        return self.status
+
+
+def _become(arguments: list[str], out: int, err: int) -> NoReturn:
+    """Run a command as a program of its own does, in this fork of the tests' process."""
+    status = 1
+    try:
+        import torch
+        from tqdm import tqdm
+
+        import distill.__main__ as program
+        from distill.cli import main
+
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        tqdm.set_lock(threading.RLock())  # the one of before is shared with the tests
+        # Lightning starts the processes of other devices by the command line of this one.
+        os.environ |= {"OMP_NUM_THREADS": "1"}
+        sys.modules["__main__"], sys.argv = program, ["distill", *arguments]
+        main()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+@pytest.fixture(scope="session")
+def program() -> type[Program]:
+    return Program
 
 
 @pytest.fixture
-def stop(begin: Any) -> Callable[..., Stopped]:
-    """`stop(signal, when, *arguments)`: begin a command, and signal it once `when(stdout)` holds."""
+def stop(tmp_path: Path) -> Callable[..., Stopped]:
+    """`stop(signal, when, *arguments)`: run a command in a process of its own; signal it once `when(stdout)` holds."""
 
     def command(signum: signal.Signals, when: Callable[[str], bool], *arguments: str) -> Stopped:
-        begun = begin(*arguments)
-        deadline = time.monotonic() + PATIENCE
-        while not (begun.out.exists() and when(begun.out.read_text())) and begun.process.is_alive():
-            assert time.monotonic() < deadline, begun.out.read_text()
-            time.sleep(0.005)
-        if begun.process.is_alive():
-            os.kill(begun.process.pid, signum)
-        return begun.ended()
+        out, err = tmp_path / "stdout.txt", tmp_path / "stderr.txt"
+        with open(out, "wb") as to_out, open(err, "wb") as to_err:
+            running = Program([*arguments], to_out.fileno(), to_err.fileno())
+        running.wait(lambda: when(out.read_text()))
+        running.send(signum)
+        status = running.wait()
+        assert status is not None
+        return Stopped(status, out.read_text(), err.read_text())
 
     return command

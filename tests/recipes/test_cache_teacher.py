@@ -67,7 +67,7 @@ def test_at_the_end_of_its_time_it_keeps_every_batch(cache: Any, contents: Any, 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
 @pytest.mark.parametrize("broken", ["full", "unread", "closed"])
-def test_a_broken_output_does_not_end_the_run(world: Any, begin: Any, tmp_path: Path, broken: str) -> None:
+def test_a_broken_output_does_not_end_the_run(world: Any, program: Any, tmp_path: Path, broken: str) -> None:
     command = ["cache-teacher", world.write(tmp_path / "experiment.yaml"), "--cache.max_samples", "4"]
     if broken == "closed":  # from the program's beginning
         line = f"{shlex.join([sys.executable, '-m', 'distill', *command])} >&- 2>&-"
@@ -77,7 +77,7 @@ def test_a_broken_output_does_not_end_the_run(world: Any, begin: Any, tmp_path: 
         os.close(unread)
         if broken == "full":
             os.dup2(os.open("/dev/full", os.O_WRONLY), to)
-        assert begin(*command, to=to).ended().status == 0
+        assert program(command, to, to).wait() == 0
         os.close(to)
     assert {path.name for path in (tmp_path / "run/cache/shards").iterdir()} >= {"train-000000.safetensors"}
 

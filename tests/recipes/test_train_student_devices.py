@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -21,7 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180.0
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -60,25 +58,27 @@ class Ended:
 Command = Callable[..., Ended]
 
 
-def make_command(environment: dict[str, str]) -> Command:
+def make_command(program: Any) -> Command:
     """`command("run", file, ...)`: run it to its end, or `send` a signal to its first process `when` a line is said."""
+    starting = threading.Lock()  # or a command's process would hold another's output
 
     def command(*arguments: str, when: str | None = None, send: int = signal.SIGTERM) -> Ended:
-        line = [sys.executable, "-m", "distill", *arguments]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(line, cwd=ROOT, env=environment, **pipes) as process:
-            late = threading.Timer(PATIENCE, process.kill)
-            late.start()
-            assert process.stdout is not None
-            lines = []
+        with starting:
+            reading, to = os.pipe()
+            running = program([*arguments], to, to)
+            os.close(to)
+        late = threading.Timer(PATIENCE, running.send, [signal.SIGKILL])
+        late.start()
+        lines = []
+        with open(reading) as said:
             # The pipe ends when the last process that holds it has ended.
-            for text in process.stdout:
+            for text in said:
                 lines.append(text.rstrip())
                 if when is not None and when in text:
-                    process.send_signal(send)
+                    running.send(send)
                     when = None
-            late.cancel()
-        return Ended(process.returncode, lines)
+        late.cancel()
+        return Ended(running.wait(), lines)
 
     return command
 
@@ -110,13 +110,12 @@ def distance(run: Path, other: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def on_one(finished: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    def train(*arguments: str) -> Path:
-        run = tmp_path_factory.mktemp("one") / "run"
-        distill("train-student", *finished.elsewhere(run), *STEPS, *arguments).done()
-        return run
-
-    return train
+def on_one(finished: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folders of the same trainings on one device, by their students."""
+    runs = {name: tmp_path_factory.mktemp(name) / "run" for name in ("pruned", "compact")}
+    for name, more in (("pruned", []), ("compact", COMPACT)):
+        distill("train-student", *finished.elsewhere(runs[name]), *STEPS, *more).done()
+    return runs
 
 
 def stop_and_go_on(command: Command, name: str, arguments: list[str], run: Path, send: int) -> Path:
@@ -157,12 +156,14 @@ class Alone(CompactDecoder):
 
 
 @pytest.fixture(scope="module")
-def started(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def started(
+    finished: Any, on_one: Any, program: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     """All commands of this file, two at a time (their processes spend most of the time with imports), but one `run`:
-    it holds the cache."""
+    it holds the cache. They are begun when this process computes no more, since they are forks of it."""
     folder = tmp_path_factory.mktemp("devices")
     (folder / "students.py").write_text(STUDENTS)
-    command = make_command({**os.environ, "OMP_NUM_THREADS": "1"})
+    command = make_command(program)
 
     def arguments(name: str, *more: str) -> list[str]:
         return [*finished.elsewhere(folder / name), *STEPS, *more]
@@ -185,23 +186,21 @@ def started(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_run_on_two_devices_does_all_steps_once_and_trains_as_one_device(on_one: Any, started: Any) -> None:
-    one = on_one()
     said = "\n".join(started["run"].result().done().lines)
     for part in ("nothing to do", "student: pruned", "step 30: held-out KL", "30 of 30 steps", "held-out positions"):
         assert part in said, (part, said)
     run = started["folder"] / "run"
-    check_curves(run, one)
-    assert distance(run, one) < 1e-4
+    check_curves(run, on_one["pruned"])
+    assert distance(run, on_one["pruned"]) < 1e-4
     assert set(json.loads((run / "evaluation.json").read_text())["fidelity"]) >= {"teacher", "student", "before"}
     assert not list(run.rglob("*.tmp"))
 
 
 def test_stopped_and_continued_fsdp_trains_as_one_device(on_one: Any, started: Any) -> None:
     """With tied embeddings, of which a checkpoint has both names."""
-    one = on_one(*COMPACT)
     run = started["fsdp"].result()
-    check_curves(run, one, but=1)
-    assert distance(run, one) < 1e-4
+    check_curves(run, on_one["compact"], but=1)
+    assert distance(run, on_one["compact"]) < 1e-4
 
 
 def test_stopped_and_continued_ddp_ends_with_the_very_weights(started: Any) -> None:
