@@ -20,7 +20,7 @@ from distill.experiment.folders import Folders
 from distill.experiment.generation import Writer, prompt_sources, prompts_of
 from distill.experiment.last_steps import check_held_out, check_last_steps
 from distill.experiment.place import Place
-from distill.experiment.stages import STEPS, Stage, has_corpus, round_folder
+from distill.experiment.stages import STEPS, Stage, has_corpus, round_folder, writing_settings
 from distill.experiment.teacher import Teacher
 from distill.models import checkpoints
 from distill.system import ledger
@@ -102,21 +102,11 @@ class Rounds:
         return whole * (self.count - number) + sum(known[kind] or 0.0 for kind in order[order.index(command) :])
 
     def writing(self, number: int) -> Experiment:
-        """Return the experiment in which the student of the round before writes."""
-        own, rounds = self.experiment.generate, self.experiment.rounds
-        is_fresh = number == self.first
-        generate = replace(
-            own,
-            by="fresh" if is_fresh else "student",
-            prompts=rounds.prompts or own.prompts,
-            to=str(self.folder(number) / "written"),
-            samples_per_prompt=rounds.samples_per_prompt,
-            seed=(own.seed + number) % 2**63,
-            server=None,
-            server_model=None,
-        )
-        train = self.experiment.train
-        train = train if is_fresh else replace(train, dir=str(self.folder(number - 1)))
+        """Return the experiment in which the student of the round before writes, or the fresh one."""
+        if number == self.first:
+            return _plain(self.experiment)
+        train = replace(self.experiment.train, dir=str(self.folder(number - 1)))
+        generate = writing_settings(self.experiment, number, "student")
         return _plain(replace(self.experiment, generate=generate, train=train))
 
     def scoring(self, number: int) -> Experiment:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from distill.experiment.configuration import Experiment
+from distill.experiment.configuration import Experiment, GenerateConfig
 
 STEPS = ("cache-teacher", "train-student", "evaluate")
 """Commands of a run without rounds."""
@@ -52,6 +52,22 @@ def with_first_texts(experiment: Experiment) -> Experiment:
         experiment,
         corpus=replace(experiment.corpus, path=str(folder / "written")),
         cache=replace(experiment.cache, dir=experiment.cache.dir or str(folder / "cache")),
+        generate=writing_settings(experiment, 1, "fresh"),
+    )
+
+
+def writing_settings(experiment: Experiment, number: int, by: Literal["student", "fresh"]) -> GenerateConfig:
+    """Return the settings of the writing in a round. Each round draws other random numbers."""
+    own, rounds = experiment.generate, experiment.rounds
+    return replace(
+        own,
+        by=by,
+        prompts=rounds.prompts or own.prompts,
+        to=str(round_folder(experiment, number) / "written"),
+        samples_per_prompt=rounds.samples_per_prompt,
+        seed=(own.seed + number) % 2**63,
+        server=None,
+        server_model=None,
     )
 
 

@@ -16,6 +16,7 @@ from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine
 from distill.forecast.phases.simulator import PHASES, NoForecast, Phase, Piece, Simulator
 from distill.forecast.room import free_bytes, needs, shortages
+from distill.forecast.rounds import RoundsForecast, rounds_of
 from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, corpus_work, moment_bytes
 from distill.forecast.steps import Training, searched, step_samples, steps
 from distill.forecast.writing import is_asked, seconds_of, writing_of
@@ -82,8 +83,8 @@ class Forecast:
     """Reasons why the others could not."""
     disk: dict[str, int | None]
     """Bytes of `cache`, `checkpoints` and `student`, of the teacher's `head` beside hidden states, of its copy for
-    streaming (`quantised teacher`), and of the texts that are to be `written`. None means that the amount of text is
-    not known."""
+    streaming (`quantised teacher`), of the texts that are to be `written`, and of the `rounds`. None means that the
+    amount of text is not known."""
     free_disk_bytes: int
     """Free bytes on the disk of the run's folder."""
     shortages: list[str]
@@ -92,6 +93,8 @@ class Forecast:
     """Assumptions that were made."""
     training: Training | None = None
     """Amount of the student's training; None if the amount of text is not known."""
+    rounds: RoundsForecast | None = None
+    """Rounds after it; None without any, or if the amount of text is not known."""
 
     def spare_bytes(self, phase: Phase) -> int:
         """Return the bytes left on the device at the phase's peak; below 0 it does not fit."""
@@ -139,6 +142,8 @@ class Forecaster:
         disk = self._disk(experiment, found, amount, notes)
         if is_asked(experiment):
             disk["written"] = self._writing(experiment, found, notes)
+        each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), [])
+        rounds = rounds_of(experiment, found, amount, self.card, each, disk, notes)
         if experiment.evaluate.tasks or experiment.evaluate.cost or experiment.evaluate.texts:
             notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
         if self.card.is_cuda and not self.card.has_bf16 and experiment.train.precision.startswith("bf16"):
@@ -159,7 +164,7 @@ class Forecaster:
         free, short = free_bytes(Folders.of(experiment).run), shortages(needs(experiment, disk, amount.cached))
         sizes = found["train-student"][0].sizes if "train-student" in found else None
         training = Training.of(experiment, amount, None if sizes is None else sizes["trained_parameters"])
-        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, short, notes, training)
+        return Forecast(self.card, self.limit_bytes, made, failures, disk, free, short, notes, training, rounds)
 
     def needed_bytes(self, experiment: Experiment, phase: Phase) -> int:
         """Return the device memory that a phase needs."""

@@ -44,6 +44,9 @@ def needs(experiment: Experiment, disk: Mapping[str, int | None], train_samples:
         found.append(Need("the quantised teacher", folder, copy - _bytes_in(folder)))
     if disk.get("written"):
         found.append(Need("texts", folder_of(experiment), disk["written"] or 0))
+    if disk.get("rounds"):
+        folder = folders.run / "rounds"
+        found.append(Need("rounds", folder, (disk["rounds"] or 0) - _bytes_below(folder)))
     count = len(roles(experiment))
     for role in roles(experiment) if experiment.cache.part is None else []:
         if folders.model(role.name).exists():
@@ -101,6 +104,10 @@ def free_bytes(folder: Path) -> int:
 def nearest(folder: Path) -> Path:
     """Return the folder, or the nearest one above it that exists."""
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _bytes_in(folder: Path) -> int:

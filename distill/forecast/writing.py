@@ -18,7 +18,7 @@ from distill.models.devices import DTYPES
 
 BYTES_A_TOKEN = 11
 """Bytes of a token in a part: its id as a number, and its text."""
-_PROMPT_TOKENS = 100
+PROMPT_TOKENS = 100
 """Tokens of a conversation's prompt, assumed."""
 _LINES = (".jsonl", ".csv", ".tsv")
 _MOST_BYTES = 2**28
@@ -38,10 +38,16 @@ class Writing:
 
 
 def is_asked(experiment: Experiment) -> bool:
-    """Tell whether the experiment names prompts, and its texts are not all there yet."""
+    """Tell whether the experiment names prompts, and its texts are not all there yet.
+
+    Prompts of rounds are not written on before them, unless the corpus is made so.
+    """
     if experiment.generate.prompts is None:
         return False
     folder = folder_of(experiment)
+    paths = [Path(source.path).expanduser().resolve() for source in experiment.corpus.all_sources]
+    if experiment.rounds.count and folder.resolve() not in paths:
+        return False
     if not is_written(folder):
         return True
     manifest = read_manifest(folder)
@@ -58,15 +64,17 @@ def writing_of(experiment: Experiment) -> Writing | None:
     tokens = texts * generate.max_new_tokens
     each_group = -(-generate.group * generate.samples_per_prompt // generate.batch_size)
     passes = -(-prompts // generate.group) * each_group * generate.max_new_tokens
-    return Writing(texts, tokens, BYTES_A_TOKEN * (tokens + texts * _PROMPT_TOKENS), passes)
+    return Writing(texts, tokens, BYTES_A_TOKEN * (tokens + texts * PROMPT_TOKENS), passes)
 
 
 def _prompts(experiment: Experiment) -> int | None:
-    most = experiment.generate.max_prompts
+    most, prompts = experiment.generate.max_prompts, experiment.generate.prompts
+    paths = [source.path for source in experiment.corpus.all_sources] if prompts is None else [prompts]
     try:
-        files = local_files(str(experiment.generate.prompts)) or []
+        found = [local_files(path) for path in paths]
     except UserError:
         return most
+    files = [file for each in found for file in each or ()] if all(found) else []
     if not files or sum(file.stat().st_size for file in files) > _MOST_BYTES:
         return most
     if any(kind_of(file) not in _LINES for file in files):
@@ -101,4 +109,4 @@ def written_tokens(experiment: Experiment, path: str) -> int | None:
     if experiment.generate.prompts is None or folder.resolve() != folder_of(experiment).resolve():
         return None
     writing = writing_of(experiment)
-    return None if writing is None else writing.tokens + writing.texts * _PROMPT_TOKENS
+    return None if writing is None else writing.tokens + writing.texts * PROMPT_TOKENS

@@ -170,6 +170,8 @@ def _print_training(forecast: Forecast) -> None:
         print(f"training: {forecast.training.described()}")
         for line in forecast.training.shortcomings():
             print(f"- {line}")
+    if forecast.rounds is not None:
+        print(f"rounds: {forecast.rounds.described()}")
 
 
 def _print_disk(forecast: Forecast) -> None:
@@ -201,6 +203,7 @@ def _forecast(forecast: Forecast) -> dict[str, Any]:
         "disk": forecast.disk,
         "free_disk_bytes": forecast.free_disk_bytes,
         "training": _training(forecast),
+        "rounds": None if forecast.rounds is None else asdict(forecast.rounds),
         "notes": forecast.notes,
         "failures": forecast.failures,
     }

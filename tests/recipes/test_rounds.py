@@ -194,3 +194,24 @@ def test_another_student_does_not_begin_with_these_weights(undisturbed: Path, di
     )
     distill(*begun, tmp_path / "nowhere").refused("nowhere", "settings.json")
     distill(*begun, undisturbed / "rounds/1", "--evaluate.control", "false").refused("no checkpoint any more")
+
+
+def test_a_plan_counts_all_rounds(world: Any, distill: Any, tmp_path: Path) -> None:
+    """The trainings grow with the texts, and the control makes the steps of all; without a corpus all is written."""
+    train = {**SECTIONS["train"], "max_steps": None}
+    file = world.write(tmp_path / "experiment.yaml", **{**SECTIONS, "train": train})
+    planned = {
+        count: json.loads(distill("plan", file, "--rounds.count", count, "--json").done().out) for count in (0, 1, 2)
+    }
+    one, two = (planned[count]["rounds"] for count in (1, 2))
+    assert planned[0]["rounds"] is None and "rounds" not in planned[0]["disk"]
+    assert (one["texts"], one["tokens"], two["rounds"]) == (40, 40 * 12, 2) and "written" not in planned[2]["disk"]
+    assert two["writing_seconds"] == 2 * one["writing_seconds"] > 0
+    assert two["scoring_seconds"] == 2 * one["scoring_seconds"] > 0
+    assert two["training_seconds"] > 2 * one["training_seconds"] > 0, "a mixture of more samples has more steps"
+    assert planned[2]["disk"]["rounds"] > planned[1]["disk"]["rounds"] > 0
+    assert "rounds: 2 more, up to 40 texts and 480 tokens each" in distill("plan", file).done().out
+    bare = ["--corpus.path", "null", "--evaluate.control", "false", "--rounds.prompts", world.folder / "corpus.jsonl"]
+    planned[3] = json.loads(distill("plan", file, *bare, "--json").done().out)
+    assert planned[3]["rounds"]["rounds"] == 1 and planned[3]["disk"]["written"] > 0
+    assert any("480 tokens of the fresh" in note for note in planned[3]["notes"])
