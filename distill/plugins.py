@@ -24,7 +24,7 @@ from distill.system.values import fits, is_plain, type_hints
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["student", "teacher", "callback", "divergence"]
+Kind = Literal["student", "teacher", "callback", "divergence", "metric"]
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "teacher": {
@@ -39,12 +39,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "callback": {},
     "divergence": {},
+    "metric": {},
 }
 SETTING = {
     "student": "student.class_path",
     "teacher": "teacher.class_path",
     "callback": "train.callbacks",
     "divergence": "loss.divergence",
+    "metric": "evaluate.metric",
 }
 """Key of the experiment file that names a plug-in, for messages."""
 OPTIONS = {"student": "student.options", "teacher": "teacher.options", "callback": "train.callbacks: init_args"}

@@ -378,6 +378,11 @@ class EvaluateConfig:
     """Held-out prompts that teacher, student and control continue, side by side; 0: none."""
     text_tokens: Annotated[int, Between(1, 2**16)] = 48
     """Tokens of each continuation."""
+    own_texts: Annotated[int, Between(0, 2**20)] = 0
+    """Held-out prompts that teacher, student and control write on from as `generate` says, to measure the student where
+    its own texts lead, and its answers beside the true ones; 0: none."""
+    metric: str | None = None
+    """Your own metric of answers, `module:function` or `file.py:function`: (answer, reference) to a number."""
 
 
 @dataclass(frozen=True)

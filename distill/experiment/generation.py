@@ -63,6 +63,11 @@ def prompt_sources(experiment: Experiment) -> list[TextSource]:
     ]
 
 
+def sampling_of(experiment: Experiment) -> Sampling:
+    """Return the way of choosing tokens."""
+    return Sampling(**{name: getattr(experiment.generate, name) for name in _SAMPLING})
+
+
 @dataclass(frozen=True)
 class Writer:
     """The model that writes, and the tokens in which it does."""
@@ -138,14 +143,10 @@ class Writer:
             generate.server_model,
             tokenizer=tokenizer,
             end_ids=(end_of_turn(tokenizer), tokenizer.eos_token_id),
-            sampling=self._sampling,
+            sampling=sampling_of(self.experiment),
             max_new_tokens=generate.max_new_tokens,
             batch_size=generate.batch_size,
         )
-
-    @property
-    def _sampling(self) -> Sampling:
-        return Sampling(**{name: getattr(self.experiment.generate, name) for name in _SAMPLING})
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -168,7 +169,7 @@ class Writer:
             loaded.model,
             vocab_size=loaded.vocab_size,
             stop_ids=ending_tokens(loaded.model, self.tokenizer),
-            sampling=self._sampling,
+            sampling=sampling_of(self.experiment),
             max_new_tokens=generate.max_new_tokens,
             batch_size=generate.batch_size,
         )

@@ -60,6 +60,10 @@ def check_evaluation(experiment: Experiment) -> None:
     config = experiment.evaluate
     if config.cost and not config.cost_batch_sizes:
         raise UserError("evaluate.cost_batch_sizes: give at least one size, or --evaluate.cost false")
+    if config.metric is not None:
+        plugins.load(config.metric, "metric")
+        if not config.own_texts:
+            raise UserError("evaluate.metric: measures answers, and none are written: give --evaluate.own_texts 100")
     if config.tasks:
         benchmarks.check_tasks(config.tasks, config.tasks_path)
 

@@ -182,7 +182,7 @@ def bin_section(facts: RunFacts) -> Iterator[Section]:
         charts = [
             Chart(chart, f"{BY_KEY[metric].name} by {by}", said + " Pale bars: share of the tokens.")
             for metric in ("kl", "top1_agreement")
-            if (chart := _binned(found, metric, by, x_name))
+            if (chart := binned(found, metric, by, x_name))
         ]
         if charts:
             contents.append(Charts(charts))
@@ -192,7 +192,8 @@ def bin_section(facts: RunFacts) -> Iterator[Section]:
         yield Section("where", "Where they differ", contents)
 
 
-def _binned(found: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, by: str, x_name: str) -> Any:
+def binned(found: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, by: str, x_name: str) -> Any:
+    """Return a chart of a metric in bins, of student and control; empty without any."""
     shown = {model: bins for model, bins in found.items() if model in ("student", "control")}
     every = {each["from"]: each for bins in shown.values() for each in bins}
     if not every:

@@ -11,7 +11,7 @@ import jinja2
 from distill import __version__
 from distill.errors import UserError
 from distill.losses.plausibility import implausible
-from distill.report import benchmarks, fidelity, provenance, speed
+from distill.report import benchmarks, fidelity, own_texts, provenance, speed
 from distill.report.contents import Continuation, Page, Prompt, Section
 from distill.report.corpus import corpus_section
 from distill.report.facts import LIMIT, RunFacts
@@ -72,6 +72,7 @@ def run_page(facts: RunFacts) -> Page:
         *fidelity.bin_section(facts),
         *benchmarks.section(facts),
         *speed.section(facts),
+        *own_texts.section(facts),
         *_text_section(facts),
         *corpus_section(facts),
         *provenance.search_section(facts),

@@ -59,6 +59,13 @@ _COST = {
     "kv_cache": FLAG,
     **dict.fromkeys(("prompt_tokens", "new_tokens"), NUMBER),
 }
+_OWN_BIN = {"from": NUMBER, "to": NUMBER, "positions": NUMBER, "kl": NUMBER}
+_OWN = {
+    **dict.fromkeys(("kl", "ended", "repetition", "distinct_1", "distinct_2", "texts", "tokens", "answers"), NUMBER),
+    **dict.fromkeys(("exact_match", "token_f1", "valid_json", "metric"), NUMBER),
+    "intervals": {"*": Pair},
+    "by_position": [_OWN_BIN],
+}
 _SEEDS = {"*": {"mean": NUMBER, "deviation": NUMBER, "values": [NUMBER]}}
 
 EVALUATION: dict[str, Any] = {
@@ -74,6 +81,7 @@ EVALUATION: dict[str, Any] = {
     "cost": _of_models(_COST),
     "speculative": {"draft_tokens": NUMBER, "speedup": NUMBER},
     "texts": {"prompts": [TEXT], "truth": [TEXT], "teacher": [TEXT], "student": [TEXT], "control": [TEXT]},
+    "own_texts": _of_models(_OWN),
     "seeds": _of_models(_SEEDS),
     "experiment": OBJECT,
     "versions": OBJECT,
@@ -94,6 +102,7 @@ REQUIRED = {
 }
 REQUIRED |= {id(COST_LINE): ("phase", "seconds"), id(EVALUATION["texts"]): ("prompts",)}
 REQUIRED |= {id(SEARCH["candidates"][0]): ("options", "parameters", "kl")}
+REQUIRED |= {id(_OWN): ("texts", "tokens"), id(_OWN_BIN): ("from", "positions", "kl")}
 REQUIRED |= {id(FORECAST["rows"][0]): ("what", "unit"), id(_SEEDS["*"]): ("mean", "values")}
 
 

@@ -35,6 +35,8 @@ def print_tables(result: dict[str, Any]) -> None:
         console.print(
             f"KL, student minus control: {against['difference']:+.3f} (p = {against['p']:.2g}{_resampled(text)})"
         )
+    for name in [name for name in MODELS if name in result.get("own_texts", {})]:
+        console.print(_own_texts(name, result["own_texts"][name]), soft_wrap=True)
     for kind, spread in result.get("seeds", {}).items():
         kl = spread["kl"]
         console.print(f"KL, {kind}: {kl['mean']:.3f} ± {kl['deviation']:.3f} over {len(kl['values'])} seeds")
@@ -65,6 +67,18 @@ def _fidelity(result: dict[str, Any]) -> Any:
         perplexity = f"{row['perplexity']:.1f}" if "perplexity" in row else "–"
         table.add_row(name, size, f"{row['nll']:.3f}", perplexity, *beside, f"{row['ece']:.1%}")
     return table
+
+
+def _own_texts(name: str, own: dict[str, Any]) -> str:
+    """Return the figures of a model's own texts in a line."""
+    said = [f"{own['ended']:.0%} ended", f"repetition {own['repetition']:.1%}"]
+    if "kl" in own:
+        said.insert(0, f"KL {name} || teacher {own['kl']:.3f}")
+    if "exact_match" in own:
+        said += [f"exact match {own['exact_match']:.1%}", f"token F1 {own['token_f1']:.1%}"]
+    named = {"valid_json": "valid JSON", "metric": "metric"}
+    said += [f"{words} {own[key]:.3g}" for key, words in named.items() if key in own]
+    return f"{own['texts']:,} texts of the {name}: {', '.join(said)}"
 
 
 def _resampled(text: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def _measure_in_turn(measurement: Measurement, subjects: list[Subject], results:
     entries: dict[str, list[Any]] = {subject.name: [] for subject in lacking}
     for number in range(measurement.rounds if lacking else 0):
         say(f"{measurement.section}: round {number + 1} of {measurement.rounds}")
-        for subject in lacking:
+        for subject in [each for each in lacking if measurement.takes_part(each, number)]:
             interrupt.stop_if_asked()
             entries[subject.name].append(measurement.measure(subject, subject.load()))
             _free_memory()

@@ -32,6 +32,10 @@ class Measurement:
         """
         return subject.name in ("teacher", "student", "control")
 
+    def takes_part(self, subject: Subject, number: int) -> bool:
+        """Tell whether a model is loaded in a round (counted from 0) of those in which the models take turns."""
+        return True
+
     def measure(self, subject: Subject, loaded: Loaded) -> Any:
         """Return the model's entry."""
         raise NotImplementedError

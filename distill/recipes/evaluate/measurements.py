@@ -15,6 +15,7 @@ from distill.experiment.teacher import Teacher
 from distill.models.vocabulary import Vocabulary
 from distill.recipes.evaluate.measurement import Measurement
 from distill.recipes.evaluate.overlaps import Overlap, OverlapSearch
+from distill.recipes.evaluate.own_texts import OwnTexts
 from distill.recipes.evaluate.to_teacher import FidelityToTeacher
 from distill.system.files import sha256_of
 from distill.system.machine import machine, versions
@@ -135,6 +136,11 @@ def all_measurements(
         found.append(texts_)
         if not texts_.prompts:
             say(f"texts: no held-out document has {texts.PROMPT_TOKENS + config.text_tokens} tokens: none are written")
+    if config.own_texts:
+        own = OwnTexts(experiment, teacher, samples, vocabulary)
+        found.append(own)
+        if not own.questions:
+            say("own_texts: no held-out document can be written on from: none are")
     if config.cost:
         found.append(Cost(experiment, teacher))
     return found
