@@ -12,6 +12,7 @@ from distill.forecast.forecast import Forecaster
 from distill.forecast.machine.cards import find_card
 from distill.forecast.phases.simulator import PHASES
 from distill.forecast.sizes import amount_of, corpus_work
+from distill.forecast.writing import is_asked, written_tokens
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted([*CONFIGS.glob("*-*gb.yaml"), *CONFIGS.glob("*-t4.yaml")])
@@ -39,6 +40,9 @@ def test_a_file_for_a_card_fits_it(file: Path, forecaster: Forecaster, one_threa
         needed = forecaster.needed_bytes(experiment, phase)
         print(f"{phase}: {needed / 1e9:.2f} GB, {(card.memory_bytes - needed) / 1e9:.2f} GB to spare")
         assert card.memory_bytes - needed >= SPARE, phase
+    if is_asked(experiment):  # its corpus is written here first
+        assert written_tokens(experiment, str(experiment.corpus.path)) is not None
+        return
     work = corpus_work(experiment, amount_of(experiment, []))
     assert work is not None and work.is_fetched and experiment.cache.max_samples is not None
     wanted = experiment.cache.max_samples * experiment.corpus.sequence_length

@@ -138,8 +138,8 @@ def summary(texts: Sequence[Written], divergences_N: Tensor | None, metric: Metr
 
     `kl` is the mean over written tokens, `ended` the share of texts that the model ended, `repetition` the mean share
     of a text's 4-grams that it has had before (Welleck et al. 2020), `distinct_1` and `distinct_2` the share of
-    different tokens and pairs among all (Li et al. 2016). Answers beside references: `exact_match`, `token_f1` (of words,
-    as in Rajpurkar et al. 2016), `valid_json` (where the reference is JSON) and the user's `metric`.
+    different tokens and pairs among all (Li et al. 2016). Answers beside references: `exact_match`, `token_f1` (of
+    words, as in Rajpurkar et al. 2016), `valid_json` (where the reference is JSON) and the user's `metric`.
     """
     ones_S = np.ones(len(texts))
     sums: dict[str, tuple[np.ndarray, np.ndarray]] = {

@@ -382,7 +382,7 @@ class EvaluateConfig:
     """Held-out prompts that teacher, student and control write on from as `generate` says, to measure the student where
     its own texts lead, and its answers beside the true ones; 0: none."""
     metric: str | None = None
-    """Your own metric of answers, `module:function` or `file.py:function`: (answer, reference) to a number."""
+    """Metric of your own for answers, `module:function` or `file.py:function`: (answer, reference) to a number."""
 
 
 @dataclass(frozen=True)
