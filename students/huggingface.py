@@ -12,6 +12,7 @@ from distill.models.checkpoints import nearest, refuse_adapter, resolve
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet_transformers
 from distill.models.language_model import check_rows
 from distill.models.shapes import declare
+from distill.models.text_part import construct, text_config
 
 
 @declare(pretrained="model")
@@ -47,31 +48,52 @@ def load_student(
 def _from_config(config: dict[str, Any] | str, vocab_size: int | None, trust_remote_code: bool) -> Any:
     import transformers
 
-    given = dict(config) if isinstance(config, dict) else _read(config)
-    given.pop("quantization_config", None)
+    file = None if isinstance(config, dict) else _file(config)
+    given = dict(config) if isinstance(config, dict) else _read(_file(config))
     family = given.pop("model_type", None)
     if family not in transformers.CONFIG_MAPPING:
         raise ValueError(f"config: unknown model_type '{family}'{nearest(str(family), transformers.CONFIG_MAPPING)}")
-    if isinstance(config, dict):  # a published file may have keys that its class lacks; a hand-written mapping may not
+    if file is None:  # a published file may have keys that its class lacks; a hand-written mapping may not
         _refuse_unknown(given, transformers.CONFIG_MAPPING[family])
-    if vocab_size is not None:
-        given.setdefault("vocab_size", vocab_size)
-    given.setdefault("pad_token_id", None)  # a family's own padding id may lie outside this vocabulary
     with quiet_transformers():
         try:
-            made = transformers.AutoConfig.for_model(family, **given)
-            return transformers.AutoModelForCausalLM.from_config(
-                made, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            if file is None:
+                made = transformers.AutoConfig.for_model(family, **given)
+            else:  # transformers reads its own way of writing: infinities, settings of single layers
+                made = transformers.AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code)
+            return construct(_of_text(made, given, vocab_size), torch.float32, trust_remote_code)
         except Exception as error:  # sizes that do not fit make a family's constructor raise errors of any kind
             raise ValueError(f"config of {family}: {error}") from error
 
 
-def _read(path: str) -> dict[str, Any]:
+def _of_text(made: Any, given: dict[str, Any], vocab_size: int | None) -> Any:
+    """Return the configuration of the language model in the one that was made of `given`, with our tokens."""
+    text = text_config(made)
+    if text is not made:
+        given = next((part for part in given.values() if _is_of(part, text)), {})
+    if getattr(text, "quantization_config", None) is not None:
+        del text.quantization_config
+    if "vocab_size" not in given and vocab_size is not None:
+        text.vocab_size = vocab_size
+    if "pad_token_id" not in given:
+        text.pad_token_id = None  # a family's own padding id may lie outside this vocabulary
+    return text
+
+
+def _is_of(part: Any, config: Any) -> bool:
+    return isinstance(part, dict) and part.get("model_type") == config.model_type
+
+
+def _file(path: str) -> Path:
+    """Return the path of a configuration in a folder or of its own."""
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"config: no such file: {file}")
+    return file
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, TypeError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from students.huggingface import load_student
 
@@ -45,6 +46,26 @@ def test_a_configuration_file_or_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, "architectures": ["X"], "published_extra": 1}))
     for path in (tmp_path, tmp_path / "config.json"):
         assert load_student(config=str(path), vocab_size=70).model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),  # an infinity in its file
+        ("gemma4_text", {"head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("gemma3", {"text_config": {**SIZES, "model_type": "gemma3_text", "vocab_size": 80}}),  # with eyes
+    ],
+    ids=lambda family: family[0],
+)
+def test_a_configuration_as_transformers_writes_it(family: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    """The student has the tokens of the file, and of a published model the part that reads text."""
+    name, sizes = family
+    common = {} if "text_config" in sizes else {key: size for key, size in SIZES.items() if key != "model_type"}
+    written = transformers.AutoConfig.for_model(name, **{**common, "vocab_size": 80, **sizes})
+    written.save_pretrained(tmp_path)
+    made = load_student(config=str(tmp_path), vocab_size=77).model
+    assert made.config.num_hidden_layers == 2 and len(made.get_input_embeddings().weight) == 80
+    assert not any("vision" in parameter for parameter, _ in made.named_parameters())
 
 
 @pytest.mark.parametrize(

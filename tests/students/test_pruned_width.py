@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from distill.models.huggingface import HuggingFaceLanguageModel
+from students.lora import load_lora_student
 from students.pruned import prune_teacher, pruned_config, pruned_weights
 from students.pruning_families import FAMILIES
 from students.pruning_stream import split_name
@@ -363,3 +365,29 @@ def test_a_size_that_the_family_does_not_load_again_is_refused_with_the_nearest(
     """transformers asks of llama that the hidden size is a multiple of the heads, whatever the size of a head."""
     with pytest.raises(ValueError, match=r"hidden_size: 20 is not a multiple of the 6 heads.* nearest: 18 or 24"):
         pruned(teacher_model("llama"), tmp_path, hidden_size=20)
+
+
+PUBLISHED = {
+    "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts.{}", ("w1", "w2", "w3")),
+    "qwen3_moe": ("mlp.gate", "mlp.experts.{}", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("way", ["experts", "layers", "merged"])
+def test_a_mixture_is_saved_under_the_names_that_it_is_published_by(way: str, family: str, tmp_path: Path) -> None:
+    """Older transformers, llama.cpp and vLLM look for them: a matrix for each expert."""
+    teacher, folder = str(tmp_path / "teacher"), tmp_path / "student"
+    teacher_model(family).save_pretrained(teacher)
+    if way == "merged":
+        load_lora_student(teacher, rank=2, base_dtype="float32").merged().save_pretrained(folder)
+    else:
+        options = {"experts": 3} if way == "experts" else {"layers": [0, 2]}
+        prune_teacher(teacher, first_samples=first_samples, calibration_samples=3, **options).save_pretrained(folder)
+    router, expert, matrices = PUBLISHED[family]
+    count = 3 if way == "experts" else EXPERTS
+    expected = {router, *(f"{expert.format(number)}.{name}" for number in range(count) for name in matrices)}
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("model.layers.1.")]  # noqa: SIM118
+    mixture = {name.removeprefix("model.layers.1.").removesuffix(".weight") for name in names}
+    assert {name for name in mixture if name.startswith(("mlp.", "block_sparse_moe."))} == expected
