@@ -110,7 +110,7 @@ def _imported(module: str) -> Any:
 
 def _chosen(arguments: list[str]) -> Callable[[], int]:
     """Return a function that does the work that the arguments ask for, and returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = folder_commands.Options(
         prog="distill",
         usage="distill COMMAND FILE [--section.key value ...]\n       distill COMMAND FOLDER [--option ...]",
         description="Distil a large language model into a small one on one small card.",
@@ -119,7 +119,7 @@ def _chosen(arguments: list[str]) -> Callable[[], int]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below")
     if not arguments or arguments[0].startswith("-"):
         parser.parse_args(arguments or ["--help"])
     command, rest = arguments[0], arguments[1:]
@@ -141,7 +141,7 @@ def _chosen(arguments: list[str]) -> Callable[[], int]:
 
 def look_parser(command: str) -> argparse.ArgumentParser:
     """Return a parser of the options of `plan`, `preview` or `sweep` that are not keys of the experiment file."""
-    parser = argparse.ArgumentParser(prog=f"distill {command}", add_help=False, allow_abbrev=False)
+    parser = folder_commands.Options(prog=f"distill {command}", add_help=False, allow_abbrev=False)
     if command == "plan":
         parser.add_argument(
             "--card", metavar="NAME", help="a card (rtx-3060) or a size (12GiB); default: this machine's device"

@@ -6,7 +6,9 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
+from distill.errors import UserError, nearest
 from distill.system.output import unbreakable_output
 
 COMMANDS = {
@@ -29,8 +31,21 @@ def run(command: str, arguments: list[str]) -> int:
 
 def make_parser(command: str) -> tuple[argparse.ArgumentParser, Recipe]:
     """Return the parser of a command's options, and the function that takes them."""
-    parser = argparse.ArgumentParser(prog=f"distill {command}", description=COMMANDS[command])
+    parser = Options(prog=f"distill {command}", description=COMMANDS[command])
     return parser, _OPTIONS[command](parser)
+
+
+class Options(argparse.ArgumentParser):
+    """Parser of a command's options whose mistakes are a UserError, of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UserError with argparse's words."""
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].partition("=")[0]
+        near = nearest(unknown, known) if unknown else ""
+        command = self.prog.removeprefix("distill").lstrip()
+        words = message.removeprefix("argument ")
+        raise UserError(f"{command}{': ' * bool(command)}{words}{near} (`{self.prog} --help` lists the options)")
 
 
 Recipe = Callable[[argparse.Namespace, list[str]], int]

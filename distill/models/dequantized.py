@@ -134,6 +134,8 @@ def _mxfp4(makes: dict[str, Make], stored: set[str], read: Parts, settings: Sett
     used: set[str] = set()
     for blocks in [each for each in stored if each.endswith("_blocks")]:
         base = blocks.removesuffix("_blocks")
+        if f"{base}_scales" not in stored:
+            raise UserError(f"{name}: {base} has blocks without scales: fetch the checkpoint again")
         makes[base] = partial(_of, from_mxfp4, read, blocks, f"{base}_scales")
         used |= {blocks, f"{base}_scales"}
     return used

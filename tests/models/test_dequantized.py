@@ -224,6 +224,11 @@ def test_gpt_oss_in_mxfp4(tiny_model: Any, tmp_path: Path) -> None:
     for name, weight in expected.items():
         assert np.array_equal(teacher.model.get_parameter(name).double().numpy(), weight)
     answer(load_teacher(str(tmp_path), "nf4", "bfloat16"))
+    lost = {name: tensor for name, tensor in stored.items() if not name.endswith("down_proj_scales")}
+    save_file(lost, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_teacher, load_streamed_teacher):
+        with pytest.raises(UserError, match="down_proj has blocks without scales: fetch the checkpoint again"):
+            load(str(tmp_path), "none", "float32")  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
