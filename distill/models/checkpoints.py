@@ -54,6 +54,7 @@ def resolve(name: str, revision: str | None = None, trust_remote_code: bool = Fa
     if path.is_dir():
         if (path / "config.json").is_file():
             return Checkpoint(path, None, name)
+        is_copy(path)  # says so of one that was just begun
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"; name one of its GGUF files: {', '.join(ggufs)}" if ggufs else ""
         raise UserError(f"{name}: a folder without config.json is not a checkpoint{hint}")

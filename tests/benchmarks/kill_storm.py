@@ -2,13 +2,15 @@
 
     python tests/benchmarks/kill_storm.py --kills 500
 
-The processes are forked from one that has imported everything, so that hundreds of them fit into minutes; what runs in
-them is the whole command. Prints a tally of where the kills hit; exit status 1 when a cache came out different.
+Every other cache is made by a streamed teacher, killed while it quantises its copy and while it streams. The processes
+are forked from one that has imported everything, so that hundreds of them fit into minutes; what runs in them is the
+whole command. Prints a tally of where the kills hit; exit status 1 when a cache came out different.
 """
 
 from __future__ import annotations
 
 import collections
+import json
 import random
 import signal
 import time
@@ -26,25 +28,33 @@ class Storm:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
-        self.file = write_experiment(folder, cache={"batch_size": 3, "shard_samples": 4, "held_out_samples": 6})
+        self.file = write_experiment(
+            folder,
+            cache={"batch_size": 3, "shard_samples": 4, "held_out_samples": 6},
+            teacher={"quantization": "nf4"},
+        )
         self.hits: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
         self.children = Children(folder, self.problems.append)
         # Imports what is imported late, and fills the data set's cache.
-        assert distill_here(*self._command(folder / "warm")) == 0
+        for name in ("warm", "warm-streamed"):
+            assert distill_here(*self._command(folder / name)) == 0
         signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process that has just begun
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         child, cache = self._start("undisturbed")
         self.before, self.duration = self._time(child, cache)
         self.undisturbed = contents(cache)
+        self.copy = contents(copy_of(folder / "warm-streamed"))
 
     def rage(self, kills: int) -> int:
         started, caches, thrown = time.monotonic(), 0, 0
         while thrown < kills:
-            name = f"cache{caches}"
+            name = f"cache{caches}" + ("-streamed" if caches % 2 else "")
             thrown += self._disturb(name, kills - thrown)
             if contents(self.folder / name) != self.undisturbed:
                 self.problems.append(f"{name} is not the undisturbed cache")
+            if caches % 2 and contents(copy_of(self.folder / name)) != self.copy:
+                self.problems.append(f"{name}: its quantised copy is not the undisturbed one")
             caches += 1
         for where, count in sorted(self.hits.items()):
             print(f"{count:5}  {where}")
@@ -60,7 +70,7 @@ class Storm:
         kills = 0
         while True:
             child, cache = self._start(name)
-            hit = kills < min(most, 12) and self._kill(child, cache)
+            hit = kills < min(most, 6) and self._kill(child, cache)
             status = self.children.wait(child)
             if status not in (0, 130, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGINT):
                 self.problems.append(f"{name}: exit status {status}: {self.children.said(name)[-500:]}")
@@ -72,11 +82,18 @@ class Storm:
     def _kill(self, child: int, cache: Path) -> bool:
         """Wait for a random instant and kill; False: the process was done before."""
         kind = self.random.choice(["clock", "begin", "file"])
+        copy = copy_of(cache)
+        if "streamed" in cache.name and not (copy / "quantized.json").exists():
+            files = self.random.randrange(6)
+            while not exited(child) and len(list(copy.glob("*.safetensors*"))) < files:
+                pass
+            time.sleep(self.random.uniform(0, 0.004))
+            kind = "copy"
         if kind == "clock":
             early = self.random.random() < 0.15
             after = 0.0 if early else self.before - HEAD_START
             time.sleep(self.random.uniform(after, self.before if early else self.duration))
-        else:
+        elif kind != "copy":
             journal, size = cache / "journal.jsonl", 0
             shards = self.random.randrange(12) if kind == "file" else 0
             while not exited(child) and not (cache.exists() if shards == 0 else size >= shards * 250):
@@ -96,7 +113,11 @@ class Storm:
         return self.children.start(name, *self._command(cache)), cache
 
     def _command(self, cache: Path) -> list[str]:
-        return ["cache-teacher", str(self.file), "--cache.dir", str(cache)]
+        command = ["cache-teacher", str(self.file), "--cache.dir", str(cache)]
+        if "streamed" not in cache.name:
+            return command
+        options = json.dumps({"quantized_copy": str(copy_of(cache))})
+        return [*command, "--teacher.class_path", "streamed", "--teacher.options", options]
 
     def _time(self, child: int, cache: Path) -> tuple[float, float]:
         """Seconds until the cache's folder is there, and until the end."""
@@ -108,8 +129,15 @@ class Storm:
         return before, time.monotonic() - started
 
 
+def copy_of(cache: Path) -> Path:
+    """Return the folder of the quantised copy that a streamed teacher reads."""
+    return cache.with_name(f"{cache.name}-copy")
+
+
 def where(cache: Path) -> str:
     """Return the work that a kill interrupted, as far as the files tell."""
+    if (copy_of(cache) / "quantized.begun.json").exists():
+        return "while quantising"
     names = {str(path.relative_to(cache)) for path in cache.rglob("*")} if cache.exists() else set()
     lines = (cache / "journal.jsonl").read_bytes() if "journal.jsonl" in names else b""
     shards = sum(name.endswith(".safetensors") for name in names)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,29 +92,49 @@ def test_a_layer_that_stays_in_the_hosts_memory_is_read_once(folder: Any, tmp_pa
     assert 0 < read <= teacher._stream.nbytes
 
 
-def test_a_copy_that_was_stopped_is_continued_to_the_same_bytes(
-    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_of(folder("qwen3_moe"))
+def killed(work: Callable[[], object], last: int) -> bool:
+    """Do work in a process that kills itself at call `last` of those that change files; False: it was done before."""
+    child = os.fork()
+    if child == 0:
+        steps = itertools.count()
+
+        def killing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                if next(steps) == last:
+                    if name == "save_file":
+                        Path(arguments[1]).write_bytes(b"half a file")
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
+
+            return call
+
+        try:
+            quantized_copy.save_file = killing("save_file", quantized_copy.save_file)
+            for name in ("fsync", "replace", "unlink"):
+                setattr(os, name, killing(name, getattr(os, name)))
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_copy_whose_writer_was_killed_is_continued_to_the_same_bytes(folder: Any, tmp_path: Path) -> None:
+    """Each start goes on from what the one before left, and is killed four calls later."""
+    plan, copy = plan_of(folder("qwen3_moe")), tmp_path / "killed"
     write_copy(plan, tmp_path / "undisturbed")
-    write, written = quantized_copy._write, []
-
-    def failing(*arguments: Any) -> None:
-        if len(written) == 2:
-            Path(f"{arguments[-1]}.tmp").write_bytes(b"half a file")
-            raise KeyboardInterrupt
-        written.append(arguments[-1])
-        write(*arguments)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(quantized_copy, "_write", failing)
-        write_copy(plan, tmp_path / "stopped")
-    with pytest.raises(UserError, match=r"is not finished: run the same `distill quantize` again"):
-        load_teacher(str(tmp_path / "stopped"), "nf4", "float32")
-    seen = [path.stat().st_mtime_ns for path in written]
-    write_copy(plan, tmp_path / "stopped")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
-    assert [path.stat().st_mtime_ns for path in written] == seen, "what was finished is not made again"
+    names, kills, half = ["layer-00000.safetensors", "layer-00001.safetensors"], 0, 0
+    seen: dict[str, int] = {}
+    while killed(lambda: write_copy(plan, copy), 4 + 4 * kills):
+        kills += 1
+        half += any(path.name.endswith(".tmp") for path in copy.iterdir())
+        for name in names:
+            if (copy / name).is_file():
+                stamp = (copy / name).stat().st_mtime_ns
+                assert seen.setdefault(name, stamp) == stamp, "what was finished is not made again"
+        with pytest.raises(UserError, match=r"is not finished: run the same `distill quantize` again"):
+            load_teacher(str(copy), "nf4", "float32")
+    assert kills > 3 and half and set(seen) == set(names)
+    assert contents(copy) == contents(tmp_path / "undisturbed")
 
 
 def test_a_damaged_file_is_found_and_made_again(folder: Any, tmp_path: Path) -> None:
