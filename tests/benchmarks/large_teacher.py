@@ -1,15 +1,19 @@
 """A teacher that is a mixture of experts: host memory, bytes read and tokens a second, resident and streamed.
 
-    python tests/benchmarks/large_teacher.py --folder /tmp/mixture [--layers 30]
+    python tests/benchmarks/large_teacher.py --folder /tmp/mixture [--layers 30] [--airllm PYTHON]
 
 writes a random mixture of about 3.2 GB in bfloat16 and runs each way in a process of its own, whose peak of memory
 (`ru_maxrss`) is measured; a process that only imports is the zero. What is read twice may come from the page cache.
+Tokens are counted a second of processor time, on one thread, since other programs may keep the machine busy.
+`--airllm` is the interpreter of an environment with airllm 4.0.0 and transformers 4.57.3 (its experts are modules of
+their own, as in the checkpoint), which streams the same layers in 16 bits; its 4 bits need a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -77,50 +81,82 @@ def make(folder: Path, layers: int) -> None:
         write(f"layer-{layer:03d}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    (folder / "tokenizer.json").write_text(json.dumps(words))  # AirLLM opens one
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def batch() -> tuple[Any, Any]:
+    """Return token ids and positions `[B, L]`."""
+    import torch
+
+    ids_BL = torch.randint(32768, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
+    return ids_BL, torch.arange(LENGTH).expand(SAMPLES, -1)
+
+
+def load(way: str, folder: Path, copy: Path) -> tuple[Any, Any]:
+    """Return a teacher, and its function of a batch."""
+    import torch
+
+    if way == "airllm":
+        from airllm import AutoModel
+
+        shards = str(folder.with_name(folder.name + "-airllm"))
+        model: Any = AutoModel.from_pretrained(
+            str(folder), device="cpu", dtype=torch.bfloat16, layer_shards_saving_path=shards
+        )
+        return model, lambda ids, positions: model.model.model(input_ids=ids, position_ids=positions, use_cache=False)
+    from teachers.huggingface import load_teacher
+    from teachers.streamed import load_streamed_teacher
+
+    if way == "resident nf4":
+        teacher: Any = load_teacher(str(folder), "nf4", "bfloat16")
+    elif way == "streamed nf4":
+        teacher = load_streamed_teacher(str(copy), "nf4", "bfloat16")
+    else:
+        teacher = load_streamed_teacher(str(folder), "none", "bfloat16")
+    return teacher, teacher.body
 
 
 def work(way: str, folder: Path) -> dict[str, Any]:
     """Do one of the ways in this process, and return what was measured."""
     import torch
 
-    from distill.models.checkpoints import resolve
-    from distill.models.quantized_copy import CopyPlan, write_copy
-    from teachers.huggingface import load_teacher
-    from teachers.streamed import load_streamed_teacher
-
     copy, found = folder.with_name(folder.name + "-nf4"), {}
-    began = time.perf_counter()
-    if way == "quantize":
+    began = time.process_time()
+    if way == "import airllm":
+        import airllm  # noqa: F401
+    elif way == "import":
+        import teachers.streamed  # noqa: F401
+    elif way == "quantize":
+        from distill.models.checkpoints import resolve
+        from distill.models.quantized_copy import CopyPlan, write_copy
+
         write_copy(CopyPlan(resolve(str(folder)), "nf4", torch.bfloat16, False, False), copy)
-    elif way != "import":
-        teacher: Any
-        if way == "resident nf4":
-            teacher = load_teacher(str(folder), "nf4", "bfloat16")
-        elif way == "streamed nf4":
-            teacher = load_streamed_teacher(str(copy), "nf4", "bfloat16", micro_batch=8)
-        else:
-            teacher = load_streamed_teacher(str(folder), "none", "bfloat16", micro_batch=8)
-        found["load_s"] = time.perf_counter() - began
-        found["loaded_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        ids_BL = torch.randint(32768, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
-        positions_BL = torch.arange(LENGTH).expand(SAMPLES, -1)
-        began = time.perf_counter()
+    else:
+        teacher, run = load(way, folder, copy)
+        found["load_s"], found["loaded_bytes"] = time.process_time() - began, peak()
+        batch_BL = batch()
+        began = time.process_time()
         with torch.no_grad():
-            for ids, positions in zip(ids_BL.split(8), positions_BL.split(8), strict=True) if "res" in way else ():
-                teacher.body(ids, positions)
-            if "res" not in way:
-                teacher.body(ids_BL, positions_BL)
-        found["tokens_per_s"] = SAMPLES * LENGTH / (time.perf_counter() - began)
+            run(*batch_BL)
+        found["tokens_per_s"] = SAMPLES * LENGTH / (time.process_time() - began)
         found["bytes_read"] = getattr(teacher, "bytes_read", 0)
-    found["seconds"] = time.perf_counter() - began
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["seconds"] = time.process_time() - began
+    found["peak_bytes"] = peak()
     return found
+
+
+def peak() -> int:
+    """Return the peak of this process's memory in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--airllm", metavar="PYTHON")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
@@ -134,12 +170,19 @@ def main() -> None:
     print(f"checkpoint {size / 1e9:.2f} GB")
     print("| way | peak loaded, less imports (GB) | after a batch (GB) | read a batch (GB) | tokens/s | load (s) |")
     print("|---|---|---|---|---|---|")
-    zero = 0
-    for way in ("import", "quantize", "resident nf4", "streamed nf4", "streamed none"):
-        command = [sys.executable, __file__, "--folder", str(options.folder), "--way", way]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    ways, zero = ["import", "quantize", "resident nf4", "streamed nf4", "streamed none"], 0
+    for way in [*ways, *(["import airllm", "airllm"] if options.airllm else [])]:
+        python = options.airllm if "airllm" in way else sys.executable
+        command = [python, __file__, "--folder", str(options.folder), "--way", way]
+        here = {} if "airllm" in way else {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **here}
+        )
+        if done.returncode:
+            print(f"{way}: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            continue
         found = json.loads(done.stdout.splitlines()[-1])
-        if way == "import":
+        if way.startswith("import"):
             zero = found["peak_bytes"]
             continue
         print(
