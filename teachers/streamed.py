@@ -23,7 +23,7 @@ from distill.models.quantization import Quantization
 from distill.models.quantized_copy import CopyPlan, CopyReader, packed_types
 from distill.models.quantized_manifest import is_copy
 from distill.models.shapes import finder
-from distill.models.streamed_copy import copy_of, host_bytes_of, say_pace
+from distill.models.streamed_copy import copy_of, host_bytes_of
 from distill.models.streaming import Reader, Weights, WeightsReader, decoder_layers, place
 from teachers.huggingface import resolve_dtype
 from teachers.streamed_turns import Turns
@@ -81,6 +81,8 @@ class StreamedTeacher(HuggingFaceLanguageModel):
 
     copy_bytes = 0
     """Bytes of the quantised copy that this experiment keeps."""
+    pace: tuple[float, float] | None = None
+    """Seconds of the last run through the layers, and those in which layers were read meanwhile."""
 
     def __init__(
         self,
@@ -104,7 +106,6 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         self._name, self._micro_batch = name, micro_batch
         self._reader = reader
         self._turns: Turns | None = None
-        self._groups = 0
         self._prefixes = {index: prefix for index, prefix in enumerate(layers) if index >= keep_layers}
         weights = {name: tensor.to("meta", types[name]) for name, tensor in model.state_dict().items()}
         streamed: dict[int, Layer] = {}
@@ -143,7 +144,7 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         def run(index: int) -> None:
             hidden[index] = super(StreamedTeacher, self).body(*passes[index])
 
-        began, waited = time.perf_counter(), self._stream.waited
+        began, reading = time.perf_counter(), self._stream.reading
         try:
             if len(passes) > 1 and self._reader is not None:
                 self._turns = Turns(len(passes), passes[0][0].device)
@@ -151,10 +152,10 @@ class StreamedTeacher(HuggingFaceLanguageModel):
             else:
                 for index in range(len(passes)):
                     run(index)
-            self._groups += 1
-            if self._groups == 2 and self._reader is not None:  # the first one reads what stays in the host's memory
-                samples, seconds = sum(len(ids_BL) for ids_BL, _ in passes), time.perf_counter() - began
-                say_pace(samples, seconds, self._stream.waited - waited, self.bytes_read)
+            if self._reader is not None:
+                if passes and passes[0][0].is_cuda:
+                    torch.cuda.synchronize(passes[0][0].device)
+                self.pace = time.perf_counter() - began, self._stream.reading - reading
             return hidden
         finally:
             self._turns = None

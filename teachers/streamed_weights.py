@@ -84,8 +84,8 @@ class LayerStream:
         self._settle(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers")
         self._holds: int | None = None  # the layer that has its weights
-        self.waited = 0.0
-        """Seconds of waiting for the disk."""
+        self.reading = 0.0
+        """Seconds in which layers were read."""
         if fill is None and order:
             self.hold(order[0])  # so that a count of the weights includes the buffer
 
@@ -136,28 +136,29 @@ class LayerStream:
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != index:
             ahead = index, self._thread.submit(self._read_now, index)  # queued after a reading that is now useless
-        began = time.perf_counter()
-        try:
-            return ahead[1].result()
-        finally:
-            self.waited += time.perf_counter() - began
+        return ahead[1].result()
 
     def _read_now(self, index: int) -> Tensor:
-        assert self._fill is not None
         if index in self._kept:
             return self._kept[index]
         layer = self._layers[index]
         if index in self._stays:
             own = self._empty(layer.nbytes, on_host=True)
-            self._fill(index, layer.views(own))
+            self._timed(index, layer.views(own))
             self._kept[index] = own
             return own
         if self._copied is not None:
             self._copied.synchronize()
         if self._host is None:
             self._host = self._empty(on_host=True)
-        self._fill(index, layer.views(self._host))
+        self._timed(index, layer.views(self._host))
         return self._host
+
+    def _timed(self, index: int, tensors: dict[str, Tensor]) -> None:
+        assert self._fill is not None
+        began = time.perf_counter()
+        self._fill(index, tensors)
+        self.reading += time.perf_counter() - began
 
     def _over(self, index: int, host: Tensor) -> Tensor:
         """Bring the weights from the host's memory to the device, and return their place there."""

@@ -129,7 +129,8 @@ def size_of(model: nn.Module) -> dict[str, int]:
     """Return parameters (those of 4-bit layers are `packed_parameters`), trained ones, and their bytes as kept.
 
     `bytes_read` is the number that a streamed teacher reads from disk for every batch, `host_bytes` those of its layers
-    in the host's memory, `copy_bytes` those of its quantised copy on disk; `head_bytes` are the head's.
+    in the host's memory, `copy_bytes` those of its quantised copy on disk; `head_bytes` are the head's. `goes_together`
+    is 1 for a teacher that takes several batches through its layers together.
     """
     weights, head = list(model.parameters()), getattr(model, "head", None)
     packed = [
@@ -145,5 +146,6 @@ def size_of(model: nn.Module) -> dict[str, int]:
         "trained_bytes": sum(weight.nbytes for weight in trained),
         "bytes": sum(weight.nbytes for weight in weights),
         **{name: getattr(model, name, 0) for name in ("bytes_read", "host_bytes", "copy_bytes")},
+        "goes_together": int(hasattr(model, "pace")),
         "head_bytes": 0 if head is None else head.weight_VD.nbytes,
     }

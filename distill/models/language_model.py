@@ -127,12 +127,24 @@ def run_body(model: LanguageModel, input_ids_BL: Tensor, position_ids_BL: Tensor
     """
     if not getattr(model, ONE_DOCUMENT_A_ROW, False):
         return model.body(input_ids_BL, position_ids_BL)
+    groups, places_T = _apart(model, input_ids_BL, position_ids_BL)
+    return _joined(_run(model, groups), places_T, input_ids_BL)
+
+
+def _apart(model: LanguageModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> tuple[list[Group], Tensor]:
+    """Return the documents of a batch as groups of rows, and the place of each token among theirs."""
     # Each pass of a model whose weights are shared out (torch's FSDPModule) gathers them from all devices: one a batch.
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    in_one = any(hasattr(module, "unshard") for module in modules)
-    groups, places_T = split(input_ids_BL, position_ids_BL, in_one)
+    return split(input_ids_BL, position_ids_BL, any(hasattr(module, "unshard") for module in modules))
+
+
+def _run(model: LanguageModel, groups: list[Group]) -> list[BodyOutput]:
     together: Callable[[list[Group]], list[BodyOutput]] | None = getattr(model, "bodies", None)
-    outputs = [model.body(*group) for group in groups] if together is None else together(groups)
+    return [model.body(*group) for group in groups] if together is None else together(groups)
+
+
+def _joined(outputs: list[BodyOutput], places_T: Tensor, input_ids_BL: Tensor) -> BodyOutput:
+    """Return the output of a batch from those of its documents' groups."""
     parts = [split_output(output) for output in outputs]
     hidden_TD = torch.cat([hidden_RMD.flatten(0, 1) for hidden_RMD, _ in parts])
     hidden_BLD = hidden_TD.index_select(0, places_T).unflatten(0, input_ids_BL.shape)
@@ -143,3 +155,20 @@ def run_body(model: LanguageModel, input_ids_BL: Tensor, position_ids_BL: Tensor
 def hidden_states(model: LanguageModel, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
     """Return the hidden states `[B, L, D]` of a model's body, without an auxiliary loss."""
     return split_output(run_body(model, input_ids_BL, position_ids_BL))[0]
+
+
+def hidden_states_of(model: LanguageModel, batches: list[Group]) -> list[Tensor]:
+    """Return the hidden states of several batches, token ids and positions of each.
+
+    They are those that each batch has alone. A model with a method `bodies` runs all of them together.
+    """
+    if len(batches) == 1:
+        return [hidden_states(model, *batches[0])]
+    if not getattr(model, ONE_DOCUMENT_A_ROW, False):
+        return [split_output(output)[0] for output in _run(model, batches)]
+    apart = [_apart(model, *batch) for batch in batches]
+    outputs = iter(_run(model, [group for groups, _ in apart for group in groups]))
+    return [
+        split_output(_joined([next(outputs) for _ in groups], places_T, batch[0]))[0]
+        for (groups, places_T), batch in zip(apart, batches, strict=True)
+    ]

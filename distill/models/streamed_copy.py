@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from distill.models.checkpoints import Checkpoint
 from distill.models.quantized_copy import CopyPlan, check_copy, check_room, verify_copy, wait_for_copy, write_copy
 from distill.models.quantized_manifest import MANIFEST, is_copy
 from distill.system.progress import Progress, say
-from distill.system.units import duration, parse_size, size
+from distill.system.units import parse_size, size
 
 
 def copy_of(checkpoint: Checkpoint, plan: CopyPlan, folder: str | None, trust_remote_code: bool) -> Path:
@@ -44,18 +43,3 @@ def make(plan: CopyPlan, folder: Path, trust_remote_code: bool) -> None:
 def host_bytes_of(text: str | None) -> int:
     """Return the bytes of the option `host_memory`; 0 if it is not given. Raises UserError if it is no size."""
     return 0 if text is None else parse_size(text, "teacher.options.host_memory")
-
-
-def say_pace(samples: int, seconds: float, waited: float, nbytes: int) -> None:
-    """Say what a group of samples took, and the size of the group with which reading would cost nothing.
-
-    The next layer is read while one computes. A group that computes as long as its layers take to be read does not
-    wait; one of `samples` waited for `waited` of its `seconds`.
-    """
-    if waited > seconds / 10 and nbytes:
-        enough = math.ceil(samples * seconds / max(seconds - waited, seconds / 100))
-        say(
-            f"teacher: {samples} samples took {duration(seconds)}, {duration(waited)} of them waiting for "
-            f"{size(nbytes)} from the disk: groups of {enough} would hide the reading (cache.batch_size, with "
-            "teacher.options.micro_batch), host_memory would spare some"
-        )

@@ -18,10 +18,9 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.fake import without_memory
-from distill.models import checkpoints, quantized_copy
+from distill.models import checkpoints, quantized_copy, together
 from distill.models.checkpoints import resolve
 from distill.models.quantized_copy import CopyPlan, write_copy
-from distill.models.streamed_copy import say_pace
 from distill.targets import schemes
 from teachers.huggingface import load_teacher
 from teachers.streamed import StreamedTeacher, load_streamed_teacher
@@ -205,8 +204,11 @@ def test_a_forecast_counts_what_stays_on_the_card(folder: Any) -> None:
     assert found.parts["weights"] >= 2 * 99 * 64 * 2 + layer, "embedding, head and a layer"
 
 
-def test_from_the_command_line(world: Any, distill: Any, tmp_path: Path) -> None:
-    """The copy is made by itself or by `distill quantize`; the cache is that of the resident teacher, byte for byte."""
+def test_from_the_command_line(world: Any, distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy is made by itself or by `distill quantize`; the cache is that of the resident teacher, byte for byte.
+
+    So it is if several batches go through the layers together.
+    """
     file, model = world.write(tmp_path / "experiment.yaml"), world.content["teacher"]["model"]
     outcome = distill("quantize", model, "--to", tmp_path / "copy", "--compute_dtype", "float32").done()
     assert "is complete" in outcome.out
@@ -216,22 +218,22 @@ def test_from_the_command_line(world: Any, distill: Any, tmp_path: Path) -> None
         "resident": [],
         "by itself": streamed,
         "copy": [*streamed, "--teacher.model", str(tmp_path / "copy")],
+        "together": [*streamed, "--teacher.model", str(tmp_path / "copy")],
     }
-    made = []
+    made, counts, bodies = [], [], StreamedTeacher.bodies
+
+    def counting(self: StreamedTeacher, groups: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        counts.append([len(ids_BL) for ids_BL, _ in groups])
+        return bodies(self, groups)
+
+    monkeypatch.setattr(StreamedTeacher, "bodies", counting)
     for name, options in ways.items():
         run = tmp_path / name
+        monkeypatch.setattr(together, "READING", -1 if name == "together" else 1e9)
         distill(
             "cache-teacher", file, "--run_dir", run, "--cache.max_samples", 8, "--teacher.quantization", "nf4", *options
         ).done()
         made.append({path.name: path.read_bytes() for path in sorted((run / "cache").rglob("*.safetensors"))})
-    assert made[0] == made[1] == made[2] and made[0]
+    assert made[0] == made[1] == made[2] == made[3] and made[0]
+    assert counts == [[4, 4]]
     assert (tmp_path / "by itself/quantized-teacher/quantized.json").is_file()
-
-
-def test_the_group_that_hides_the_reading_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Eight of ten seconds are spent waiting, so five times the samples compute as long as the disk reads."""
-    say_pace(16, 10.0, 8.0, 2_000_000_000)
-    assert "groups of 80 would hide the reading (cache.batch_size" in capsys.readouterr().out
-    say_pace(16, 10.0, 0.5, 2_000_000_000)
-    say_pace(16, 10.0, 8.0, 0)
-    assert not capsys.readouterr().out

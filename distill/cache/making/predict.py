@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,8 +19,9 @@ from distill.cache.format.folder import Manifest
 from distill.cache.format.records import Documents, Record
 from distill.cache.making.background import BackgroundWriter
 from distill.cache.making.extract import Scratch, extract
-from distill.models.language_model import Head, LanguageModel, hidden_states
+from distill.models.language_model import Head, LanguageModel, hidden_states_of
 from distill.models.micro_batches import free_memory, no_room
+from distill.models.together import Together, most_samples
 from distill.system import interrupt
 from distill.system.memory import is_out_of_memory
 from distill.system.progress import Progress, say
@@ -28,6 +29,8 @@ from distill.targets.schemes import AnyScheme
 
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 """Hidden states, token ids, position ids and loss mask of one sample."""
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Token ids, position ids and loss mask `[B, L]`."""
 
 
 class ShardBatches:
@@ -37,6 +40,7 @@ class ShardBatches:
         batch_size: tells how many samples of a shard make a batch. If the answer has changed after a batch (the teacher
             ran out of memory), the shard begins anew, so that all its batches have one size.
         begun: tells how many samples of a shard are finished when its turn comes.
+        together: tells how many batches come as one, because the teacher takes them through its layers together.
     """
 
     def __init__(
@@ -45,16 +49,19 @@ class ShardBatches:
         shards: list[int],
         batch_size: Callable[[int], int],
         begun: Callable[[int], int] = lambda shard: 0,
+        together: Callable[[], int] = lambda: 1,
     ) -> None:
         self.manifest, self.shards, self.batch_size, self.begun = manifest, shards, batch_size, begun
+        self.together = together
 
     def __iter__(self) -> Iterator[list[int]]:
         for shard in self.shards:
             samples, start = self.manifest.shard_range(shard), self.begun(shard)
             while start < len(samples):
                 size = self.batch_size(shard)
-                yield list(samples[start : start + size])
-                start = start + size if self.batch_size(shard) == size else 0
+                end = start + size * self.together()
+                yield list(samples[start:end])
+                start = end if self.batch_size(shard) == size else 0
 
     def __len__(self) -> int:
         """Return an upper bound of the number of batches, since batches that were too large come again in halves."""
@@ -67,14 +74,15 @@ def shard_loader(
     shards: list[int],
     batch_size: Callable[[int], int],
     begun: Callable[[int], int] = lambda shard: 0,
+    together: Callable[[], int] = lambda: 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Return a loader of the samples of unfinished shards; for `batch_size` and `begun` see `ShardBatches`.
+    """Return a loader of the samples of unfinished shards; for its functions see `ShardBatches`.
 
     `samples[i]` holds `input_ids`, `position_ids`, `loss_mask`, and, where a corpus made it, `document_hash` and
     `source` of each position. With `pin_memory`, Lightning's copies to a CUDA device do not wait for one another.
     """
-    batches = ShardBatches(manifest, shards, batch_size, begun)
+    batches = ShardBatches(manifest, shards, batch_size, begun, together)
     return DataLoader(samples, batch_sampler=batches, pin_memory=pin_memory)
 
 
@@ -98,26 +106,47 @@ class TeacherModule(pl.LightningModule):
         self.seed, self.temperature, self.chunk_size, self.each = seed, temperature, chunk_size, each
         self.block_bytes: int | None = None
         """Size of a block of `Scratch`; None for that of the device."""
+        self.together = Together(teacher)
+        self.batch_size: int | None = None
+        """Samples of a forward pass; what `predict_step` gets may be several of them. None means all of it."""
 
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[Record]:
         """Return the records of a batch's samples; none if memory ran out and a smaller batch may find room."""
-        try:
-            return self._records(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch["input_ids"]) == 1:
-                raise no_room(batch["input_ids"].shape[1]) from None
-        free_memory()  # outside of `except`, which holds the tensors of the failed pass
-        return []
+        tensors = [batch[name] for name in ("input_ids", "position_ids", "loss_mask")]
+        size = min(self.batch_size or len(tensors[0]), len(tensors[0]))
+        batches: list[Batch] = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+        while True:
+            count, made = self.together.batches, []
+            try:
+                for start in range(0, len(batches), count):
+                    made += self._records(batches[start : start + count])
+                return made
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1 and count == 1:
+                    raise no_room(tensors[0].shape[1]) from None
+            free_memory()  # outside of `except`, which holds the tensors of the failed pass
+            if not self.together.halve():
+                return []
 
-    def _records(self, batch: dict[str, Tensor]) -> list[Record]:
-        ids_BL, positions_BL, mask_BL = batch["input_ids"], batch["position_ids"], batch["loss_mask"]
-        end = _read_length(mask_BL)
-        hidden_BLD = hidden_states(self.teacher, ids_BL[:, :end], positions_BL[:, :end])
+    def _records(self, batches: list[Batch]) -> list[Record]:
+        """Return the records of the samples of batches whose forward passes go together."""
+        read = []
+        for ids_BL, positions_BL, mask_BL in batches:
+            end = _read_length(mask_BL)
+            read.append((ids_BL[:, :end], positions_BL[:, :end]))
+        hidden = hidden_states_of(self.teacher, read)
         head = self.teacher.head.with_rows(self.vocab_size)
-        samples = zip(hidden_BLD, ids_BL, positions_BL, mask_BL, strict=True)
+        size, length = batches[0][0].shape
+        most = most_samples(length, hidden[0].shape[-1], hidden[0].itemsize)
+        self.together.learn(len(batches), size, most)
+        samples = (
+            sample
+            for hidden_BLD, batch in zip(hidden, batches, strict=True)
+            for sample in zip(hidden_BLD, *batch, strict=True)
+        )
         scratch = Scratch(self.block_bytes)  # of a batch: the body's activations take its place
         return [self._record(*sample, head, scratch) for sample in self.each(samples)]
 
@@ -164,6 +193,12 @@ class ShardWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         interrupt.retake()
 
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        first = trainer.predict_loop.current_batch_indices[0]
+        cast(TeacherModule, pl_module).batch_size = self.writer.batch_size(self.writer.manifest.place(first)[0])
+
     def write_on_batch_end(
         self,
         trainer: pl.Trainer,
@@ -182,7 +217,7 @@ class ShardWriter(BasePredictionWriter):
             self.background.add(shard, _with_documents(prediction, batch), self.writer.batch_size(shard))
         self._advance(batch["input_ids"].numel() if prediction else -self._tokens)
         if not prediction:
-            before = len(batch_indices)
+            before = min(self.writer.batch_size(shard), len(batch_indices))
             say(f"out of memory with {before} samples a forward pass; from here on {self.writer.halve(before)}")
         self.background.check()
         interrupt.stop_if_asked()

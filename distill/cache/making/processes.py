@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from typing import cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
@@ -93,7 +94,17 @@ class ShardShares(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         writer, is_cuda = self._writer, self.trainer.strategy.root_device.type == "cuda"
-        return shard_loader(self.samples, writer.manifest, self._mine, writer.batch_size, writer.begun, is_cuda)
+        grouped = cast(TeacherModule, self.trainer.lightning_module).together
+        grouped.shard_samples = writer.manifest.shard_samples
+        return shard_loader(
+            self.samples,
+            writer.manifest,
+            self._mine,
+            writer.batch_size,
+            writer.begun,
+            lambda: grouped.batches,
+            is_cuda,
+        )
 
     def teardown(self, stage: str) -> None:
         """Put the journal in order when all processes have written their shards."""

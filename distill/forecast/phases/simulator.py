@@ -24,6 +24,7 @@ from distill.forecast.phases.step import StepShape, simulate_step
 from distill.forecast.phases.teacher import simulate_teacher
 from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.result import Simulation
+from distill.models.together import batches_for, most_samples, sample_bytes
 from distill.system.quiet import quiet
 from distill.system.units import size
 from distill.targets.schemes import Hidden
@@ -130,7 +131,29 @@ class _Pace:
             chunk_size=cache.chunk_size,
             **self._text(models),
         )
-        return [self._teacher_piece(models, simulation, sizes)]
+        found = self._teacher_piece(models, simulation, sizes)
+        return [self._in_groups(models, found) if sizes["bytes_read"] and sizes["goes_together"] else found]
+
+    def _in_groups(self, models: Models, piece: Piece) -> Piece:
+        """Let batches go through the layers of a streamed teacher together, as the cache's making lets them.
+
+        Their number is measured there. As much memory is counted as it may take.
+        """
+        cache, length = models.experiment.cache, models.experiment.corpus.sequence_length
+        itemsize = getattr(torch, models.compute_dtype).itemsize
+        samples = min(most_samples(length, models.hidden_size, itemsize), cache.shard_samples)
+        computing, reading = self.speed.seconds(piece.simulation.work), piece.sizes["bytes_read"] / self.reading
+        batches = batches_for(computing, reading, samples // cache.batch_size)
+        if batches > 1:
+            models.note(f"cache-teacher: {batches} batches, {batches * cache.batch_size} samples, share one reading")
+        more = max(samples - cache.batch_size, 0) * sample_bytes(length, models.hidden_size, itemsize)
+        parts = piece.simulation.parts
+        simulation = replace(
+            piece.simulation,
+            peak_bytes=piece.simulation.peak_bytes + more,
+            parts={**parts, "activations": parts.get("activations", 0) + more},
+        )
+        return replace(piece, simulation=simulation, seconds=max(computing, reading / batches))
 
     def _teacher_piece(self, models: Models, simulation: Simulation, sizes: dict[str, int]) -> Piece:
         """Time a batch of the teacher; weights that each batch reads from disk are read while it computes."""
@@ -217,7 +240,7 @@ def _trained(models: Models) -> Any:
 
 def _relevant(experiment: Experiment, phase: Phase) -> str:
     """Describe the settings that a phase's simulations depend on, and few others."""
-    same = {"max_samples": None, "held_out_samples": 0, "overwrite": False, "shard_samples": 1}
+    same = {"max_samples": None, "held_out_samples": 0, "overwrite": False}
     cache, evaluate = replace(experiment.cache, **same), None  # type: ignore[arg-type]
     train, loss, student = experiment.train, experiment.loss, experiment.student
     if phase == "cache-teacher":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from distill.cache.format.folder import Manifest
+from distill.cache.format.records import Record
 from distill.cache.making.extract import extract
 from distill.cache.making.predict import ShardBatches, TeacherModule, shard_loader
 from distill.models.language_model import Head
@@ -42,6 +44,16 @@ def test_a_shard_whose_batch_was_too_large_begins_anew_in_halves(make_manifest: 
     assert seen[:2] == list(ShardBatches(manifest, [1], lambda shard: 4))[:2]
     assert seen[2:] == list(ShardBatches(manifest, [1, 2], lambda shard: 2))
     assert len(seen) <= len(sampler)
+
+
+def test_batches_that_go_together_are_those_that_go_alone(make_manifest: Callable[..., Manifest]) -> None:
+    """Their number may change from one to the next."""
+    manifest = make_manifest(samples=25, shard_samples=8)
+    numbers = itertools.cycle([1, 2, 3])
+    alone = [*ShardBatches(manifest, [0, 1, 2, 3], lambda shard: 3)]
+    found = [*ShardBatches(manifest, [0, 1, 2, 3], lambda shard: 3, together=lambda: next(numbers))]
+    assert [len(batch) for batch in found] == [3, 2, 8, 3, 5, 4]
+    assert [batch[at : at + 3] for batch in found for at in range(0, len(batch), 3)] == alone
 
 
 @pytest.mark.parametrize("shards", [[], [3], [6], [1, 4, 6], [2, 3, 4, 5, 6]])
@@ -92,3 +104,30 @@ def test_padding_is_not_read(last: int, length: int, read: int) -> None:
         assert len(record.input_ids_L) == len(record.loss_mask_L) == length
     nothing = {"input_ids": ids_BL, "position_ids": positions_BL, "loss_mask": torch.zeros_like(mask_BL)}
     assert len(module.predict_step(nothing, 0)) == 3
+
+
+@pytest.mark.parametrize("fits", [1, 2, 4])
+def test_batches_that_find_no_room_together_go_in_halves(fits: int) -> None:
+    """The records are the same, and no batch is made smaller."""
+    runs: list[int] = []
+
+    class Together(Widths):
+        def bodies(self, batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+            runs.append(len(batches))
+            if len(batches) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [self.body(*batch) for batch in batches]
+
+    ids_BL = torch.randint(50, (7, 64), generator=torch.Generator().manual_seed(1))
+    mask_BL = torch.ones(7, 64, dtype=torch.bool)
+    batch = {"input_ids": ids_BL, "position_ids": torch.arange(64).expand(7, -1), "loss_mask": mask_BL}
+    module = TeacherModule(Together(), 50, schemes.make("varopt", threshold=0.1), seed=1)
+    expected = module.predict_step(batch, 0)
+    module.batch_size, module.together.batches = 2, 4
+    found = module.predict_step(batch, 0)
+    assert [encode_of(record) for record in found] == [encode_of(record) for record in expected]
+    assert runs == {1: [4, 2], 2: [4, 2, 2], 4: [4]}[fits] and module.together.batches == fits
+
+
+def encode_of(record: Record) -> list[list[float]]:
+    return [record.targets.ids_T.tolist(), record.targets.weights_T.tolist()]  # type: ignore[union-attr]
