@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import nbclient
 import nbformat
 import pytest
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "configs" / "notebook.ipynb"
@@ -22,8 +24,14 @@ def executed(folder: Path, settings: str) -> Any:
     notebook = nbformat.read(FILE, as_version=4)
     (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and "EXPERIMENT =" in cell.source]
     cell.source = settings
-    client = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3")
-    return client.execute(cwd=str(folder))
+    # The kernel is spoken to through files, in a folder whose name is short enough for a socket: no network is needed.
+    with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_RUNTIME_DIR", short)
+        files = Config(ConnectionFileMixin={"transport": "ipc", "ip": f"{short}/kernel"})
+        client = nbclient.NotebookClient(
+            notebook, timeout=240, startup_timeout=240, kernel_name="python3", config=files
+        )
+        return client.execute(cwd=str(folder))
 
 
 def shown(cell: Any) -> str:
