@@ -19,7 +19,7 @@ from paired import Row, Setup, cost_apart, number_row
 ROOT = Path(__file__).resolve().parents[2]
 DISTILL = [sys.executable, "-m", "distill.cli"]
 SMALL = (
-    *("--corpus.sequence_length", "32", "--cache.max_samples", "2", "--cache.held_out_samples", "1"),
+    *("--corpus.sequence_length", "32", "--cache.max_samples", "4", "--cache.held_out_samples", "1"),
     *("--train.batch_size", "1", "--train.max_steps", "1", "--preflight", "false"),
     *("--evaluate.control", "false", "--evaluate.max_samples", "1", "--evaluate.cost", "false"),
     *("--evaluate.tasks", "[]", "--evaluate.texts", "0"),
