@@ -100,12 +100,19 @@ def _output_is_unread() -> bool:
 
 
 def _imported(module: str) -> Any:
-    """Import a module without garbage collection, which would take a fifth of the time: the new objects all stay."""
+    """Import a module without garbage collection, which would take a fifth of the time: the new objects all stay.
+
+    Behind the first import of this kind, before anything is computed, collections leave out all that is there: else
+    later imports of the libraries would take half as long again. Behind others, garbage of a phase may be there.
+    """
+    is_first = "torch" not in sys.modules
     gc.disable()
     try:
         return importlib.import_module(module)
     finally:
         gc.enable()
+        if is_first:
+            gc.freeze()
 
 
 def _chosen(arguments: list[str]) -> Callable[[], int]:

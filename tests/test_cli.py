@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
@@ -65,6 +66,21 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("LOADED []\n")
+
+
+def test_collections_leave_out_what_the_first_import_made_and_nothing_of_a_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen = gc.get_freeze_count()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    cli._imported("json")
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        cli._imported("json")
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
 
 
 def test_help_of_which_a_part_is_read_ends_quietly() -> None:

@@ -57,6 +57,10 @@ LIGHT = (
 )
 HEAVY = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "numpy", "safetensors"}
 
+# `distill run` says with these alone that all is done. Each of the others takes a second or more to import.
+DONE = ("distill.recipes.cache_teacher", "distill.recipes.train_student", "distill.recipes.evaluate")
+FOR_WORK = ("lightning", "bitsandbytes", "torchmetrics", "peft", "torchao", "lm_eval", "scipy")
+
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md", "Makefile", "constraints.txt", ".ci", ".gitignore"),
     *("distill", "teachers", "students", "configs", "data", "tests"),
@@ -119,18 +123,39 @@ def wrong_imports(source: str, module: str, is_package: bool = False) -> list[st
     return [f"{module} imports {target}: {why}" for target in targets if (why := wrong_import(module, target))]
 
 
-def heavy_imports(source: str) -> set[str]:
-    """Heavy libraries that are imported as soon as the module is: outside functions and `if TYPE_CHECKING`."""
+def imported_at_once(source: str, module: str = "distill.x", is_package: bool = False) -> Iterator[str]:
+    """Every name that is imported as soon as the module is: outside functions and `if TYPE_CHECKING`."""
 
     def at_import(nodes: Iterable[ast.AST]) -> Iterator[str]:
         for node in nodes:
             checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
             if not checking and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
                 if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    yield from imported(node, "distill.x")
+                    yield from imported(node, module, is_package)
                 yield from at_import(ast.iter_child_nodes(node))
 
-    return {name.split(".")[0] for name in at_import(ast.parse(source).body)} & HEAVY
+    return at_import(ast.parse(source).body)
+
+
+def heavy_imports(source: str) -> set[str]:
+    """Heavy libraries that are imported as soon as the module is."""
+    return {name.split(".")[0] for name in imported_at_once(source)} & HEAVY
+
+
+def ways_to_imports(module: str) -> dict[str, str]:
+    """Every module that is imported together with a module of ours, and the way there through ours."""
+    files = {module_name(path): path for path in sources()}
+    ways, left = {module: module}, [module]
+    while left:
+        name = left.pop()
+        is_package = name in files and files[name].name == "__init__.py"
+        for target in imported_at_once(read(files[name]), name, is_package) if name in files else ():
+            parts = target.split(".")
+            for known in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+                if known not in ways:
+                    ways[known] = f"{ways[name]} > {known}"
+                    left.append(known)
+    return ways
 
 
 def first_line_fault(source: str) -> str | None:
@@ -197,6 +222,13 @@ def test_the_first_line_says_what_a_file_is_for(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in sources() if module_name(path) in LIGHT], ids=str)
 def test_what_help_needs_is_light(path: Path) -> None:
     assert heavy_imports(read(path)) == set()
+
+
+@pytest.mark.parametrize("recipe", DONE)
+def test_a_finished_run_waits_for_no_library_of_the_work(recipe: str) -> None:
+    ways = ways_to_imports(recipe)
+    assert "torch" in ways and "transformers" in ways, "the walk finds what the recipes do import"
+    assert [ways[name] for name in FOR_WORK if name in ways] == []
 
 
 def test_the_top_level_is_as_laid_out() -> None:

@@ -16,13 +16,8 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.evaluation.breakdown import Measured
-from distill.evaluation.fidelity import (
-    TeacherStates,
-    documents_of,
-    student_fidelity,
-    teacher_likelihood,
-    teacher_states,
-)
+from distill.evaluation.fidelity import TeacherStates, student_fidelity, teacher_likelihood, teacher_states
+from distill.evaluation.held_out import documents_of
 from distill.evaluation.metrics import BINS
 from distill.models.language_model import Head
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from distill.evaluation.fidelity import text_bytes
+from distill.evaluation.held_out import text_bytes
 
 TEXT = "Grüße, 世界! The naïve café costs 5 € 😀 and no more."
 END = 0

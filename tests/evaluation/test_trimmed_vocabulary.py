@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from distill.evaluation.fidelity import covered, dropped_mass, student_fidelity, teacher_likelihood, teacher_states
+from distill.evaluation.fidelity import dropped_mass, student_fidelity, teacher_likelihood, teacher_states
+from distill.evaluation.held_out import covered
 from distill.models.language_model import Head
 from distill.models.vocabulary import Vocabulary
 

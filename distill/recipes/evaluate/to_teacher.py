@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Subset
@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from distill.corpus import SampleSets
 from distill.corpus.splitting import spread
 from distill.errors import UserError
-from distill.evaluation import fidelity, statistics
+from distill.evaluation import held_out, statistics
 from distill.experiment.configuration import CorpusConfig, Experiment
 from distill.experiment.subjects import Loaded, Subject
 from distill.experiment.teacher import Teacher
@@ -19,6 +19,9 @@ from distill.models.vocabulary import Vocabulary
 from distill.recipes.evaluate.measurement import Measurement
 from distill.system.machine import machine, versions
 from distill.system.progress import Progress
+
+if TYPE_CHECKING:  # by statement this takes seconds, which a finished evaluation does not need
+    from distill.evaluation.fidelity import TeacherStates
 
 
 class FidelityToTeacher(Measurement):
@@ -40,11 +43,11 @@ class FidelityToTeacher(Measurement):
         self.sources = None
         if len(samples.counts) > 1:
             names = tuple(counts.name for counts in samples.counts)
-            self.sources = fidelity.Sources(names, torch.tensor(samples.owners))
-        self.documents = fidelity.documents_of(self.samples)
+            self.sources = held_out.Sources(names, torch.tensor(samples.owners))
+        self.documents = held_out.documents_of(self.samples)
         self.resampled = self.documents if len(self.documents) >= statistics.MINIMUM_DOCUMENTS else None
         self.progress = Progress("evaluate", models * len(self.samples) * experiment.corpus.sequence_length, "tokens")
-        self.states: fidelity.TeacherStates | None = None
+        self.states: TeacherStates | None = None
         self.sums: dict[str, Any] = {}
         self.text: dict[str, Any] = {}
         self.parameters: dict[str, int] = {}
@@ -66,6 +69,8 @@ class FidelityToTeacher(Measurement):
 
     def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
         """Return the model's metrics; see `distill.evaluation.fidelity`."""
+        from distill.evaluation import fidelity
+
         batch_size, chunk_size = self.experiment.evaluate.batch_size, self.experiment.loss.chunk_size
         device = self.teacher.device
         self.parameters[subject.name] = parameters(loaded.model)
@@ -74,7 +79,7 @@ class FidelityToTeacher(Measurement):
                 self.states = fidelity.teacher_states(
                     loaded.model, self.samples, batch_size, loaded.vocab_size, device, self.progress.advance
                 )
-                size = fidelity.text_bytes(self.samples, loaded.tokenizer)
+                size = held_out.text_bytes(self.samples, loaded.tokenizer)
                 measured = fidelity.teacher_likelihood(
                     self.states,
                     self.samples,
@@ -149,12 +154,12 @@ def parameters(model: Any) -> int:
     return sum(p.numel() * (2 if str(p.dtype) == "torch.uint8" else 1) for p in model.parameters())
 
 
-def _covered(held_out: Subset, vocabulary: Vocabulary) -> Subset:
+def _covered(samples: Subset, vocabulary: Vocabulary) -> Subset:
     """Return the samples that all models can read, so that all are measured on the same text."""
-    left = fidelity.covered(held_out, vocabulary)
+    left = held_out.covered(samples, vocabulary)
     if not len(left):
         raise UserError(
-            f"nothing to evaluate on: each of the {len(held_out)} held-out samples has a token that the students lack: "
+            f"nothing to evaluate on: each of the {len(samples)} held-out samples has a token that the students lack: "
             "cache more held-out samples (cache.held_out_samples), or use student.vocabulary full"
         )
     return left
