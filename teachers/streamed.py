@@ -21,7 +21,6 @@ from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_
 from distill.models.packed import PackedWeight
 from distill.models.quantization import Quantization
 from distill.models.quantized_copy import CopyPlan, CopyReader, packed_types
-from distill.models.quantized_manifest import is_copy
 from distill.models.shapes import finder
 from distill.models.streamed_copy import copy_of, host_bytes_of
 from distill.models.streaming import Reader, Weights, WeightsReader, decoder_layers, place
@@ -58,12 +57,10 @@ def load_streamed_teacher(
     kept = host_bytes_of(host_memory)
     dtype, name = resolve_dtype(compute_dtype, device), checkpoint.name
     has_weights = finder() is None
-    if checkpoint.gguf_file is not None:
-        raise ValueError(f"{name}: a GGUF file is dequantised as a whole; streaming reads folders of safetensors")
     with quiet_transformers():
         plan = CopyPlan(checkpoint, quantization, dtype, trust_remote_code, allow_unquantized)
     reader: Reader | None = None
-    if has_weights and (quantization != "none" or is_copy(checkpoint.folder)):
+    if has_weights and (quantization != "none" or checkpoint.is_copy):
         reader = CopyReader(copy_of(checkpoint, plan, quantized_copy, trust_remote_code))
     elif has_weights:
         reader = WeightsReader(Weights(plan.model, full_tensors(checkpoint), name))
@@ -71,7 +68,7 @@ def load_streamed_teacher(
         teacher = StreamedTeacher(
             plan.model, packed_types(plan.model, plan.types), reader, device, name, micro_batch, keep_layers, kept
         )
-    teacher.copy_bytes = 0 if quantization == "none" or is_copy(checkpoint.folder) else plan.nbytes
+    teacher.copy_bytes = 0 if quantization == "none" or checkpoint.is_copy else plan.nbytes
     teacher.check()
     return teacher
 

@@ -215,6 +215,20 @@ def _layer_by_layer(experiment: Experiment) -> list[Keys]:
     return [{**common, "cache.batch_size": size, "evaluate.batch_size": size} for size in sizes]
 
 
+def _less_of_streamed(name: str, least: int) -> Lever:
+    """Return the lever that halves an option of a teacher that goes layer by layer, again and again."""
+
+    def lever(experiment: Experiment) -> list[Keys]:
+        teacher = experiment.teacher
+        offers = name in plugins.defaults(teacher.class_path, "teacher")
+        value = teacher.options.get(name) or (experiment.cache.batch_size if name == "micro_batch" else 0)
+        key = f"teacher.options.{name}"
+        values = [value >> times for times in range(1, value.bit_length() + 1)] if isinstance(value, int) else []
+        return [{key: value} for value in values if value >= least] if offers else []
+
+    return lever
+
+
 def _halved(key: str, least: int = 1) -> Lever:
     """Return the lever that halves a number, rounded down, again and again, but not below `least`."""
 
@@ -231,6 +245,7 @@ def _levers(card: Card) -> dict[Phase, list[Lever]]:
     loss_chunk = _halved("loss.chunk_size", SMALLEST_CHUNK)
     length = _halved("corpus.sequence_length", SHORTEST)
     four_bits = _instead("teacher.quantization", ("none", "int8"), {"teacher.quantization": "nf4"})
+    fewer_at_a_time, fewer_kept = _less_of_streamed("micro_batch", 1), _less_of_streamed("keep_layers", 0)
     has_bf16 = card.has_bf16 or not card.is_cuda
     pure = {"train.precision": "bf16-true", "train.rounding": "stochastic"}
     half = {"evaluate.student_dtype": "bfloat16" if has_bf16 else "float16"}
@@ -244,6 +259,8 @@ def _levers(card: Card) -> dict[Phase, list[Lever]]:
             length,
         ],
         "cache-teacher": [
+            fewer_at_a_time,
+            fewer_kept,
             _halved("cache.batch_size"),
             _halved("cache.chunk_size", SMALLEST_CHUNK),
             four_bits,
@@ -251,6 +268,8 @@ def _levers(card: Card) -> dict[Phase, list[Lever]]:
             length,
         ],
         "evaluate": [
+            fewer_at_a_time,
+            fewer_kept,
             _halved("evaluate.batch_size"),
             loss_chunk,
             four_bits,

@@ -18,6 +18,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.generation import folder_of
 from distill.experiment.roles import roles
+from distill.forecast.fetched import hub_cache
 from distill.system.units import parse_size, size
 
 
@@ -40,8 +41,10 @@ def needs(experiment: Experiment, disk: Mapping[str, int | None], train_samples:
     if not (experiment.cache.dir and is_url(experiment.cache.dir)):
         found += list(_of_cache(experiment, folders.cache, disk, train_samples))
     if copy := disk.get("quantised teacher"):
-        folder = Path(experiment.teacher.options.get("quantized_copy") or folders.quantized_teacher).expanduser()
+        folder = copy_folder(experiment)
         found.append(Need("the quantised teacher", folder, copy - _bytes_in(folder)))
+    if fetching := disk.get("fetched models"):
+        found.append(Need("models of the hub", hub_cache(), fetching))
     if disk.get("written"):
         found.append(Need("texts", folder_of(experiment), disk["written"] or 0))
     if disk.get("rounds"):
@@ -57,6 +60,12 @@ def needs(experiment: Experiment, disk: Mapping[str, int | None], train_samples:
         found.append(Need(role.name, model, (disk.get("student") or 0) // count))
     found.append(Need("tables of the corpus", Path(datasets.config.HF_DATASETS_CACHE), disk.get("corpus") or 0))
     return [need for need in found if need.bytes > 0]
+
+
+def copy_folder(experiment: Experiment) -> Path:
+    """Return the folder of a streamed teacher's quantised copy."""
+    named = experiment.teacher.options.get("quantized_copy")
+    return Path(named or Folders.of(experiment).quantized_teacher).expanduser()
 
 
 def _of_cache(

@@ -45,6 +45,11 @@ class Checkpoint:
         """The GGUF file, or the folder."""
         return self.folder if self.gguf_file is None else self.folder / self.gguf_file
 
+    @property
+    def is_copy(self) -> bool:
+        """True for a quantised copy. Raises UserError for one that was only begun."""
+        return self.gguf_file is None and is_copy(self.folder)
+
 
 def resolve(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """Find the checkpoint that `name` means; a hub name is fetched. Raises UserError with the nearest name."""
@@ -223,7 +228,7 @@ def fingerprints(checkpoint: Checkpoint, trust_remote_code: bool = False) -> dic
     A quantised copy has those of its source. An adapter belongs to the weights, and the checkpoint's own code, where it
     is run, to the configuration.
     """
-    if checkpoint.gguf_file is None and is_copy(checkpoint.folder):
+    if checkpoint.is_copy:
         manifest = read_manifest(checkpoint.folder)
         manifest.check(checkpoint.folder)
         return dict(manifest.source)

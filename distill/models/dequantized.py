@@ -25,6 +25,7 @@ from distill.models.dequantizing import (
     from_mxfp4,
     from_packed_integers,
 )
+from distill.models.gguf_tensors import GGUFTensors
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
 from distill.system.files import read_bounded
@@ -230,6 +231,8 @@ _MAKERS: dict[str, Maker] = {
 
 def full_tensors(checkpoint: Checkpoint) -> Source:
     """Open a checkpoint's tensors, dequantised where it is quantised already. Raises UserError where that fails."""
+    if checkpoint.gguf_file is not None:
+        return GGUFTensors(checkpoint)
     settings = quantization_of(checkpoint)
     found = tensors(checkpoint)
     return found if settings is None else DequantizedTensors(found, settings, checkpoint.name)

@@ -15,7 +15,7 @@ from torch import nn
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.packed import PackedWeight, put, run_expert_by_expert
-from distill.models.quantized_manifest import is_copy, read_manifest
+from distill.models.quantized_manifest import read_manifest
 from distill.models.streaming import without_weights
 from distill.system.progress import say
 from distill.system.units import size
@@ -185,7 +185,7 @@ def _as_linear(model: Any, path: str) -> nn.Module:
 
 def described(checkpoint: Checkpoint, quantization: str, trust_remote_code: bool = False) -> str:
     """Return a checkpoint's quantisation as it really is, from its configuration."""
-    if checkpoint.gguf_file is None and is_copy(checkpoint.folder):
+    if checkpoint.is_copy:
         return read_manifest(checkpoint.folder).as_it_is
     if quantization == "none":
         return quantization

@@ -15,7 +15,6 @@ from distill.models.huggingface import load_pretrained
 from distill.models.packed_formats import dequantize
 from distill.models.packing import Packing, Quantization, multiplied_outside, pack_in_place, packing_of
 from distill.models.quantized_copy import load_copy
-from distill.models.quantized_manifest import is_copy
 from distill.models.quantized_shapes import BLOCK, ScaledLinear, packed_linear
 from distill.models.shapes import finder
 from distill.models.streaming import Weights, kept_wider, without_weights
@@ -41,7 +40,7 @@ def load_quantized(
     """
     # bitsandbytes warns at every product of every layer that int8 casts, and at import of a kernel that we do not use.
     quiet_for_good("bitsandbytes")
-    if checkpoint.gguf_file is None and is_copy(checkpoint.folder):
+    if checkpoint.is_copy:
         return load_copy(checkpoint, quantization, dtype, device, trust_remote_code)
     if checkpoint.gguf_file is not None:
         loaded = load_pretrained(checkpoint, dtype, trust_remote_code=trust_remote_code)
@@ -109,7 +108,7 @@ def is_quantized(checkpoint: Checkpoint, trust_remote_code: bool = False) -> boo
     """
     if checkpoint.gguf_file is not None:
         return False
-    if is_copy(checkpoint.folder):
+    if checkpoint.is_copy:
         return True
     return getattr(load_config(checkpoint, trust_remote_code), "quantization_config", None) is not None
 

@@ -6,6 +6,7 @@ the hash of each file. A copy that was begun has a journal of the same form in i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -21,12 +22,14 @@ from distill.errors import UserError
 from distill.models.checkpoints import HUB_FILES, Checkpoint, fingerprints, load_config
 from distill.models.dequantized import check_format, full_tensors
 from distill.models.filling import buffers_to, with_generation_config
+from distill.models.huggingface import quiet_transformers
 from distill.models.packed import PackedWeight
 from distill.models.packing import Packing, pack_in_place, packing_of
-from distill.models.quantized_manifest import BEGUN, MANIFEST, QuantizedManifest, read_manifest
+from distill.models.quantized_manifest import BEGUN, MANIFEST, QuantizedManifest, is_finished, read_manifest
 from distill.models.shapes import finder
 from distill.models.streaming import Weights, decoder_layers, place, types_as_loaded, without_weights
 from distill.models.tensor_files import TensorFile
+from distill.models.tokenizers import load_tokenizer
 from distill.system.files import TEMPORARY, sha256_of, sole_writer, sync_file, sync_folder, write_durably
 from distill.system.units import size
 
@@ -196,7 +199,16 @@ def _write(plan: CopyPlan, weights: Weights, sources: Mapping[str, str], names: 
 
 
 def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy tokenizer, template and configuration, which then says nothing of the checkpoint's own quantisation."""
+    """Copy tokenizer, template and configuration, which then says nothing of the checkpoint's own quantisation.
+
+    Those of a GGUF file are written anew.
+    """
+    if checkpoint.gguf_file is not None:
+        with quiet_transformers():
+            with contextlib.suppress(UserError):  # a file without one is used with `teacher.tokenizer`
+                load_tokenizer(checkpoint).save_pretrained(folder)
+            write_durably(folder / _CONFIG, load_config(checkpoint).to_json_string().encode())
+        return
     for pattern in HUB_FILES:
         for file in sorted(checkpoint.folder.glob(pattern)):
             if file.name not in (_CONFIG, MANIFEST, BEGUN) and "safetensors" not in file.name:
@@ -258,7 +270,7 @@ def check_copy(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype) ->
 
 def wait_for_copy(folder: Path, work: Callable[[], Any]) -> None:
     """Do `work`, which writes the copy; another process that is at it already is waited for."""
-    while not (folder / MANIFEST).is_file():
+    while not is_finished(folder):
         try:
             work()
         except UserError as error:

@@ -47,8 +47,13 @@ class QuantizedManifest:
 
 def is_copy(folder: Path) -> bool:
     """Tell whether a folder is a quantised copy. Raises UserError for one that was only begun."""
-    if (folder / BEGUN).is_file() and not (folder / MANIFEST).is_file():
+    if (folder / BEGUN).is_file() and not is_finished(folder):
         raise UserError(f"{folder}: this quantised copy is not finished: run the same `distill quantize` again")
+    return is_finished(folder)
+
+
+def is_finished(folder: Path) -> bool:
+    """Tell whether a folder is a quantised copy that is complete."""
     return (folder / MANIFEST).is_file()
 
 

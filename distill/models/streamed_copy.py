@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.models.checkpoints import Checkpoint
 from distill.models.quantized_copy import CopyPlan, check_copy, check_room, verify_copy, wait_for_copy, write_copy
-from distill.models.quantized_manifest import MANIFEST, is_copy
+from distill.models.quantized_manifest import is_finished
 from distill.system.progress import Progress, say
 from distill.system.units import parse_size, size
 
@@ -16,7 +16,7 @@ def copy_of(checkpoint: Checkpoint, plan: CopyPlan, folder: str | None, trust_re
 
     Raises ValueError where a copy is of another quantisation or type, and UserError if the disk has no room.
     """
-    if is_copy(checkpoint.folder):
+    if checkpoint.is_copy:
         check_copy(checkpoint, plan.quantization, plan.dtype)
         return checkpoint.folder
     if folder is None:
@@ -25,7 +25,7 @@ def copy_of(checkpoint: Checkpoint, plan: CopyPlan, folder: str | None, trust_re
             "made before, with teacher.options.quantized_copy, or make it with `distill quantize` and name it as model"
         )
     path = Path(folder).expanduser()
-    if not (path / MANIFEST).is_file():
+    if not is_finished(path):
         check_room(plan, path)
         say(f"teacher: a quantised copy of {checkpoint.name} is made once in {path}, {size(plan.nbytes)}")
         wait_for_copy(path, lambda: make(plan, path, trust_remote_code))

@@ -10,7 +10,6 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, refuse_adapter, text_renaming, weight_files
 from distill.models.huggingface import load_pretrained
-from distill.models.quantized_manifest import is_copy
 from distill.models.tensor_files import TensorFile
 
 
@@ -29,7 +28,7 @@ class Tensors(Mapping[str, Tensor]):
         if checkpoint.gguf_file is not None:
             return
         refuse_adapter(checkpoint)
-        if is_copy(checkpoint.folder):
+        if checkpoint.is_copy:
             raise UserError(f"{checkpoint.name} is a quantised copy, for teachers alone: name the checkpoint itself")
         for file in weight_files(checkpoint):
             opened = TensorFile(file)

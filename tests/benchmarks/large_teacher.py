@@ -54,13 +54,14 @@ def make(folder: Path, layers: int) -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).mul_(shape[-1] ** -0.5).to(torch.bfloat16)
 
-    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
+    def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        file = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
 
     size, inner, ones = 1024, 512, torch.ones(1024, dtype=torch.bfloat16)
     write(
-        "rest.safetensors",
+        1,
         {
             "model.embed_tokens.weight": random(32768, size),
             "lm_head.weight": random(32768, size),
@@ -78,10 +79,10 @@ def make(folder: Path, layers: int) -> None:
         for expert in range(32):
             for part, shape in (("gate", (inner, size)), ("up", (inner, size)), ("down", (size, inner))):
                 tensors[f"{name}mlp.experts.{expert}.{part}_proj.weight"] = random(*shape)
-        write(f"layer-{layer:03d}.safetensors", tensors)
+        write(layer + 2, tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
-    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    words = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
     (folder / "tokenizer.json").write_text(json.dumps(words))  # AirLLM opens one
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 

@@ -194,3 +194,11 @@ def test_on_real_simulations(world: Any, tmp_path: Any) -> None:
     advice = advise(forecaster, plain, ("train-student",))
     assert advice.fits and advice.changes == changes
     assert advice.steps[-1].time_factor > 1
+
+
+def test_a_streamed_teacher_computes_fewer_at_a_time_before_its_batches_shrink() -> None:
+    fewer, kept, batches = _levers(CARD)["cache-teacher"][:3]
+    streamed = apply(PLAIN, {"teacher.class_path": "streamed", "teacher.options": {"keep_layers": 5}})
+    assert fewer(streamed) == [{"teacher.options.micro_batch": size} for size in (4, 2, 1)]
+    assert kept(streamed) == [{"teacher.options.keep_layers": layers} for layers in (2, 1, 0)]
+    assert not fewer(PLAIN) and not kept(PLAIN) and batches(PLAIN)

@@ -18,6 +18,7 @@ from distill.models import devices
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.quantization import full_weight, quantize_linears
 from teachers.huggingface import load_teacher, resolve_dtype
+from teachers.streamed import load_streamed_teacher
 
 PACKED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 SIZES: dict[str, Any] = {
@@ -117,6 +118,20 @@ def test_folder_and_gguf_quantise_alike(tmp_path: Path) -> None:
     write_gguf(tiny(), tmp_path / "tiny.gguf")
     one, other = load_teacher(str(tmp_path), "nf4"), load_teacher(str(tmp_path / "tiny.gguf"), "nf4")
     torch.testing.assert_close(logits(one), logits(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_gguf_file_is_streamed_to_the_same_bits(quantization: Any, tmp_path: Path) -> None:
+    """Layer by layer, and from a copy that opens by itself; never is the file dequantised as a whole."""
+    write_gguf(tiny(), tmp_path / "tiny.gguf")
+    file, copy = str(tmp_path / "tiny.gguf"), tmp_path / "copy"
+    expected = logits(load_teacher(file, quantization, "float32"))
+    streamed = load_streamed_teacher(file, quantization, "float32", quantized_copy=str(copy))
+    assert torch.equal(logits(streamed), expected) and torch.equal(logits(streamed), expected)
+    assert streamed.bytes_read > 0
+    if quantization == "nf4":
+        again = load_streamed_teacher(str(copy), quantization, "float32")
+        assert torch.equal(logits(again), expected)
 
 
 def test_int8_is_nearer_than_nf4(source: str) -> None:

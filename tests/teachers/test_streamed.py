@@ -288,12 +288,6 @@ def test_wrong_options_are_refused(folder: Any, options: dict[str, Any], words: 
         load_streamed_teacher(folder("llama"), **options)
 
 
-def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="GGUF file is dequantised as a whole"):
-        load_streamed_teacher(str(tmp_path / "model.gguf"))
-
-
 def test_a_checkpoint_that_lacks_weights_is_refused(folder: Any, tmp_path: Path) -> None:
     weights = load_file(Path(folder("llama")) / "model.safetensors")
     shutil.copy(Path(folder("llama")) / "config.json", tmp_path)

@@ -117,11 +117,12 @@ class TeacherModule(pl.LightningModule):
         size = min(self.batch_size or len(tensors[0]), len(tensors[0]))
         batches: list[Batch] = list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
         while True:
-            count, made = self.together.batches, []
+            count: int = self.together.batches
+            records: list[Record] = []
             try:
                 for start in range(0, len(batches), count):
-                    made += self._records(batches[start : start + count])
-                return made
+                    records += self._records(batches[start : start + count])
+                return records
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -161,7 +161,8 @@ class _Pace:
         if sizes["bytes_read"]:
             models.note(f"teacher: every batch reads {size(sizes['bytes_read'])}, at {size(self.reading)} a second")
         loading = 0
-        if models.checkpoint.gguf_file is not None:  # dequantised as a whole: its tensors, and the model made of them
+        if models.checkpoint.gguf_file is not None and not sizes["goes_together"]:
+            # It is dequantised as a whole: its tensors, and the model made of them.
             each = getattr(torch, models.compute_dtype).itemsize
             loading = 2 * each * (sizes["parameters"] + sizes["packed_parameters"])
         return Piece("teacher", simulation, seconds, sizes, loading)
