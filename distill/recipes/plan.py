@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from distill.forecast.ahead import check_student_ahead
 from distill.forecast.forecast import Forecast, Forecaster
 from distill.forecast.machine.calibration import find, kind_of
 from distill.forecast.machine.cards import Card, find_card, this_machine
-from distill.forecast.phases.simulator import Simulator
+from distill.forecast.phases.simulator import Phase, Simulator
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import check_number, pick_device
 from distill.system.units import duration, size
@@ -76,13 +80,29 @@ def planned(experiment: Experiment, card: str | None = None) -> Plan:
     asked, experiment = experiment, _with_types(experiment, None if card is None else found)
     check_last_steps(experiment, kind_of(found))
     untried = check_student_ahead(experiment, found, with_weights=False)
-    with Simulator(found) as simulator:
+    with _shown() as show, Simulator(found, show) as simulator:
         forecaster = Forecaster(found, memory_limit(experiment), simulator=simulator)
         forecast = forecaster.forecast(experiment)
         forecast.notes[:0] = [*_choices(asked, experiment), *([] if untried is None else [untried])]
         advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
         changed = forecaster.forecast(advice.experiment) if advice else None
     return Plan(experiment, forecast, advice, changed)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Phase], None]]:
+    """Show in a terminal which phase is simulated, in a line that goes when all of them are done."""
+    numbers, is_shown = itertools.count(1), sys.stderr.isatty()
+
+    def show(phase: Phase) -> None:
+        if is_shown:
+            print(f"\r\x1b[Kplan: {phase}, simulation {next(numbers)}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if is_shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _with_types(experiment: Experiment, card: Card | None) -> Experiment:

@@ -4,7 +4,8 @@
 
 writes a random mixture of about 3.2 GB in bfloat16 and runs each way in a process of its own, whose peak of memory
 (`ru_maxrss`) is measured; a process that only imports is the zero. What is read twice may come from the page cache.
-Tokens are counted a second of processor time, on one thread, since other programs may keep the machine busy.
+Tokens are counted a second of processor time, on one thread, since other programs may keep the machine busy. The mean
+size of a hidden state shows that all ways compute the same.
 `--airllm` is the interpreter of an environment with airllm 4.0.0 and transformers 4.57.3 (its experts are modules of
 their own, as in the checkpoint), which streams the same layers in 16 bits; its 4 bits need a CUDA device.
 """
@@ -140,9 +141,11 @@ def work(way: str, folder: Path) -> dict[str, Any]:
         batch_BL = batch()
         began = time.process_time()
         with torch.no_grad():
-            run(*batch_BL)
+            hidden_BLD = run(*batch_BL)
         found["tokens_per_s"] = SAMPLES * LENGTH / (time.process_time() - began)
         found["bytes_read"] = getattr(teacher, "bytes_read", 0)
+        hidden_BLD = getattr(hidden_BLD, "last_hidden_state", hidden_BLD)
+        found["mean"] = hidden_BLD[:, -1].float().abs().mean().item()
     found["seconds"] = time.process_time() - began
     found["peak_bytes"] = peak()
     return found
@@ -169,8 +172,10 @@ def main() -> None:
     shutil.rmtree(copy, ignore_errors=True)
     size = sum(path.stat().st_size for path in options.folder.glob("*.safetensors"))
     print(f"checkpoint {size / 1e9:.2f} GB")
-    print("| way | peak loaded, less imports (GB) | after a batch (GB) | read a batch (GB) | tokens/s | load (s) |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| way | peak loaded, less imports (GB) | after a batch (GB) | read a batch (GB) | tokens/s | load (s) | mean |"
+    )
+    print("|---|---|---|---|---|---|---|")
     ways, zero = ["import", "quantize", "resident nf4", "streamed nf4", "streamed none"], 0
     for way in [*ways, *(["import airllm", "airllm"] if options.airllm else [])]:
         python = options.airllm if "airllm" in way else sys.executable
@@ -189,7 +194,8 @@ def main() -> None:
         print(
             f"| {way} | {(found.get('loaded_bytes', found['peak_bytes']) - zero) / 1e9:.2f} | "
             f"{(found['peak_bytes'] - zero) / 1e9:.2f} | {found.get('bytes_read', 0) / 1e9:.2f} | "
-            f"{found.get('tokens_per_s', 0):.0f} | {found.get('load_s', found['seconds']):.1f} |",
+            f"{found.get('tokens_per_s', 0):.0f} | {found.get('load_s', found['seconds']):.1f} | "
+            f"{found.get('mean', 0):.3f} |",
             flush=True,
         )
     print(f"quantised copy {sum(path.stat().st_size for path in copy.glob('*.safetensors')) / 1e9:.2f} GB")

@@ -191,3 +191,15 @@ def test_what_can_be_forecast_is_where_something_else_cannot(
         plan.main(apply(experiment, student), "12GiB")
     out = capsys.readouterr().out
     assert "cache-teacher" in out and "it fits, as far as there is a forecast" in out
+
+
+def test_a_terminal_sees_what_is_simulated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with plan._shown() as show:
+        show("cache-teacher")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with plan._shown() as show:
+        show("cache-teacher")
+        show("evaluate")
+    shown = capsys.readouterr().err
+    assert "plan: evaluate, simulation 2" in shown and shown.endswith("\r\x1b[K"), "the line goes"

@@ -58,8 +58,9 @@ class Piece:
 class Simulator:
     """A simulator of the phases of experiments on one card. It does nothing twice, and all in a child process."""
 
-    def __init__(self, card: Card) -> None:
-        self.card = card
+    def __init__(self, card: Card, told: Callable[[Phase], None] = lambda phase: None) -> None:
+        """Set up the simulator; `told` is called before each simulation, with its phase."""
+        self.card, self._told = card, told
         self._known: dict[str, tuple[list[Piece], list[str]]] = {}
         self._child: Child[[Experiment, Phase], tuple[list[Piece], list[str]]] | None = None
 
@@ -70,6 +71,7 @@ class Simulator:
         """
         key = f"{phase} {_relevant(experiment, phase)}"
         if key not in self._known:
+            self._told(phase)
             if self._child is None:
                 with contextlib.suppress(Exception):  # a large file is read once for all; its errors come again below
                     self.hidden_size(experiment)
