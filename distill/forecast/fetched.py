@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from distill import plugins
 from distill.experiment.configuration import Experiment
+from distill.experiment.folders import Folders
 from distill.forecast.phases.simulator import Phase
 from distill.forecast.published import Published, published_models
 from distill.models import checkpoints
+from distill.models.quantized_manifest import is_finished
 from distill.system.units import duration, size
 
 BYTES_A_SECOND = 12.5e6
@@ -19,6 +21,30 @@ QUANTIZED_BYTES_A_SECOND = 70e6
 (tests/benchmarks/large_teacher.py)."""
 _BYTES = {"mxfp4": 4.25 / 8, "fp8": 1.0}
 """Bytes a parameter of checkpoints that are published in few bits; all others have two."""
+
+
+def models_to_come(
+    experiment: Experiment, phases: Collection[Phase], copied: Mapping[str, int] | None, notes: list[str]
+) -> dict[str, int]:
+    """Return the bytes of checkpoints and of the teacher's quantised copy, and note the time of both.
+
+    `copied`: sizes of a teacher that is streamed from such a copy.
+    """
+    disk, fetching, parameters = dict[str, int](), fetched(experiment, phases), 0
+    if fetching:
+        disk["fetched models"] = sum(fetching.values())
+    if copied is not None:
+        disk["quantised teacher"] = copied["copy_bytes"]
+        if not is_finished(copy_folder(experiment)):
+            parameters = copied["parameters"] + copied["packed_parameters"]
+    notes += notes_of(fetching, 2 * parameters)
+    return disk
+
+
+def copy_folder(experiment: Experiment) -> Path:
+    """Return the folder of a streamed teacher's quantised copy."""
+    named = experiment.teacher.options.get("quantized_copy")
+    return Path(named or Folders.of(experiment).quantized_teacher).expanduser()
 
 
 def fetched(experiment: Experiment, phases: Collection[Phase]) -> dict[str, int]:

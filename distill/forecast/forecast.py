@@ -12,16 +12,15 @@ from distill.experiment.precision import with_types_of_card
 from distill.experiment.roles import roles
 from distill.experiment.search import asked, with_found_sizes
 from distill.forecast.ahead import student_sizes
-from distill.forecast.fetched import fetched, notes_of
+from distill.forecast.fetched import models_to_come
 from distill.forecast.machine.calibration import kind_of
 from distill.forecast.machine.cards import GIB, Card, this_machine
 from distill.forecast.phases.simulator import PHASES, NoForecast, Phase, Piece, Simulator
-from distill.forecast.room import copy_folder, free_bytes, needs, shortages
+from distill.forecast.room import free_bytes, needs, shortages
 from distill.forecast.rounds import RoundsForecast, rounds_of
 from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, corpus_work, moment_bytes
 from distill.forecast.steps import Training, searched, step_samples, steps
 from distill.forecast.writing import is_asked, seconds_of, writing_of
-from distill.models.quantized_manifest import is_finished
 from distill.system.units import duration, size
 
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -217,16 +216,8 @@ class Forecaster:
     def _disk(
         self, experiment: Experiment, found: dict[Phase, list[Piece]], amount: Amount, notes: list[str]
     ) -> dict[str, int | None]:
-        disk: dict[str, int | None] = {}
-        fetching = fetched(experiment, found)
-        if fetching:
-            disk["fetched models"] = sum(fetching.values())
         teachers = [pieces[0].sizes for pieces in found.values() if pieces[0].sizes.get("copy_bytes")]
-        if teachers:
-            disk["quantised teacher"] = teachers[0]["copy_bytes"]
-        is_made = not teachers or is_finished(copy_folder(experiment))
-        parameters = 0 if is_made else teachers[0]["parameters"] + teachers[0]["packed_parameters"]
-        notes += notes_of(fetching, 2 * parameters)
+        disk: dict[str, int | None] = {**models_to_come(experiment, found, teachers[0] if teachers else None, notes)}
         if "cache-teacher" in found:
             each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), notes)
             disk["cache"] = cache_bytes(experiment, each, amount.cached)

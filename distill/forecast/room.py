@@ -18,7 +18,7 @@ from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.generation import folder_of
 from distill.experiment.roles import roles
-from distill.forecast.fetched import hub_cache
+from distill.forecast.fetched import copy_folder, hub_cache
 from distill.system.units import parse_size, size
 
 
@@ -60,12 +60,6 @@ def needs(experiment: Experiment, disk: Mapping[str, int | None], train_samples:
         found.append(Need(role.name, model, (disk.get("student") or 0) // count))
     found.append(Need("tables of the corpus", Path(datasets.config.HF_DATASETS_CACHE), disk.get("corpus") or 0))
     return [need for need in found if need.bytes > 0]
-
-
-def copy_folder(experiment: Experiment) -> Path:
-    """Return the folder of a streamed teacher's quantised copy."""
-    named = experiment.teacher.options.get("quantized_copy")
-    return Path(named or Folders.of(experiment).quantized_teacher).expanduser()
 
 
 def _of_cache(
