@@ -183,7 +183,24 @@ def _is_adaptable(model: Any, name: str, layer: nn.Module) -> bool:
     if re.search(rf"self\.{re.escape(leaf)}\.weight\b", _source(around)):
         return False
     own = type(layer).__module__.startswith("transformers.models.") and type(layer).forward is not nn.Linear.forward
-    return not own or type(layer).__name__.endswith("Linear")
+    return not own or _multiplies(layer)
+
+
+@torch.no_grad()
+def _multiplies(layer: Any) -> bool:
+    """Tell whether a linear layer of a family's own class makes the product of its input and its weight, and only that.
+
+    DeepSeek V4's, for one, multiplies each group of heads by its own part of the weight.
+    """
+    given = torch.ones(1, 3, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+    try:
+        made = layer(given)
+    except (RuntimeError, TypeError):
+        return False
+    wanted = nn.functional.linear(given, layer.weight, layer.bias)
+    if not isinstance(made, Tensor) or made.shape != wanted.shape:
+        return False
+    return finder() is not None or torch.allclose(made, wanted, rtol=0.05, atol=1e-3)
 
 
 @functools.cache

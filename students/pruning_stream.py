@@ -19,7 +19,7 @@ from distill.models.language_model import Head
 from distill.models.streaming import Source, Weights, place, without_weights
 from students.pruning_families import FAMILIES
 
-LAYER = re.compile(r"(?:^|(?<=\.))(layers|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h
+LAYER = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h; bert
 COMPUTED = "rotary_emb.inv_freq"  # early Llama checkpoints store what the model computes
 
 

@@ -162,11 +162,15 @@ class StreamedTeacher(HuggingFaceLanguageModel):
         """Check the head as for any model, but on random hidden states: its transformation needs no layer."""
         base, weight = getattr(self.model, self._base_name), self.model.get_output_embeddings().weight
         hidden_BLD = torch.randn(1, 8, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        base.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden_BLD.to(weight))
+        wrapped = list(base.children())
+        faked = [base, *wrapped] if len(wrapped) == 1 else [base]  # Bart's head asks the decoder in its base itself
+        for module in faked:
+            module.forward = lambda *args, **kwargs: _Hidden(last_hidden_state=hidden_BLD.to(weight))
         try:
             super().check()
         finally:
-            del base.forward
+            for module in faked:
+                del module.forward
 
     @property
     def bytes_read(self) -> int:

@@ -80,9 +80,9 @@ class CachedTexts:
         given: dict[str, Any] = {} if self._cache is None else {self._name: self._cache}
         if self._pads:
             given |= {"attention_mask": self._mask_BL, "position_ids": positions_BL}
-        answer = self._model.model.base_model(input_ids=ids_BL, use_cache=True, **given)
+        hidden_BLD, answer = self._model.read(input_ids=ids_BL, use_cache=True, **given)
         self._cache = getattr(answer, self._name)
-        return _last_logits(self._model, answer.last_hidden_state[:, -1], self._vocab_size)
+        return _last_logits(self._model, hidden_BLD[:, -1], self._vocab_size)
 
 
 class RereadTexts:

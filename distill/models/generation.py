@@ -67,10 +67,10 @@ class _CachingDecoder:
 
     def __call__(self, ids_BL: Tensor) -> Tensor:
         given = {} if self._cache is None else {self._name: self._cache}
-        answer = self._model.model.base_model(input_ids=ids_BL, use_cache=True, **given)
+        hidden_BLD, answer = self._model.read(input_ids=ids_BL, use_cache=True, **given)
         self._cache = getattr(answer, self._name, None)
         assert self._cache is not None, f"{type(self._model.model).__name__} takes a cache and gives none"
-        return _last_logits(self._model, answer.last_hidden_state, self._vocab_size)
+        return _last_logits(self._model, hidden_BLD, self._vocab_size)
 
 
 class _RereadingDecoder:

@@ -41,12 +41,32 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         self._base_name = prefix
         forward = inspect.signature(getattr(model, prefix).forward).parameters
         self._takes_positions = "position_ids" in forward  # state-space families know no positions
+        parts = (getattr(model, prefix), model.get_output_embeddings())
+        known = {id(parameter) for part in parts for parameter in part.parameters()}
+        self._prepares = any(id(parameter) not in known for parameter in model.parameters())
+        self.first_position = _first_position(getattr(model, prefix))
 
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
-        """Return the hidden states `[B, L, D]` after the last norm."""
-        positions = {"position_ids": position_ids_BL} if self._takes_positions else {}
-        base = getattr(self.model, self._base_name)
-        return base(input_ids=input_ids_BL, use_cache=False, **positions).last_hidden_state
+        """Return the hidden states `[B, L, D]` that the head multiplies: after the last norm."""
+        positions = {"position_ids": position_ids_BL + self.first_position} if self._takes_positions else {}
+        return self.read(input_ids=input_ids_BL, use_cache=False, **positions)[0]
+
+    def read(self, **given: Any) -> tuple[Tensor, Any]:
+        """Give tokens to the family's own forward; return the hidden states that the head multiplies, and its answer.
+
+        Families of BERT's kind transform the hidden states once more before the head's product, with weights that
+        belong to neither. Their whole forward runs, and the product passes its input through.
+        """
+        if not self._prepares:
+            answer = getattr(self.model, self._base_name)(**given)
+            return answer.last_hidden_state, answer
+        output = self.model.get_output_embeddings()
+        output.forward = lambda hidden: hidden
+        try:
+            answer = self.model(**given)
+        finally:
+            del output.forward
+        return answer.logits, answer
 
     @property
     def head(self) -> Head:
@@ -96,8 +116,8 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         self.eval()
         family = type(self.model).__name__
         try:
-            given = {"position_ids": positions_BL} if self._takes_positions else {}
-            own_BLV = self.model(input_ids=ids_BL, use_cache=False, **given).logits.float()
+            # Without positions, for a family may begin to count them elsewhere than at 0.
+            own_BLV = self.model(input_ids=ids_BL, use_cache=False).logits.float()
             ours_BLV = self.head(self.body(ids_BL, positions_BL)).float()
         except (RuntimeError, TypeError) as failure:
             if is_out_of_memory(failure):
@@ -128,6 +148,12 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         numbers in the configuration (the end of a text, the padding) become the new ids; those of lost tokens become
         None.
         """
+        padding = self.first_position - 1
+        if self.first_position and kept_ids[padding : padding + 1].tolist() != [padding]:
+            raise ValueError(
+                f"{type(self.model).__name__} counts positions from the number of its padding token, which would be "
+                "another one without the tokens before it; leave --student.vocabulary full"
+            )
         keep_tokens(self.model, self._logits, kept_ids, compares=finder() is None)
 
     @torch.no_grad()
@@ -148,6 +174,13 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         vars(self.model).pop("_weight_conversions", None)
         with quiet_transformers():
             self.model.save_pretrained(folder)
+
+
+def _first_position(base: Any) -> int:
+    """Return the position of a text's first token in a family: RoBERTa and its kin begin behind the padding token's."""
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def transformation(config: Any) -> dict[str, float]:

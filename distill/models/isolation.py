@@ -198,8 +198,8 @@ class _Passes:
         )
         # LLM.int8 looks for outliers in whole columns of a batch. That is rounding, but larger than a leak: without it
         # each token is rounded by itself.
-        int8: list[Any] = [module for module in modules if type(module).__name__ == "Linear8bitLt"]
-        self.thresholds = [(module.state, module.state.threshold) for module in int8]
+        states: list[Any] = [module.state for module in modules if hasattr(module, "state")]
+        self.thresholds = [(state, state.threshold) for state in states if hasattr(state, "threshold")]
         self.trains: bool = getattr(model, "training", False)
         self.in_training = self.changed_input = False
         self.are_finite = True

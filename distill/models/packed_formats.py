@@ -133,4 +133,6 @@ def int8_linear(hidden: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     state: Any = bnb.MatmulLtState()
     state.CB, state.SCB, state.threshold = parts["codes"], parts["scales"], 6.0
     state.has_fp16_weights, state.is_training, state.use_pool = False, False, True
-    return bnb.matmul(hidden, parts["codes"], bias=bias, state=state)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # bitsandbytes takes 2 or 3 dimensions (0.50.2)
+    made = bnb.matmul(rows, parts["codes"], bias=bias, state=state)
+    return made.view(*hidden.shape[:-1], made.shape[-1])

@@ -24,6 +24,7 @@ Quantization = Literal["nf4", "int8", "none"]
 MOST_LEFT = 0.1
 """Largest share of the matrices that may stay unquantised unasked."""
 _PRODUCT = re.compile(r"self\.(\w+)\.weight\s*@")
+_CAST_TO = re.compile(r"self\.(\w+)\([\w.]+\.to\(self\.\1\.weight\.dtype\)\)")
 
 
 @dataclass
@@ -139,19 +140,25 @@ def _skipped(model: Any) -> list[str]:
 
 
 def multiplied_outside(config: Any) -> list[str]:
-    """Return the layers whose weight a module multiplies by itself, as Mamba's mixer does: it cannot be packed."""
-    return sorted(set(_PRODUCT.findall(_source_of_family(config))))
+    """Return the layers whose weight a module looks at by itself: they cannot be packed.
+
+    Mamba's mixer multiplies it, and the indexers of sparse attention cast hidden states to its type, which would be
+    whole numbers.
+    """
+    source = _source_of_family(config)
+    return sorted({*_PRODUCT.findall(source), *_CAST_TO.findall(source)})
 
 
 def _source_of_family(config: Any) -> str:
     """Return the source of a family's modules in transformers; empty for a family that is not there."""
     import transformers
 
-    try:
-        family = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        return inspect.getsource(sys.modules[family.__module__])
-    except (KeyError, OSError):
-        return ""
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        try:
+            return inspect.getsource(sys.modules[auto._model_mapping[type(config)].__module__])
+        except (KeyError, OSError):
+            continue
+    return ""
 
 
 def _holds_experts(module: nn.Module) -> bool:

@@ -206,7 +206,7 @@ def _quantized(weight: Tensor, bias: nn.Parameter | None, quantization: Quantiza
 
 
 def _use_portable_kernel(model: nn.Module) -> None:
-    """Make 4-bit layers dequantise and multiply, on every CPU.
+    """Make 4-bit layers dequantise and multiply, on every CPU, and layers take every shape.
 
     On CPUs with AVX512-BF16 bitsandbytes would repack the weights for a kernel that is made for single tokens. At our
     batch sizes it takes twice as long, and it moves logits by up to 0.9, so the machine would decide what is in the
@@ -219,6 +219,8 @@ def _use_portable_kernel(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
             if type(module) is bnb.nn.Linear4bit and module.in_features % BLOCK:
                 module.__class__ = _any_width()
+        elif type(module) is bnb.nn.Linear8bitLt:
+            module.__class__ = _any_shape()
 
 
 @functools.cache
@@ -238,3 +240,20 @@ def _any_width() -> Any:
             return nn.functional.linear(given, weight, bias).to(x.dtype)
 
     return Linear4bitOfAnyWidth
+
+
+@functools.cache
+def _any_shape() -> Any:
+    import bitsandbytes as bnb
+
+    class Linear8bitOfAnyShape(bnb.nn.Linear8bitLt):
+        """8-bit layer whose input may have any number of dimensions: bitsandbytes takes 2 or 3 (0.50.2).
+
+        Latent attention (DeepSeek) gives it 4.
+        """
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = super().forward(x.reshape(-1, x.shape[-1]))
+            return made.view(*x.shape[:-1], made.shape[-1])
+
+    return Linear8bitOfAnyShape

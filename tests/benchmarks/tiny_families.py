@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "index_head_dim", "mamba_d_head", "mamba_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim",), 16),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hc_lowrank", "laurel_rank"), 32),
+    **dict.fromkeys(("hidden_size_global", "adapter_in_dim", "adapter_input_size"), 64),
     **dict.fromkeys(("adapter_rank", "gated_norm_rank", "router_hidden_size"), 16),
     **dict.fromkeys(("hidden_size_per_layer_input",), 8),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 16),
@@ -68,7 +69,14 @@ NEED_TIMM = {"gemma3n": "gemma3n_text"}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 BY_FAMILY: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
-    "dots1": {"layer_types": ["full_attention"] * LAYERS},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}, "ffn_config": {"hidden_size": 64}},
+    "dots1": {
+        "layer_types": ["full_attention"] * LAYERS,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "falcon_h1": {"mamba_d_ssm": 128},
@@ -126,7 +134,7 @@ def tiny_config(family: str) -> Any:
         if "kv_lora_rank" in part:  # latent attention has no groups
             part["num_key_value_heads"] = SIZES["num_attention_heads"]
     for key, value in own.items():
-        small[key] = {**small[key], **value} if isinstance(value, dict) else value
+        small[key] = {**small.get(key, {}), **value} if isinstance(value, dict) else value
     return config_class(**small)
 
 
@@ -225,3 +233,22 @@ def whole(family: str, folder: Path) -> Any:
     mapping = {r"^model\.language_model\.": "model."}
     config = transformers.AutoConfig.from_pretrained(folder).text_config
     return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, key_mapping=mapping).eval()
+
+
+def in_full(packed: Any, plain: Any) -> Any:
+    """Give the plain model the values that the packed one, in nf4, computes with."""
+    from torch import nn
+
+    from distill.models.packed import PackedWeight
+    from distill.models.quantization import full_weight, is_transposed
+
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedWeight):
+            given, owner, attribute = module.whole(), name.rpartition(".")[0], name.rpartition(".")[2]
+        elif isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state"):
+            given, owner, attribute = full_weight(module), name, "weight"
+        else:
+            continue
+        layer = plain.get_submodule(owner)
+        getattr(layer, attribute).data = given.T if is_transposed(layer) else given
+    return plain

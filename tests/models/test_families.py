@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill.errors import UserError
 from distill.experiment.checks import check_model
 from distill.models.checkpoints import resolve
+from distill.models.generation import _RereadingDecoder, decoder, has_cache
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.isolation import Fault, find_fault
 
@@ -32,6 +33,34 @@ def test_a_family_works_and_is_no_other_model(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["recurrent_gemma", "xlstm"])
 def test_a_soft_cap_has_its_name_in_each_family(name: str, tmp_path: Path) -> None:
     families.Family(name, tmp_path).adapter()
+
+
+@pytest.mark.parametrize("name", ["modernbert-decoder", "roberta"])
+def test_a_family_may_transform_hidden_states_before_its_head(name: str, tmp_path: Path) -> None:
+    """RoBERTa also counts positions from behind its padding token's number."""
+    family = families.Family(name, tmp_path)
+    for column in ("adapter", "streamed", "depth", "trimming", "lora", "hf"):
+        getattr(family, column)()
+    teacher = family.teacher()
+    cached, rereading = decoder(teacher, tiny_families.TOKENS), _RereadingDecoder(teacher, tiny_families.TOKENS)
+    assert has_cache(teacher)
+    with torch.no_grad():
+        for ids_BL in (family.ids_BL[:, :9], family.ids_BL[:, 9:10]):
+            torch.testing.assert_close(cached(ids_BL), rereading(ids_BL), rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_that_counts_from_its_padding_token_keeps_that_tokens_number(tmp_path: Path) -> None:
+    student = families.Family("roberta", tmp_path).student("huggingface")
+    with pytest.raises(ValueError, match="counts positions from the number of its padding token"):
+        student.keep_tokens(torch.arange(1, tiny_families.TOKENS))
+
+
+def test_a_linear_layer_that_multiplies_otherwise_gets_no_adapter(tmp_path: Path) -> None:
+    families.Family("deepseek_v4", tmp_path).lora()
+
+
+def test_a_decoder_in_a_base_of_its_own_is_streamed(tmp_path: Path) -> None:
+    families.Family("bart", tmp_path).streamed()
 
 
 @pytest.mark.parametrize("name", ["diffllama", "minicpm3"])

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from tiny_families import in_full
+from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from distill.errors import UserError
 from distill.forecast.simulation.fake import without_memory
 from distill.models.checkpoints import resolve
 from distill.models.packed import PackedWeight
-from distill.models.packing import described, packing_of
+from distill.models.packing import described, multiplied_outside, packing_of
 from distill.models.quantization import full_weight, load_quantized
 from distill.models.streaming import Weights
 from teachers.huggingface import load_teacher
@@ -72,16 +74,6 @@ def logits(model: Any) -> Tensor:
     return model(input_ids=torch.arange(24).reshape(2, 12) * 3, use_cache=False).logits
 
 
-def in_full(packed: Any, plain: Any) -> Any:
-    """Give the plain model the values that the packed one computes with."""
-    for name, module in packed.named_modules():
-        if isinstance(module, PackedWeight):
-            plain.get_parameter(name).data = module.whole()
-        elif isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state"):
-            plain.get_submodule(name).weight.data = full_weight(module)
-    return plain
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_computes_with_its_dequantised_weights(folder: Any, family: str) -> None:
     checkpoint = resolve(folder(family))
@@ -95,7 +87,7 @@ def test_a_packed_model_computes_with_its_dequantised_weights(folder: Any, famil
     assert left < 0.1 and sum(isinstance(module, PackedWeight) for module in packed.modules()) >= 2
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])  # the last: products of 4 dimensions
 def test_int8_is_nearer_than_nf4(folder: Any, family: str) -> None:
     checkpoint = resolve(folder(family))
     plain, eight, four = (logits(load_quantized(checkpoint, name, torch.float32)) for name in ("none", "int8", "nf4"))
@@ -147,6 +139,12 @@ def test_much_that_stays_unquantised_is_refused(
     load_teacher(str(tmp_path), "nf4", "float32", allow_unquantized=True)
     assert "stay unquantised" in capsys.readouterr().out
     assert " but " in described(resolve(str(tmp_path)), "nf4")
+
+
+def test_a_layer_whose_weights_type_is_asked_for_is_not_packed() -> None:
+    """An indexer casts hidden states to its weight's type; of a packed weight that would be whole numbers."""
+    assert "weights_proj" in multiplied_outside(CONFIG_MAPPING["dots3_note_text"]())
+    assert not multiplied_outside(CONFIG_MAPPING["qwen3_moe"]())
 
 
 def test_a_dense_family_keeps_its_name(tiny_model: Any, tmp_path: Path) -> None:
