@@ -135,11 +135,13 @@ def _encode_conversations(
     nothing = Rendered("", [])
 
     def function(batch: Batch) -> Batch:
+        conversations = [Conversation.parse(document) if document else None for document in batch["document"]]
+        template.render_ahead([conversation for conversation in conversations if conversation])
         rendered, faults = [], []
-        for document, source, row in zip(batch["document"], batch["source"], batch["row"], strict=True):
+        for conversation, source, row in zip(conversations, batch["source"], batch["row"], strict=True):
             where, fault = f"{labels[source]}: row {row}", ""
             try:
-                rendered.append(template.render(Conversation.parse(document), where) if document else nothing)
+                rendered.append(template.render(conversation, where) if conversation else nothing)
             except RowError as error:
                 rendered.append(nothing)
                 fault = str(error).removeprefix(f"{where}: ")
@@ -147,12 +149,9 @@ def _encode_conversations(
         encoded = _token_ids(
             tokenizer, [found.text for found in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
-        answers = [
-            tokens_in_spans(offsets, found.spans)
-            for offsets, found in zip(encoded["offset_mapping"], rendered, strict=True)
-        ]
+        places = [np.asarray(row, dtype=np.int64).reshape(-1, 2) for row in encoded["offset_mapping"]]
+        answers = [tokens_in_spans(at, found.spans) for at, found in zip(places, rendered, strict=True)]
         table = _table([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]], answers)
-        places = encoded["offset_mapping"]
         return table | {
             "thoughts": [found.thoughts_left_out for found in rendered],
             "fault": faults,
@@ -188,7 +187,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: 
     """Tokenise texts without a warning about their length: packing cuts documents that are longer than the model's
     context.
     """
-    return tokenizer(texts, padding=False, truncation=False, verbose=False, **options)
+    unused = {"return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(texts, padding=False, truncation=False, verbose=False, **unused, **options)
 
 
 def _table(ids: list[np.ndarray], to_learn: list[np.ndarray]) -> Batch:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import bisect
+from collections.abc import Iterator
 from typing import Any
 
-PIECE = 1 << 20
+PIECE = 1 << 18
 """Characters of a piece."""
 OVERLAP = 1 << 13
 """Characters that two pieces share."""
 AGREEING = 32
 """Tokens in a row that two pieces must agree on, with their places, where one is left for the other."""
-
-Tokens = list[tuple[int, int]]
-"""Place of each token's first character in the text, and its id."""
+AT_ONCE = 4
+"""Pieces that are tokenised at a time, each by a thread of the tokenizer."""
 
 
 def long_ids(tokenizer: Any, text: str) -> list[int] | None:
@@ -22,44 +22,63 @@ def long_ids(tokenizer: Any, text: str) -> list[int] | None:
     Tokens depend on the text near them alone, so two pieces that overlap agree from a little behind the beginning of
     the second one on. None if two pieces do not, or if the tokenizer does not tell its tokens' places.
     """
-    if not tokenizer.is_fast:
-        return None
+    return _joined(_pieces(tokenizer, text)) if tokenizer.is_fast else None
 
-    def tokens(begin: int) -> Tokens:
+
+class _Piece:
+    """The tokens of a piece, and the places in the text of those that are asked for: all of them would take long."""
+
+    def __init__(self, begin: int, encoding: Any) -> None:
+        self.begin, self.ids, self._encoding = begin, encoding.ids, encoding
+
+    def place(self, number: int) -> int:
+        """Return the first character of a token."""
+        return self.begin + int(self._encoding.token_to_chars(number)[0])
+
+    def token(self, number: int) -> tuple[int, int]:
+        """Return place and id of a token."""
+        return self.place(number), self.ids[number]
+
+
+def _pieces(tokenizer: Any, text: str) -> Iterator[_Piece]:
+    begins = range(0, max(len(text) - OVERLAP, 1), PIECE)
+    for first in range(0, len(begins), AT_ONCE):
+        some = begins[first : first + AT_ONCE]
         found = tokenizer(
-            text[begin : begin + PIECE + OVERLAP],
+            [text[begin : begin + PIECE + OVERLAP] for begin in some],
             add_special_tokens=False,
-            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
             padding=False,
             truncation=False,
             verbose=False,
         )
-        return [(begin + at, token) for (at, _), token in zip(found["offset_mapping"], found["input_ids"], strict=True)]
-
-    return _joined(tokens, range(0, max(len(text) - OVERLAP, 1), PIECE))
+        yield from map(_Piece, some, found.encodings)
 
 
-def _joined(tokens: Callable[[int], Tokens], begins: Sequence[int]) -> list[int] | None:
+def _joined(pieces: Iterator[_Piece]) -> list[int] | None:
     ids: list[int] = []
-    left = tokens(begins[0])
-    for begin in begins[1:]:
-        right = tokens(begin)
-        seam = _seam(left, right, begin)
+    left, start = next(pieces), 0
+    for right in pieces:
+        seam = _seam(left, right)
         if seam is None:
             return None
-        ids += [token for _, token in left[: seam[0]]]
-        left = right[seam[1] :]
-    return ids + [token for _, token in left]
+        ids += left.ids[start : seam[0]]
+        left, start = right, seam[1]
+    return ids + left.ids[start:]
 
 
-def _seam(left: Tokens, right: Tokens, begin: int) -> tuple[int, int] | None:
+def _seam(left: _Piece, right: _Piece) -> tuple[int, int] | None:
     """Return the first tokens of a run that both have, by their numbers on the left and on the right."""
-    first = next((number for number in range(len(left)) if left[number][0] >= begin), len(left))
-    places = {token: number for number, token in reversed(list(enumerate(left[first:], start=first)))}
-    for number in range(len(right) - AGREEING):
-        at = places.get(right[number])
-        if at is not None and left[at : at + AGREEING] == right[number : number + AGREEING]:
-            return at, number
-        if right[number][0] > begin + OVERLAP:
+    first = bisect.bisect_left(range(len(left.ids)), right.begin, key=left.place)
+    shared = [left.token(number) for number in range(first, len(left.ids))]
+    places = {token: number for number, token in reversed(list(enumerate(shared)))}
+    run: list[tuple[int, int]] = []
+    for number in range(len(right.ids) - AGREEING):
+        run += [right.token(other) for other in range(number + len(run), number + AGREEING)]
+        at = places.get(run[0])
+        if at is not None and shared[at : at + AGREEING] == run:
+            return first + at, number
+        if run.pop(0)[0] > right.begin + OVERLAP:
             return None
     return None

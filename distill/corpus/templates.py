@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,15 @@ from distill.corpus.faults import RowError
 from distill.corpus.marks import MOST, Form, Marked, Marking, align, mark, shaped, split
 from distill.corpus.turns import find_turns
 from distill.errors import UserError
-from distill.models.chat_templates import GENERATION, Span, TemplateError, TemplateLimitError, render
+from distill.models.chat_templates import (
+    GENERATION,
+    Request,
+    Span,
+    TemplateError,
+    TemplateLimitError,
+    render,
+    render_many,
+)
 
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 _DATA = re.compile(r"""["']type["']: ["']text["']|\\U000f[0-9a-f]{4}""", re.IGNORECASE)
@@ -84,6 +92,7 @@ class ChatTemplate:
     with_tools: ChatTemplate | None = None
     """The tokenizer's template for conversations with tools, if it has one of its own."""
     _skeletons: dict[str, Skeleton | Unfit] = field(default_factory=dict, compare=False, repr=False)
+    _texts: dict[str, tuple[str, list[Span]]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, learning: Learning = DEFAULTS) -> ChatTemplate:
@@ -128,6 +137,20 @@ class ChatTemplate:
                     raise UserError(f"{where}: the chat template cannot be rendered: {error}") from error
         raise RowError(f"{where}: {max(reasons, key=lambda reason: reason.weight)}")
 
+    def render_ahead(self, conversations: Sequence[Conversation]) -> None:
+        """Let these conversations' texts be there for the `render` of each that follows: many at once cost less."""
+        if self.with_tools is not None:
+            self.with_tools.render_ahead([each for each in conversations if each.tools])
+            conversations = [each for each in conversations if not each.tools]
+        self._texts.clear()
+        if not self.learning.keep_thoughts:
+            conversations = [conversation.without_thoughts() for conversation in conversations]
+        handed = [shaped(conversation, Form()) for conversation in conversations]
+        requests = [Request(each.messages, each.tools, each.options) for each in handed]
+        found = render_many(self.source, requests, self.special_tokens, marked=self._is_marked, date=self.learning.date)
+        texts = zip(map(_key, handed), found, strict=True)
+        self._texts.update((key, text) for key, text in texts if text is not None)
+
     def _rendered(self, conversation: Conversation, form: Form, marking: Marking) -> Rendered:
         marked = mark(conversation, self._kept, marking)
         if len(marked.pieces) > MOST:
@@ -151,7 +174,7 @@ class ChatTemplate:
         if self.learning.turns == "all":
             return answers.all_but_unlearned(conversation, spans, len(text))
         chosen = answers.chosen(conversation, only_last=self.learning.turns == "last")
-        if not GENERATION.search(self.source):
+        if not self._is_marked:
             return [span for index in chosen for span in answers.learned(index, spans)]
         everything = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if chosen == everything:
@@ -167,9 +190,15 @@ class ChatTemplate:
     def _units(self) -> re.Pattern[str]:
         return _units_of(self.added_tokens)
 
+    @property
+    def _is_marked(self) -> bool:
+        return GENERATION.search(self.source) is not None
+
     def _text(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        if found := self._texts.get(_key(conversation)):
+            return found
         try:
-            return self._render(conversation, marked=bool(GENERATION.search(self.source)))
+            return self._render(conversation, marked=self._is_marked)
         except TemplateLimitError:
             raise
         except TemplateError as error:
@@ -177,7 +206,7 @@ class ChatTemplate:
 
     def _skeleton(self, conversation: Conversation, prompt: bool) -> Skeleton:
         """Return what the template renders of marked messages. Raises Unfit if it refuses them."""
-        key = json.dumps([conversation.document(), prompt], sort_keys=False)
+        key = f"{prompt} {_key(conversation)}"
         found = self._skeletons.get(key)
         if found is None:
             try:
@@ -206,6 +235,10 @@ class ChatTemplate:
         )
 
 
+def _key(conversation: Conversation) -> str:
+    return json.dumps(conversation.document())
+
+
 def prints_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if what the tokenizer's chat template renders may depend on the day."""
     return "strftime_now" in str(tokenizer.chat_template)
@@ -230,7 +263,7 @@ def _markings(conversation: Conversation) -> Iterator[Marking]:
 def _kept_marks(source: str) -> re.Pattern[str]:
     """Return a pattern of the marks at which a template may look in a content, such as `</think>`.
 
-    They are words of the template's own quoted texts, of at least three characters, with a bracket or a bar in them.
+    They are words of the template's own quoted texts, of three characters or more, with a bracket or a bar in them.
     """
     words: set[str] = {"<think>", "</think>"}
     for single, double in _QUOTED.findall(source):
@@ -247,19 +280,19 @@ def _units_of(added_tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"{group}|<[^<>\s]{{1,64}}>|\[[^\[\]\s]{{1,64}}\]|\w+|.", re.DOTALL)
 
 
-def tokens_from(offsets: list[Span], characters: list[int]) -> list[int]:
-    """Return the first token at or behind each of the characters."""
-    starts = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0])
+def tokens_from(offsets_N2: np.ndarray, characters: list[int]) -> list[int]:
+    """Return the first token at or behind each of the characters. `offsets_N2` are the tokens' characters (int64)."""
+    starts = np.maximum.accumulate(offsets_N2[:, 0])
     return np.searchsorted(starts, characters).tolist()
 
 
-def tokens_in_spans(offsets: list[Span], spans: list[Span]) -> np.ndarray:
+def tokens_in_spans(offsets_N2: np.ndarray, spans: list[Span]) -> np.ndarray:
     """Return a mask (bool [tokens]) of the tokens that share at least one character with a span.
 
     transformers' own mask is not used. It looks up the span's first character alone. If no token covers that character
     (a blank that the tokenizer trims off), it gives up the conversation's remaining answers without a message.
     """
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    starts, ends = offsets_N2.T
     inside = np.zeros(len(starts), dtype=bool)
     for start, end in spans:
         inside |= (ends > start) & (starts < end)

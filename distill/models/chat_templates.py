@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,10 @@ from distill.models import template_process
 SECONDS = 10
 """Longest time that a template may take for one conversation. Real templates take milliseconds."""
 START_SECONDS = 300
+_TOGETHER = 32
+"""Conversations in a request."""
+_MOST_PROCESSES = 4
+"""Renderers at most: the process that reads what they write does not keep up with more."""
 LONGEST_TEMPLATE = 2**20
 """Characters of a template. Real templates have up to 20,000."""
 
@@ -47,6 +53,15 @@ def render_with(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_gener
     return render(template, messages, special_tokens, add_generation_prompt=add_generation_prompt)[0]
 
 
+@dataclass(frozen=True)
+class Request:
+    """A conversation to render: messages of JSON, the schemas of tools, and further variables of the template."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 def render(
     template: str,
     messages: Sequence[dict[str, Any]],
@@ -67,25 +82,71 @@ def render(
     """
     if len(template) > LONGEST_TEMPLATE:
         raise TemplateLimitError(f"it has more than {LONGEST_TEMPLATE >> 20} Mi characters")
-    request = {
-        "template": template,
-        "messages": list(messages),
-        "special_tokens": special_tokens,
-        "add_generation_prompt": add_generation_prompt,
-        "marked": marked,
-        "tools": None if tools is None else list(tools),
-        "options": options or {},
-        "date": date,
-    }
+    how: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "marked": marked, "date": date}
     try:
-        line = json.dumps(request, default=str)
+        line = _line(template, [Request(messages, tools, options or {})], special_tokens, **how)
     except (ValueError, RecursionError) as error:
         raise TemplateError(f"the messages are no JSON: {error}") from error
-    answer = _own_process().ask(line)
+    (answer,) = _own_processes()[0].ask(line, 1)
     if "limit" in answer:
         raise TemplateLimitError(answer["limit"])
     if "error" in answer:
         raise TemplateError(answer["error"])
+    return _text_of(answer)
+
+
+def render_many(
+    template: str, requests: Sequence[Request], special_tokens: dict[str, Any], *, marked: bool, date: str | None
+) -> list[tuple[str, list[Span]] | None]:
+    """Return what `render` returns for each of many conversations, rendered in one process for each core.
+
+    None stands for a conversation that `render` may refuse: ask it for the reason.
+    """
+    processes = _own_processes()
+    chunks = [range(first, min(first + _TOGETHER, len(requests))) for first in range(0, len(requests), _TOGETHER)]
+    found: list[tuple[str, list[Span]] | None] = [None] * len(requests)
+
+    def work(worker: int) -> None:
+        for chunk in chunks[worker :: len(processes)]:
+            with contextlib.suppress(TemplateError, ValueError, RecursionError):
+                line = _line(template, [requests[number] for number in chunk], special_tokens, marked=marked, date=date)
+                for number, answer in zip(chunk, processes[worker].ask(line, len(chunk)), strict=True):
+                    found[number] = _text_of(answer) if "text" in answer else None
+
+    if len(template) <= LONGEST_TEMPLATE:
+        with ThreadPoolExecutor(len(processes)) as pool:
+            list(pool.map(work, range(len(processes))))
+    return found
+
+
+def _line(
+    template: str,
+    requests: Sequence[Request],
+    special_tokens: dict[str, Any],
+    *,
+    marked: bool,
+    date: str | None,
+    add_generation_prompt: bool = False,
+) -> str:
+    request = {
+        "template": template,
+        "conversations": [
+            {
+                "messages": list(each.messages),
+                "tools": None if each.tools is None else list(each.tools),
+                "options": each.options,
+            }
+            for each in requests
+        ],
+        "special_tokens": special_tokens,
+        "add_generation_prompt": add_generation_prompt,
+        "marked": marked,
+        "date": date,
+    }
+    return json.dumps(request, default=str)
+
+
+def _text_of(answer: dict[str, Any]) -> tuple[str, list[Span]]:
     return answer["text"], [(start, end) for start, end in answer["spans"]]
 
 
@@ -115,13 +176,13 @@ class _Process:
         self.pid = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, line: str) -> dict[str, Any]:
-        """Return the answer to a request. Raises TemplateError if it takes too long."""
+    def ask(self, line: str, count: int) -> list[dict[str, Any]]:
+        """Return the answers to a request of `count` conversations. Raises TemplateError if they take too long."""
         try:
             if self._process is None or self._process.poll() is not None:
                 self.end()
                 self._start()
-            return dict(self._exchange(line.encode() + b"\n", SECONDS))
+            return list(self._exchange(line.encode() + b"\n", SECONDS * count))
         except BaseException:  # an interrupted exchange would leave its answer for the next one
             self.end()
             raise
@@ -180,13 +241,15 @@ def _killed_after(process: subprocess.Popen[bytes], answers: IO[bytes], seconds:
         timer.cancel()
 
 
-_process: _Process | None = None
+_processes: list[_Process] = []
 
 
-def _own_process() -> _Process:
-    """Return this process's renderer. A forked process has its parent's pipes, and starts one of its own."""
-    global _process
-    if _process is None or _process.pid != os.getpid():
-        _process = _Process()
-        atexit.register(_process.end)
-    return _process
+def _own_processes() -> list[_Process]:
+    """Return this process's renderers, one a core. A forked process has its parent's pipes, and starts its own."""
+    global _processes
+    if not _processes or _processes[0].pid != os.getpid():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        _processes = [_Process() for _ in range(min(cores, _MOST_PROCESSES))]
+        for process in _processes:
+            atexit.register(process.end)
+    return _processes

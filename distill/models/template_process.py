@@ -1,7 +1,7 @@
 """A program of its own that renders chat templates: a template may come from anyone, loop for ever or take all memory.
 
-Each line of standard input is a request as JSON, each line of standard output its answer. It starts with a line for
-"ready", and ends with its input. Without torch it needs half a second to start.
+Each line of standard input is a request as JSON, of one conversation or several, each line of standard output its
+answers. It starts with a line for "ready", and ends with its input. Without torch it needs half a second to start.
 """
 
 from __future__ import annotations
@@ -33,22 +33,24 @@ def main(seconds: int) -> None:
     print(json.dumps("ready"), file=answers, flush=True)
     alarm = getattr(signal, "alarm", lambda _: None)  # Windows has none
     for line in sys.stdin:
-        alarm(2 * seconds)  # whoever asked is gone if this ever rings
-        answer = _answer(chat_template_utils, json.loads(line))
+        request, found = json.loads(line), []
+        for conversation in request["conversations"]:
+            alarm(2 * seconds)  # whoever asked is gone if this ever rings
+            found.append(_answer(chat_template_utils, request, conversation))
         alarm(0)  # it may be long until the next request
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(found), file=answers, flush=True)
 
 
-def _answer(library: Any, request: dict[str, Any]) -> dict[str, Any]:
+def _answer(library: Any, request: dict[str, Any], conversation: dict[str, Any]) -> dict[str, Any]:
     try:
         _set_today(library._compile_jinja_template(request["template"]), request["date"])
         texts, spans = library.render_jinja_template(
-            conversations=[request["messages"]],
-            tools=request["tools"],
+            conversations=[conversation["messages"]],
+            tools=conversation["tools"],
             chat_template=request["template"],
             return_assistant_tokens_mask=request["marked"],
             add_generation_prompt=request["add_generation_prompt"],
-            **{**request["special_tokens"], **request["options"]},
+            **{**request["special_tokens"], **conversation["options"]},
         )
     except (MemoryError, OverflowError):
         return {"limit": f"it takes more than {MEMORY >> 20} MiB of memory"}

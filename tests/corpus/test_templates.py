@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distill.corpus.conversations import Conversation
@@ -284,8 +285,32 @@ def test_a_template_without_tags_renders_the_same(make: Callable[..., Any]) -> N
     assert untagged(None) is None
 
 
+def test_many_conversations_at_once_are_those_rendered_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several rows the texts are rendered together; one that the template refuses keeps its own reason."""
+    source = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}" + CHATML
+    said = [*(f"{number}?" for number in range(70)), "no"]
+    rows = [
+        Conversation([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]) for text in said
+    ]
+    alone, together = (ChatTemplate(source, {}, ("<|im_end|>",)) for _ in range(2))
+    expected = [alone.render(row, "row") for row in rows[:-1]]
+    together.render_ahead(rows)
+    one_by_one = ChatTemplate._render
+    asked: list[bool] = []
+
+    def counted(self: ChatTemplate, conversation: Conversation, **how: bool) -> Any:
+        asked.append("marked" in how)
+        return one_by_one(self, conversation, **how)
+
+    monkeypatch.setattr(ChatTemplate, "_render", counted)
+    assert [together.render(row, "row") for row in rows[:-1]] == expected
+    assert not any(asked)  # only skeletons
+    with pytest.raises(UserError, match="not this"):
+        together.render(rows[-1], "row")
+
+
 def test_tokens_that_touch_a_span() -> None:
-    offsets = [(0, 2), (2, 4), (4, 4), (4, 6), (6, 9)]
+    offsets = np.array([(0, 2), (2, 4), (4, 4), (4, 6), (6, 9)])
     assert tokens_in_spans(offsets, [(3, 5), (8, 9)]).tolist() == [False, True, True, True, True]
     assert tokens_in_spans(offsets, []).tolist() == [False] * 5
-    assert tokens_in_spans([], [(0, 1)]).tolist() == []
+    assert tokens_in_spans(offsets[:0], [(0, 1)]).tolist() == []

@@ -89,11 +89,11 @@ def test_a_template_without_end_is_stopped(template: str, monkeypatch: pytest.Mo
 
 def test_a_pause_between_two_conversations_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_templates, "SECONDS", 1)
-    chat_templates._own_process().end()
+    chat_templates._own_processes()[0].end()
     assert render("one", CHAT, {})[0] == "one"
-    started = chat_templates._own_process()._process
+    started = chat_templates._own_processes()[0]._process
     time.sleep(2.5)
-    assert render("two", CHAT, {})[0] == "two" and chat_templates._own_process()._process is started
+    assert render("two", CHAT, {})[0] == "two" and chat_templates._own_processes()[0]._process is started
     assert started is not None
     started.kill()
     started.wait()
@@ -120,18 +120,20 @@ def test_after_an_interruption_no_answer_is_another_requests(monkeypatch: pytest
 
 def test_a_forked_process_has_a_renderer_of_its_own() -> None:
     render("", CHAT, {})
-    ours = chat_templates._own_process()
+    ours = chat_templates._own_processes()[0]
     child = os.fork()
     if child == 0:
-        os._exit(0 if render("theirs", CHAT, {})[0] == "theirs" and chat_templates._own_process() is not ours else 1)
+        os._exit(
+            0 if render("theirs", CHAT, {})[0] == "theirs" and chat_templates._own_processes()[0] is not ours else 1
+        )
     assert os.waitpid(child, 0)[1] == 0
-    assert render("ours", CHAT, {})[0] == "ours" and chat_templates._own_process() is ours
+    assert render("ours", CHAT, {})[0] == "ours" and chat_templates._own_processes()[0] is ours
 
 
 def test_nothing_is_left_when_its_parent_is_killed() -> None:
     code = (
         "import os\nfrom distill.models import chat_templates as c\nc.render('', [], {})\n"
-        "print(c._own_process()._process.pid, flush=True)\nos.kill(os.getpid(), 9)"
+        "print(c._own_processes()[0]._process.pid, flush=True)\nos.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     deadline = time.monotonic() + 60
