@@ -286,7 +286,7 @@ def test_a_template_without_tags_renders_the_same(make: Callable[..., Any]) -> N
 
 
 def test_many_conversations_at_once_are_those_rendered_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several rows the texts are rendered together; one that the template refuses keeps its own reason."""
+    """A row that the template refuses keeps its own reason."""
     source = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}" + CHATML
     said = [*(f"{number}?" for number in range(70)), "no"]
     rows = [
