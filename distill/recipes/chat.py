@@ -14,10 +14,11 @@ import torch
 
 from distill.errors import UserError, did_you_mean
 from distill.experiment.folders import finished_model
-from distill.models.chat_templates import TemplateError, render_with
+from distill.generation import llama_server
+from distill.generation.talk import ModelSpeaker, Speaker
+from distill.models.chat_templates import TemplateError
 from distill.models.devices import DTYPES, compute_dtype, pick_device
-from distill.models.generation import HALF, context_length, decode_text, encode_prompt, ending_tokens, generate
-from distill.models.tokenizers import load_folder_tokenizer, vocab_size
+from distill.models.tokenizers import load_folder_tokenizer
 from distill.plugins import load_language_model
 from distill.system.progress import say, visible
 
@@ -43,17 +44,15 @@ def main(
     model's chat template has no place for, and a model whose answers are not finite.
     """
     _check(temperature, top_p, max_new_tokens, seed, system)
-    folder, device = finished_model(run), pick_device("auto")
-    model = load_language_model(folder, device, DTYPES[compute_dtype("auto", device)], class_path)
-    tokenizer = load_folder_tokenizer(folder)
-    chat = Chat(model, tokenizer, system)
+    name, what, speaker = _open(run, class_path)
+    chat = Chat(speaker, system)
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
     sampling = {"temperature": temperature, "top_p": top_p, "generator": generator}
-    _introduce(folder, model, device, chat)
+    _introduce(name, what, chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -99,13 +98,22 @@ def _is_text(words: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in words)
 
 
-def _introduce(folder: Path, model: Any, device: torch.device, chat: Chat) -> None:
+def _open(run: str, class_path: str | None) -> tuple[Path, str, Speaker]:
+    """Return the path of the student, some words about it, and the student as a speaker."""
+    if (file := llama_server.gguf_file(Path(run))) is not None:
+        if class_path is not None:
+            raise UserError(f"--class_path: {file} is a GGUF file, which llama.cpp reads without a class")
+        return file, f"by llama.cpp on {torch.get_num_threads()} cpu threads", llama_server.LlamaSpeaker(file)
+    folder, device = finished_model(run), pick_device("auto")
+    model = load_language_model(folder, device, DTYPES[compute_dtype("auto", device)], class_path)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    speaker = ModelSpeaker(model, load_folder_tokenizer(folder))
+    return folder, f"{parameters:,.1f} M parameters on {device}", speaker
+
+
+def _introduce(name: Path, what: str, chat: Chat) -> None:
     how = "answers" if chat.has_template else "continues each line (it has no chat template)"
-    say(
-        f"chat: {folder}, {parameters:,.1f} M parameters on {device}, {how}; "
-        "/reset forgets, Ctrl-C stops an answer, /quit or Ctrl-D leaves"
-    )
+    say(f"chat: {name}, {what}, {how}; /reset forgets, Ctrl-C stops an answer, /quit or Ctrl-D leaves")
 
 
 def _command(command: str, chat: Chat) -> None:
@@ -117,13 +125,11 @@ def _command(command: str, chat: Chat) -> None:
 
 
 class Chat:
-    """A conversation so far, and the model that continues it."""
+    """A conversation so far, and the speaker that continues it."""
 
-    def __init__(self, model: Any, tokenizer: Any, system: str | None = None) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self._stop_ids, self._vocab_size = ending_tokens(model, tokenizer), vocab_size(tokenizer)
-        self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        """True if the model has a chat template. Without one the model continues each line as a text of its own."""
+    def __init__(self, speaker: Speaker, system: str | None = None) -> None:
+        self._speaker = speaker
+        self.has_template = speaker.has_template
         if system is not None and not self.has_template:
             raise UserError("--system: this student has no chat template, so there is no place for a system message")
         self._system = [] if system is None else [{"role": "system", "content": system}]
@@ -143,20 +149,16 @@ class Chat:
         dropped. The oldest turns are forgotten when the context has no room for them, and a message says so.
         """
         self.turns.append({"role": "user", "content": line})
-        text = GrowingText(self._tokenizer)
+        shown: list[str] = []
         try:
             ids = self._fitting(max_new_tokens)
             if ids is None:
                 return
-            for token in generate(
-                self._model, ids, max_new_tokens, vocab_size=self._vocab_size, stop_ids=self._stop_ids, **sampling
-            ):
-                if piece := text.add(token):
-                    yield piece
-            if piece := text.rest():
+            for piece in self._speaker.write(ids, max_new_tokens, sampling):
+                shown.append(piece)
                 yield piece
         finally:
-            said = text.shown.strip()
+            said = "".join(shown).strip()
             if said and self.has_template:
                 self.turns.append({"role": "assistant", "content": said})
             else:
@@ -164,7 +166,7 @@ class Chat:
 
     def _fitting(self, max_new_tokens: int) -> list[int] | None:
         """Return the conversation's tokens, without its oldest turns if they do not fit; None if no turn fits."""
-        limit, ids = context_length(self._model), self._encode(self.turns)
+        limit, ids = self._speaker.context, self._encode(self.turns)
         if limit is None:
             return ids
         most = limit - min(max_new_tokens, limit // ANSWER_SHARE)
@@ -185,42 +187,11 @@ class Chat:
     def _encode(self, turns: list[dict[str, str]]) -> list[int]:
         """Return the tokens that ask for the next answer. Without a template these are the last line's."""
         if not self.has_template:
-            return encode_prompt(self._tokenizer, turns[-1]["content"])
+            return self._speaker.encode_text(turns[-1]["content"])
         try:
-            text = render_with(self._tokenizer, [*self._system, *turns], add_generation_prompt=True)
+            return self._speaker.encode([*self._system, *turns])
         except TemplateError as error:
             raise UserError(f"the student's chat template refuses the conversation: {error}") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
-
-
-class GrowingText:
-    """Text of tokens that come one by one. A piece is given out as soon as no later token can change it.
-
-    A character's bytes may be several tokens. Until the last one is there, decoding shows replacement characters, with
-    some tokenizers also for whole characters right before it.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self.shown = ""
-        """Text given out so far."""
-
-    def add(self, token: int) -> str:
-        """Return the text that can be given out now."""
-        self._ids.append(token)
-        return self._new(decode_text(self._tokenizer, self._ids).rstrip(HALF))
-
-    def rest(self) -> str:
-        """Return the text that was held back, when no more tokens come."""
-        return self._new(decode_text(self._tokenizer, self._ids))
-
-    def _new(self, text: str) -> str:
-        if not text.startswith(self.shown):
-            return ""
-        piece = text[len(self.shown) :]
-        self.shown = text
-        return piece
 
 
 def _print_answer(chat: Chat, line: str, max_new_tokens: int, sampling: dict[str, Any]) -> None:

@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TokenizersBackend
 
 from distill import plugins
 from distill.errors import UserError
+from distill.generation.talk import GrowingText, ModelSpeaker
+from distill.models.generation import HALF
 from distill.models.language_model import Head
 from distill.models.saving import save_language_model
 from distill.plugins import load_language_model
-from distill.recipes.chat import HALF, Chat, GrowingText, main
+from distill.recipes.chat import Chat, main
 from distill.system.progress import visible
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_traces")
@@ -181,7 +183,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
 def test_the_oldest_turns_make_room(student: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     long = "the Congress of the United States " * 4  # of 256 tokens that the model reads
     assert 60 < len(tokenizer.encode(long)) < 80
-    chat = Chat(load_language_model(student), tokenizer, "Be brief.")
+    chat = Chat(ModelSpeaker(load_language_model(student), tokenizer), "Be brief.")
 
     def turn(line: str) -> tuple[str, str]:
         return "".join(chat.answer(line, 12, GREEDY)), capsys.readouterr().out
@@ -219,12 +221,12 @@ def test_characters_come_whole_and_the_end_of_the_turn_ends_the_answer(tokenizer
     asked = tokenizer.apply_chat_template([said("user", "?")], tokenize=False, add_generation_prompt=True)
     ids = [tokenizer.encode(asked)[-1], *tokenizer.encode(answer), tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert len(set(ids)) == len(ids) == 8, "a chain"
-    chat = Chat(Scripted(dict(pairwise(ids)), len(tokenizer)), tokenizer)
+    chat = Chat(ModelSpeaker(Scripted(dict(pairwise(ids)), len(tokenizer)), tokenizer))
     assert list(chat.answer("?", 100, GREEDY)) == ["日", "é", "x"]
     assert chat.turns == [said("user", "?"), said("assistant", answer)]
     chat.reset()
     assert list(chat.answer("?", 4, GREEDY)) == ["日", HALF], "the last token is half of a character: shown as such"
-    silent = Chat(Scripted({ids[0]: ids[-1]}, len(tokenizer)), tokenizer)
+    silent = Chat(ModelSpeaker(Scripted({ids[0]: ids[-1]}, len(tokenizer)), tokenizer))
     assert list(silent.answer("?", 100, GREEDY)) == [] and silent.turns == []
 
 
@@ -291,3 +293,26 @@ def test_what_would_steer_the_terminal_is_shown(talk: Any, monkeypatch: pytest.M
     pieces = ["\x1b]0;mine\x07", "\x9b2J", "ok\r", "\n\tthe\x7f ", "\u202egnp.exe", " naïve 😀"]
     monkeypatch.setattr(Chat, "answer", lambda *_: (piece for piece in pieces))
     assert talk(["Hello"]) == "\\x1b]0;mine\\x07\\x9b2Jok\\r\n\tthe\\x7f \\u202egnp.exe naïve 😀\n"
+
+
+def test_a_gguf_export_is_opened_by_llama_cpp(
+    talk: Any, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp", reason="the extra gguf is not installed")
+    from distill.export import gguf
+
+    gguf.write(student, tmp_path / "export", "f16")
+    capsys.readouterr()
+    file = gguf.file(tmp_path / "export", "f16")
+    turns = [said("system", "Be brief."), said("user", "What is the Congress?")]
+    first = their_answer(student, turns)
+    turns += [said("assistant", first.strip()), said("user", "And why?")]
+    lines = ["What is the Congress?", "And why?"]
+    assert talk(lines, file, system="Be brief.") == visible(f"{first}\n{their_answer(student, turns)}\n")
+    (tmp_path / "export" / "model-q8_0.gguf").write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"holds 2 GGUF files: name one, as .*f16"):
+        main(str(tmp_path / "export"), 0.0, 1.0, 4, None, None)
+    with pytest.raises(UserError, match=r"GGUF file, which llama\.cpp reads without a class"):
+        main(str(file), 0.0, 1.0, 4, None, None, "my.py:Class")
+    with pytest.raises(UserError, match=r"q8_0"):
+        main(str(tmp_path / "export" / "model-q8_0.gguf"), 0.0, 1.0, 4, None, None)
