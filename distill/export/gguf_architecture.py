@@ -65,6 +65,7 @@ FAMILIES = {
     "gemma3_text": Family("gemma3", "gelu_pytorch_tanh", norm_offset=1.0, window_period=6, layers_of_27b=62),
 }
 """Families by `model_type`."""
+MIXTURES = ("qwen3_moe", "gpt_oss", "mixtral")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def plan(config: Any) -> Plan:
     if family.window_period is None and is_windowed and window < context:
         notes.append(f"the context ends at {window:,} tokens: llama.cpp knows no attention windows in this family")
         context = window
+    if config.model_type == "gpt_oss" and ropes(config)[0].get("truncate") is False:
+        notes.append("llama.cpp rounds the ends of yarn's ramp, and this model does not: answers differ a little")
     return Plan(config, family, context, notes)
 
 
@@ -190,7 +193,7 @@ def add_hyperparameters(writer: GGUFWriter, plan: Plan, vocabulary: int) -> None
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    if config.model_type in ("qwen3_moe", "gpt_oss", "mixtral"):
+    if config.model_type in MIXTURES:
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))

@@ -14,7 +14,7 @@ Messages = list[dict[str, str]]
 
 
 class Speaker(Protocol):
-    """Whoever answers in a chat."""
+    """Author of the answers in a chat."""
 
     has_template: bool
     """True if there is a chat template. Without one each line is continued as a text of its own."""

@@ -162,6 +162,13 @@ def test_what_holds_is_said(type: str, change: dict[str, Any]) -> None:
     assert "of 160 tokens" in gguf_check._verdict(replace(COMPARISON, **change), Path("model.gguf"), type)
 
 
+def test_a_mixture_may_take_another_expert_for_one_token_in_twenty() -> None:
+    file, switched = Path("model.gguf"), gguf_check.SWITCHED
+    assert "152 of 160" in gguf_check._verdict(replace(COMPARISON, best=152), file, "f16", switched)
+    with pytest.raises(UserError, match="9 of 160"):
+        gguf_check._verdict(replace(COMPARISON, best=151), file, "f16", switched)
+
+
 def test_the_likelihood_is_that_of_every_next_token(student: Path) -> None:
     from distill.plugins import load_language_model
 
