@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distill.corpus.reading import local_files
 from distill.corpus.shapes import Columns
 from distill.corpus.sources import TextSource
 from distill.corpus.templates import prints_the_date
@@ -44,7 +45,10 @@ def folder_of(experiment: Experiment) -> Path:
 
 
 def prompt_sources(experiment: Experiment) -> list[TextSource]:
-    """Return the sources of the prompts. Raises UserError for a folder of written texts."""
+    """Return the sources of the prompts.
+
+    Raises UserError for a folder of written texts, a file that is not there, and a hub data set without a limit.
+    """
     generate, corpus = experiment.generate, experiment.corpus
     sources = corpus.all_sources
     if generate.prompts is not None:
@@ -57,8 +61,20 @@ def prompt_sources(experiment: Experiment) -> list[TextSource]:
     for source in sources:
         if source.revision is not None:
             raise UserError(f"generate.prompts: {source.path}: is read at its newest revision: leave the revision out")
+        # Of a data set on the hub, no more is fetched than is written on.
+        if local_files(source.path, source.split) is None and not (source.limit or generate.max_prompts):
+            raise UserError(
+                f"generate.max_prompts: {source.path} is a hub data set, which would be read whole: give the number of "
+                "prompts, or a file"
+            )
     return [
-        TextSource(source.path, source.name, source.split, Columns.of(source.columns, prompts=True), limit=source.limit)
+        TextSource(
+            source.path,
+            source.name,
+            source.split,
+            Columns.of(source.columns, prompts=True),
+            limit=source.limit or (generate.max_prompts if local_files(source.path, source.split) is None else None),
+        )
         for source in sources
     ]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from distill.cache.format.folder import MANIFEST, read_manifest
 from distill.corpus import written
-from distill.corpus.reading import local_files
 from distill.experiment.cache import with_budgeted_threshold
 from distill.experiment.configuration import Experiment, RoundsConfig
 from distill.experiment.folders import Folders
 from distill.experiment.generation import Writer, prompt_sources, prompts_of
 from distill.experiment.last_steps import check_held_out, check_last_steps
 from distill.experiment.place import Place
+from distill.experiment.precision import with_types_of_machine
 from distill.experiment.stages import STEPS, Stage, has_corpus, round_folder, writing_settings
 from distill.experiment.teacher import Teacher
 from distill.models import checkpoints
@@ -70,9 +70,7 @@ class Rounds:
         """Raise UserError for all that the rounds would refuse on settings alone."""
         check_last_steps(self.experiment)
         check_held_out(self.experiment)
-        sources = prompt_sources(self.writing(max(1, self.first)))
-        for source in sources:
-            local_files(source.path, source.split)
+        prompt_sources(self.writing(max(1, self.first)))
         if _is_here(self.experiment):  # else they are read when the teacher has been fetched
             self.check_prompts()
 
@@ -130,9 +128,10 @@ class Rounds:
             held_out_samples=0,  # those of the first cache are measured on in every round
             overwrite=False,
         )
+        teacher = with_types_of_machine(self.experiment).teacher  # `auto` takes what the first cache says
         train = replace(experiment.train, early_stopping=None)
         student = replace(experiment.student, search={}) if experiment.student.search else experiment.student
-        return _plain(replace(experiment, corpus=corpus, cache=cache, train=train, student=student))
+        return _plain(replace(experiment, corpus=corpus, teacher=teacher, cache=cache, train=train, student=student))
 
     def training(self, number: int) -> Experiment:
         """Return the experiment in which the student learns on. The last one trains the control too."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from distill.experiment.checks import check_model, offered_options, run_apart
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.roles import Role, own_settings, roles
+from distill.experiment.stages import round_folder
 from distill.experiment.student import FirstSamples, make_student
 from distill.experiment.teacher import Teacher
 from distill.models.checkpoints import weight_files
@@ -28,6 +29,8 @@ from distill.plugins import load_language_model
 from distill.system.files import sha256_of
 from distill.system.staging import recover
 
+ROUND = "round"
+"""First word of the names of students of earlier rounds."""
 _OF_A_SAMPLE = ("input_ids", "position_ids", "loss_mask")
 
 
@@ -45,7 +48,7 @@ class Subject:
     """One model to measure."""
 
     name: str
-    """Name: teacher, before, student, control, or a further seed's such as seeds/1/student."""
+    """Name: teacher, before, student, control, a further seed's such as seeds/1/student, or an earlier `round 0`."""
     identity: dict[str, Any]
     """Values that change whenever the model does. Measurements of the same identity stay."""
     weights: list[Path]
@@ -98,9 +101,19 @@ def kept_vocabulary(experiment: Experiment, folders: Folders) -> Vocabulary | No
 def all_subjects(
     experiment: Experiment, folders: Folders, teacher: Teacher, samples: SampleSets, vocabulary: Vocabulary | None
 ) -> list[Subject]:
-    """Return the teacher first, then the student before training, then the trained models."""
+    """Return the teacher first, then the student before training, those of earlier rounds, and the trained models."""
     trained = [trained_subject(experiment, folders, role, teacher, vocabulary) for role in roles(experiment)]
-    return [teacher_subject(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *trained]
+    role, earlier = roles(experiment)[0], []
+    for name, folder in earlier_rounds(experiment).items():
+        subject = trained_subject(experiment, Folders.of_training(folder), role, teacher, vocabulary)
+        earlier.append(replace(subject, name=name))
+    return [teacher_subject(experiment, teacher), _before(experiment, teacher, samples, vocabulary), *earlier, *trained]
+
+
+def earlier_rounds(experiment: Experiment) -> dict[str, Path]:
+    """Return the folders of the rounds before the last whose students are there, by name: `round 0`, `round 1`, …"""
+    folders = {number: round_folder(experiment, number) for number in range(experiment.rounds.count)}
+    return {f"{ROUND} {number}": folder for number, folder in folders.items() if (folder / "student").is_dir()}
 
 
 def teacher_subject(experiment: Experiment, teacher: Teacher) -> Subject:

@@ -289,7 +289,7 @@ def _time(
         each = pieces[0].seconds
     elif phase == "evaluate":
         batches = None if amount.evaluated is None else -(-amount.evaluated // experiment.evaluate.batch_size)
-        models = 1 + len(roles(experiment))  # before its training too
+        models = 1 + experiment.rounds.count + len(roles(experiment))  # before its training too
         each = pieces[0].seconds + models * pieces[1].seconds
         count = batches
     else:

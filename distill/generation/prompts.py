@@ -103,7 +103,9 @@ def read_prompts(
     and if there is no prompt at all.
     """
     path = ", ".join(source.path for source in sources)
-    files = [file for owner, source in enumerate(sources) for file in source.open(owner, 0, is_alone=True)]
+    files = [
+        file for owner, source in enumerate(sources) for file in source.open(owner, 0, is_alone=source.limit is None)
+    ]
     with quiet_datasets():
         documents = load_documents(files)
     prompts, faults = _prompts(documents, _Encoder(tokenizer, asking, limit), most)

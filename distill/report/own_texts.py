@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from distill.report.charts import Line, line_chart
 from distill.report.contents import Cell, Chart, Charts, Content, Note, Section, Table
 from distill.report.facts import RunFacts
 from distill.report.fidelity import binned
@@ -31,6 +32,31 @@ _FIGURES = (
     _Figure("valid_json", with_arrow("valid JSON", "higher"), share, "answers that are JSON where the reference is"),
     _Figure("metric", "own metric", number, "evaluate.metric: your own, mean over the answers"),
 )
+
+
+_ROUNDS = (("held_out_kl", "held-out text", "student"), ("own_kl", "own texts", "control"))
+"""Keys of a round's figures, their names, and the colours of their lines."""
+
+
+def rounds_section(facts: RunFacts) -> Iterator[Section]:
+    """Yield the KL of each round's student, on held-out text and on texts of its own."""
+    rounds = facts.evaluation.get("rounds", [])
+    if not rounds:
+        return
+    shown = [each for each in _ROUNDS if any(each[0] in one for one in rounds)]
+    lines = [
+        Line(name, colour, [(float(one["round"]), one[key]) for one in rounds if key in one])
+        for key, name, colour in shown
+    ]
+    chart = line_chart(lines, "KL by rounds; the numbers are in the table below.", "round", "nats/token", nats)
+    said = "On held-out text KL(teacher ‖ student), on its own KL(student ‖ teacher)."
+    rows = [
+        [Cell(number(one["round"]), one["round"])]
+        + [Cell(nats(one[key]), one[key]) if key in one else Cell("–") for key, _, _ in shown]
+        for one in rounds
+    ]
+    head = [Cell("round"), *(Cell(f"KL, {name}", small="nats/token") for _, name, _ in shown)]
+    yield Section("rounds", "Round by round", [Charts([Chart(chart, "KL by rounds", said)]), Table(head, rows)])
 
 
 def section(facts: RunFacts) -> Iterator[Section]:

@@ -72,6 +72,7 @@ def run_page(facts: RunFacts) -> Page:
         *fidelity.bin_section(facts),
         *benchmarks.section(facts),
         *speed.section(facts),
+        *own_texts.rounds_section(facts),
         *own_texts.section(facts),
         *_text_section(facts),
         *corpus_section(facts),

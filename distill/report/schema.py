@@ -59,6 +59,7 @@ _COST = {
     "kv_cache": FLAG,
     **dict.fromkeys(("prompt_tokens", "new_tokens"), NUMBER),
 }
+_ROUND = dict.fromkeys(("round", "held_out_kl", "own_kl"), NUMBER)
 _OWN_BIN = {"from": NUMBER, "to": NUMBER, "positions": NUMBER, "kl": NUMBER}
 _OWN = {
     **dict.fromkeys(("kl", "ended", "repetition", "distinct_1", "distinct_2", "texts", "tokens", "answers"), NUMBER),
@@ -81,6 +82,7 @@ EVALUATION: dict[str, Any] = {
     "cost": _of_models(_COST),
     "speculative": {"draft_tokens": NUMBER, "speedup": NUMBER},
     "texts": {"prompts": [TEXT], "truth": [TEXT], "teacher": [TEXT], "student": [TEXT], "control": [TEXT]},
+    "rounds": [_ROUND],
     "own_texts": _of_models(_OWN),
     "seeds": _of_models(_SEEDS),
     "experiment": OBJECT,
@@ -102,6 +104,7 @@ REQUIRED = {
 }
 REQUIRED |= {id(COST_LINE): ("phase", "seconds"), id(EVALUATION["texts"]): ("prompts",)}
 REQUIRED |= {id(SEARCH["candidates"][0]): ("options", "parameters", "kl")}
+REQUIRED |= {id(_ROUND): ("round", "held_out_kl")}
 REQUIRED |= {id(_OWN): ("texts", "tokens"), id(_OWN_BIN): ("from", "positions", "kl")}
 REQUIRED |= {id(FORECAST["rows"][0]): ("what", "unit"), id(_SEEDS["*"]): ("mean", "values")}
 

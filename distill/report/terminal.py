@@ -35,6 +35,9 @@ def print_tables(result: dict[str, Any]) -> None:
         console.print(
             f"KL, student minus control: {against['difference']:+.3f} (p = {against['p']:.2g}{_resampled(text)})"
         )
+    for each in result.get("rounds", []):
+        own = f", of its own texts {each['own_kl']:.3f}" if "own_kl" in each else ""
+        console.print(f"round {each['round']}: KL of held-out text {each['held_out_kl']:.3f}{own}")
     for name in [name for name in MODELS if name in result.get("own_texts", {})]:
         console.print(_own_texts(name, result["own_texts"][name]), soft_wrap=True)
     for kind, spread in result.get("seeds", {}).items():

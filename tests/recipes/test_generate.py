@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill.corpus import open_corpus
 from distill.errors import UserError
 from distill.experiment.file import load_experiment
+from distill.experiment.generation import prompt_sources
 from distill.forecast.writing import is_asked, written_tokens
 from distill.system.files import sha256_of
 
@@ -146,6 +147,13 @@ def test_a_plan_counts_the_writing_and_what_is_learned_from_it(generate: Any, di
     experiment = load_experiment(str(tmp_path / "experiment.yaml"), ["--corpus.path", str(written)])
     assert not is_asked(experiment), "the texts are there"
     assert written_tokens(experiment, str(written)) == sum(len(row["input_ids"]) for row in rows(written))
+
+
+def test_of_prompts_on_the_hub_no_more_is_fetched_than_is_written_on(generate: Any, tmp_path: Path) -> None:
+    generate("--generate.prompts", "owner/name").refused("generate.max_prompts: owner/name is a hub data set")
+    many = ["--generate.prompts", "owner/name", "--generate.max_prompts", "7"]
+    (source,) = prompt_sources(load_experiment(str(tmp_path / "experiment.yaml"), many))
+    assert source.limit == 7
 
 
 def test_plain_texts_are_continued_and_cached(generate: Any, distill: Any, world: Any, tmp_path: Path) -> None:

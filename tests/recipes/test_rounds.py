@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from distill.cache.making.writer import CacheWriter
 from distill.errors import UserError
 from distill.experiment.file import load_experiment
+from distill.experiment.precision import with_types_of_machine
+from distill.experiment.rounds import Rounds
 from distill.experiment.stages import as_overrides, stages
 from distill.generation.folder import WrittenFolder
 from distill.recipes.evaluate.results import Results
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SECTIONS: dict[str, Any] = {
     "cache": {"max_samples": 16, "held_out_samples": 2},
     "train": {"max_steps": 3, "checkpoint_every_steps": 1, "loggers": ["csv"]},
-    "evaluate": {"control": True, "max_samples": 4},
+    "evaluate": {"control": True, "max_samples": 4, "own_texts": 4},
     "generate": {"prompt_tokens": 8, "max_new_tokens": 12, "group": 32, "batch_size": 32},
     "rounds": {"count": 2},
 }
@@ -93,8 +95,17 @@ def test_killed_once_in_each_phase_it_goes_on_to_the_same_run(
     for folder in MODELS:
         ours, theirs = (load_file(each / folder / "model.safetensors") for each in (run, undisturbed))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), folder
-    results = [json.loads((each / "evaluation.json").read_text())["fidelity"] for each in (run, undisturbed)]
-    assert results[0] == results[1]
+    ours, theirs = (json.loads((each / "evaluation.json").read_text()) for each in (run, undisturbed))
+    assert all(ours[key] == theirs[key] for key in ("fidelity", "own_texts", "rounds"))
+
+
+def test_the_report_draws_the_rounds(undisturbed: Path) -> None:
+    found = json.loads((undisturbed / "evaluation.json").read_text())
+    assert [each["round"] for each in found["rounds"]] == [0, 1, 2]
+    last = {"held_out_kl": found["fidelity"]["student"]["kl"], "own_kl": found["own_texts"]["student"]["kl"]}
+    assert found["rounds"][2] == {"round": 2, **last}
+    assert found["rounds"][0]["own_kl"] == found["own_texts"]["round 0"]["kl"] and "seeds" not in found
+    assert "KL by rounds" in (undisturbed / "report.html").read_text()
 
 
 def test_a_finished_run_does_nothing_again(
@@ -125,6 +136,16 @@ def test_a_stage_is_a_command_of_its_own(undisturbed: Path, untouched: Any, dist
         assert "nothing to do" in said
     assert untouched(undisturbed / "rounds") == before
     distill("train-student", file).refused("distill run", "--rounds.count 0")
+
+
+def test_auto_takes_the_types_of_the_first_round(undisturbed: Path) -> None:
+    file, auto = (
+        undisturbed.parent / "experiment.yaml",
+        ["--teacher.compute_dtype", "auto", "--train.precision", "auto"],
+    )
+    rounds = Rounds(load_experiment(str(file), auto))
+    assert rounds.scoring(1).teacher.compute_dtype == "float32", "as the first cache"
+    assert with_types_of_machine(rounds.training(1)).train.precision == "32-true", "as the student that it begins with"
 
 
 def test_without_a_corpus_the_fresh_student_writes_first(world: Any, distill: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.search import with_found_sizes
-from distill.experiment.subjects import Subject, all_subjects, kept_vocabulary, trained_roles
+from distill.experiment.subjects import ROUND, Subject, all_subjects, kept_vocabulary, trained_roles
 from distill.experiment.teacher import Teacher, open_samples
 from distill.recipes.evaluate.measurement import Measurement
 from distill.recipes.evaluate.measurements import all_measurements
@@ -118,10 +118,25 @@ def _derived(result: dict[str, Any]) -> dict[str, Any]:
         speeds = [cost[name]["decode"].get("1") for name in ("teacher", "student")]
         if all(speeds):
             derived["speculative"] = speculative(result["fidelity"]["student"]["acceptance"], speeds[0] / speeds[1])
+    if rounds := _rounds(result):
+        derived["rounds"] = rounds
     spread = {kind: _spread(result, kind) for kind in ("student", "control")}
     if any(spread.values()):
         derived["seeds"] = {kind: values for kind, values in spread.items() if values}
     return derived
+
+
+def _rounds(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each round's KL on held-out text and, if it is measured, on own texts; the last round is the student."""
+    numbers = {name: int(name.split()[1]) for name in result["fidelity"] if name.startswith(f"{ROUND} ")}
+    if not numbers:
+        return []
+    found = []
+    for name, number in {**numbers, "student": max(numbers.values()) + 1}.items():
+        own = result.get("own_texts", {}).get(name, {})
+        own = {"own_kl": own["kl"]} if "kl" in own else {}
+        found.append({"round": number, "held_out_kl": result["fidelity"][name]["kl"], **own})
+    return found
 
 
 def _spread(result: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from distill.evaluation.fidelity import TeacherStates, teacher_states
 from distill.evaluation.own_texts import Question, Written
 from distill.experiment.configuration import Experiment
 from distill.experiment.generation import sampling_of
-from distill.experiment.subjects import Loaded, Subject
+from distill.experiment.subjects import ROUND, Loaded, Subject
 from distill.experiment.teacher import Teacher
 from distill.generation.authors import Asked, LocalAuthor
 from distill.models.generation import decode_text, ending_tokens
@@ -68,7 +68,8 @@ class OwnTexts(Measurement):
         }
 
     def wanted_of(self, subject: Subject) -> bool:
-        return bool(self.questions) and super().wanted_of(subject)
+        is_of_a_round = subject.name.startswith(f"{ROUND} ")
+        return bool(self.questions) and (is_of_a_round or super().wanted_of(subject))
 
     def takes_part(self, subject: Subject, number: int) -> bool:
         return number == 0 or subject.name == "teacher"
