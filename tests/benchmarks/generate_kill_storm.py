@@ -18,7 +18,7 @@ import forked  # first: it sets the number of threads
 from forked import Children, contents, distill_here, exited, send, write_experiment
 
 SECTIONS = {
-    "generate": {"prompt_tokens": 8, "max_new_tokens": 24, "group": 2, "batch_size": 4, "samples_per_prompt": 6},
+    "generate": {"prompt_tokens": 8, "max_new_tokens": 12, "group": 2, "batch_size": 4, "samples_per_prompt": 2},
     "preflight": False,
 }
 
