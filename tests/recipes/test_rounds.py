@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def undisturbed(world: Any, distill: Any, tmp_path_factory: pytest.TempPathFacto
     """The run folder of two rounds that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     said = distill("run", world.write(folder / "experiment.yaml", **SECTIONS)).done().out
-    titles = [line.partition(";")[0] for line in said.splitlines() if line.startswith("round ")]
+    titles = [line.partition(";")[0] for line in said.splitlines() if re.match(r"round \d of", line)]
     kinds = ["the student writes", "the teacher reads it", "training"]
     assert titles == ["round 0 of 2: the teacher reads the corpus", "round 0 of 2: training"] + [
         f"round {number} of 2: {kind}" for number in (1, 2) for kind in kinds

@@ -107,7 +107,7 @@ class OwnTexts(Measurement):
             Asked(_mapped(question.ids, vocabulary), number, 0, question.is_answer)
             for number, question in enumerate(self.questions)
         ]
-        with Progress(f"{subject.name} writes", len(asked), "texts") as progress:
+        with Progress(f"own texts: {subject.name}", len(asked), "texts") as progress:
             answers = author.write(asked, lambda answer: progress.advance(1))
         texts = []
         for answer, question in zip(answers, self.questions, strict=True):
