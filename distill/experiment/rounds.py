@@ -20,6 +20,7 @@ from distill.experiment.generation import Writer, prompt_sources, prompts_of
 from distill.experiment.last_steps import check_held_out, check_last_steps
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
+from distill.experiment.search import with_found_sizes
 from distill.experiment.stages import STEPS, Stage, has_corpus, round_folder, writing_settings
 from distill.experiment.teacher import Teacher
 from distill.models import checkpoints
@@ -130,7 +131,7 @@ class Rounds:
         )
         teacher = with_types_of_machine(self.experiment).teacher  # `auto` takes what the first cache says
         train = replace(experiment.train, early_stopping=None)
-        student = replace(experiment.student, search={}) if experiment.student.search else experiment.student
+        student = with_found_sizes(self.experiment).student  # its search needs held-out samples, and is done
         return _plain(replace(experiment, corpus=corpus, teacher=teacher, cache=cache, train=train, student=student))
 
     def training(self, number: int) -> Experiment:

@@ -172,6 +172,20 @@ def test_without_a_corpus_the_fresh_student_writes_first(world: Any, distill: An
     distill("evaluate", file).done()
 
 
+def test_a_search_for_the_students_sizes_is_made_in_the_first_round_alone(
+    world: Any, distill: Any, tmp_path: Path
+) -> None:
+    sections = {
+        **SECTIONS,
+        "student": {"options": {"layers": None}, "search": {"share": 0.5, "candidates": 2, "steps": 1}},
+        "evaluate": {"control": False},
+        "rounds": {"count": 1},
+    }
+    file = Path(world.write(tmp_path / "experiment.yaml", **sections))
+    file.write_text(file.read_text().replace("    layers: null\n", "").replace("  options:\n", "  options: {}\n"))
+    assert distill("run", file).done().out.count("search: the best is") == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
