@@ -3,8 +3,8 @@
     python tests/benchmarks/generate_kill_storm.py --kills 30
 
 The processes are forked from one that has imported everything. Each is killed by SIGKILL at a random moment, before its
-first part or after one or two; then the same command goes on, until the folder is complete, and another begins. Every byte
-must be that of the undisturbed folder. Prints a tally; exit status 1 when a folder came out different.
+first part or after one or two; then the same command goes on, until the folder is complete, and another begins. Every
+byte must be that of the undisturbed folder. Prints a tally; exit status 1 when a folder came out different.
 """
 
 from __future__ import annotations
