@@ -15,11 +15,12 @@ from distill.corpus.sources import TextSource
 from distill.corpus.templates import prints_the_date
 from distill.corpus.written import MANIFEST, Manifest, is_written, read_manifest
 from distill.errors import UserError
-from distill.experiment.configuration import Experiment, SourceConfig
+from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.experiment.roles import roles
 from distill.experiment.subjects import Loaded, Subject, fresh_subject, teacher_subject, trained_subject
 from distill.experiment.teacher import Teacher, day_of
+from distill.experiment.teacher_sections import SourceConfig
 from distill.generation.authors import LocalAuthor
 from distill.generation.prompts import Asking, Prompts, read_prompts
 from distill.generation.sampling import Sampling

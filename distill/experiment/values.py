@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
-from distill.experiment.configuration import DIVERGENCES, Between, Experiment
+from distill.experiment.configuration import DIVERGENCES, Experiment
+from distill.experiment.teacher_sections import Between
 from distill.system.units import parse_duration, parse_size
 
 NO_VALUE = "has no value: give it one, or leave the key out"

@@ -16,10 +16,11 @@ from distill.cache.reading.statistics import alternatives, document_lines, gathe
 from distill.cache.reading.storage import Storage, is_url, open_storage
 from distill.cache.reading.verify import verify as verify_cache
 from distill.errors import UserError
-from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
+from distill.experiment.configuration import Experiment
 from distill.experiment.folders import cache_in
 from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher
+from distill.experiment.teacher_sections import CorpusConfig, TeacherConfig
 from distill.losses.chunks import ChunkTarget, DenseChunk, SparseChunk
 from distill.losses.divergences import forward_kl
 from distill.models import checkpoints

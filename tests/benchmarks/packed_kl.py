@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from distill.corpus import SampleSets, open_corpus
-from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
+from distill.experiment.configuration import Experiment
 from distill.experiment.place import Place
 from distill.experiment.teacher import Teacher
+from distill.experiment.teacher_sections import CorpusConfig, TeacherConfig
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from distill.errors import UserError
-from distill.experiment.configuration import CorpusConfig, Experiment, TeacherConfig
+from distill.experiment.configuration import Experiment
 from distill.experiment.file import load_experiment, print_options, to_dict
+from distill.experiment.teacher_sections import CorpusConfig, TeacherConfig
 from distill.experiment.values import limits_of
 
 MINIMAL = {"corpus": {"path": "c.jsonl"}, "teacher": {"model": "t"}}

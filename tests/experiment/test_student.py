@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from distill.errors import UserError
-from distill.experiment.configuration import CorpusConfig, Experiment, StudentConfig, TeacherConfig, TrainConfig
+from distill.experiment.configuration import Experiment, StudentConfig, TrainConfig
 from distill.experiment.place import Place
 from distill.experiment.student import make_student, make_student_to_train
+from distill.experiment.teacher_sections import CorpusConfig, TeacherConfig
 from distill.models.vocabulary import Vocabulary
 
 FULL = 120  # the teacher's tokens

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from distill.errors import UserError
-from distill.experiment.configuration import CorpusConfig, Experiment, StudentConfig, TeacherConfig
+from distill.experiment.configuration import Experiment, StudentConfig
 from distill.experiment.place import Place
 from distill.experiment.student import check_tokens
+from distill.experiment.teacher_sections import CorpusConfig, TeacherConfig
 from distill.models.tokenizers import load_folder_tokenizer
 
 

@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.experiment.configuration import (
-    CacheConfig,
-    CorpusConfig,
-    EvaluateConfig,
-    Experiment,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from distill.experiment.configuration import EvaluateConfig, Experiment, StudentConfig, TrainConfig
 from distill.experiment.file import load_experiment
+from distill.experiment.teacher_sections import CacheConfig, CorpusConfig, TeacherConfig
 from distill.forecast.advice import Advice, _levers, advise, apply, as_options
 from distill.forecast.forecast import Forecaster
 from distill.forecast.machine.cards import Card, find_card

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from distill.experiment.configuration import CorpusConfig, Experiment, StudentConfig, TeacherConfig, TrainConfig
+from distill.experiment.configuration import Experiment, StudentConfig, TrainConfig
+from distill.experiment.teacher_sections import CorpusConfig, TeacherConfig
 from distill.forecast.sizes import Amount
 from distill.forecast.steps import Training
 

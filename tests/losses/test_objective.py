@@ -10,7 +10,8 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.experiment import configuration
-from distill.experiment.configuration import CacheConfig, LossConfig
+from distill.experiment.configuration import LossConfig
+from distill.experiment.teacher_sections import CacheConfig
 from distill.losses.chunks import DenseChunk, SparseChunk
 from distill.losses.divergences import cross_entropy, forward_kl, mean_squared_logits
 from distill.losses.objective import DIVERGENCES, Mixture, check_divergence, make_divergence

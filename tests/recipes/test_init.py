@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from distill.errors import UserError
-from distill.experiment.configuration import CacheConfig, CorpusConfig, Experiment, TeacherConfig, TrainConfig
+from distill.experiment.configuration import Experiment, TrainConfig
 from distill.experiment.file import load_experiment
+from distill.experiment.teacher_sections import CacheConfig, CorpusConfig, TeacherConfig
 from distill.forecast.machine.cards import find_card
 from distill.recipes import plan
 from distill.recipes.init import choices, command, data, proposal, writing

@@ -19,17 +19,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 
-from distill.experiment.configuration import (
-    CorpusConfig,
-    Experiment,
-    LossConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from distill.experiment.configuration import Experiment, LossConfig, StudentConfig, TrainConfig
 from distill.experiment.place import Place
 from distill.experiment.roles import roles
 from distill.experiment.student import make_student
+from distill.experiment.teacher_sections import CorpusConfig, TeacherConfig
 from distill.experiment.training import make_module
 from distill.forecast.machine.calibration import DEFAULTS, Efficiency, kind_of, speed
 from distill.forecast.machine.cards import Card, this_machine

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from distill.experiment.configuration import (
-    CacheConfig,
-    CorpusConfig,
-    Experiment,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from distill.experiment.configuration import Experiment, StudentConfig, TrainConfig
+from distill.experiment.teacher_sections import CacheConfig, CorpusConfig, TeacherConfig
 from distill.forecast.advice import Keys, apply
 from distill.forecast.forecast import Forecaster
 from distill.forecast.machine.cards import this_machine

@@ -12,9 +12,10 @@ from distill.corpus import SampleSets
 from distill.corpus.splitting import spread
 from distill.errors import UserError
 from distill.evaluation import held_out, statistics
-from distill.experiment.configuration import CorpusConfig, Experiment
+from distill.experiment.configuration import Experiment
 from distill.experiment.subjects import Loaded, Subject
 from distill.experiment.teacher import Teacher
+from distill.experiment.teacher_sections import CorpusConfig
 from distill.models.vocabulary import Vocabulary
 from distill.recipes.evaluate.measurement import Measurement
 from distill.system.machine import machine, versions

@@ -7,16 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill.errors import UserError
-from distill.experiment.configuration import (
-    CacheConfig,
-    CorpusConfig,
-    EvaluateConfig,
-    Experiment,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from distill.experiment.configuration import EvaluateConfig, Experiment, StudentConfig, TrainConfig
 from distill.experiment.precision import with_types_of_card, with_types_of_machine
+from distill.experiment.teacher_sections import CacheConfig, CorpusConfig, TeacherConfig
 from distill.forecast.advice import advise, apply
 from distill.forecast.forecast import MARGIN_BYTES, Forecast, Forecaster
 from distill.forecast.machine.cards import Card
