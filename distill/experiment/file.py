@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
-from distill.experiment import configuration as config
+from distill.experiment import configuration, teacher_sections
 from distill.experiment.configuration import Experiment
 from distill.experiment.stages import with_first_texts
 from distill.experiment.values import NO_VALUE, check_values, limits_of
@@ -140,16 +140,19 @@ def _check_text(key: str, value: str, field: dataclasses.Field) -> None:
         raise UserError(f"{key}: expected {kind}. Got value: {value!r}")
 
 
+_NAMED: dict[str, Any] = vars(teacher_sections) | vars(configuration)
+
+
 def _section(entry: dataclasses.Field) -> type | None:
     """Return the dataclass of a field that is a section of the file, None for a plain value."""
-    kind = getattr(config, str(entry.type), None)
+    kind = _NAMED.get(str(entry.type))
     return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
 
 
 def _item(entry: dataclasses.Field) -> type | None:
     """Return the dataclass of the mappings in a field that is a list of them, None for any other field."""
     found = re.fullmatch(r"list\[(\w+)\]", str(entry.type))
-    kind = getattr(config, found[1], None) if found else None
+    kind = _NAMED.get(found[1]) if found else None
     return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
 
 
