@@ -52,7 +52,7 @@ class Measured:
     """Sums by position, `[7, K]`; the bins are `POSITION_EDGES`."""
     position_positions: np.ndarray
     source_sums: np.ndarray
-    """Sums by source of the text, `[sources, K]`."""
+    """Sums by cluster and source of the text, `[S · sources, K]`: those of a cluster's sources are together."""
     source_positions: np.ndarray
     gap_sums: np.ndarray
     """Sums of the confidence gap by confidence, `[M]`, for the expected calibration error."""
@@ -82,8 +82,8 @@ class Measured:
         It has the metrics by name, `perplexity`, `ece`, and `bits_per_byte` if the text's bytes are known. `intervals`
         holds 95 % intervals: those of perplexity and bits per byte are the nll's, converted; `ece` has none, since
         resampling adds to its bias. `by_entropy` and `by_position` are lists of bins without the empty ones, and
-        `by_source`, where there are several, of the sources with positions. A perplexity, or an interval of one, that
-        no float can hold is left out, because JSON has no infinity.
+        `by_source`, where there are several, of the sources with positions, each with intervals of its own. A
+        perplexity, or an interval of one, that no float can hold is left out, because JSON has no infinity.
         """
         result: dict[str, Any] = {name: self.sums.mean(name) for name in self.names}
         if math.isfinite(perplexity := metrics.perplexity(result["nll"])):
@@ -99,16 +99,27 @@ class Measured:
             if "nll" in found:
                 found["bits_per_byte"] = [metrics.bits_per_byte(end, tokens, size) for end in found["nll"]]
         if self.source_names:
+            found_of = map(self._of_source, range(len(self.source_names)))
             result["by_source"] = [
-                {"source": name, **self._means(self.source_sums[number], int(self.source_positions[number]))}
-                for number, name in enumerate(self.source_names)
-                if self.source_positions[number]
+                {"source": name, **each}
+                for name, each in zip(self.source_names, found_of, strict=True)
+                if each["positions"]
             ]
         return result | {
             "intervals": found,
             "by_entropy": self._bins(ENTROPY_EDGES, self.entropy_sums, self.entropy_positions),
             "by_position": self._bins(POSITION_EDGES, self.position_sums, self.position_positions),
         }
+
+    def _of_source(self, number: int) -> dict[str, Any]:
+        """Return the means of one source's positions, with the intervals that its own clusters give."""
+        sources = len(self.source_names)
+        sums_SK, positions_S = self.source_sums[number::sources], self.source_positions[number::sources]
+        if not positions_S.any():
+            return {"positions": 0}
+        columns = [column for column, name in enumerate(self.names) if name in IN_BINS]
+        own = ClusterSums(positions_S, {self.names[column]: sums_SK[:, column] for column in columns})
+        return self._means(sums_SK.sum(0), int(positions_S.sum())) | {"intervals": intervals(own)}
 
     def _bins(self, edges: Sequence[float], sums: np.ndarray, positions: np.ndarray) -> list[dict[str, Any]]:
         ends = [*edges[1:], None]
@@ -151,8 +162,9 @@ class _SumsOverPositions(Metric):
 
     def __init__(self, clusters: int, sources: int = 1) -> None:
         super().__init__()
-        rows = {"cluster": clusters, "entropy": len(ENTROPY_EDGES), "position": len(POSITION_EDGES), "source": sources}
-        for kind, size in rows.items():
+        self._sources = sources
+        rows = {"cluster": clusters, "entropy": len(ENTROPY_EDGES), "position": len(POSITION_EDGES)}
+        for kind, size in (rows | {"source": clusters * sources}).items():
             sums, counts = torch.zeros(size, len(self.names), dtype=torch.float64), torch.zeros(size, dtype=torch.int64)
             self.add_state(f"{kind}_sums", sums, dist_reduce_fx="sum")
             self.add_state(f"{kind}_positions", counts, dist_reduce_fx="sum")
@@ -170,7 +182,7 @@ class _SumsOverPositions(Metric):
         values_NK = torch.stack([values[name].to(device).double() for name in self.names], dim=-1)
         sources_N = torch.zeros_like(places.clusters_N) if places.sources_N is None else places.sources_N
         rows = {
-            "source": sources_N.to(device),
+            "source": (places.clusters_N * self._sources + sources_N).to(device),
             "cluster": places.clusters_N.to(device),
             "entropy": bin_numbers(teacher_entropy_N.to(device), ENTROPY_EDGES),
             "position": bin_numbers(places.positions_N.to(device), POSITION_EDGES),

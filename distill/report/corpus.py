@@ -8,6 +8,7 @@ from typing import Any
 
 from distill.report.contents import Cell, Content, Section, Table
 from distill.report.facts import RunFacts
+from distill.report.fidelity import figure
 from distill.report.metrics import BY_KEY, MODELS, model_name
 from distill.report.numbers import number, share
 
@@ -54,7 +55,7 @@ def _fidelity_by_source(facts: RunFacts) -> Iterator[Content]:
             Cell(each["source"]),
             Cell(model_name(model), role=model),
             _count(each["positions"]),
-            *(Cell(BY_KEY[key].form(each[key]), each[key]) if key in each else Cell("–") for key in keys),
+            *(figure(each, BY_KEY[key]) for key in keys),
         ]
         for model, entries in found.items()
         for each in entries

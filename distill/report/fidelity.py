@@ -28,7 +28,7 @@ def main_section(facts: RunFacts) -> Iterator[Section]:
         row = [_parameters(facts, model) for model in models]
         rows.append([Cell("parameters"), *row])
     for metric in METRICS:
-        cells = [_figure(facts.of("fidelity", model), metric) for model in models]
+        cells = [figure(facts.of("fidelity", model), metric) for model in models]
         if any(cell.value is not None for cell in cells):
             rows.append([Cell(metric.heading, small=metric.unit), *cells])
     head = [Cell("on held-out text"), *(Cell(model_name(model), role=model) for model in models)]
@@ -53,7 +53,8 @@ def _parameters(facts: RunFacts, model: str) -> Cell:
     return Cell("–") if value is None else Cell(count(value), value)
 
 
-def _figure(figures: Mapping[str, Any], metric: Metric) -> Cell:
+def figure(figures: Mapping[str, Any], metric: Metric) -> Cell:
+    """Return the cell of a model's figure, with its interval below if there is one."""
     if metric.key not in figures:
         return Cell("–")
     ends = figures.get("intervals", {}).get(metric.key)

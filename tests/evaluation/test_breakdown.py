@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -292,3 +293,20 @@ def test_values_from_a_card_meet_sums_on_the_cpu() -> None:
     for metric in (Fidelity(S), Fidelity(S).to("cuda")):
         metric.update(student.cuda(), teacher.cuda(), on_card)
         assert numbers(metric.measured().summary()) == pytest.approx(here, rel=1e-5)
+
+
+def test_a_sources_intervals_are_those_of_its_positions_alone() -> None:
+    """A cluster may have positions of both sources, as a sample does."""
+    student, teacher, places = draw_logits(0), draw_logits(1), draw_places()
+    sources_N = (torch.arange(N) * 7 % 3 == 0).long()
+    both = Fidelity(S, sources=2)
+    both.update(student, teacher, replace(places, sources_N=sources_N))
+    summary = both.measured(source_names=("notes", "chats")).summary()
+    assert summary["kl"] == pytest.approx(counted(student, teacher, places).measured().summary()["kl"])
+    for number, found in enumerate(summary["by_source"]):
+        rows = sources_N == number
+        alone = counted(student[rows], teacher[rows], of(places, rows), 64).measured().summary()
+        assert found["source"] == ("notes", "chats")[number] and found["positions"] == int(rows.sum())
+        assert set(found["intervals"]) == {"nll", "kl", "top1_agreement", "acceptance"}
+        for name, ends in found["intervals"].items():
+            assert ends == pytest.approx(alone["intervals"][name])
