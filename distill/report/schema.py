@@ -30,8 +30,11 @@ RESAMPLED = ("resampled_documents", "resampled_samples")
 """Keys of the number of clusters behind the intervals; one of them is there."""
 _BIN = {"from": NUMBER, "to": NUMBER, "positions": NUMBER, "nll": NUMBER, "kl": NUMBER}
 _BIN |= {"top1_agreement": NUMBER, "acceptance": NUMBER}
-_OF_SOURCE = {"source": TEXT, **dict.fromkeys(("positions", "nll", "kl", "top1_agreement", "acceptance"), NUMBER)}
-_OF_SOURCE |= {"intervals": {"*": Pair}}
+_OF_SOURCE: dict[str, Any] = {
+    **dict.fromkeys(("positions", "nll", "kl", "top1_agreement", "acceptance"), NUMBER),
+    "source": TEXT,
+    "intervals": {"*": Pair},
+}
 _COUNTS = {
     **dict.fromkeys(("rows", "documents", "held_out", "tokens", "learned", "longer"), NUMBER),
     "left_out": {"*": NUMBER},

@@ -1,10 +1,10 @@
 """Reading of a large corpus: time to the first sample, tokens a second, largest memory, and the cost of going on.
 
-    python tests/benchmarks/read_corpus.py [--gigabytes 2] [--documents 1000000] [--long 30] [--most SAMPLES] [--cores 2]
+    python tests/benchmarks/read_corpus.py [--gigabytes 2] [--documents 1000000] [--long 30] [--most N] [--cores 2]
 
 Makes documents of the demo's speeches with one long one (in MB), the first that is read, in 16 jsonl files, in a folder
-that goes. Reads them in processes of their own, each on `--cores` cores: once to the end (or to `--most` samples), killed
-half-way, and again from there.
+that goes. Reads them in processes of their own, each on `--cores` cores: once to the end (or to `--most` samples),
+killed half-way, and again from there.
 """
 
 from __future__ import annotations
