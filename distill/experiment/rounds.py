@@ -103,7 +103,9 @@ class Rounds:
     def writing(self, number: int) -> Experiment:
         """Return the experiment in which the student of the round before writes, or the fresh one."""
         if number == self.first:
-            return _plain(self.experiment)
+            own, folder = self.experiment.generate, self.folder(number) / "written"
+            fresh = own if own.to == str(folder) else writing_settings(self.experiment, number, "fresh")
+            return _plain(replace(self.experiment, generate=fresh))
         train = replace(self.experiment.train, dir=str(self.folder(number - 1)))
         generate = writing_settings(self.experiment, number, "student")
         return _plain(replace(self.experiment, generate=generate, train=train))

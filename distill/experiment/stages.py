@@ -47,12 +47,13 @@ def with_first_texts(experiment: Experiment) -> Experiment:
     """Return an experiment of rounds without a corpus with the first round's texts and their cache in its place."""
     if experiment.corpus.all_sources or not experiment.rounds.count:
         return experiment
-    folder = round_folder(experiment, 1)
+    folder, own = round_folder(experiment, 1), experiment.generate
+    is_left_open = own.to is None and own.by == "teacher"
     return replace(
         experiment,
         corpus=replace(experiment.corpus, path=str(folder / "written")),
         cache=replace(experiment.cache, dir=experiment.cache.dir or str(folder / "cache")),
-        generate=writing_settings(experiment, 1, "fresh"),
+        generate=writing_settings(experiment, 1, "fresh") if is_left_open else own,
     )
 
 

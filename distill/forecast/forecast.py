@@ -145,7 +145,8 @@ class Forecaster:
             disk["written"] = self._writing(experiment, found, notes)
         each = bytes_a_token(experiment, self.simulator.hidden_size(experiment), [])
         rounds = rounds_of(experiment, found, amount, self.card, each, disk, notes)
-        if experiment.evaluate.tasks or experiment.evaluate.cost or experiment.evaluate.texts:
+        config = experiment.evaluate
+        if config.tasks or config.cost or config.texts or config.own_texts:
             notes.append("evaluate: time of the text alone; benchmarks, cost and texts come on top, and shrink to fit")
         if self.card.is_cuda and not self.card.has_bf16 and experiment.train.precision.startswith("bf16"):
             notes.append(

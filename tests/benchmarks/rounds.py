@@ -62,7 +62,7 @@ class Table:
     def rows(self) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
         """Return the evaluation of each way."""
         steps, rounds = self.options.steps, self.options.rounds
-        whole = ["--train.max_steps", str(steps * (rounds + 1)), "--train.epochs", "100000"]
+        whole = ["--train.max_steps", str(steps * (rounds + 1)), "--train.epochs", "100000", "--rounds.count", "0"]
         each = ["--train.max_steps", str(steps), "--train.epochs", "100000", "--rounds.count", str(rounds)]
         found = {"fixed text": self.train("fixed", *whole)}
         written, scored = self.work / "teacher/written", self.work / "teacher/cache"

@@ -208,6 +208,9 @@ def test_rounds_that_cannot_be_made_are_refused_first(
 
 def test_rounds_without_a_corpus_lack_prompts_or_a_control(world: Any, tmp_path: Path) -> None:
     file = world.write(tmp_path / "experiment.yaml", corpus={"path": None}, rounds={"count": 1})
+    own = ["--rounds.prompts", "prompts.jsonl", "--generate.by", "student", "--generate.to", "texts"]
+    assert load_experiment(file, own).generate.by == "student", "what is asked for by name is not changed"
+    assert load_experiment(file, own[:2]).generate.by == "fresh", "as plan counts it"
     with pytest.raises(UserError, match=r"rounds\.prompts: is missing.*"):
         load_experiment(file, [])
     with pytest.raises(UserError, match=r"evaluate\.control: a control learns"):
