@@ -11,17 +11,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distill.evaluation.fidelity import TeacherStates
 from distill.evaluation.metrics import log_probabilities
 from distill.evaluation.statistics import ratio_intervals
 from distill.models.vocabulary import Vocabulary, trim_head
+
+if TYPE_CHECKING:
+    from distill.evaluation.fidelity import TeacherStates
 
 Metric = Callable[[str, str], float]
 """Function of an answer and its reference: a number, larger or smaller is better as its maker likes."""

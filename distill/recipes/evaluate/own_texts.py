@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill import plugins
 from distill.corpus import SampleSets
 from distill.errors import UserError
 from distill.evaluation import own_texts
-from distill.evaluation.fidelity import TeacherStates, teacher_states
 from distill.evaluation.own_texts import Question, Written
 from distill.experiment.configuration import Experiment
 from distill.experiment.generation import sampling_of
@@ -23,6 +22,9 @@ from distill.models.vocabulary import Vocabulary
 from distill.recipes.evaluate.measurement import Measurement
 from distill.system.blame import blame, failed
 from distill.system.progress import Progress
+
+if TYPE_CHECKING:  # by statement it takes a second, which a finished evaluation does not need
+    from distill.evaluation.fidelity import TeacherStates
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class OwnTexts(Measurement):
         return _Own(subject.name, texts, self._states(loaded, own_texts.as_samples(self.questions, texts, vocabulary)))
 
     def _states(self, loaded: Loaded, samples: list[Any]) -> TeacherStates:
+        from distill.evaluation.fidelity import teacher_states
+
         size, device = self.experiment.evaluate.batch_size, self.teacher.device
         return teacher_states(loaded.model, samples, size, loaded.vocab_size, device, lambda tokens: None)  # type: ignore[arg-type]
 
