@@ -18,18 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-<<<<<<< HEAD
 from distill.evaluation.metrics import log_probabilities
 from distill.evaluation.statistics import ratio_intervals
 from distill.models.vocabulary import Vocabulary, trim_head
 
 if TYPE_CHECKING:
-=======
-from distill.evaluation.statistics import ratio_intervals
-from distill.models.vocabulary import Vocabulary, trim_head
-
-if TYPE_CHECKING:  # by statement this takes seconds, which a finished evaluation does not need
->>>>>>> 7e7b631 (Own texts: a finished evaluation waits for no library of theirs)
     from distill.evaluation.fidelity import TeacherStates
 
 Metric = Callable[[str, str], float]
@@ -131,8 +124,6 @@ def own_divergences(
 
     Both states are of the same texts. With a `vocabulary` both distributions are over its tokens alone.
     """
-    from distill.evaluation.metrics import log_probabilities
-
     teacher_head = (teacher.head if vocabulary is None else trim_head(teacher.head, vocabulary)).to(device)
     student_head, found = student.head.to(device), [torch.empty(0, dtype=torch.float64)]
     for student_ND, teacher_ND in zip(student.hidden, teacher.hidden, strict=True):

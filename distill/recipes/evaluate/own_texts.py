@@ -23,11 +23,7 @@ from distill.recipes.evaluate.measurement import Measurement
 from distill.system.blame import blame, failed
 from distill.system.progress import Progress
 
-<<<<<<< HEAD
 if TYPE_CHECKING:  # by statement it takes a second, which a finished evaluation does not need
-=======
-if TYPE_CHECKING:  # by statement this takes seconds, which a finished evaluation does not need
->>>>>>> 7e7b631 (Own texts: a finished evaluation waits for no library of theirs)
     from distill.evaluation.fidelity import TeacherStates
 
 
