@@ -101,7 +101,7 @@ class Answers:
         for index, message in enumerate(conversation.messages):
             if not is_learned(message) and (place := self.place(index, spans)):
                 learned.append((begin, place[0]))
-                begin = place[1]
+                begin = self.end(index, spans)
         return [span for span in [*learned, (begin, length)] if span[0] < span[1]]
 
     def place(self, index: int, spans: list[Span]) -> Span:
@@ -131,6 +131,12 @@ class Answers:
                 raise Unfit(
                     f"message {index + 1}: the chat template's generation prompt is not in what it renders, so the "
                     "answer cannot be told from the prompt"
+                )
+            ours, theirs = (re.match(r"\s*(\w+)", text[len(shared) :]) for text in (lead, asked))
+            if ours and theirs:  # two names of the role, not a thought that is opened
+                raise Unfit(
+                    f"message {index + 1}: the chat template's generation prompt has '{theirs[1]}' where what it "
+                    f"renders has '{ours[1]}', so no answer stands behind a prompt"
                 )
             if index in self._without_thought and not lead.startswith(asked):
                 return []

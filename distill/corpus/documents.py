@@ -21,7 +21,7 @@ from distill.corpus.written import COLUMN, Text
 from distill.errors import UserError, did_you_mean
 from distill.models.generation import decode_text
 
-READER_VERSION = 4
+READER_VERSION = 5
 """Part of the key of stored tables. Raise it when the same file gives another table."""
 
 MAX_DOCUMENT_BYTES = 32 << 20

@@ -23,7 +23,7 @@ from distill.corpus.shapes import WRITTEN
 from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_from, tokens_in_spans
 from distill.models.tokenizers import vocab_size
 
-ENCODER_VERSION = 4
+ENCODER_VERSION = 5
 """Part of the key of stored tables. Raise it when the same document gives other tokens or another mask."""
 
 BATCH_BYTES = 4 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -190,20 +191,21 @@ def _files_in(folder: Path, path: str, split: str) -> list[Path]:
         raise UserError(f"{path}: no corpus file in this folder (known: {KNOWN_KINDS})")
     files = files_of_split(folder, readable, split, path)
     if others := [file.name for file in visible if file not in set(readable)]:
-        log.warning(
-            "%s: read %d files, left out %d of other formats or about the data: %s",
-            path,
-            len(files),
-            len(others),
-            others[:5],
-        )
+        left_out = f"left out {len(others)} of other formats or about the data: {others[:5]}"
+        _tell_once(f"{path}: read {len(files)} files, {left_out}")
     if len(files) < len(readable):
-        chosen, left_out = (
+        chosen, unchosen = (
             [file.relative_to(folder).as_posix() for file in readable if (file in set(files)) is wanted][:5]
             for wanted in (True, False)
         )
-        log.warning("%s: split %s is %s; left out %s", path, split, chosen, left_out)
+        _tell_once(f"{path}: split {split} is {chosen}; left out {unchosen}")
     return files
+
+
+@functools.lru_cache(maxsize=256)
+def _tell_once(line: str) -> None:
+    """Log a line about a folder, which is looked at several times."""
+    log.warning("%s", line)
 
 
 def _check_plain(file: Path) -> None:
@@ -225,7 +227,7 @@ def _load_from_hub(path: str, name: str | None, split: str) -> datasets.Dataset:
 
 
 def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
-    """Yield the rows of a file with one object a line, or of one list of objects (which is held in memory whole)."""
+    """Yield the rows of a file with one object a line, or of one list or object (which is held in memory whole)."""
     line = next((line for line in lines(file, label) if line.strip()), "")
     rows: Iterator[tuple[int, Any]]
     if line.lstrip().startswith("["):
@@ -233,6 +235,8 @@ def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
         if isinstance(found, BadRow):
             raise UserError(f"{label}: {found.reason}")
         rows = enumerate(found, start=1)
+    elif line.strip() == "{" and not isinstance(one := _parse(line + file.read(LONGEST_LINE)), BadRow):
+        rows = iter([(1, one)])  # one object over several lines
     else:
         file.seek(0)
         rows = ((number, _parse(text)) for number, text in enumerate(lines(file, label), start=1) if text.strip())

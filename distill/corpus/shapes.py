@@ -232,7 +232,12 @@ def _pair(row: Mapping[str, Any], columns: Mapping[str, str], where: str, answer
     if isinstance(completion, list):
         return asked + messages_of(completion, where)
     said = text_of(completion, where, columns[answer])
-    return [*asked, {"role": "assistant", "content": said}] if asked and said else []
+    if said and not asked:
+        raise UserError(
+            f"{where}: column '{columns[answer]}' answers nothing, because '{columns['prompt']}' is blank: remove the "
+            f"row, or learn it as plain text with corpus.columns {{text: {columns[answer]}}}"
+        )
+    return [*asked, {"role": "assistant", "content": said}] if said else []
 
 
 def _earlier(history: Any, place: str) -> list[dict[str, Any]]:

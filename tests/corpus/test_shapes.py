@@ -239,3 +239,10 @@ def test_rows_without_tools_keep_their_fingerprint(tokenizer: Any, write: Write)
     canonical = json.dumps(PLAIN, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     assert sets.fingerprint == hashlib.sha256(b"messages" + hashlib.sha256(canonical).digest()).hexdigest()
     assert sets.rendering == {}
+
+
+def test_a_completion_without_a_question_is_no_empty_row(write: Write) -> None:
+    rows = [{"prompt": " ", "completion": "The Elbe."}, {"prompt": "Name a river.", "completion": ""}]
+    with pytest.raises(UserError, match=r"row 1: column 'completion' answers nothing, because 'prompt' is blank"):
+        read(write("a.jsonl", rows))
+    assert read(write("b.jsonl", rows[1:]))[0][0].messages == []

@@ -238,8 +238,15 @@ def test_a_message_without_weight_is_context(make: Callable[..., Any], template:
     assert rendered(tokenizer, messages).text == rendered(tokenizer).text
     everything = "".join(answers(tokenizer, messages, learning=Learning("all")))
     assert everything.count("The fox.") == 1 and "Who?" in everything
+    assert everything.count("<|im_end|>") == rendered(tokenizer).text.count("<|im_end|>") - 1
     begins = [messages[2], *CHAT[3:]]
     assert answers(tokenizer, begins) == ["Yes, naïve fox!<|im_end|>"], "an unlearned greeting needs no question"
+
+
+def test_a_prompt_that_names_another_role_is_no_prompt_of_the_answer(make: Callable[..., Any]) -> None:
+    other = CHATML.replace(PROMPT, PROMPT.replace("assistant", "model"))
+    with pytest.raises(UserError, match="prompt has 'model' where what it renders has 'assistant'"):
+        rendered(make(other))
 
 
 REFUSED: list[tuple[str | None, list[dict[str, Any]], dict[str, Any], str]] = [
