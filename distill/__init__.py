@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from distill.api import load_experiment as load_experiment
     from distill.api import load_student as load_student
     from distill.api import plan as plan
+    from distill.api import preview as preview
     from distill.api import run as run
     from distill.api import train_student as train_student
     from distill.cache.reading.batches import Batch as Batch
@@ -48,6 +49,7 @@ _PLACES = {
     "load_experiment": "distill.api",
     "load_student": "distill.api",
     "plan": "distill.api",
+    "preview": "distill.api",
     "run": "distill.api",
     "train_student": "distill.api",
 }

@@ -20,6 +20,7 @@ from distill.system.quiet import quiet_command
 if TYPE_CHECKING:  # by statement these take seconds, which `load_experiment` does not need
     from distill.experiment.configuration import Experiment
     from distill.forecast.forecast import Forecast
+    from distill.recipes.preview.command import Preview
     from distill.report.frames import Results
 
 
@@ -102,6 +103,19 @@ def plan(experiment: Experiment, card: str | None = None) -> Forecast:
         from distill.recipes import plan as recipe
 
         return recipe.planned(experiment, card).forecast
+
+
+def preview(experiment: Experiment, samples: int = 2) -> Preview:
+    """Return the text that would be learned, as `distill preview` prints it: counts, and the first samples' tokens.
+
+    Raises UserError for all that the command refuses.
+    """
+    if samples < 0:
+        raise UserError(f"samples: {samples} is negative: give 0 or more")
+    with _as_a_command():
+        from distill.recipes.preview.command import previewed
+
+        return previewed(experiment, samples)
 
 
 def load_student(

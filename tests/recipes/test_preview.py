@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distill import UserError, load_experiment, preview
 from distill.experiment.teacher import Teacher
 from distill.models import checkpoints
 from distill.recipes.preview.tokens import escaped
@@ -48,6 +49,12 @@ def test_learned_tokens_are_marked_and_everything_is_counted(
     out = distill("preview", file, "--samples", 1).done().out
     assert "chats.jsonl: 4 documents (0 held out)" in out and "pairs of prompt and completion, 6 rows" in out
     assert "left out of 7 rows: 1 column '…' is int, not text, 1 empty, 1 exact duplicate" in out
+    found = preview(load_experiment(file), samples=1)
+    assert found.counts[0].documents == 4 and all(line in out for line in found.facts)
+    learned = sum(piece.tokens for each in found.samples[0] for piece in each.pieces if piece.is_learned)
+    assert f"training sample 0 of {found.total}: {learned} of 256 tokens are learned" in out
+    with pytest.raises(UserError, match="-1 is negative"):
+        preview(load_experiment(file), -1)
     assert out.count("-- from token ") == 5 and "padding, " in out, "each document's beginning, and the padding's"
     assert "\x1b" not in out and "\\x1b[31m" in out.replace("|", ""), "what steers a terminal is shown, not sent"
     shown = marked(out)

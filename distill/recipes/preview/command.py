@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distill.corpus import SampleSets
-from distill.corpus.summary import together
+from distill.corpus.summary import SourceCounts, together
 from distill.errors import UserError
 from distill.experiment.cache import as_packed, begun_in
 from distill.experiment.configuration import Experiment
@@ -29,6 +29,20 @@ _MOST_OF_A_STREAM = 1024
 """Training samples of a stream that are read at least, if there is no `cache.max_samples`."""
 
 
+@dataclass(frozen=True)
+class Preview:
+    """The text that an experiment would learn, as far as it was read."""
+
+    facts: list[str]
+    """Lines about all of it."""
+    counts: tuple[SourceCounts, ...]
+    """Counts of each source."""
+    total: int
+    """Number of training samples."""
+    samples: list[list[ShownDocument]]
+    """The documents of the first training samples, token by token."""
+
+
 def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> int:
     """Print the counts of each source and the first training samples as tokens; write them to the page `html`.
 
@@ -38,6 +52,20 @@ def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> i
         raise UserError(f"--samples {samples}: is negative: give 0 or more")
     if html is not None:
         check_own_page(Path(html), MADE_BY, "--html")
+    found = previewed(experiment, samples)
+    for line in (*found.facts, *itertools.chain.from_iterable(map(source_lines, found.counts))):
+        say(line)
+    for number, documents in enumerate(found.samples):
+        print_sample(documents, _title(number, found.total, documents))
+    if html is not None:
+        title = f"Preview of {', '.join(counts.name for counts in found.counts)}"
+        write_own_page(Path(html), preview_page(title, found.facts, found.counts, found.samples), "--html")
+        say(f"\npreview: {html}")
+    return 0
+
+
+def previewed(experiment: Experiment, samples: int) -> Preview:
+    """Read the corpus, or the beginning of a stream, and return its first training samples. Raises UserError."""
     begun = begun_in(Folders.of(experiment))
     experiment = as_packed(experiment, begun.packing)
     find = partial(checkpoints.download, files=_WITHOUT_WEIGHTS)
@@ -45,20 +73,11 @@ def main(experiment: Experiment, samples: int = 2, html: str | None = None) -> i
     cache = experiment.cache  # of a stream without an end in sight a beginning is shown
     opened = replace(experiment, cache=replace(cache, max_samples=cache.max_samples or _MOST_OF_A_STREAM))
     sets = open_samples(opened, teacher, begun)
-    facts = _facts(experiment, teacher.tokenizer, sets)
     shown = [
         shown_documents(sets.train, number, teacher.tokenizer, sets.sources)
         for number in range(min(samples, len(sets.train)))
     ]
-    for line in (*facts, *itertools.chain.from_iterable(map(source_lines, sets.counts))):
-        say(line)
-    for number, documents in enumerate(shown):
-        print_sample(documents, _title(number, len(sets.train), documents))
-    if html is not None:
-        title = f"Preview of {', '.join(counts.name for counts in sets.counts)}"
-        write_own_page(Path(html), preview_page(title, facts, sets.counts, shown), "--html")
-        say(f"\npreview: {html}")
-    return 0
+    return Preview(_facts(experiment, teacher.tokenizer, sets), sets.counts, len(sets.train), shown)
 
 
 def _facts(experiment: Experiment, tokenizer: Any, sets: SampleSets) -> list[str]:
