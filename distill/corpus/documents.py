@@ -16,7 +16,7 @@ import pyarrow.compute
 from distill.corpus.conversations import Conversation
 from distill.corpus.faults import BadRow, Fault
 from distill.corpus.reading import Row
-from distill.corpus.shapes import WRITTEN, Columns, find_shape
+from distill.corpus.shapes import WRITTEN, Columns, shape_of
 from distill.corpus.written import COLUMN, Text
 from distill.errors import UserError, did_you_mean
 from distill.models.generation import decode_text
@@ -237,7 +237,7 @@ def _read(row: Mapping[str, Any] | BadRow, columns: Columns, where: str) -> dict
     """Return a row of the table but for its place. Raises UserError for a bad row."""
     if isinstance(row, BadRow):
         raise UserError(f"{where}: {row.reason}")
-    shape = find_shape(tuple(row), columns)
+    shape = shape_of(row, columns)
     if shape is None:
         raise UserError(f"{where}: {_no_shape(row, columns)}")
     content, kind = shape.document(row, where)

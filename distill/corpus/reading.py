@@ -258,6 +258,11 @@ def _csv_rows(file: TextIO, label: str, delimiter: str) -> Iterator[Row]:
     header = reader.fieldnames or []
     if twice := [name for place, name in enumerate(header) if name in header[:place]]:
         raise UserError(f"{label}: the header has column '{twice[0]}' twice: rename one of them")
+    if len(header) == 1 and delimiter == "," and (other := next((sign for sign in ";\t|" if sign in header[0]), None)):
+        raise UserError(
+            f"{label}: the header has no comma, but {other!r}: fields of a .csv file end with commas, those of a .tsv "
+            "file with tabs: convert it"
+        )
     for number, row in enumerate(reader, start=1):
         mark = "comma" if delimiter == "," else "tab"
         too_many = BadRow(f"more fields than the header has: quote fields that hold a {mark}")

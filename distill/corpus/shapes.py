@@ -116,6 +116,11 @@ class Shape:
             return text_of(row[columns["text"]], where, columns["text"]), TEXT
         kind = self.kind
         if kind == PAIR:
+            if row.get(columns.get("label", "")) is False:  # a set for KTO
+                raise UserError(
+                    f"{where}: column 'label' is false: an answer that is not wanted; to learn it all the same, name "
+                    "prompt and completion with corpus.columns"
+                )
             messages = _pair(row, columns, where, "completion")
         elif kind == PROMPT:
             messages = _asked(row, columns, where)
@@ -168,12 +173,22 @@ def find_shape(names: tuple[str, ...], wanted: Columns) -> Shape | None:
     for prompt_name, completion in _PAIRS:
         if prompt_name in names and completion in names:
             more = _first("input", _INPUTS, names) | _first("history", ("history",), names)
+            if (prompt_name, completion) == _PAIRS[0]:
+                more |= _first("label", ("label",), names)
             found = extras | more | {"prompt": prompt_name, "completion": completion}
             return Shape(PROMPT if wanted.prompts else PAIR, found)
     if wanted.prompts and (prompt := _first("prompt", _PROMPTS, names)):
         more = _first("input", _INPUTS, names) | _first("history", ("history",), names)
         return Shape(PROMPT, extras | more | prompt)
     return None
+
+
+def shape_of(row: Mapping[str, Any], wanted: Columns) -> Shape | None:
+    """Return the shape of a row, or None if it is not told. A column that is null in it is as good as not there."""
+    shape = find_shape(tuple(row), wanted)
+    if shape is None or wanted.named or all(row[column] is not None for column in shape.columns.values()):
+        return shape
+    return find_shape(tuple(name for name, value in row.items() if value is not None), wanted) or shape
 
 
 def _first(meaning: str, candidates: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -209,11 +224,18 @@ _KINDS = {"text": TEXT, "messages": MESSAGES, "chosen": CHOSEN, "completion": PA
 
 
 def columns_to_read(names: Sequence[str], wanted: Columns) -> list[str]:
-    """Return the columns to read, or all of them if no shape is recognised, so that an error can name them."""
-    shape = find_shape(tuple(names), wanted)
-    if shape is None:
-        return list(names)
-    return [name for name in names if name in shape.columns.values()]
+    """Return the columns to read, or all of them if no shape is recognised, so that an error can name them.
+
+    They are those of every shape that a row may have, since some columns may be null in it.
+    """
+    found: set[str] = set()
+    rest = list(names)
+    while (shape := find_shape(tuple(rest), wanted)) is not None:
+        found.update(shape.columns.values())
+        rest = [name for name in rest if name not in shape.columns.values()]
+        if wanted.named:
+            break
+    return [name for name in names if name in found] if found else list(names)
 
 
 def _is_whole(messages: list[Any]) -> bool:

@@ -102,6 +102,7 @@ BAD = {
     "latin.jsonl": ('{"text": "café"}'.encode("latin-1"), r"latin\.jsonl: not UTF-8"),
     "not.parquet": (b"PAR1 no", r"not\.parquet: cannot be read as \.parquet"),
     "quote.csv": ('id,text\n1,"open', r"quote\.csv: cannot be read as \.csv"),
+    "semicolons.csv": ("text;id\na;1\n", r"the header has no comma, but ';'"),
     "wide.csv": ("id,text\n1,a,b\n", r"row 1: more fields than the header"),
     "a.docx": ("x", r"a\.docx: not a format.*\.parquet"),
     "a.parquet.gz": ("x", r"not a format"),

@@ -49,6 +49,10 @@ SHAPES: list[tuple[dict[str, Any], list[dict[str, Any]], str]] = [
     ({"conversations": PLAIN, "text": "not this"}, PLAIN, "conversations"),
     ({"messages": SHAREGPT}, PLAIN, "ShareGPT conversations"),
     ({"prompt": "Name a river.", "completion": "The Elbe."}, PLAIN, "pairs of prompt and completion"),
+    ({"prompt": "Name a river.", "completion": "The Elbe.", "label": True}, PLAIN, "pairs of prompt and completion"),
+    ({"question": "Name a river.", "answer": "The Elbe.", "label": False}, PLAIN, "pairs of prompt and completion"),
+    ({"messages": None, "text": None, "prompt": "Name a river.", "completion": "The Elbe.", "tools": None}, PLAIN,
+     "pairs of prompt and completion"),
     ({"prompt": [USER], "completion": [ANSWER]}, PLAIN, "pairs of prompt and completion"),
     ({"prompt": [USER], "completion": "The Elbe."}, PLAIN, "pairs of prompt and completion"),
     ({"instruction": "Name a river.", "input": "", "output": "The Elbe."}, PLAIN, "pairs of prompt and completion"),
@@ -81,6 +85,25 @@ def test_a_table_gives_the_same_and_only_needed_columns_are_read(write: Write, t
     assert read(str(tmp_path / "a.parquet"))[0][0].messages == PLAIN
     assert columns_to_read(["url", "answer", "question"], Columns()) == ["answer", "question"]
     assert columns_to_read(["a", "b"], Columns()) == ["a", "b"], "so that an error can name them"
+
+
+def test_a_column_that_is_null_is_as_good_as_not_there(write: Write, tmp_path: Path) -> None:
+    """Tables fill in what other rows have; a row of nothing but nulls is named by its first column."""
+    rows = [{"messages": None, "text": "The Elbe."}, {"messages": None, "text": "The Oder."}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for path in (write("rows.jsonl", rows), str(tmp_path / "rows.parquet")):
+        assert load_documents(find_sources(path, None, "train"))["document"] == ["The Elbe.", "The Oder."]
+    with pytest.raises(UserError, match="messages are a NoneType"):
+        read(write("nothing.jsonl", [{"messages": None, "text": None}]))
+
+
+def test_an_answer_that_is_not_wanted_is_not_learned(write: Write) -> None:
+    """A set for KTO has wanted and unwanted answers, by its label."""
+    path = write("rows.jsonl", [{"prompt": "Name a river.", "completion": "Bonn.", "label": False}])
+    with pytest.raises(UserError, match="'label' is false: an answer that is not wanted"):
+        read(path)
+    named = Columns.of({"prompt": "prompt", "completion": "completion"})
+    assert [turn["content"] for turn in read(path, named)[0][0].messages] == ["Name a river.", "Bonn."]
 
 
 def test_columns_that_are_named(write: Write) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distill.corpus.faults import BadRow
 from distill.corpus.reading import find_sources, local_files
-from distill.corpus.shapes import BY_NAME, NAMES, find_shape
+from distill.corpus.shapes import BY_NAME, NAMES, shape_of
 from distill.errors import UserError
 from distill.forecast.sizes import BYTES_A_TOKEN_OF_TEXT, bytes_of_text
 
@@ -44,7 +44,7 @@ class Data:
         good = [content for _, content in rows if not isinstance(content, BadRow)]
         if not good:
             raise UserError(f"{path}: none of its first rows can be read: mend them, or give other data")
-        shapes = [shape for row in good if (shape := find_shape(tuple(row), BY_NAME)) is not None]
+        shapes = [shape for row in good if (shape := shape_of(row, BY_NAME)) is not None]
         if not shapes:
             raise UserError(
                 f"{path}: its rows have the columns {', '.join(map(str, good[0]))}, and none is known to hold text: "
