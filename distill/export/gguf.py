@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.errors import UserError, did_you_mean
-from distill.export import gguf_architecture, gguf_check, gguf_tensors, gguf_tokenizer
+from distill.export import gguf_architecture, gguf_check, gguf_families, gguf_tensors, gguf_tokenizer
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.saving import DESCRIPTION
 from distill.models.tokenizers import load_tokenizer
@@ -49,7 +49,7 @@ def write(source: Path, folder: Path, type: str) -> None:
     from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
     checkpoint = _checkpoint(source)
-    plan = gguf_architecture.plan(load_config(checkpoint))
+    plan = gguf_families.plan(load_config(checkpoint))
     tokenizer = load_tokenizer(checkpoint)
     vocabulary = gguf_tokenizer.vocabulary(tokenizer)
     make_folder(folder)
@@ -125,7 +125,7 @@ def _checkpoint(source: Path) -> Checkpoint:
     if (source / DESCRIPTION).is_file():
         raise UserError(
             f"{source}: the model of a plug-in, which llama.cpp does not know "
-            f"(known families: {', '.join(gguf_architecture.FAMILIES)}): use --format hf"
+            f"(known families: {', '.join(gguf_families.FAMILIES)}): use --format hf"
         )
     if not (source / "config.json").is_file():
         raise UserError(f"{source}: holds no Hugging Face model (no config.json)")
@@ -133,7 +133,7 @@ def _checkpoint(source: Path) -> Checkpoint:
 
 
 def _write_tensors(
-    writer: Any, plan: gguf_architecture.Plan, checkpoint: Checkpoint, vocab_size: int, type: str
+    writer: Any, plan: gguf_families.Plan, checkpoint: Checkpoint, vocab_size: int, type: str
 ) -> list[str]:
     """Write the list of tensors, then each content, one in memory at a time. Returns the names of those left at f16."""
     from gguf.quants import quant_shape_to_byte_shape

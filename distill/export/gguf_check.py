@@ -23,7 +23,7 @@ from torch import Tensor
 
 import distill
 from distill.errors import UserError, first_line
-from distill.export.gguf_architecture import MIXTURES, plan
+from distill.export.gguf_families import MIXTURES, plan
 from distill.export.gguf_tensors import query_divisor
 from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.generation import context_length

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.export.gguf_architecture import FAMILIES, Plan, head_size, ropes
+from distill.export.gguf_families import FAMILIES, Plan, global_head, head_size, ropes
 from distill.models.checkpoints import Checkpoint
 from distill.models.language_model import check_rows
 from distill.models.streaming import Weights, without_weights
 from distill.models.tensors import Tensors
 
+UNROTATED = 1e30
+"""Divisor of a frequency that leaves none of it in float32."""
+BY_TOKEN = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
+"""Tensors with a row for each token."""
 Read = Callable[[], Tensor]
 """Function that reads and converts one tensor, in float32."""
 
@@ -51,7 +55,7 @@ def converted(plan: Plan, checkpoint: Checkpoint, vocab_size: int) -> Iterator[t
             new = names.get_name(stored, try_suffixes=(".weight", ".bias")) if is_known else None
             if new is None:
                 raise UserError(f"gguf: llama.cpp's {family.architecture} has no place for the tensor {name}")
-            rows = vocab_size if new in ("token_embd.weight", "output.weight") else None
+            rows = vocab_size if new in BY_TOKEN else None
             if rows is not None:
                 try:
                     check_rows(shape[0], rows)
@@ -89,7 +93,7 @@ def parts(plan: Plan, name: str, shape: tuple[int, ...]) -> list[tuple[str, tupl
         return [(f"{base}.gate_proj.{ending}", one, gate), (f"{base}.up_proj.{ending}", one, up)]
     if leaf == "dt_bias":
         return [(f"{base}.dt_proj.bias", shape, lambda whole: whole)]
-    if name.endswith(".sinks"):
+    if name.endswith((".sinks", ".layer_scalar")):
         return [(f"{name}.weight", shape, lambda whole: whole)]
     if len(shape) == 3 and shape[1] == 1:
         return [(name, (shape[0], shape[2]), lambda whole: whole[:, 0])]
@@ -162,6 +166,9 @@ def interleaved_rows(rows: int, head: int) -> Tensor:
 
 def _frequency_factors(plan: Plan) -> Tensor | None:
     """Return the divisors of the rotary frequencies in llama.cpp (Llama 3), `[E/2]`, or None if there are none."""
+    if (size := global_head(plan.config)) is not None:
+        rotated = int(ropes(plan.config)[0].get("partial_rotary_factor", 1.0) * size // 2)
+        return torch.tensor([1.0] * rotated + [UNROTATED] * (size // 2 - rotated))
     if ropes(plan.config)[0].get("rope_type") != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

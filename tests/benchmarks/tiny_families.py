@@ -86,6 +86,8 @@ BY_FAMILY: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
     "mamba2": {"head_dim": 16, "num_heads": 8},
+    "gemma4_text": {"per_layer_config": {LAYERS - 1: {"head_dim": 32}}},
+    "gemma4": {"text_config": {"per_layer_config": {LAYERS - 1: {"head_dim": 32}}}},
     "qwen3_moe": {"norm_topk_prob": True},  # as every published one
     "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "nemotron": {"head_dim": 16},

@@ -40,6 +40,13 @@ def rope(kind: str, **more: float) -> dict[str, Any]:
 
 
 SCALED = {"factor": 4.0, "original_max_position_embeddings": 16}
+SMALL_GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "moe_intermediate_size": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 283,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
@@ -105,6 +112,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_hidden_layers": 4, "sliding_window": 8, "query_pre_attn_scalar": 3, "attn_logit_softcapping": 2.0},
     ),
     "gemma2, no caps": ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
+    **{
+        name: (
+            "gemma4_text",
+            {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "head_dim": 8,
+                "global_head_dim": 16,
+                "sliding_window": 8,
+                "final_logit_softcapping": 2.0,
+                "vocab_size_per_layer_input": 283,
+                **sizes,
+            },
+        )
+        for name, sizes in {
+            "gemma4": {"hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+            "gemma4, large": {
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "hidden_size_per_layer_input": 0,
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 1,
+            },
+        }.items()
+    },
     "gemma3": ("gemma3_text", {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 3}),
     "gemma3, irregular": (
         "gemma3_text",
@@ -281,6 +313,11 @@ def test_attention_windows_that_llama_cpp_lacks_end_the_context(
         ("qwen3", {"attention_bias": True}, "no place for the tensor.*bias"),
         ("gemma2", {"tie_word_embeddings": False}, "no place for the tensor lm_head"),
         ("gemma3_text", {"attn_logit_softcapping": 5.0}, "soft cap on attention"),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, **SMALL_GEMMA4},
+            "with experts",
+        ),
         ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 4}, "sum to 1"),
         ("qwen3_5_text", {"linear_key_head_dim": 8, "linear_value_head_dim": 16}, "of one size"),
     ],
