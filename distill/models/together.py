@@ -61,8 +61,10 @@ class Together:
         self._is_settled = True
         if nbytes := getattr(self._teacher, "bytes_read", 0):
             advice = "; teacher.options.host_memory and keep_layers read less" if is_held_up else ""
+            count = batches * samples
             say(
-                f"teacher: {batches * samples} samples go through its layers together ({batches} × cache.batch_size), "
+                f"teacher: {count} {'sample goes' if count == 1 else 'samples go'} through its layers together "
+                f"({batches} × cache.batch_size), "
                 f"{duration(seconds)}, while {size(nbytes)} are read in {duration(reading)}{advice}"
             )
 
