@@ -38,11 +38,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     parameters.warmup = parameters.fit_params = False
     parameters.verbosity = -1
     server = xllamacpp.Server(parameters)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past any proxy of the environment
 
     def ask(path: str, **content: Any) -> dict[str, Any]:
         data = json.dumps(content).encode()
         asked = urllib.request.Request(server.listening_address + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked) as reply:
+        with direct.open(asked) as reply:
             return dict(json.loads(reply.read()))
 
     def tokens(text: str, frame: bool) -> list[int]:

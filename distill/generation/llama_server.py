@@ -18,6 +18,8 @@ from distill.models.safety import check_weights
 
 LONGEST = 8192
 """Tokens of a conversation that are kept in memory at most, whatever the model could read."""
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Way to the loopback past any proxy that the environment names: what is said stays on this machine."""
 INSTALL = "pip install 'distill-small-card[gguf]'"
 
 
@@ -98,7 +100,7 @@ class LlamaSpeaker:
             {"Content-Type": "application/json"},
         )
         try:
-            return urllib.request.urlopen(request)
+            return DIRECT.open(request)
         except urllib.error.HTTPError as error:
             try:
                 said = str(json.loads(error.read())["error"]["message"])

@@ -296,11 +296,12 @@ def test_what_would_steer_the_terminal_is_shown(talk: Any, monkeypatch: pytest.M
 
 
 def test_a_gguf_export_is_opened_by_llama_cpp(
-    talk: Any, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    talk: Any, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xllamacpp", reason="the extra gguf is not installed")
     from distill.export import gguf
 
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing that is said may go through one
     gguf.write(student, tmp_path / "export", "f16")
     capsys.readouterr()
     file = gguf.file(tmp_path / "export", "f16")
