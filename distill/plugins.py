@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.errors import UserError, did_you_mean
+from distill.errors import UserError, did_you_mean, first_line
 from distill.system.blame import blame, failed
 from distill.system.files import last_part, names_only
 from distill.system.progress import say
@@ -185,7 +185,7 @@ def build(reference: str, kind: Kind, options: dict[str, Any], offered: dict[str
             called = factory.__init__ if inspect.isclass(factory) else factory
             raise UserError(f"{name}: its constructor failed: {blame(error, called)}") from error
         if meant:
-            raise UserError(f"{name}: {error}") from error
+            raise UserError(f"{name}: {first_line(error)}") from error
         raise
     check_members(model, name)
     return model

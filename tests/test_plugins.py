@@ -143,3 +143,12 @@ def test_the_source_of_a_name_for_a_builtin_is_the_file_that_was_named(tmp_path:
     first = plugins.source_of(f"{tmp_path}/own.py:Student", "student")
     (tmp_path / "own.py").write_text("Student = dict\nsize = 2\n")
     assert first != plugins.source_of(f"{tmp_path}/own.py:Student", "student")
+
+
+def test_a_librarys_long_message_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(hidden_size: int) -> None:
+        raise ValueError("no such model.\nModel type should be one of\na hundred others")
+
+    monkeypatch.setattr(plugins, "load", lambda *_: make)
+    with pytest.raises(UserError, match=r"^student compact: no such model\.$"):
+        plugins.build("compact", "student", {"hidden_size": 8}, {})

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, adapter_files, load_config
 from distill.models.dequantized import check_format, full_tensors, quantization_of
 from distill.models.filling import fill, with_generation_config
@@ -57,7 +58,7 @@ def load_quantized(
             check_format(checkpoint)
             loaded = load_pretrained(checkpoint, dtype, None, {"": device}, trust_remote_code)
             if finder() is None and method is not None:
-                _compute_in(loaded, dtype)
+                _compute_in(loaded, dtype, checkpoint.name)
     else:
         check_format(checkpoint)
         empty = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
@@ -135,20 +136,26 @@ def full_weight(layer: nn.Module) -> Tensor:
     return weight.T if is_transposed(layer) else weight
 
 
-def _compute_in(model: Any, dtype: torch.dtype) -> None:
+def _compute_in(model: Any, dtype: torch.dtype, name: str) -> None:
     """Give what is not quantised of a quantised checkpoint the type that was asked for, and compute in it.
 
-    transformers leaves it in the checkpoint's own, or dequantises into bfloat16.
+    transformers leaves it in the checkpoint's own, or dequantises into bfloat16. Raises UserError if the weights are
+    not what the configuration says.
     """
     wider = kept_wider(model, dtype)
     for path, module in model.named_modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit layer
+            if getattr(module.weight, "quant_state", None) is None:
+                raise UserError(
+                    f"{name}: config.json says bitsandbytes, but {path}.weight is not quantised: take "
+                    "quantization_config out of that file"
+                )
             module.compute_dtype, module.compute_type_is_set = dtype, True
             module.weight.quant_state.dtype = dtype
         elif all(tensor.dtype in _PLAIN for tensor in tensors):  # others hold packed weights, and scales beside them
-            for name, parameter in module.named_parameters(recurse=False):
-                parameter.data = parameter.data.to(wider.get(f"{path}.{name}", dtype))
+            for own, parameter in module.named_parameters(recurse=False):
+                parameter.data = parameter.data.to(wider.get(f"{path}.{own}", dtype))
 
 
 def _settings(quantization: Quantization, dtype: torch.dtype, full: list[str]) -> Any:

@@ -263,3 +263,12 @@ def test_codes_without_a_scale_are_no_weights(plain: Path, tmp_path: Path) -> No
     quantise(plain, tmp_path / "gptq", lambda w: ({"qweight": w.int()}, w.numpy()), {"quant_method": "gptq"})
     with pytest.raises(UserError, match="has qweight without qzeros and scales: fetch the checkpoint again"):
         load_teacher(str(tmp_path / "gptq"), "none", "float32")
+
+
+def test_a_configuration_that_says_bitsandbytes_of_plain_weights_is_refused(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "model")
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": settings}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"says bitsandbytes, but .*weight is not quantised: take quantization_config"):
+        load_teacher(str(tmp_path / "model"), "none", "float32")
