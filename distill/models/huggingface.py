@@ -19,6 +19,7 @@ from distill.models.checkpoints import Checkpoint, adapter_files, load_config, s
 from distill.models.contract import not_finite
 from distill.models.embedding_trimming import keep_tokens
 from distill.models.language_model import Head
+from distill.models.packed_attention import by_documents, register
 from distill.models.shapes import finder
 from distill.models.text_part import base_name, construct, model_class
 from distill.system.memory import is_out_of_memory
@@ -29,7 +30,8 @@ class HuggingFaceLanguageModel(torch.nn.Module):
     """A `transformers` causal language model as body and head.
 
     Documents packed in one row stay apart if no attention mask is given and `position_ids` restart: transformers then
-    builds the block-diagonal mask itself. `distill.models.isolation` measures whether a family really does.
+    builds the block-diagonal mask itself, and a CPU attends to each document alone (`packed_attention`).
+    `distill.models.isolation` measures whether a family really keeps them apart.
     """
 
     def __init__(self, model: Any) -> None:
@@ -37,6 +39,7 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         prefix = base_name(type(model))
         if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} is not a causal language model with a base model and a head")
+        register()
         self.model = model
         self._base_name = prefix
         forward = inspect.signature(getattr(model, prefix).forward).parameters
@@ -49,7 +52,8 @@ class HuggingFaceLanguageModel(torch.nn.Module):
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
         """Return the hidden states `[B, L, D]` that the head multiplies: after the last norm."""
         positions = {"position_ids": position_ids_BL + self.first_position} if self._takes_positions else {}
-        return self.read(input_ids=input_ids_BL, use_cache=False, **positions)[0]
+        with by_documents(position_ids_BL):
+            return self.read(input_ids=input_ids_BL, use_cache=False, **positions)[0]
 
     def read(self, **given: Any) -> tuple[Tensor, Any]:
         """Give tokens to the family's own forward; return the hidden states that the head multiplies, and its answer.

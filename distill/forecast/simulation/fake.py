@@ -21,6 +21,7 @@ from distill.forecast.simulation.kernels import DeviceKind
 from distill.forecast.simulation.tracker import Tracker
 from distill.forecast.simulation.values import Methods, Values
 from distill.models.checkpoints import download
+from distill.models.packed_attention import masks_alone
 from distill.models.shapes import finder, shapes_alone
 from distill.system import interrupt
 
@@ -44,6 +45,7 @@ def without_memory(device: DeviceKind, integer: int = 1) -> Iterator[Values]:
         stack.enter_context(Methods(fake))
         if device == "cuda":
             stack.enter_context(Functions())
+            stack.enter_context(masks_alone())
         yield values
 
 
