@@ -40,7 +40,7 @@ class Documents:
 
 @contextmanager
 def by_documents(position_ids_BL: Tensor) -> Iterator[None]:
-    """Attend to each document by itself, in transformers' models that run inside, where their masks allow it."""
+    """Let transformers' models that run inside attend to each document by itself, where their masks allow it."""
     token = _positions.set(position_ids_BL)
     try:
         yield
@@ -50,7 +50,7 @@ def by_documents(position_ids_BL: Tensor) -> Iterator[None]:
 
 @contextmanager
 def masks_alone() -> Iterator[None]:
-    """Attend under masks inside, for tensors on a CPU that stand for another device's."""
+    """Keep the masks inside, for tensors on a CPU that stand for another device's."""
     token = _masks_alone.set(True)
     try:
         yield
