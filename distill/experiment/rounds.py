@@ -97,8 +97,17 @@ class Rounds:
         known = {kind: _latest_seconds(Path(self.experiment.run_dir), kind) for kind in order}
         if number <= self.first or any(seconds is None for seconds in known.values()):
             return None
+        left = [each for each in range(number, self.count + 1) if not self._student(each).exists()]
+        if not left:
+            return None
         whole = sum(seconds or 0.0 for seconds in known.values())
-        return whole * (self.count - number) + sum(known[kind] or 0.0 for kind in order[order.index(command) :])
+        here = sum(known[kind] or 0.0 for kind in order[order.index(command) :])
+        return whole * (len(left) - (number in left)) + (here if number in left else 0.0)
+
+    def _student(self, number: int) -> Path:
+        """Return the folder of a round's student, which is there when the round is done."""
+        folders = Folders.of(self.experiment)
+        return (folders if number == self.count else Folders.of_training(self.folder(number))).model("student")
 
     def writing(self, number: int) -> Experiment:
         """Return the experiment in which the student of the round before writes, or the fresh one."""
