@@ -27,8 +27,8 @@ from distill.system.memory import is_out_of_memory
 from distill.system.progress import Progress, say
 from distill.targets.schemes import AnyScheme
 
-Sample = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Hidden states, token ids, position ids and loss mask of one sample."""
+Place = tuple[int, int]
+"""Place of a sample: the number of its batch among those that go together, and its row there."""
 Batch = tuple[Tensor, Tensor, Tensor]
 """Token ids, position ids and loss mask `[B, L]`."""
 
@@ -98,7 +98,7 @@ class TeacherModule(pl.LightningModule):
         seed: int,
         temperature: float = 1.0,
         chunk_size: int = 512,
-        each: Callable[[Iterator[Sample]], Iterator[Sample]] = iter,
+        each: Callable[[Iterator[Place]], Iterator[Place]] = iter,
     ) -> None:
         """Set up the module; `each` is a hook around a batch's samples, by which a forecast leaves out repetitions."""
         super().__init__()
@@ -143,13 +143,13 @@ class TeacherModule(pl.LightningModule):
         size, length = batches[0][0].shape
         most = most_samples(length, hidden[0].shape[-1], hidden[0].itemsize)
         self.together.learn(len(batches), size, most)
-        samples = (
-            sample
-            for hidden_BLD, batch in zip(hidden, batches, strict=True)
-            for sample in zip(hidden_BLD, *batch, strict=True)
-        )
+        places = ((number, row) for number, hidden_BLD in enumerate(hidden) for row in range(len(hidden_BLD)))
         scratch = Scratch(self.block_bytes)  # of a batch: the body's activations take its place
-        return [self._record(*sample, head, scratch) for sample in self.each(samples)]
+        made = []
+        for number, row in self.each(places):
+            ids_L, positions_L, mask_L = (tensor_BL[row] for tensor_BL in batches[number])
+            made.append(self._record(hidden[number][row], ids_L, positions_L, mask_L, head, scratch))
+        return made
 
     def _record(
         self, hidden_LD: Tensor, ids_L: Tensor, positions_L: Tensor, mask_L: Tensor, head: Head, scratch: Scratch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.cache.making.extract import SCRATCH_BYTES
-from distill.cache.making.predict import Sample, TeacherModule
+from distill.cache.making.predict import Place, TeacherModule
 from distill.forecast.simulation.blocks import alike_once
 from distill.forecast.simulation.fake import tracked
 from distill.forecast.simulation.kernels import DeviceKind
@@ -44,7 +44,7 @@ def simulate_teacher(
     with tracked(make_batch(batch_size, length, documents), device, widest) as (batch, tracker):
         module = TeacherModule(make_teacher(), vocab_size, scheme, seed=0, chunk_size=chunk_size)  # type: ignore[arg-type]
         module.block_bytes = SCRATCH_BYTES[device]
-        module.each = lambda samples: _in_loss(first_two_alike(samples, tracker), tracker)
+        module.each = lambda places: _in_loss(first_two_alike(places, tracker), tracker)
         return run_tracked(module, batch, tracker, alike_blocks_once)
 
 
@@ -72,8 +72,8 @@ def make_batch(batch_size: int, length: int, documents: int = 1, vocab_size: int
     }
 
 
-def _in_loss(samples: Iterator[Sample], tracker: Tracker) -> Iterator[Sample]:
-    """Yield the samples; the tensors made of each count as head and loss."""
-    for sample in samples:
+def _in_loss(places: Iterator[Place], tracker: Tracker) -> Iterator[Place]:
+    """Yield the samples' places; the tensors made of each count as head and loss."""
+    for place in places:
         with tracker.loss():
-            yield sample
+            yield place

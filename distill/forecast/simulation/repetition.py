@@ -20,16 +20,22 @@ def first_two_alike(
     The work on an item must leave no more behind than the work on the second.
     """
     last: Hashable = object()
-    times, work = 0, Counter[Work]()
+    times, work, left_out = 0, Counter[Work](), 0
+
+    def add_what_is_left_out() -> None:  # once, since a batch may have a million items
+        tracker.work.update({one: left_out * count for one, count in work.items()})
+
     for item in items:
         if kind(item) != last:
-            last, times = kind(item), 0
+            add_what_is_left_out()
+            last, times, left_out = kind(item), 0, 0
         if times == 2:
-            tracker.work.update(work)
+            left_out += 1
             continue
         before = Counter(tracker.work)
         yield item
         times, work = times + 1, tracker.work - before
+    add_what_is_left_out()
 
 
 class EachKindOnce:

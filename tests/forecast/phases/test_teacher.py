@@ -73,6 +73,22 @@ def test_the_simulation_is_the_real_batch(one_thread: None, quantization: str) -
         assert found.parts[kind] == pytest.approx(real.parts[kind], rel=0.001, abs=256)  # type: ignore[index]
 
 
+def test_a_batch_of_many_samples_takes_no_more_kernels_than_one_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = 0
+    dispatch = Tracker.__torch_dispatch__
+
+    def counted(self: Tracker, *args: Any, **kwargs: Any) -> Any:
+        nonlocal kernels
+        kernels += 1
+        return dispatch(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tracker, "__torch_dispatch__", counted)
+    few, took = simulated(lambda: teacher("none"), batch_size=4), kernels
+    many = simulated(lambda: teacher("none"), batch_size=4096)
+    assert kernels == 2 * took
+    assert many.flops == 1024 * few.flops
+
+
 @pytest.mark.parametrize(
     "scheme", [schemes.make("top_k", entries=8), schemes.make("random", entries=8), schemes.make("hidden", size=64)]
 )
