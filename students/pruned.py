@@ -19,7 +19,7 @@ from distill.models.huggingface import (
 from distill.models.shapes import declare, finder
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
-from students.pruning_check import check_against_teacher, counts_of_layers, of_all_layers
+from students.pruning_check import check_against_teacher, counts_of_layers, of_all_layers, refuse_layers_elsewhere
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_kept import kept_importance
 from students.pruning_sizes import candidate_sizes
@@ -89,6 +89,8 @@ def prune_teacher(
         made = pruned_config(config, chosen, widths)
         return HuggingFaceLanguageModel(shape_of(made, torch.float32, trust_remote_code))
     source: Source = tensors(checkpoint)
+    if len(chosen) < total:
+        refuse_layers_elsewhere(source.names(), total)
     if widths is not None:
         source = InMemory(pruned_config(config, list(range(total))), source, trust_remote_code)
         wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)

@@ -6,7 +6,9 @@ Shapes: L tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.streaming import place, without_weights
 from students.pruning_stream import LAYER
 
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 LENGTH = 12
 TOLERANCE = 1e-3
 """Allowed ‖student − teacher‖ / ‖teacher‖ of the logits in float32."""
@@ -67,6 +70,26 @@ def check_against_teacher(student: HuggingFaceLanguageModel, whole: Any, chosen:
             f"{difference:.0e}): its layers compute by their number; keep all layers and prune the width, or take "
             "another student"
         )
+
+
+def refuse_layers_elsewhere(names: Iterable[str], total: int) -> None:
+    """Raise ValueError for a checkpoint that numbers tensors like its `total` layers outside of them.
+
+    Renumbering the layers would leave these as they are, and give a layer another one's (Inkling 2's queries).
+    """
+    found: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for name in names:
+        if LAYER.search(name) is None and (kind := _NUMBER.sub(".N", name, count=1)) != name:
+            found[kind] += 1
+            example[kind] = name
+    for kind, count in found.items():
+        if max(total - 1, 2) <= count <= total:  # the first or last layer may have none
+            raise ValueError(
+                f"the checkpoint keeps parts of its layers outside of them ({example[kind]} and {count - 1} like it), "
+                "and it is unknown which belong to the chosen ones: keep all layers and prune the width, or take "
+                "another student"
+            )
 
 
 def _spread(tensor: Tensor, shape: torch.Size, whole: Any, chosen: list[int], rows: int) -> Tensor:

@@ -21,7 +21,7 @@ from distill.models.embedding_trimming import keep_tokens
 from distill.models.language_model import Head
 from distill.models.packed_attention import by_documents, register
 from distill.models.shapes import finder
-from distill.models.text_part import base_name, construct, model_class
+from distill.models.text_part import base_name, construct, model_class, reads
 from distill.system.memory import is_out_of_memory
 from distill.system.quiet import quiet_transformers
 
@@ -191,16 +191,19 @@ def transformation(config: Any) -> dict[str, float]:
     """Return the head's `scale` and `soft_cap` from a configuration; of a multimodal one, from its text part.
 
     Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere multiplies by `logit_scale`, and Gemma 2
-    caps with `final_logit_softcapping` (RecurrentGemma and xLSTM under other names). `check` finds families that need
-    anything else.
+    caps with `final_logit_softcapping` (RecurrentGemma and xLSTM under other names). A wrapper's code may leave them
+    out. `check` finds families that need anything else.
     """
     text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None)
-    scaling = getattr(text, "logits_scaling", None)
+
+    def given(name: str) -> Any:
+        return getattr(text, name, None) if text is config or reads(config, name) else None
+
+    scale, scaling = given("logit_scale"), given("logits_scaling")
     if scale is None and scaling is not None:
         scale = scaling if text.model_type.startswith("hyperclovax") else 1.0 / scaling
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    soft_cap = next((cap for name in names if (cap := getattr(text, name, None)) is not None), None)
+    soft_cap = next((cap for name in names if (cap := given(name)) is not None), None)
     found: dict[str, float] = {} if scale is None else {"scale": float(scale)}
     return found if soft_cap is None else {**found, "soft_cap": float(soft_cap)}
 

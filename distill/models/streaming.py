@@ -103,7 +103,7 @@ class Weights:
                 continue
             slices = reading.slices if reading.makes[0] in sliced else 0
             for index in range(slices) or (None,):
-                for name, tensor in reading.tensors(self._source, self._model, index):
+                for name, tensor in reading.tensors(self._source, _Unpacked(self._model, self._shapes), index):
                     expected = self._shapes[name] if index is None else (1, *self._shapes[name][1:])
                     if tensor.shape != expected or (slices and slices != self._shapes[name][0]):
                         complain_about_missing({"missing_keys": [], "mismatched_keys": [name]}, self.name)
@@ -166,6 +166,19 @@ class _Reading:
             seen[pattern] += 1
         for name, made in converter.convert(self.makes[0], model=model, config=model.config).items():
             yield name, made[0] if isinstance(made, list) else made
+
+
+class _Unpacked:
+    """A model for transformers' conversions: they ask it for the shape of a parameter, which may be packed already."""
+
+    def __init__(self, model: Any, shapes: Mapping[str, torch.Size]) -> None:
+        self._model, self._shapes = model, shapes
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def _readings(model: Any, stored: Iterable[str]) -> tuple[list[_Reading], list[str]]:

@@ -68,13 +68,17 @@ def _transforms_alike(config: Any, text: Any) -> bool:
 
     Aya Vision's, for one, leaves out the scale of Cohere's logits: the text family alone would be another model.
     """
+    return all(reads(config, name) for name in TRANSFORMATIONS if getattr(text, name, None) not in (None, 1, 1.0))
+
+
+def reads(config: Any, name: str) -> bool:
+    """Tell whether the code of a multimodal configuration's family knows a setting of its text part."""
     import transformers
 
     try:
-        source = _source(transformers.AutoModelForImageTextToText._model_mapping[type(config)])
+        return name in _source(transformers.AutoModelForImageTextToText._model_mapping[type(config)])
     except KeyError:  # a family of sound, or whatever else has a text part
         return True
-    return all(name in source for name in TRANSFORMATIONS if getattr(text, name, None) not in (None, 1, 1.0))
 
 
 @functools.cache

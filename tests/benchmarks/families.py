@@ -152,7 +152,10 @@ class Family:
                 raise
             import torch
 
-            published = packing_of(without_weights(CONFIG_MAPPING[self.name](), torch.float32, False))
+            try:
+                published = packing_of(without_weights(CONFIG_MAPPING[self.name](), torch.float32, False))
+            except Exception:  # a family whose defaults make no model
+                raise refusal from None
             if published.share_left > MOST_LEFT:
                 raise
             return {"allow_unquantized": True}
@@ -312,6 +315,7 @@ def skipped(model: Any, kept: set[int]) -> None:
 def _passing(own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden.clone()  # a layer may add to its input in place
         out = own(*args, **kwargs)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 

@@ -79,10 +79,13 @@ BY_FAMILY: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "emu3": {"vocabulary_map": {"<image>": 300, "<|extra_200|>": 301, "<|visual token 000000|>": 302}},
     "falcon_h1": {"mamba_d_ssm": 128},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    **{name: {"text_config": {"rope_parameters": MROPE}} for name in ("glm4v", "glm46v")},
+    "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}}},
     "qwen2_vl": {"text_config": {"rope_parameters": MROPE}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": MROPE}},
     "mamba2": {"head_dim": 16, "num_heads": 8},
@@ -90,7 +93,7 @@ BY_FAMILY: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": {"per_layer_config": {LAYERS - 1: {"head_dim": 32}}}},
     "qwen3_moe": {"norm_topk_prob": True},  # as every published one
     "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "qwen4_exp_text": {"head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [32, 32]},
     "gemma3n_text": {

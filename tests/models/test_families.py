@@ -59,6 +59,11 @@ def test_a_linear_layer_that_multiplies_otherwise_gets_no_adapter(tmp_path: Path
     families.Family("deepseek_v4", tmp_path).lora()
 
 
+def test_experts_whose_layout_is_found_by_their_shape_are_packed(tmp_path: Path) -> None:
+    """transformers asks the model for the shape of a parameter that is packed by then."""
+    families.Family("qwen3_vl_moe", tmp_path).nf4()
+
+
 def test_a_decoder_in_a_base_of_its_own_is_streamed(tmp_path: Path) -> None:
     families.Family("bart", tmp_path).streamed()
 
@@ -67,6 +72,12 @@ def test_a_decoder_in_a_base_of_its_own_is_streamed(tmp_path: Path) -> None:
 def test_layers_that_compute_by_their_number_are_not_cut_out_in_silence(name: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, UserError), match="is not its teacher without the others"):
         families.Family(name, tmp_path).depth()
+
+
+def test_parts_of_layers_that_lie_elsewhere_are_not_mixed_up_in_silence(tmp_path: Path) -> None:
+    """Inkling 2's checkpoints hold the layers' queries in a list of their own, which keeps its numbers."""
+    with pytest.raises((ValueError, UserError), match="keeps parts of its layers outside of them"):
+        families.Family("inkling2_text", tmp_path).depth()
 
 
 def test_a_family_with_more_tables_of_tokens_is_not_trimmed_in_silence(tmp_path: Path) -> None:
