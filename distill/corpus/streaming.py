@@ -61,7 +61,8 @@ class Streaming:
                 done = self._windows.files_begun - progress.done if most is None else samples
                 progress.advance(min(done, total - progress.done))
 
-            gatherer.gather(most, most_held_out if sampling.held_out else 0, advance)
+            # One long document may be a window by itself, with nothing held out.
+            gatherer.gather(most, max(most_held_out, 1) if sampling.held_out else 0, advance)
         if self._packing is None or not any(self._rows):
             raise UserError(f"{self._path}: nothing to learn: no document in it with a token to learn")
         check_sides(self._path, *self._rows, sampling.held_out)

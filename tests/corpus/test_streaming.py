@@ -69,6 +69,15 @@ def test_one_part_in_a_hundred_is_read_of_a_few_files(
     assert sets.rendering["reading"].startswith("shuffled files in windows of 40 rows")
 
 
+def test_one_long_document_is_not_all_that_can_be_held_out(
+    stream: Callable[..., SampleSets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first window may be one document, which is not held out, and have samples enough."""
+    monkeypatch.setattr(windows, "ROWS", 1)
+    sets = stream(3, most_held_out=0)
+    assert len(sets.train) == 3 and len(sets.held_out) > 0
+
+
 def test_more_samples_come_behind_the_same_ones_wherever_they_are_read(
     stream: Callable[..., SampleSets], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
