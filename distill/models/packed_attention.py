@@ -117,8 +117,10 @@ def _attention(
     split = [tensor.transpose(1, 2).flatten(0, 1).split(sizes) for tensor in given]  # each [T, H, E]
     outputs = []
     for (count, length), *parts in zip(documents.runs, *split, strict=True):
-        own = [part.unflatten(0, (count, length)).transpose(1, 2) for part in parts]
-        output, _ = sdpa_attention_forward(module, *own, None, dropout=dropout, scaling=scaling, is_causal=True)
+        query, key, value = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True
+        )
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).unflatten(0, (query_BHLE.shape[0], -1)), None
 
