@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, load_config, resolve
 from distill.models.huggingface import (
     HuggingFaceLanguageModel,
@@ -268,8 +269,7 @@ def _build(config: Any, weights: dict[str, Tensor], teacher: str, trust_remote_c
         empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     try:
         return from_weights(type(empty), config, weights, torch.float32, f"pruned {teacher}")
-    except RuntimeError as error:
+    except UserError as error:
         raise ValueError(
-            f"{config.model_type}: the teacher's tensors have other sizes than a model of fewer layers needs; keep all "
-            "layers and prune the width, or take another student"
+            f"{error}; a family whose tensors have other sizes in a model of fewer layers keeps all: prune its width"
         ) from error

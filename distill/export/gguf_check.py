@@ -233,6 +233,7 @@ def _read_by_transformers(file: Path, config: Any) -> Any:
                 dtype=torch.float32,
                 quantization_config=transformers.GgufConfig(dequantize=True),
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report tells of them
                 trust_remote_code=False,
             )
         except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:

@@ -254,17 +254,34 @@ def load_pretrained(
                 return shape_of(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
             family = model_class(options["config"])
             loaded: Any = family.from_pretrained(
-                checkpoint.folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+                checkpoint.folder,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the report tells of them, and not transformers' log
+                trust_remote_code=trust_remote_code,
+                **options,
             )
         except UserError:
             raise
         except Exception as error:  # odd values of a config fail anywhere in a family's code
+            if "above report" in str(error) and checkpoint.gguf_file is None:  # in a log that nobody sees
+                _read_all(checkpoint, dtype, trust_remote_code)
             raise UserError(
                 f"{checkpoint.name}: cannot be loaded as a causal language model: {first_line(error)}"
             ) from error
     model, report = loaded
     complain_about_missing(report, checkpoint.name)
     return model
+
+
+def _read_all(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> None:
+    """Read a checkpoint's weights one by one. Raises UserError for the first that does not fit."""
+    from distill.models.streaming import Weights, without_weights  # which need this file
+    from distill.models.tensors import tensors
+
+    model = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
+    weights = Weights(model, tensors(checkpoint), checkpoint.name)
+    for _ in weights.read(set(model.state_dict()) - weights.missing):
+        pass
 
 
 def shape_of(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -289,6 +306,7 @@ def from_weights(model_class: Any, config: Any, weights: Mapping[str, Tensor], d
             state_dict=weights,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # see load_pretrained
             trust_remote_code=False,  # the class is here already, with whatever code it needs
         )
     complain_about_missing(report, name)
@@ -296,10 +314,17 @@ def from_weights(model_class: Any, config: Any, weights: Mapping[str, Tensor], d
 
 
 def complain_about_missing(report: Any, name: str) -> None:
-    """Raise UserError if a loading report names weights that the checkpoint lacks, because they would stay random."""
+    """Raise UserError if a loading report names weights that the checkpoint lacks, because they would stay random.
+
+    So do weights of another shape than the configuration's: name, shape in the checkpoint, and shape that is wanted.
+    """
     info = report if isinstance(report, dict) else vars(report)
-    missing, mismatched = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
-    if missing or mismatched:
-        what = f"lacks {missing[0]}" if missing else f"has another shape of {mismatched[0]}"
-        more = len(missing) + len(mismatched) - 1
-        raise UserError(f"{name}: the checkpoint {what}" + (f" and {more} more weights" if more else ""))
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    what = [f"lacks {weight}" for weight in missing]
+    what += [
+        f"has {weight} as {list(found)}, where its configuration wants {list(wanted)}"
+        for weight, found, wanted in mismatched
+    ]
+    if what:
+        more = f" (and {len(what) - 1:,} more weights that do not fit)" if len(what) > 1 else ""
+        raise UserError(f"{name}: the checkpoint {what[0]}{more}")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from distill.errors import UserError, first_line
 from distill.models.huggingface import complain_about_missing, quiet_transformers
 from distill.models.text_part import construct
 
@@ -106,7 +107,9 @@ class Weights:
                 for name, tensor in reading.tensors(self._source, _Unpacked(self._model, self._shapes), index):
                     expected = self._shapes[name] if index is None else (1, *self._shapes[name][1:])
                     if tensor.shape != expected or (slices and slices != self._shapes[name][0]):
-                        complain_about_missing({"missing_keys": [], "mismatched_keys": [name]}, self.name)
+                        found = tensor.shape if index is None else (slices, *tensor.shape[1:])
+                        misshapen = [(name, found, self._shapes[name])]
+                        complain_about_missing({"missing_keys": [], "mismatched_keys": misshapen}, self.name)
                     missing.discard(name)
                     yield name, index, tensor if index is None else tensor[0]
                     del tensor
@@ -164,7 +167,12 @@ class _Reading:
             if index in (None, seen[pattern]):
                 converter.add_tensor(self.makes[0], name, pattern, partial(source.read, name))
             seen[pattern] += 1
-        for name, made in converter.convert(self.makes[0], model=model, config=model.config).items():
+        try:
+            found = converter.convert(self.makes[0], model=model, config=model.config)
+        except (RuntimeError, ValueError, IndexError) as error:  # torch says which shapes do not fit together
+            what = f"{self.stored[0][1]} and its like do not make {self.makes[0]}"
+            raise UserError(f"the checkpoint's {what}: {first_line(error)}") from error
+        for name, made in found.items():
             yield name, made[0] if isinstance(made, list) else made
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from distill.errors import UserError
 from distill.models.huggingface import HuggingFaceLanguageModel, complain_about_missing
 from distill.models.isolation import isolates_documents
 from distill.models.language_model import LanguageModel
+from teachers.huggingface import load_teacher
+from teachers.streamed import load_streamed_teacher
 
 FAMILIES = [
     "llama",
@@ -102,8 +106,31 @@ def test_save_pretrained_writes_an_ordinary_folder(tmp_path: Path, tiny_model: A
 
 
 def test_missing_and_misshapen_weights_are_named() -> None:
-    from distill.errors import UserError
-
     complain_about_missing({"missing_keys": set(), "mismatched_keys": set()}, "x")
-    with pytest.raises(UserError, match="x: the checkpoint lacks a and 1 more"):
+    with pytest.raises(UserError, match=r"x: the checkpoint lacks a \(and 1 more weights that do not fit"):
         complain_about_missing({"missing_keys": {"b", "a"}, "mismatched_keys": set()}, "x")
+
+
+@pytest.mark.parametrize(
+    ("family", "ending", "words"),
+    [
+        (
+            "llama",
+            "1.mlp.up_proj.weight",
+            r"has model\.layers\.1\.mlp\.up_proj\.weight as \[47, 32\], where .* \[48, 32\]",
+        ),
+        ("mixtral", "experts.7.w3.weight", r"do not make .*1\.mlp\.experts\.gate_up_proj: .* \[47, 32\] at entry 7"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named_with_both(
+    family: str, ending: str, words: str, tiny_model: Any, tmp_path: Path
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in reversed(weights) if name.endswith(ending))
+    weights[name] = weights[name][:-1].contiguous()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_teacher, load_streamed_teacher):
+        with pytest.raises(UserError, match=words):
+            teacher = load(str(tmp_path), "none", "float32")
+            teacher.body(torch.arange(8)[None], torch.arange(8)[None])
