@@ -20,6 +20,7 @@ from distill.corpus.turns import find_turns
 from distill.errors import UserError
 from distill.models.chat_templates import (
     GENERATION,
+    BrokenTemplateError,
     Request,
     Span,
     TemplateError,
@@ -33,6 +34,9 @@ _DATA = re.compile(r"""["']type["']: ["']text["']|\\U000f[0-9a-f]{4}""", re.IGNO
 """A content's parts written as JSON or Python: by their keys, or by a mark that Python's `repr` has escaped."""
 _SKELETONS = 1024
 """Skeletons that are kept. Conversations of the same form have the same ones."""
+
+MEND = "mend it, or name another file with corpus.chat_template"
+"""Remedy for a template with a mistake."""
 
 Turns = Literal["assistant", "last", "all"]
 
@@ -135,6 +139,8 @@ class ChatTemplate:
                     reasons.append(reason)
                 except TemplateLimitError as error:
                     raise UserError(f"{where}: the chat template cannot be rendered: {error}") from error
+                except BrokenTemplateError as error:
+                    raise UserError(f"the chat template has a mistake, {error}: {MEND}") from error
         raise RowError(f"{where}: {max(reasons, key=lambda reason: reason.weight)}")
 
     def render_ahead(self, conversations: Sequence[Conversation]) -> None:
@@ -199,7 +205,7 @@ class ChatTemplate:
             return found
         try:
             return self._render(conversation, marked=self._is_marked)
-        except TemplateLimitError:
+        except BrokenTemplateError:
             raise
         except TemplateError as error:
             raise Unfit(f"the chat template refuses the conversation: {error}", 2) from error
@@ -212,7 +218,7 @@ class ChatTemplate:
             try:
                 text, _ = self._render(conversation, add_generation_prompt=prompt)
                 found = Skeleton(text, *split(text))
-            except TemplateLimitError:
+            except BrokenTemplateError:
                 raise
             except TemplateError as error:
                 found = Unfit(f"the chat template refuses the conversation: {error}", 2)

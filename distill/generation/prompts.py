@@ -16,8 +16,9 @@ from distill.corpus.documents import load_documents
 from distill.corpus.faults import Fault, RowError, refusal
 from distill.corpus.selecting import BadRows
 from distill.corpus.sources import TextSource
+from distill.corpus.templates import MEND
 from distill.errors import UserError
-from distill.models.chat_templates import TemplateError, TemplateLimitError, render
+from distill.models.chat_templates import BrokenTemplateError, TemplateError, TemplateLimitError, render
 from distill.models.generation import decode_text, encode_prompt
 from distill.system.quiet import quiet_datasets
 
@@ -208,6 +209,8 @@ class _Encoder:
             )
         except TemplateLimitError as error:
             raise UserError(f"the chat template cannot be rendered: {error}") from error
+        except BrokenTemplateError as error:
+            raise UserError(f"the chat template has a mistake, {error}: {MEND}") from error
         except (TemplateError, ValueError) as error:
             raise RowError(f"the chat template refuses the conversation: {error}") from error
         return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))

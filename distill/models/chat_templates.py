@@ -39,7 +39,11 @@ class TemplateError(ValueError):
     """Reason why a template gives no text for a conversation."""
 
 
-class TemplateLimitError(TemplateError):
+class BrokenTemplateError(TemplateError):
+    """Fault of the template itself, which other conversations would meet again."""
+
+
+class TemplateLimitError(BrokenTemplateError):
     """Limit that a template exceeds, and would exceed again for other conversations."""
 
 
@@ -90,6 +94,8 @@ def render(
     (answer,) = _own_processes()[0].ask(line, 1)
     if "limit" in answer:
         raise TemplateLimitError(answer["limit"])
+    if "broken" in answer:
+        raise BrokenTemplateError(answer["broken"])
     if "error" in answer:
         raise TemplateError(answer["error"])
     return _text_of(answer)

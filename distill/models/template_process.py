@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -57,10 +58,38 @@ def _answer(library: Any, request: dict[str, Any], conversation: dict[str, Any])
     except RecursionError:
         return {"limit": "it calls itself without end"}
     except Exception as error:  # a template is a program
+        if fault := _own_fault(error, request["template"]):
+            return {"broken": fault[:1000]}
         return {"error": str(error)[:1000] or type(error).__name__}
     if len(texts[0]) > LONGEST:
         return {"limit": f"it makes a text of more than {LONGEST >> 20} Mi characters"}
     return {"text": texts[0], "spans": spans[0] if spans else []}
+
+
+def _own_fault(error: Exception, template: str) -> str | None:
+    """Return the fault that a template has whatever it is given: a wrong syntax, or a function that nobody defines.
+
+    None for what the conversation may be the reason of.
+    """
+    import jinja2
+    from jinja2 import nodes
+
+    if isinstance(error, jinja2.TemplateSyntaxError):  # so are filters and tests that are not there
+        return f"line {error.lineno}: {error.message or 'wrong syntax'}"
+    if isinstance(error, jinja2.UndefinedError):
+        calls = (
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_untagged(template)).find_all(nodes.Call)
+        )
+        for call in calls:
+            if isinstance(call.node, nodes.Name) and str(error) == f"'{call.node.name}' is undefined":
+                return f"line {call.lineno}: it calls {call.node.name}(), which nobody defines"
+    is_missing = type(error) is jinja2.TemplateRuntimeError and re.match(r"No (filter|test) named", str(error))
+    return str(error) if is_missing else None
+
+
+def _untagged(template: str) -> str:
+    """Return a template without the tags of what is generated, which Jinja itself does not know."""
+    return re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", "", template)
 
 
 def _set_today(template: Any, date: str | None) -> None:
