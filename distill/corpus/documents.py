@@ -246,6 +246,9 @@ def _read(row: Mapping[str, Any] | BadRow, columns: Columns, where: str) -> dict
 
 
 def _no_shape(row: Mapping[str, Any], columns: Columns) -> str:
+    inner = next((name for name, value in row.items() if _are_rows(value)), None)
+    if inner is not None:
+        return f"the rows are under '{inner}', in one object: write a file with that list alone"
     if columns.named:
         missing = next(name for _, name in columns.named if name not in row)
         return f"no column '{missing}', which corpus.columns names{did_you_mean(missing, row)}"
@@ -253,6 +256,10 @@ def _no_shape(row: Mapping[str, Any], columns: Columns) -> str:
         f"no column 'text' or 'messages'{did_you_mean('text', row)}: name the columns with corpus.columns, such as "
         "{text: NAME}, {messages: NAME} or {prompt: NAME, completion: NAME}"
     )
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
 def _document(content: Any, where: str) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
         if isinstance(found, BadRow):
             raise UserError(f"{label}: {found.reason}")
         rows = enumerate(found, start=1)
-    elif line.strip() == "{" and not isinstance(one := _parse(line + file.read(LONGEST_LINE)), BadRow):
+    elif _begins_an_object(line) and not isinstance(one := _parse(line + file.read(LONGEST_LINE)), BadRow):
         rows = iter([(1, one)])  # one object over several lines
     else:
         file.seek(0)
@@ -243,6 +243,10 @@ def _json_rows(file: TextIO, label: str) -> Iterator[Row]:
     for number, row in rows:
         is_row = isinstance(row, (dict, BadRow))
         yield number, row if is_row else BadRow(f"a {type(row).__name__}, not an object with named columns")
+
+
+def _begins_an_object(line: str) -> bool:
+    return line.lstrip().startswith("{") and isinstance(_parse(line), BadRow)
 
 
 def _parse(text: str) -> Any:

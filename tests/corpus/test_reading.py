@@ -75,6 +75,8 @@ def test_every_format_gives_the_same_rows(write: Write, name: str) -> None:
 
 def test_an_object_over_several_lines_is_one_row(write: Write) -> None:
     assert texts(write("one.json", json.dumps({"text": "a", "more": {"b": [1]}}, indent=2))) == ["a"]
+    (source,) = find_sources(write("rows.json", '{"data": [\n{"text": "a"},\n{"text": "b"}\n]}\n'), None, "train")
+    assert list(source.rows()) == [(1, {"data": [{"text": "a"}, {"text": "b"}]})]
 
 
 def test_a_text_file_is_one_document(write: Write) -> None:

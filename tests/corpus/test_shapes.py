@@ -187,6 +187,7 @@ def test_arguments_are_decoded_once(write: Write) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
+    ({"version": 1, "data": [{"text": "a"}, {"text": "b"}]}, "row 1: the rows are under 'data', in one object: write"),
     ({"prompt": "x"}, r"no column 'text' or 'messages' \(known: prompt\): name the columns with corpus\.columns"),
     ({"chosen": "Human: x"}, "column 'chosen' has no question"),
     ({"question": 3, "answer": "x"}, "column 'question' is int, not text"),
