@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from distill.models.checkpoints import nearest, refuse_adapter, resolve
+from distill.models.dequantized import check_format
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained, quiet_transformers
 from distill.models.language_model import check_rows
 from distill.models.shapes import declare
@@ -34,6 +35,7 @@ def load_student(
     if model is not None:
         checkpoint = resolve(model, revision, trust_remote_code)
         refuse_adapter(checkpoint)
+        check_format(checkpoint)
         loaded = load_pretrained(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
     else:
         assert config is not None

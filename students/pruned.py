@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, load_config, resolve
+from distill.models.dequantized import check_format
 from distill.models.huggingface import (
     HuggingFaceLanguageModel,
     from_weights,
@@ -123,6 +124,7 @@ def prune_teacher(
 def _open(teacher: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Checkpoint]:
     """Return configuration and checkpoint of a teacher that can be pruned."""
     checkpoint = resolve(teacher, revision, trust_remote_code)
+    check_format(checkpoint)
     config = load_config(checkpoint, trust_remote_code)
     if config.get_text_config() is not config:
         raise ValueError(f"{teacher} is multimodal: pruning knows text models only")

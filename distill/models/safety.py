@@ -17,6 +17,8 @@ OPENED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"
 OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 """JSON files of which transformers leaves a damaged one out, at times without a word."""
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_experts", "num_local_experts")
+SECTIONS = ("quantization_config", "compression_config", "text_config")
+"""Keys of a configuration whose values are objects."""
 MOST_LAYERS = 10_000
 """Layers beyond which a model would be built without end."""
 TEMPLATES = "additional_chat_templates"
@@ -101,6 +103,12 @@ def _check_index(path: Path, name: str) -> None:
 
 def _check_config(config: dict[str, Any], file: str, name: str) -> None:
     """Raise UserError for weights under another name, and for kernels of the hub, which are compiled code."""
+    for key in SECTIONS:
+        if not isinstance(config.get(key), dict | None):
+            raise UserError(
+                f"{name}: {file} says {key} {str(config[key])[:40]!r}: an object with settings is wanted: fetch the "
+                "folder anew, or take that line out if the weights are plain"
+            )
     for key, value in config.items():
         if key in LAYERS and isinstance(value, int | float) and not 0 <= value <= MOST_LAYERS:
             raise UserError(

@@ -243,11 +243,15 @@ def test_odd_settings_of_a_tokenizer_are_one_line(key: str, value: Any, llama_fo
         ("num_experts", 1e300),
         ("hidden_size", -4),
         ("vocab_size", {}),
+        ("quantization_config", "nf4"),
+        ("text_config", ["x"]),
     ],
 )
 def test_odd_values_of_a_config_are_one_line(key: str, value: Any, llama_folder: Path) -> None:
     write(llama_folder, "config.json", **{key: value})
-    with pytest.raises(UserError, match=r"unreadable config|cannot be loaded|not between 0 and"):
+    with pytest.raises(
+        UserError, match=r"unreadable config|cannot be loaded|not between 0 and|an object with settings"
+    ):
         load_pretrained(resolve(str(llama_folder)), torch.float32)
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from distill.errors import UserError
 from distill.models.huggingface import HuggingFaceLanguageModel
+from students.huggingface import load_student
 from students.pruned import chosen_layers, prune_teacher, pruned_weights
 
 LAYERS = 5
@@ -140,8 +142,13 @@ def test_a_quantized_teacher_folder_is_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantized"):
+    with pytest.raises(ValueError, match="quantized: set teacher to an unquantized copy"):
         prune_teacher(str(tmp_path), 2)
+    config["quantization_config"] = {"quant_method": "hqq"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for make in (lambda: prune_teacher(str(tmp_path), 2), lambda: load_student(str(tmp_path))):
+        with pytest.raises(UserError, match="quantised as hqq, which is not read here"):
+            make()
 
 
 def test_a_last_layer_that_the_family_would_change_is_refused(tmp_path: Path) -> None:
