@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, load_config, resolve
 from distill.models.dequantized import check_format
 from distill.models.huggingface import (
@@ -269,9 +268,4 @@ def _build(config: Any, weights: dict[str, Tensor], teacher: str, trust_remote_c
 
     with quiet_transformers(), torch.device("meta"):  # for its class only
         empty = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    try:
-        return from_weights(type(empty), config, weights, torch.float32, f"pruned {teacher}")
-    except UserError as error:
-        raise ValueError(
-            f"{error}; a family whose tensors have other sizes in a model of fewer layers keeps all: prune its width"
-        ) from error
+    return from_weights(type(empty), config, weights, torch.float32, f"pruned {teacher}")
