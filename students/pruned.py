@@ -18,6 +18,7 @@ from distill.models.huggingface import (
     shape_of,
 )
 from distill.models.shapes import declare, finder
+from distill.models.stored_types import check_stored_types
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
 from students.pruning_check import check_against_teacher, counts_of_layers, of_all_layers, refuse_layers_elsewhere
@@ -89,6 +90,7 @@ def prune_teacher(
     if finder() is not None:  # a forecast, for which any layers, neurons and channels are as good
         made = pruned_config(config, chosen, widths)
         return HuggingFaceLanguageModel(shape_of(made, torch.float32, trust_remote_code))
+    check_stored_types(checkpoint)
     source: Source = tensors(checkpoint)
     if len(chosen) < total:
         refuse_layers_elsewhere(source.names(), total)

@@ -26,6 +26,7 @@ from distill.models.dequantizing import (
     from_packed_integers,
 )
 from distill.models.gguf_tensors import GGUFTensors
+from distill.models.stored_types import check_stored_types
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
 from distill.system.files import read_bounded
@@ -235,7 +236,10 @@ def full_tensors(checkpoint: Checkpoint) -> Source:
         return GGUFTensors(checkpoint)
     settings = quantization_of(checkpoint)
     found = tensors(checkpoint)
-    return found if settings is None else DequantizedTensors(found, settings, checkpoint.name)
+    if settings is None:
+        check_stored_types(checkpoint)
+        return found
+    return DequantizedTensors(found, settings, checkpoint.name)
 
 
 def check_format(checkpoint: Checkpoint) -> None:

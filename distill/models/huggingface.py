@@ -21,6 +21,7 @@ from distill.models.embedding_trimming import keep_tokens
 from distill.models.language_model import Head
 from distill.models.packed_attention import by_documents, register
 from distill.models.shapes import finder
+from distill.models.stored_types import check_stored_types
 from distill.models.text_part import base_name, construct, model_class, reads
 from distill.system.memory import is_out_of_memory
 from distill.system.quiet import quiet_transformers
@@ -243,6 +244,8 @@ def load_pretrained(
         options["use_safetensors"] = True
         options["config"] = load_config(checkpoint, trust_remote_code)
         if finder() is None:
+            if getattr(options["config"], "quantization_config", None) is None:
+                check_stored_types(checkpoint)
             prefixes = text_renaming(checkpoint, stored_names(checkpoint), trust_remote_code)
             if prefixes:
                 options["key_mapping"] = {f"^{re.escape(before)}": after for before, after in prefixes.items()}

@@ -58,6 +58,10 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._header[name]["shape"])
 
+    def type(self, name: str) -> str:
+        """Return the type in which a tensor is stored, as safetensors calls it (`F32`, `I8`)."""
+        return str(self._header[name]["dtype"])
+
     def nbytes(self, name: str) -> int:
         begin, end = self._header[name]["data_offsets"]
         return int(end - begin)

@@ -18,6 +18,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.models.checkpoints import resolve
 from distill.models.dequantized import full_tensors
+from students.pruned import prune_teacher
 from teachers.huggingface import load_teacher
 from teachers.streamed import load_streamed_teacher
 
@@ -263,6 +264,30 @@ def test_codes_without_a_scale_are_no_weights(plain: Path, tmp_path: Path) -> No
     quantise(plain, tmp_path / "gptq", lambda w: ({"qweight": w.int()}, w.numpy()), {"quant_method": "gptq"})
     with pytest.raises(UserError, match="has qweight without qzeros and scales: fetch the checkpoint again"):
         load_teacher(str(tmp_path / "gptq"), "none", "float32")
+
+
+def test_codes_that_no_configuration_explains_are_no_weights(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def store(name: str, change: Callable[[Tensor], Written]) -> str:
+        quantise(plain, tmp_path / name, change, {})
+        shutil.copy(plain / "config.json", tmp_path / name / "config.json")
+        return str(tmp_path / name)
+
+    int8 = store("int8", lambda w: ({"weight": (w * 99).to(torch.int8)}, w.numpy()))
+    scaled = store("scaled", lambda w: fp8(w, "row"))
+    packed = store("packed", gptq)
+    for folder, words in ((int8, "is stored as I8"), (scaled, "F8_E4M3, with .*scale beside"), (packed, "as I32")):
+        for load, quantization in ((load_teacher, "none"), (load_teacher, "nf4"), (load_streamed_teacher, "none")):
+            with pytest.raises(UserError, match=f"_proj.*{words}.* has no quantization_config that explains it"):
+                load(folder, quantization, "float32")  # type: ignore[operator]
+        with pytest.raises(UserError, match=words):
+            prune_teacher(folder, 1)
+    cast = store("cast", lambda w: ({"weight": w.to(torch.float8_e4m3fn)}, w.numpy()))
+    capsys.readouterr()
+    one, other = load_teacher(cast, "none", "float32"), load_streamed_teacher(cast, "none", "float32")
+    assert capsys.readouterr().out.count("14 weights are in fp8 without scales: they are taken as they are") == 2
+    torch.testing.assert_close(answer(one), answer(other))
 
 
 def test_a_configuration_that_says_bitsandbytes_of_plain_weights_is_refused(plain: Path, tmp_path: Path) -> None:
