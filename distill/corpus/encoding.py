@@ -23,7 +23,7 @@ from distill.corpus.shapes import WRITTEN
 from distill.corpus.templates import DEFAULTS, ChatTemplate, Learning, Rendered, tokens_from, tokens_in_spans
 from distill.models.tokenizers import vocab_size
 
-ENCODER_VERSION = 5
+ENCODER_VERSION = 6
 """Part of the key of stored tables. Raise it when the same document gives other tokens or another mask."""
 
 BATCH_BYTES = 4 << 20
@@ -35,6 +35,7 @@ FEATURES = datasets.Features(
         "loss_mask": datasets.List(datasets.Value("bool")),  # True where the document's next token is to be learned
         "learned": datasets.Value("int64"),  # number of True in loss_mask
         "thoughts": datasets.Value("int32"),  # thoughts that the chat template takes out
+        "endless": datasets.Value("int32"),  # 1 for a conversation whose last learned answer has no end-of-turn token
         "fault": datasets.Value("string"),  # the reason why a conversation cannot be learned; "" for a good one
         "turns": datasets.List(datasets.Value("int32")),  # tokens at which a turn begins after an answer
         "openings": datasets.List(datasets.Value("int32")),  # tokens behind the system's and the first user's message
@@ -154,6 +155,7 @@ def _encode_conversations(
         table = _table([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]], answers)
         return table | {
             "thoughts": [found.thoughts_left_out for found in rendered],
+            "endless": [int(found.is_endless) for found in rendered],
             "fault": faults,
             "turns": [tokens_from(at, found.turns) for at, found in zip(places, rendered, strict=True)],
             "openings": [tokens_from(at, found.openings) for at, found in zip(places, rendered, strict=True)],
@@ -200,7 +202,7 @@ def _table(ids: list[np.ndarray], to_learn: list[np.ndarray]) -> Batch:
     table: Batch = {"input_ids": ids, "loss_mask": masks, "learned": [int(mask.sum()) for mask in masks]}
     nothing: list[list[int]] = [[]] * len(ids)
     table |= {"turns": nothing, "openings": nothing}
-    return table | {"thoughts": [0] * len(ids), "fault": [""] * len(ids)}
+    return table | {"thoughts": [0] * len(ids), "endless": [0] * len(ids), "fault": [""] * len(ids)}
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -29,6 +29,7 @@ class Window:
     counts: SourceCounts
     shapes: dict[str, int]
     thoughts_left_out: int
+    endless: int
     texts: Callable[[], Iterator[str]]
     """Function that reads the texts of its training documents."""
 

@@ -103,6 +103,7 @@ def open_corpus(
         tuple(file.owner for file in files),
         shapes=shapes_of(documents),
         thoughts_left_out=int(numbers(encoded, "thoughts").sum()),
+        endless=int(numbers(encoded, "endless")[chosen.kept].sum()),
         rendering=learning.described(tokenizer) if conversations else {},
         packing=packing,
         written=written,

@@ -42,6 +42,8 @@ class SampleSets:
     """Number of rows of each shape (`distill.corpus.shapes.NAMES`)."""
     thoughts_left_out: int = 0
     """Thoughts of earlier turns that the chat template takes out by its own rule."""
+    endless: int = 0
+    """Conversations whose last learned answer ends without an end-of-turn token."""
     rendering: dict[str, str] = field(default_factory=dict)
     """Settings that the text of conversations depends on beside the tokenizer, in words; empty at the defaults."""
     packing: Packing = STREAM
@@ -58,6 +60,16 @@ class SampleSets:
     def ahead(self) -> contextlib.AbstractContextManager[None]:
         """Read what is still needed of a stream in a thread, inside."""
         return contextlib.nullcontext() if self.gatherer is None else self.gatherer.ahead()
+
+    @property
+    def endless_in_words(self) -> str:
+        """What is wrong with answers that have no end, in one line; empty without one."""
+        if not self.endless:
+            return ""
+        return (
+            f"the last answers of {self.endless:,} conversations are learned without an end-of-turn token, so the "
+            "student may not learn to stop: mend the chat template, or name another file with corpus.chat_template"
+        )
 
     @property
     def long_documents(self) -> str:

@@ -81,6 +81,7 @@ class Streaming:
             (0,) * len(self._stream.names),
             shapes=dict(shapes),
             thoughts_left_out=sum(window.thoughts_left_out for window in windows),
+            endless=sum(window.endless for window in windows),
             rendering=rendering | {READING: self._windows.words} | self._revision(),
             packing=self._packing,
             is_conversations=self._conversations,
@@ -119,11 +120,13 @@ class Streaming:
         rows, length, skips = (train_rows, held_rows), sampling.sequence_length, sampling.long == "skip"
         (counts,) = chosen.counts([""], owners, encoded, rows, length, skips)
         thoughts = int(numbers(encoded, "thoughts").sum())
+        endless = int(numbers(encoded, "endless")[chosen.kept].sum())
         return Window(
             train,
             held_out,
             counts,
             shapes_of(documents),
             thoughts,
+            endless,
             partial(texts_of, documents, train_rows, self._sampling.tokenizer),
         )

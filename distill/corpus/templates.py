@@ -79,6 +79,8 @@ class Rendered:
     """The characters to learn: answers, each with its end-of-turn token."""
     thoughts_left_out: int = 0
     """Thoughts of earlier turns that the template takes out by its own rule."""
+    is_endless: bool = False
+    """True if the last learned answer does not end with a token of the tokenizer's own, such as `<|im_end|>`."""
     turns: list[int] = field(default_factory=list)
     """The characters at which a turn begins after an answer."""
     openings: list[int] = field(default_factory=list)
@@ -172,7 +174,13 @@ class ChatTemplate:
         if spans is None:
             raise Unfit("the chat template does not write the messages' text as it is, so the answers cannot be found")
         learned = self._learned(conversation, answers, spans, text, generated)
-        return Rendered(text, learned, left_out, *find_turns(answers, conversation, spans, text))
+        is_endless = bool(learned) and not text[slice(*learned[-1])].rstrip().endswith(self._ends)
+        return Rendered(text, learned, left_out, is_endless, *find_turns(answers, conversation, spans, text))
+
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        special = (token for token in self.special_tokens.values() if isinstance(token, str))
+        return tuple(token.rstrip() for token in (*self.added_tokens, *special) if token.strip())
 
     def _learned(
         self, conversation: Conversation, answers: Answers, spans: list[Span], text: str, generated: list[Span]

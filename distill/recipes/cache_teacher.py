@@ -326,6 +326,8 @@ def _describe(experiment: Experiment, manifest: Manifest, asked: dict[str, int],
         say(
             f"corpus: {samples.thoughts_left_out:,} thoughts of earlier turns are taken out by the chat template's rule"
         )
+    if samples.endless:
+        say(f"corpus: {samples.endless_in_words}")
     if "date" in samples.rendering:
         say(f"corpus: the chat template's today is {samples.rendering['date']} (corpus.date)")
     if samples.packing.words:

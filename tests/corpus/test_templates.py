@@ -122,6 +122,25 @@ def test_the_answers_and_their_end(make: Callable[..., Any]) -> None:
     assert answers(make()) == ["The fox.<|im_end|>", "Yes, naïve fox!<|im_end|>"]
 
 
+@pytest.mark.parametrize("learning", [DEFAULTS, Learning("all")])
+@pytest.mark.parametrize(
+    ("template", "is_endless"),
+    [
+        (CHATML, False),
+        (CHANNELS, False),
+        (GENERATION, False),
+        (GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), True),
+        (LINES, True),
+        (CHATML.replace("<|im_end|>", "</turn>"), True),
+    ],
+)
+def test_an_answer_without_an_end_of_turn_token_is_told(
+    make: Callable[..., Any], template: str, is_endless: bool, learning: Learning
+) -> None:
+    wanted = is_endless and (learning is DEFAULTS or "im_end" not in template)
+    assert rendered(make(template), learning=learning).is_endless == wanted
+
+
 def test_generation_marks_are_obeyed(make: Callable[..., Any]) -> None:
     assert answers(make(GENERATION)) == ["The fox.<|im_end|>", "Yes, naïve fox!<|im_end|>"]
 

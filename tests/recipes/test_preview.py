@@ -77,6 +77,14 @@ def test_the_page_holds_whole_samples_and_no_markup_of_theirs(distill: Any, file
     distill("preview", file, "--samples", -1).refused("--samples -1")
 
 
+def test_answers_without_an_end_are_told(distill: Any, file: str, tmp_path: Path) -> None:
+    (tmp_path / "no_end.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    template = ["--corpus.chat_template", tmp_path / "no_end.jinja"]
+    told = "he last answers of 4 conversations are learned without an end-of-turn token"
+    assert told in distill("preview", file, *template).done().out
+    assert "end-of-turn" not in distill("preview", file).done().out
+
+
 def test_a_long_sample_says_that_it_goes_on(world: Any, distill: Any, tmp_path: Path) -> None:
     text = {"text": " ".join(f"{number} speeches" for number in range(300))}
     (tmp_path / "long.jsonl").write_text(json.dumps(text))

@@ -99,6 +99,8 @@ def _facts(experiment: Experiment, tokenizer: Any, sets: SampleSets) -> list[str
         facts.append(f"Longer than a sample: {sets.long_documents} (corpus.long).")
     if sets.thoughts_left_out:
         facts.append(f"The chat template takes out {sets.thoughts_left_out:,} thoughts of earlier turns.")
+    if sets.endless:
+        facts.append(f"{sets.endless_in_words.capitalize()}.")
     if "date" in sets.rendering:
         facts.append(f"The chat template's today is {sets.rendering['date']} (corpus.date).")
     return facts
