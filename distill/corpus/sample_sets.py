@@ -63,7 +63,7 @@ class SampleSets:
 
     @property
     def endless_in_words(self) -> str:
-        """What is wrong with answers that have no end, in one line; empty without one."""
+        """Warning about answers without an end, in one line; empty where all have one."""
         if not self.endless:
             return ""
         return (
