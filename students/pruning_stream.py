@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.models.huggingface import HuggingFaceLanguageModel, transformation
+from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import Head
 from distill.models.streaming import Source, Weights, place, without_weights
+from distill.models.traits import transformation
 from students.pruning_families import FAMILIES
 
 LAYER = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks)\.(\d+)\.")  # llama and its kin, gpt_neox: layers; gpt2: h; bert

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.models.huggingface import neurons
+from distill.models.traits import neurons
 from students.pruning_families import CHOSEN, EXPERTS, FAMILIES, setting
 
 GROUPED = 8

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError
 from distill.export.gguf_families import MIXTURES, Plan, global_head, ropes
-from distill.models.huggingface import neurons
+from distill.models.traits import neurons
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -18,10 +18,11 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.export import alone, custom, probe
 from distill.models.chat_templates import save_untagged
-from distill.models.checkpoints import Checkpoint, weight_files
+from distill.models.checkpoints import Checkpoint, load_config, weight_files
 from distill.models.generation import end_as
 from distill.models.huggingface import load_pretrained
 from distill.models.saving import DESCRIPTION
+from distill.models.text_part import is_of_text
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.system.quiet import quiet_transformers
 
@@ -55,7 +56,13 @@ class HuggingFaceFormat:
         if (source / DESCRIPTION).is_file():
             custom.write(source, folder, dtype, tokenizer, self.with_code, self.class_path, SHARD)
         else:
-            model = load_pretrained(Checkpoint(source, None, str(source)), dtype)
+            checkpoint = Checkpoint(source, None, str(source))
+            config = load_config(checkpoint)
+            if not is_of_text(config):
+                raise UserError(
+                    f"--format hf: no class of text in transformers opens a model of family {config.model_type}"
+                )
+            model = load_pretrained(checkpoint, dtype)
             end_as(model, tokenizer)
             with quiet_transformers():
                 model.save_pretrained(folder, max_shard_size=SHARD)

@@ -18,6 +18,7 @@ from distill.models.chat_templates import TemplateError, render_with
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import LanguageModel, hidden_states
 from distill.models.token_ids import set_token_id
+from distill.models.traits import positions_before
 
 CACHES = ("past_key_values", "cache_params")
 """transformers' names for a family's cache: keys and values, or the states of state-space models."""
@@ -186,7 +187,9 @@ def context_length(model: LanguageModel) -> int | None:
 
 def context_of(config: Any) -> int | None:
     """Return the tokens that a Hugging Face model of this configuration can read; None means that it does not say."""
-    return _positive(getattr(config.get_text_config(), "max_position_embeddings", None))
+    text = config.get_text_config()
+    limit = _positive(getattr(text, "max_position_embeddings", None))
+    return limit and _positive(limit - positions_before(text))
 
 
 def _positive(limit: Any) -> int | None:

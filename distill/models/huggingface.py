@@ -22,7 +22,8 @@ from distill.models.language_model import Head
 from distill.models.packed_attention import by_documents, register
 from distill.models.shapes import finder
 from distill.models.stored_types import check_stored_types
-from distill.models.text_part import base_name, construct, model_class, reads
+from distill.models.text_part import base_name, construct, model_class
+from distill.models.traits import first_position, keep_scale, refuse_lengths, transformation
 from distill.system.memory import is_out_of_memory
 from distill.system.quiet import quiet_transformers
 
@@ -40,7 +41,9 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         prefix = base_name(type(model))
         if not prefix or not hasattr(model, prefix) or model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} is not a causal language model with a base model and a head")
+        refuse_lengths(getattr(model, prefix))
         register()
+        keep_scale(getattr(model, prefix))
         self.model = model
         self._base_name = prefix
         forward = inspect.signature(getattr(model, prefix).forward).parameters
@@ -48,7 +51,7 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         parts = (getattr(model, prefix), model.get_output_embeddings())
         known = {id(parameter) for part in parts for parameter in part.parameters()}
         self._prepares = any(id(parameter) not in known for parameter in model.parameters())
-        self.first_position = _first_position(getattr(model, prefix))
+        self.first_position = first_position(getattr(model, prefix))
 
     def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Tensor:
         """Return the hidden states `[B, L, D]` that the head multiplies: after the last norm."""
@@ -179,46 +182,6 @@ class HuggingFaceLanguageModel(torch.nn.Module):
         vars(self.model).pop("_weight_conversions", None)
         with quiet_transformers():
             self.model.save_pretrained(folder)
-
-
-def _first_position(base: Any) -> int:
-    """Return the position of a text's first token in a family: RoBERTa and its kin begin behind the padding token's."""
-    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    return 0 if padding is None else padding + 1
-
-
-def transformation(config: Any) -> dict[str, float]:
-    """Return the head's `scale` and `soft_cap` from a configuration; of a multimodal one, from its text part.
-
-    Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it, Cohere multiplies by `logit_scale`, and Gemma 2
-    caps with `final_logit_softcapping` (RecurrentGemma and xLSTM under other names). A wrapper's code may leave them
-    out. `check` finds families that need anything else.
-    """
-    text = config.get_text_config()
-
-    def given(name: str) -> Any:
-        return getattr(text, name, None) if text is config or reads(config, name) else None
-
-    scale, scaling = given("logit_scale"), given("logits_scaling")
-    if scale is None and scaling is not None:
-        scale = scaling if text.model_type.startswith("hyperclovax") else 1.0 / scaling
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    soft_cap = next((cap for name in names if (cap := given(name)) is not None), None)
-    found: dict[str, float] = {} if scale is None else {"scale": float(scale)}
-    return found if soft_cap is None else {**found, "soft_cap": float(soft_cap)}
-
-
-def neurons(config: Any) -> int:
-    """Return the number of neurons of an MLP, which LFM 2 computes from another number."""
-    size: int = config.intermediate_size
-    if not getattr(config, "block_auto_adjust_ff_dim", False):
-        return size
-    size = int(2 * size / 3)
-    if config.block_ffn_dim_multiplier is not None:
-        size = int(config.block_ffn_dim_multiplier * size)
-        size = -(-size // config.block_multiple_of) * config.block_multiple_of
-    return size
 
 
 def load_pretrained(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,14 +15,18 @@ from distill.models.checkpoints import Checkpoint, load_config
 from distill.models.packed import PackedWeight, put, run_expert_by_expert
 from distill.models.quantized_manifest import read_manifest
 from distill.models.streaming import without_weights
+from distill.models.traits import source_of_family
 from distill.system.progress import say
 from distill.system.units import size
 
 Quantization = Literal["nf4", "int8", "none"]
 MOST_LEFT = 0.1
 """Largest share of the matrices that may stay unquantised unasked."""
-_PRODUCT = re.compile(r"self\.(\w+)\.weight\s*@")
-_CAST_TO = re.compile(r"self\.(\w+)\([\w.]+\.to\(self\.\1\.weight\.dtype\)\)")
+_OUTSIDE = (
+    re.compile(r"self\.(\w+)\.weight\s*@"),
+    re.compile(r"\bF\.linear\([^\n]*self\.(\w+)\.weight\b"),
+    re.compile(r"self\.(\w+)\([\w.]+\.to\(self\.\1\.weight\.dtype\)\)"),
+)
 
 
 @dataclass
@@ -142,23 +144,11 @@ def _skipped(model: Any) -> list[str]:
 def multiplied_outside(config: Any) -> list[str]:
     """Return the layers whose weight a module looks at by itself: they cannot be packed.
 
-    Mamba's mixer multiplies it, and the indexers of sparse attention cast hidden states to its type, which would be
-    whole numbers.
+    Mamba's mixer and LongCat's router multiply it, and the indexers of sparse attention cast hidden states to its type,
+    which would be whole numbers.
     """
-    source = _source_of_family(config)
-    return sorted({*_PRODUCT.findall(source), *_CAST_TO.findall(source)})
-
-
-def _source_of_family(config: Any) -> str:
-    """Return the source of a family's modules in transformers; empty for a family that is not there."""
-    import transformers
-
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        try:
-            return inspect.getsource(sys.modules[auto._model_mapping[type(config)].__module__])
-        except (KeyError, OSError):
-            continue
-    return ""
+    source = source_of_family(config)
+    return sorted({name for pattern in _OUTSIDE for name in pattern.findall(source)})
 
 
 def _holds_experts(module: nn.Module) -> bool:

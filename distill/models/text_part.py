@@ -20,6 +20,12 @@ _SEES = re.compile(
 )
 """Names of the modules that make pictures or sound into hidden states."""
 
+
+def sees(name: str) -> bool:
+    """Tell whether a module or tensor of this name makes pictures or sound into hidden states."""
+    return _SEES.search(name) is not None
+
+
 TRANSFORMATIONS = (
     "logit_scale",
     "logits_scaling",
@@ -123,6 +129,13 @@ def model_class(config: Any) -> Any:
     return causal
 
 
+def is_of_text(config: Any) -> bool:
+    """Tell whether transformers has a class of text for a configuration's language model."""
+    import transformers
+
+    return model_class(config) is transformers.AutoModelForCausalLM
+
+
 def construct(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     """Make the language model of a configuration, with random weights."""
     family = model_class(config)
@@ -140,7 +153,7 @@ def _without_eyes(family: Any) -> Any:
         for owner in (self, getattr(self, self.base_model_prefix, self)):
             for name, module in list(owner.named_children()):
                 embeds = any(inner is self.get_input_embeddings() for inner in module.modules())
-                if not embeds and _SEES.search(name):
+                if not embeds and sees(name):
                     setattr(owner, name, nn.Identity())
 
     # Configurations and transformers' tables of names know the family by its name.

@@ -102,6 +102,7 @@ BY_FAMILY: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * LAYERS,
     },
     "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "attention_hidden_size": 128},
+    "zamba2": {"attention_hidden_size": 128},
     "zaya": {"num_experts_per_tok": 1},
     **{
         name: {"is_decoder": True}

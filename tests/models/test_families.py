@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from distill.errors import UserError
 from distill.experiment.checks import check_model
 from distill.models.checkpoints import resolve
-from distill.models.generation import _RereadingDecoder, decoder, has_cache
+from distill.models.generation import _RereadingDecoder, context_of, decoder, has_cache
 from distill.models.huggingface import HuggingFaceLanguageModel, load_pretrained
 from distill.models.isolation import Fault, find_fault
 
@@ -112,3 +113,32 @@ def test_a_layer_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     assert find_fault(adapter, tiny_families.TOKENS, "cpu") is Fault.FUTURE
     with pytest.raises(UserError, match="a position sees the tokens behind it"):
         check_model(adapter, "teacher", tiny_families.TOKENS, True)
+
+
+def test_weights_that_a_family_rescales_to_read_stay_as_they_are(tmp_path: Path) -> None:
+    """RWKV's own code packs its NF4 weights anew in another type, and misses those of streamed layers."""
+    family = families.Family("rwkv", tmp_path)
+    config = json.loads((family.folder / "config.json").read_text())
+    (family.folder / "config.json").write_text(json.dumps({**config, "rescale_every": 2}))
+    for column in ("adapter", "nf4", "streamed", "streamed_nf4", "hf"):
+        getattr(family, column)()
+
+
+def test_what_a_family_cannot_do_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^teacher huggingface: ReformerModel .* only with texts of some lengths"):
+        families.Family("reformer", tmp_path).teacher()
+    with pytest.raises(UserError, match=r"^--format hf: no class of text .* family qwen2_vl$"):
+        families.Family("qwen2_vl", tmp_path).hf()
+
+
+def test_a_router_whose_weight_is_multiplied_by_itself_is_not_packed(tmp_path: Path) -> None:
+    families.Family("longcat_flash", tmp_path).nf4()
+
+
+def test_a_mixture_without_an_mlp_gives_experts(tmp_path: Path) -> None:
+    families.Family("qwen3_5_moe_text", tmp_path).width()
+
+
+def test_positions_of_padding_are_no_part_of_the_context(tmp_path: Path) -> None:
+    assert context_of(tiny_families.tiny_config("roberta")) == 256 - 2
+    assert context_of(tiny_families.tiny_config("bert")) == 256
