@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.models.checkpoints import nearest, refuse_adapter, resolve
+from distill.models.dequantized import check_format
 from distill.models.devices import DTYPES
 from distill.models.huggingface import (
     HuggingFaceLanguageModel,
@@ -57,6 +58,7 @@ def load_lora_student(
     _check_numbers(rank, lora_alpha, dropout)
     checkpoint = resolve(model, revision, trust_remote_code)
     refuse_adapter(checkpoint)
+    check_format(checkpoint)
     if is_quantized(checkpoint, trust_remote_code):
         raise ValueError(f"the weights of {model} are quantized already: set model to an unquantized copy")
     loaded = load_quantized(checkpoint, quantization, DTYPES[base_dtype], trust_remote_code=trust_remote_code)

@@ -229,7 +229,8 @@ def load_pretrained(
         except UserError:
             raise
         except Exception as error:  # odd values of a config fail anywhere in a family's code
-            if "above report" in str(error) and checkpoint.gguf_file is None:  # in a log that nobody sees
+            is_plain = checkpoint.gguf_file is None and not adapter_files(checkpoint) and quantization_config is None
+            if "above report" in str(error) and is_plain:  # in a log that nobody sees
                 _read_all(checkpoint, dtype, trust_remote_code)
             raise UserError(
                 f"{checkpoint.name}: cannot be loaded as a causal language model: {first_line(error)}"
@@ -240,11 +241,14 @@ def load_pretrained(
 
 
 def _read_all(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> None:
-    """Read a checkpoint's weights one by one. Raises UserError for the first that does not fit."""
+    """Read a plain checkpoint's weights one by one. Raises UserError for the first that does not fit."""
     from distill.models.streaming import Weights, without_weights  # which need this file
     from distill.models.tensors import tensors
 
-    model = without_weights(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
+    config = load_config(checkpoint, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    model = without_weights(config, dtype, trust_remote_code)
     weights = Weights(model, tensors(checkpoint), checkpoint.name)
     for _ in weights.read(set(model.state_dict()) - weights.missing):
         pass

@@ -75,7 +75,7 @@ def _own_fault(error: Exception, template: str) -> str | None:
     from jinja2 import nodes
 
     if isinstance(error, jinja2.TemplateSyntaxError):  # so are filters and tests that are not there
-        return f"line {error.lineno}: {error.message or 'wrong syntax'}"
+        return f"line {error.lineno}: {(error.message or 'wrong syntax').rstrip('.')}"
     if isinstance(error, jinja2.UndefinedError):
         calls = (
             jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_untagged(template)).find_all(nodes.Call)
@@ -84,7 +84,7 @@ def _own_fault(error: Exception, template: str) -> str | None:
             if isinstance(call.node, nodes.Name) and str(error) == f"'{call.node.name}' is undefined":
                 return f"line {call.lineno}: it calls {call.node.name}(), which nobody defines"
     is_missing = type(error) is jinja2.TemplateRuntimeError and re.match(r"No (filter|test) named", str(error))
-    return str(error) if is_missing else None
+    return str(error).rstrip(".") if is_missing else None
 
 
 def _untagged(template: str) -> str:

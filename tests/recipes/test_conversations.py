@@ -30,6 +30,7 @@ def experiment(world: Any, tmp_path: Path) -> str:
 def test_the_day_is_fixed_when_the_cache_is_begun(distill: Any, tmp_path: Path, experiment: str) -> None:
     begun = distill("cache-teacher", experiment, "--corpus.date", "2024-07-26").done().out
     assert "pairs of prompt and completion, 20 rows" in begun and "today is 2024-07-26" in begun
+    assert "end-of-turn" not in begun
     fingerprints = json.loads((tmp_path / "run/cache/manifest.json").read_text())["fingerprints"]
     assert fingerprints["date"] == "2024-07-26" and "conversations" not in fingerprints
     assert "nothing to do" in distill("cache-teacher", experiment).done().out
@@ -46,8 +47,11 @@ def test_the_day_is_fixed_when_the_cache_is_begun(distill: Any, tmp_path: Path, 
     assert student.read_text().startswith("Today is")
 
 
-def test_a_cache_of_other_turns_is_not_trained_from(distill: Any, experiment: str) -> None:
-    distill("cache-teacher", experiment, "--corpus.learn", "last", "--corpus.thoughts", "drop").done()
+def test_a_cache_of_other_turns_is_not_trained_from(distill: Any, tmp_path: Path, experiment: str) -> None:
+    unended = TEMPLATE.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    (tmp_path / "dated.jinja").write_text(unended)
+    out = distill("cache-teacher", experiment, "--corpus.learn", "last", "--corpus.thoughts", "drop").done().out
+    assert "the last answers of 20 conversations are learned without an end-of-turn token" in out
     distill("train-student", experiment).refused("learn assistant, thoughts keep", "learn last, thoughts drop")
 
 

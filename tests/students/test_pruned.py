@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distill.errors import UserError
 from distill.models.huggingface import HuggingFaceLanguageModel
 from students.huggingface import load_student
+from students.lora import load_lora_student
 from students.pruned import chosen_layers, prune_teacher, pruned_weights
 
 LAYERS = 5
@@ -146,7 +147,11 @@ def test_a_quantized_teacher_folder_is_refused(tmp_path: Path) -> None:
         prune_teacher(str(tmp_path), 2)
     config["quantization_config"] = {"quant_method": "hqq"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for make in (lambda: prune_teacher(str(tmp_path), 2), lambda: load_student(str(tmp_path))):
+    for make in (
+        lambda: prune_teacher(str(tmp_path), 2),
+        lambda: load_student(str(tmp_path)),
+        lambda: load_lora_student(str(tmp_path)),
+    ):
         with pytest.raises(UserError, match="quantised as hqq, which is not read here"):
             make()
 
