@@ -26,6 +26,7 @@ from distill.forecast.published import published_models
 from distill.models import checkpoints, tokenizers
 from distill.models.checkpoints import Checkpoint
 from distill.models.language_model import Head
+from distill.models.packing import holds_experts
 from distill.models.shapes import Find
 from distill.training.module import DistillationModule
 
@@ -73,6 +74,8 @@ class Models:
         """Make the module of a training of the experiment, with all its levers."""
         self.check_tokens()
         student, head = self.student_to_train(), None
+        if any(map(holds_experts, student.modules())):
+            self.note("student: each expert of the mixture is assumed to get as many tokens")
         if self.experiment.cache.scheme == "hidden":
             head = Head(torch.empty(self.vocab_size, self.hidden_size, dtype=getattr(torch, self.compute_dtype)))
         return make_module(self.experiment, self.place, role, student, self.vocab_size, head)

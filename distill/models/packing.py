@@ -110,7 +110,7 @@ def packing_of(model: Any) -> Packing:
                     found.transposed.add(full)
             elif converts and "router" not in type(module).__name__.lower():
                 found.own[full], found.kinds = None, found.kinds | {"linear"}
-            elif _holds_experts(module) and not isinstance(module, nn.Linear):
+            elif holds_experts(module) and not isinstance(module, nn.Linear):
                 found.own[full] = len(parameter) if parameter.dim() == 3 else None
                 found.kinds.add("experts")
             else:
@@ -151,7 +151,8 @@ def multiplied_outside(config: Any) -> list[str]:
     return sorted({name for pattern in _OUTSIDE for name in pattern.findall(source)})
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
+    """Tell by a module's name whether it is one expert of a mixture, or several."""
     return "expert" in type(module).__name__.lower()
 
 

@@ -101,6 +101,8 @@ def run_tracked(
     each = partial(first_two_alike, tracker=tracker, kind=lambda rows: rows.stop - rows.start) if shortcuts else iter
     module.loss_walk = Walk(SCRATCH[tracker.device], each)
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]  # copies tensors past torch
+    # Lightning's last call after an error. It fails among tensors without memory, and its error would hide the first.
+    module.cpu = lambda: module  # type: ignore[method-assign]
     tracker.forget()
     with alike_once(module.student, tracker) as blocks:
         # Offloaded tensors leave the device at moments that only blocks which run have.

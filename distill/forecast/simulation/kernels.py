@@ -33,6 +33,23 @@ def workspace(func: Any, args: Any, kwargs: Any, made: Any, device: DeviceKind) 
     return _casts(args, made) if device == "cpu" and torch.Tag.pointwise in func.tags else 0
 
 
+def grouped_product(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return an empty tensor of the size and strides of a result of torch's `_grouped_mm`.
+
+    Its rows begin at multiples of 16 bytes. The groups, such as a mixture's experts, share the rows of a 2-D `a`, the
+    columns of a 2-D `b`, or the sums of both. The result is as large however they share them.
+    """
+    dtype = out_dtype or a.dtype
+    rows, columns, granule = a.shape[-2], b.shape[-1], 16 // dtype.itemsize
+    stride = -(-columns // granule) * granule
+    if a.dim() != b.dim():
+        return torch.empty_strided((rows, columns), (stride, 1), dtype=dtype)
+    groups = a.shape[0] if offs is None else offs.shape[0]
+    return torch.empty_strided((groups, rows, columns), (rows * stride, stride, 1), dtype=dtype)
+
+
 LOOKUP_BYTES = 16
 """Bytes that a processor could move in the time in which it dequantises one weight (an estimate, by the times of
 teachers in bfloat16 and in 4 bits in tests/benchmarks/forecast_accuracy.py).

@@ -15,12 +15,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distill.forecast.simulation.kernels import grouped_product
 from distill.forecast.simulation.work import tensors_in
 from distill.system import interrupt
 
 aten = torch.ops.aten
 LARGEST = 2**22
 """Largest number of values of a tensor that carries them along."""
+MOST_EXPERTS = 1024
+"""Largest number of experts of a mixture, as far as a choice among values is taken to be its router's."""
 MOST_GUESSES = 10_000
 """Largest number of unknown values that a program may ask for. One that asks for more is in an endless loop."""
 
@@ -56,8 +59,11 @@ class Values(TorchDispatchMode):
             args, func = (args[0], [args[1]]), aten.index.Tensor
         if func is aten.index.Tensor:
             args = args[0], [place for index in args[1] for place in self._places(index)]
-        made = func(*args, **kwargs)
+        # Fake tensors refuse grouped products in other types than bfloat16.
+        made = grouped_product(*args, **kwargs) if func is aten._grouped_mm.default else func(*args, **kwargs)
         self._follow(func, args, kwargs, made)
+        if func is aten.topk.default and _value(args[0]) is None:
+            _choose_evenly(made[1], args[0].shape[-1])
         return made
 
     def _answer(self, func: Any, args: Any) -> Any:
@@ -98,6 +104,16 @@ class Values(TorchDispatchMode):
         for result, value in zip(tree_leaves(made), tree_leaves(values), strict=True):
             if isinstance(result, Tensor):
                 _with_value(result, value)
+
+
+def _choose_evenly(chosen: Tensor, experts: int) -> None:
+    """Give unknown choices among the last dimension's values a router's: each expert is chosen as often.
+
+    Experts that run one by one ask for the numbers of their tokens, which sum to the real ones in this way.
+    """
+    if chosen.dim() > 1 and chosen.shape[-1] <= experts <= MOST_EXPERTS and chosen.numel() <= LARGEST:
+        with unset_fake_temporarily():
+            _with_value(chosen, (torch.arange(chosen.numel()) % experts).reshape(chosen.shape))
 
 
 def has_own_dispatch(kind: Any) -> bool:

@@ -91,6 +91,8 @@ def _flops(func: Any, args: Any, kwargs: Any, made: Any) -> int:
         return 2 * args[0].numel() * args[2][0]
     if packet is aten._int_mm:
         return 2 * args[0].numel() * args[1].shape[1]
+    if packet is aten._grouped_mm:  # each row, or column, is in one of the groups
+        return 2 * args[0].numel() * args[1].shape[-1] // (args[0].shape[0] if args[0].dim() > args[1].dim() else 1)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=made))
     return 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_families
 import torch
 
 from distill.forecast.phases.step import StepShape, simulate_step
@@ -13,6 +14,8 @@ from distill.forecast.simulation.result import Simulation
 from distill.losses.objective import Mixture
 from distill.models.language_model import Head
 from distill.training.offload import offload_activations
+from students.compact import CompactDecoder
+from students.huggingface import load_student
 
 SHAPE = StepShape(samples=4, length=32, entries=5)
 Maker = Callable[..., Any]
@@ -41,6 +44,38 @@ def test_the_simulation_is_the_real_step(
 ) -> None:
     make_module = maker(**levers)
     check_alike(simulate_step(make_module, SHAPE, precision=precision), real_step(make_module, SHAPE, precision))
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "levers"),
+    [("qwen3_moe", 1, {}), ("gpt_oss", 1, {"checkpointing": True}), ("longcat_flash", 2, {})],
+    ids=["grouped", "grouped, with biases, recomputed", "one by one"],
+)
+def test_a_mixture_of_experts(
+    maker: Maker, real_step: Callable[..., Simulation], family: str, layers: int, levers: dict[str, Any]
+) -> None:
+    """Experts in float32 among autocast layers, by one grouped product or each by itself, as the router chooses."""
+    config = tiny_families.tiny_config(family)
+    config.num_layers = config.num_hidden_layers = layers
+    config.layer_types = (getattr(config, "layer_types", None) or [])[:layers] or None
+    sizes = {name: value for name, value in config.to_dict().items() if name in type(config)().to_dict()}
+    make_module = maker(lambda: load_student(config=sizes), **levers)
+    simulated = simulate_step(make_module, SHAPE, precision="bf16-mixed")
+    real = real_step(make_module, SHAPE, "bf16-mixed")
+    assert simulated.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05)
+    assert simulated.flops == pytest.approx(real.flops, rel=0.05)
+
+
+def test_the_first_error_of_a_step_is_raised(maker: Maker) -> None:
+    """Not that of the trainer's end, which moves the student."""
+
+    class Failing(CompactDecoder):
+        def body(self, *args: Any) -> Any:
+            super().body(*args)
+            raise RuntimeError("a kernel of its own")
+
+    with pytest.raises(RuntimeError, match="a kernel of its own"):
+        simulate_step(maker(lambda: Failing(96, 64, 2, 4)), SHAPE, precision="bf16-mixed")
 
 
 def test_packed_documents_are_simulated_with_their_mask(maker: Maker, real_step: Callable[..., Simulation]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -55,6 +57,31 @@ def test_an_index_keeps_its_values_where_unknown_ones_are_added_by_it() -> None:
         torch.zeros(3).index_add_(0, rows, torch.randn(2))
         counts = torch.zeros(3, dtype=torch.int64).index_add_(0, rows, torch.ones_like(rows))
         assert counts.tolist() == [1, 0, 1]
+
+
+def test_a_router_chooses_each_expert_as_often() -> None:
+    with without_memory("cpu"):
+        chosen_NK = torch.randn(12, 8).topk(2).indices
+        taken_EKN = torch.nn.functional.one_hot(chosen_NK, 8).permute(2, 1, 0)
+        assert [len(torch.where(taken_KN)[1]) for taken_KN in taken_EKN] == [3] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shapes", [((50, 24), (5, 24, 36)), ((36, 50), (50, 20)), ((5, 36, 24), (24, 50))])
+def test_a_grouped_product_is_as_large_as_the_real_one(shapes: tuple[Any, Any], dtype: torch.dtype) -> None:
+    """Its rows are padded to 16 bytes."""
+
+    def product(a: Any, b: Any) -> Any:
+        offs = torch.tensor([10, 10, 30, 40, 50], dtype=torch.int32)
+        made = torch.nn.functional.grouped_mm(a, b, offs=offs)
+        return made.shape, made.stride(), made.dtype, made.untyped_storage().nbytes()
+
+    def padded(*shape: int) -> Any:  # as the real kernel wants its arguments
+        return torch.ones(*shape[:-1], -(-shape[-1] // 8) * 8, dtype=dtype)[..., : shape[-1]]
+
+    real = product(*(padded(*shape) for shape in shapes))
+    with without_memory("cpu"):
+        assert product(*(padded(*shape) for shape in shapes)) == real
 
 
 def test_a_module_is_cast_and_moved() -> None:
