@@ -21,7 +21,6 @@ from distill.models.shapes import declare, finder
 from distill.models.stored_types import check_stored_types
 from distill.models.streaming import Source
 from distill.models.tensors import tensors
-from distill.models.text_part import sees
 from students.pruning_check import check_against_teacher, counts_of_layers, of_all_layers, refuse_layers_elsewhere
 from students.pruning_importance import Importance, Samples, Wanted, measure
 from students.pruning_kept import kept_importance
@@ -94,7 +93,7 @@ def prune_teacher(
     check_stored_types(checkpoint)
     source: Source = tensors(checkpoint)
     if len(chosen) < total:
-        refuse_layers_elsewhere((name for name in source.names() if not sees(name)), total)
+        refuse_layers_elsewhere(source.names(), total, pruned_config(config, chosen), trust_remote_code)
     if widths is not None:
         source = InMemory(pruned_config(config, list(range(total))), source, trust_remote_code)
         wanted = _wanted(Widths.of(config), widths, depth == "importance" and len(chosen) < total)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.streaming import place, without_weights
-from students.pruning_stream import LAYER
+from students.pruning_stream import LAYER, layer_in
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 LENGTH = 12
@@ -38,7 +38,7 @@ def check_against_teacher(student: HuggingFaceLanguageModel, whole: Any, chosen:
     weights = dict(model.state_dict(keep_vars=True))
     ids_L = torch.arange(LENGTH, device=student.head.weight_VD.device) * 7 % len(student.head.weight_VD)
     for name, wanted in teacher.state_dict().items():
-        found = LAYER.search(name)
+        found = layer_in(name)
         if found is None:
             own = name
         elif int(found[2]) in chosen:
@@ -51,7 +51,7 @@ def check_against_teacher(student: HuggingFaceLanguageModel, whole: Any, chosen:
                 tensor = _spread(tensor, wanted.shape, whole, chosen, rows=int(ids_L.max()) + 1)
             place(teacher, name, tensor)
     for path, layer in list(teacher.named_modules()):
-        found = LAYER.fullmatch(f"{path}.") or LAYER.search(f"{path}.")
+        found = LAYER.fullmatch(f"{path}.") or layer_in(f"{path}.")
         if found is not None and found.end() == len(path) + 1 and int(found[2]) not in chosen:
             layer.forward = _passing_over(tuple_length)
     family = type(model).__name__
@@ -72,24 +72,33 @@ def check_against_teacher(student: HuggingFaceLanguageModel, whole: Any, chosen:
         )
 
 
-def refuse_layers_elsewhere(names: Iterable[str], total: int) -> None:
+def refuse_layers_elsewhere(names: Iterable[str], total: int, fewer: Any, trusts: bool) -> None:
     """Raise ValueError for a checkpoint that numbers tensors like its `total` layers outside of them.
 
-    Renumbering the layers would leave these as they are, and give a layer another one's (Inkling 2's queries).
+    Renumbering the layers would leave these as they are, and give a layer another one's (Inkling 2's queries). A list
+    that is as long in the model of `fewer` layers, a configuration, is of something else (Gemma 3n's streams).
     """
-    found: Counter[str] = Counter()
-    example: dict[str, str] = {}
-    for name in names:
-        if LAYER.search(name) is None and (kind := _NUMBER.sub(".N", name, count=1)) != name:
-            found[kind] += 1
-            example[kind] = name
+    found, example = _lists(names)
     for kind, count in found.items():
-        if max(total - 1, 2) <= count <= total:  # the first or last layer may have none
+        if not max(total - 1, 2) <= count <= total:  # the first or last layer may have none
+            continue
+        if _lists(without_weights(fewer, torch.float32, trusts).state_dict())[0][kind] != count:
             raise ValueError(
                 f"the checkpoint keeps parts of its layers outside of them ({example[kind]} and {count - 1} like it), "
                 "and it is unknown which belong to the chosen ones: keep all layers and prune the width, or take "
                 "another student"
             )
+
+
+def _lists(names: Iterable[str]) -> tuple[Counter[str], dict[str, str]]:
+    """Return the numbered tensors outside the layers by their name with N for the number: their count, and one name."""
+    found: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    for name in names:
+        if layer_in(name) is None and (kind := _NUMBER.sub(".N", name, count=1)) != name:
+            found[kind] += 1
+            example[kind] = name
+    return found, example
 
 
 def _spread(tensor: Tensor, shape: torch.Size, whole: Any, chosen: list[int], rows: int) -> Tensor:
@@ -123,7 +132,7 @@ def _outputs(student: HuggingFaceLanguageModel) -> int:
         seen.append(len(output) if isinstance(output, tuple) else 0)
 
     for path, layer in student.model.named_modules():
-        found = LAYER.search(f"{path}.")
+        found = layer_in(f"{path}.")
         if found is not None and found.end() == len(path) + 1:
             handle = layer.register_forward_hook(look)
             break
@@ -178,7 +187,7 @@ def of_all_layers(tensor: Tensor, name: str, config: Any, chosen: list[int]) -> 
     `name` is the tensor's in its checkpoint. Any other tensor comes back as it is.
     """
     size = getattr(config, "hidden_size_per_layer_input", None)
-    if not size or "per_layer" not in name or LAYER.search(name) is not None:
+    if not size or "per_layer" not in name or layer_in(name) is not None:
         return tensor
     whole = size * config.num_hidden_layers
     keep = (torch.tensor(chosen)[:, None] * size + torch.arange(size)).flatten().to(tensor.device)

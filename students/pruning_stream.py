@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import Head
 from distill.models.streaming import Source, Weights, place, without_weights
+from distill.models.text_part import sees
 from distill.models.traits import transformation
 from students.pruning_families import FAMILIES
 
@@ -24,9 +25,15 @@ LAYER = re.compile(r"(?:^|(?<=\.))(layers?|h|blocks)\.(\d+)\.")  # llama and its
 COMPUTED = "rotary_emb.inv_freq"  # early Llama checkpoints store what the model computes
 
 
+def layer_in(name: str) -> re.Match[str] | None:
+    """Find the language model's layer in a tensor's or module's name. The groups are the list's name and the number."""
+    found = LAYER.search(name)
+    return None if found is None or sees(name[: found.start()]) else found
+
+
 def split_name(name: str) -> tuple[int | None, str]:
     """Return layer and name within it of a checkpoint's tensor; outside the layers, None and its name."""
-    found = LAYER.search(name)
+    found = layer_in(name)
     return (None, name.removeprefix("model.")) if found is None else (int(found[2]), name[found.end() :])
 
 

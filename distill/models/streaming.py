@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError, first_line
 from distill.models.huggingface import complain_about_missing, quiet_transformers
-from distill.models.text_part import construct
+from distill.models.text_part import construct, sees
 
 
 class Source(Protocol):
@@ -49,12 +49,12 @@ def place(module: nn.Module, name: str, tensor: Tensor) -> None:
 def decoder_layers(model: Any) -> list[str]:
     """Return the names' prefixes (`model.layers.0.`) of a model's layers: the list of modules that holds most weights.
 
-    Raises ValueError if there is none.
+    The layers of eyes and ears are no such list. Raises ValueError if there is none.
     """
     sizes = {
         name: sum(parameter.nbytes for parameter in module.parameters())
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
+        if isinstance(module, nn.ModuleList) and not sees(name)
     }
     if not sizes:
         raise ValueError(f"{type(model).__name__} keeps its layers in no nn.ModuleList: it cannot be streamed")

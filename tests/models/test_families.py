@@ -131,6 +131,11 @@ def test_what_a_family_cannot_do_is_one_line(tmp_path: Path) -> None:
         families.Family("qwen2_vl", tmp_path).hf()
 
 
+def test_lists_that_are_not_of_layers_do_not_stop_pruning(tmp_path: Path) -> None:
+    """The layers of eyes and ears keep their number too."""
+    families.Family("phi4_multimodal", tmp_path).depth()
+
+
 def test_a_router_whose_weight_is_multiplied_by_itself_is_not_packed(tmp_path: Path) -> None:
     families.Family("longcat_flash", tmp_path).nf4()
 
