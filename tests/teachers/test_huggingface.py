@@ -222,7 +222,7 @@ def test_a_weight_that_is_multiplied_outside_its_layer_is_not_packed(
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path), quantization, "float32")
-    packed = {name.rpartition(".")[2] for name, module in teacher.named_modules() if type(module) in PACKED}
+    packed = {name.rpartition(".")[2] for name, module in teacher.named_modules() if isinstance(module, PACKED)}
     assert packed == {"in_proj", "x_proj", "out_proj"}
     in_memory = copy.deepcopy(plain)
     quantize_linears(in_memory, quantization, torch.float32, "cpu")
