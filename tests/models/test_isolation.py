@@ -272,3 +272,22 @@ def test_a_model_that_noise_drives_beyond_its_type_is_measured_without() -> None
         assert not model.body(torch.arange(12)[None], torch.arange(12)[None]).isfinite().all()
     assert find_fault(model, V, "cpu", pack=False) is None
     assert find_fault(model, V, "cpu", pack=True) is Fault.DOCUMENTS
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_in_16_bits_is_no_leak(seed: int, one_thread: None) -> None:
+    """Such deep, large weights make much of any rounding: of the kernels that read documents by themselves, say."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=64,
+        num_hidden_layers=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        initializer_range=0.5,
+    )
+    model = HuggingFaceLanguageModel(transformers.AutoModelForCausalLM.from_config(config).eval())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert find_fault(model, 99, "cpu", length=128, perturb=False) is None
