@@ -25,7 +25,8 @@ def encoded(lengths: list[int], seed: int = 0) -> datasets.Dataset:
     ids = [list(range(begin, begin + length)) for begin, length in zip(begins, lengths, strict=False)]
     masks = [[*(random.random(length - 1) > 0.3).tolist(), False] for length in lengths]
     rows = [
-        {"input_ids": i, "loss_mask": m, "learned": sum(m), "thoughts": 0, "fault": "", "turns": [], "openings": []}
+        {"input_ids": i, "loss_mask": m, "learned": sum(m), "turns": [], "openings": []}
+        | {"thoughts": 0, "endless": 0, "fault": ""}
         for i, m in zip(ids, masks, strict=True)
     ]
     chunks = [datasets.Dataset.from_list(rows[i : i + 3], features=FEATURES) for i in range(0, len(rows), 3)]

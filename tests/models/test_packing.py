@@ -131,7 +131,7 @@ def test_much_that_stays_unquantised_is_refused(
     tiny_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_model("qwen3_moe", **SIZES).save_pretrained(tmp_path)
-    monkeypatch.setattr("distill.models.packing._holds_experts", lambda module: False)  # a family that nobody knows
+    monkeypatch.setattr("distill.models.packing.holds_experts", lambda module: False)  # a family that nobody knows
     with pytest.raises(
         UserError, match=r"kB of its matrices stay unquantised .*Experts.gate_up_proj.*allow_unquantized"
     ):
