@@ -77,7 +77,8 @@ def write(source: Path, folder: Path, type: str) -> None:
         plan.notes.append(f"{len(kept)} matrices stay at f16, their rows being no multiple of 32 long ({kept[0]})")
     for note in (*plan.notes, *vocabulary.notes):
         say(f"gguf: {note}")
-    say(f"gguf: for Ollama: ollama create NAME -f {modelfile(folder, type)}")
+    # The folder has another name until the export is whole.
+    say(f"gguf: for Ollama, in the export's folder: ollama create NAME -f {modelfile(folder, type).name}")
 
 
 def check(source: Path, folder: Path, type: str, text: str | None = None) -> str:

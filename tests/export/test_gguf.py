@@ -382,4 +382,4 @@ def test_ollama_gets_a_description_beside_the_file(
     assert lines[:2] == ["FROM ./model-q8_0.gguf", 'PARAMETER stop "<|im_end|>"']
     context = json.loads((students("qwen3") / "config.json").read_text())["max_position_embeddings"]
     assert lines[2:] == ([f"PARAMETER num_ctx {context}"] if context < 4096 else [])
-    assert f"ollama create NAME -f {tmp_path / 'Modelfile-q8_0'}" in capsys.readouterr().out
+    assert "in the export's folder: ollama create NAME -f Modelfile-q8_0\n" in capsys.readouterr().out
