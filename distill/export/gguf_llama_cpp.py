@@ -9,13 +9,18 @@ Shapes: P positions, V vocabulary.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_SERVERS: list[Any] = []
+"""Servers that stay until the process ends: the end of one waits for its thread, now and then for ever."""
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +43,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     parameters.warmup = parameters.fit_params = False
     parameters.verbosity = -1
     server = xllamacpp.Server(parameters)
+    _SERVERS.append(server)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past any proxy of the environment
 
     def ask(path: str, **content: Any) -> dict[str, Any]:
@@ -77,10 +83,22 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Answer the request of the command line, and return the exit status."""
     try:
         Path(sys.argv[2]).write_text(json.dumps(answer(json.loads(Path(sys.argv[1]).read_text()))))
-    except urllib.error.HTTPError:
-        raise
-    except urllib.error.URLError:
-        sys.exit(3)  # `gguf_check.UNREACHABLE`
+    except urllib.error.URLError as error:
+        if not isinstance(error, urllib.error.HTTPError):
+            return 3  # `gguf_check.UNREACHABLE`
+        traceback.print_exc()
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # without the end of `_SERVERS`

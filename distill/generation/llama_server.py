@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import urllib.error
 import urllib.request
@@ -60,6 +61,8 @@ class LlamaSpeaker:
             parameters.warmup = parameters.fit_params = False
             parameters.verbosity = -1
             self._server = xllamacpp.Server(parameters)
+            # It is never taken down: the end of a server waits for its thread, now and then for ever.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._server))
         except Exception as error:  # the reader and the server raise errors of many kinds for what is no model
             raise UserError(f"{file}: llama.cpp does not open it ({first_line(error)})") from error
 
