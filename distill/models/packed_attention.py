@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def by_documents(position_ids_BL: Tensor) -> Iterator[None]:
 
 @contextmanager
 def masks_alone() -> Iterator[None]:
-    """Keep the masks inside, for tensors on a CPU that stand for another device's."""
+    """Keep the masks inside: for tensors that stand for another device's, and to compare answers in 16 bits."""
     token = _masks_alone.set(True)
     try:
         yield
@@ -82,9 +81,18 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if mask.shape != (B, 1, L, L) or len(lengths) * FEWEST_TOKENS > B * L or (window and window < int(lengths.max())):
         return mask
     if torch.equal(mask, document_mask(lengths, B, L)):
-        runs = [(len(list(run)), length) for length, run in groupby(lengths.tolist())]
-        setattr(mask, _ATTRIBUTE, Documents(runs, _version(mask)))
+        if mask.is_inference():  # torch does not count the writes to such a tensor
+            with torch.inference_mode(False):
+                mask = mask.clone()
+        setattr(mask, _ATTRIBUTE, Documents(runs_of(lengths), mask._version))
     return mask
+
+
+def runs_of(lengths: Tensor) -> list[tuple[int, int]]:
+    """Return the neighbours of one length: their number and that length."""
+    begins = torch.cat([torch.zeros(1, dtype=torch.long), (lengths[1:] != lengths[:-1]).nonzero().squeeze(1) + 1])
+    counts = torch.cat([begins[1:], torch.tensor([len(lengths)])]) - begins
+    return list(zip(counts.tolist(), lengths[begins].tolist(), strict=True))
 
 
 def document_mask(lengths: Tensor, B: int, L: int) -> Tensor:
@@ -130,9 +138,4 @@ def _covers(mask: Any, documents: Documents, given: tuple[Tensor, ...], settings
     beside = (settings.get(name) for name in ("position_bias", "softcap", "cache"))
     B, _, L, _ = mask.shape
     fits = all(tensor.shape[0] == B and tensor.shape[2] == L for tensor in given)
-    return fits and _version(mask) == documents.version and all(value is None for value in beside)
-
-
-def _version(mask: Tensor) -> int:
-    """Return the number of writes to a tensor so far; 0 in inference mode, where torch does not count them."""
-    return 0 if mask.is_inference() else mask._version
+    return fits and mask._version == documents.version and all(value is None for value in beside)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from distill.models.documents_apart import documents_of
 from distill.models.huggingface import HuggingFaceLanguageModel
-from distill.models.packed_attention import document_mask, masks_alone
+from distill.models.packed_attention import document_mask, masks_alone, runs_of
 
 LENGTHS = [[9, 9, 1, 21], [13, 27], [20, 20]]
 """Documents of each row of 40 tokens."""
@@ -75,16 +75,22 @@ def test_it_is_the_attention_under_the_mask(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_a_mask_that_was_written_over_counts(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_mask_that_was_written_over_counts(
+    mode: Any, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A family may add to the mask in place: then it says more than its documents."""
     model = tiny_model("llama")
 
     def narrow(module: Any, args: Any, given: dict[str, Any]) -> None:
         given["attention_mask"][..., 0].logical_and_(torch.tensor(True))
 
+    with mode(), attention_calls(monkeypatch) as masked:
+        HuggingFaceLanguageModel(model).body(*packed())
+    assert set(masked) == {False}
     for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(narrow, with_kwargs=True)
-    with attention_calls(monkeypatch) as masked:
+    with mode(), attention_calls(monkeypatch) as masked:
         HuggingFaceLanguageModel(model).body(*packed())
     assert set(masked) == {True}
 
@@ -105,3 +111,9 @@ def test_the_mask_of_documents() -> None:
     mask = document_mask(documents_of(positions_BL)[:, 2], *positions_BL.shape)[:, 0]
     for row, sizes in zip(mask, LENGTHS, strict=True):
         assert torch.equal(row, torch.block_diag(*(torch.ones(size, size) for size in sizes)).tril().bool())
+
+
+def test_neighbours_of_one_length_are_one_run() -> None:
+    lengths = torch.tensor([size for row in LENGTHS for size in row])
+    assert runs_of(lengths) == [(2, 9), (1, 1), (1, 21), (1, 13), (1, 27), (2, 20)]
+    assert runs_of(lengths[:1]) == [(1, 9)]

@@ -77,10 +77,10 @@ def test_a_batch_of_many_samples_takes_no_more_kernels_than_one_of_few(monkeypat
     kernels = 0
     dispatch = Tracker.__torch_dispatch__
 
-    def counted(self: Tracker, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: Tracker, *args: Any, **kwargs: Any) -> Any:
         nonlocal kernels
-        kernels += "aten" in str(function) and "_local_scalar_dense" not in str(function)  # a length that is read
-        return dispatch(self, function, *args, **kwargs)
+        kernels += 1
+        return dispatch(self, *args, **kwargs)
 
     monkeypatch.setattr(Tracker, "__torch_dispatch__", counted)
     few, took = simulated(lambda: teacher("none"), batch_size=4), kernels
