@@ -23,6 +23,8 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as a command sets it, of which some are forks of this process
+
 # A suite says the same twice: random tests draw the same examples each time. tests/benchmarks/fuzz.py searches on.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", derandomize=False, deadline=None)

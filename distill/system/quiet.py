@@ -73,6 +73,7 @@ def quiet_command() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a machine that waits for another warns at each try
     warnings.filterwarnings("ignore", module=r"(lightning|transformers|torch|bitsandbytes|tqdm)\b.*")
     quiet_for_good(
         "lightning.pytorch.utilities.rank_zero",
