@@ -199,3 +199,38 @@ def test_a_text_without_a_second_token_is_refused(
     gguf.write(student, tmp_path, "f16")
     with pytest.raises(UserError, match="fewer than two tokens"):
         gguf.check(student, tmp_path, "f16", "x")
+
+
+SERVER = """
+import http.server, json, os, threading
+from types import SimpleNamespace
+
+class CommonParams:
+    def __init__(self):
+        self.model, self.cpuparams, self.cpuparams_batch = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"tokens": [1]}).encode())
+
+class Server:
+    def __init__(self, parameters):
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+        self.listening_address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __del__(self):
+        open(os.environ["TAKEN_DOWN"], "w").close()
+"""
+"""A llama.cpp that leaves a file when its server is taken down, where the real one now and then waits for ever."""
+
+
+def test_its_server_is_never_taken_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "xllamacpp.py").write_text(SERVER, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TAKEN_DOWN", str(tmp_path / "taken-down"))
+    request = {"file": "a.gguf", "threads": 1, "texts": ["a"], "prompts": [], "new_tokens": 0, "ids": [1], "places": []}
+    found = gguf_check._ask(request | {"vocabulary": 2, "logp": str(tmp_path / "logp.npy")})
+    assert found["tokens"] == [[1]] and not (tmp_path / "taken-down").exists()
