@@ -110,6 +110,18 @@ class TeacherModule(pl.LightningModule):
         self.batch_size: int | None = None
         """Samples of a forward pass; what `predict_step` gets may be several of them. None means all of it."""
 
+    @classmethod
+    def of_cache(cls, teacher: LanguageModel, manifest: Manifest, chunk_size: int) -> TeacherModule:
+        """Make the module whose records a cache of this manifest holds."""
+        return cls(
+            teacher,
+            manifest.vocab_size,
+            manifest.make_scheme(),
+            seed=manifest.seed,
+            temperature=manifest.temperature,
+            chunk_size=chunk_size,
+        )
+
     @torch.no_grad()
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[Record]:
         """Return the records of a batch's samples; none if memory ran out and a smaller batch may find room."""

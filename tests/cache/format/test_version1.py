@@ -24,7 +24,7 @@ from distill.cache.reading.storage import FolderStorage
 from distill.cache.reading.verify import verify
 from distill.errors import UserError
 from distill.experiment.folders import Folders
-from distill.recipes import cache_teacher
+from distill.recipes.cache_teacher import command
 
 HERE = Path(__file__).parent / "version1"
 
@@ -90,10 +90,10 @@ def as_version_2(found: Manifest) -> Manifest:
 
 def test_a_finished_one_is_complete(cache: Path, tmp_path: Path, capsys: Any) -> None:
     folders = Folders(tmp_path, cache, tmp_path)
-    assert cache_teacher._accept_version_1(folders, as_version_2(read_manifest(cache))) == 0
+    assert command._accept_version_1(folders, as_version_2(read_manifest(cache))) == 0
     assert "is complete (3 shards, format version 1); nothing to do" in capsys.readouterr().out
     with pytest.raises(UserError, match="seed: expected 1, found 0"):
-        cache_teacher._accept_version_1(folders, replace(as_version_2(read_manifest(cache)), seed=1))
+        command._accept_version_1(folders, replace(as_version_2(read_manifest(cache)), seed=1))
 
 
 def test_an_unfinished_one_is_finished_by_the_release_that_began_it(cache: Path, contents: Any) -> None:
