@@ -15,6 +15,8 @@ COMMANDS = {
     "init": "an experiment file for your card and data, which fits",
     "inspect": "what is in a cache",
     "merge": "parts of a cache, made on several machines, joined into one",
+    "push": "a cache or a student to a bucket or a hub, with its card",
+    "pull": "a cache or a student that was pushed, into a new folder",
     "compare": "several runs on one page",
     "export": "the student in a format that other tools read",
     "quantize": "a checkpoint quantised once, for teachers that are larger than the memory",
@@ -116,6 +118,39 @@ def _merge(parser: argparse.ArgumentParser) -> Recipe:
         words = f"everything so far is kept. To go on: {again}"
         with unbreakable_output():
             return stoppable(lambda: merge.main(options.parts, options.to), words)
+
+    return recipe
+
+
+def _push(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="a cache, a run_dir (its student is meant), a model's folder, or an export's"
+    )
+    parser.add_argument(
+        "--to", metavar="URL", required=True, help="s3://bucket/name or another fsspec URL, or hf://OWNER/NAME"
+    )
+    parser.add_argument("--public", action="store_true", help="of the hub: a new repository is seen by all")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import push
+
+        words = f"files that are there stay. To go on: {shlex.join(['distill', 'push', *arguments])}"
+        with unbreakable_output():
+            return stoppable(lambda: push.main(options.folder, options.to, options.public), words)
+
+    return recipe
+
+
+def _pull(parser: argparse.ArgumentParser) -> Recipe:
+    parser.add_argument("url", metavar="URL", help="the URL that `distill push` was given")
+    parser.add_argument("--to", metavar="DIR", required=True, help="a new folder")
+
+    def recipe(options: argparse.Namespace, arguments: list[str]) -> int:
+        from distill.recipes import pull
+
+        words = f"files that are here stay. To go on: {shlex.join(['distill', 'pull', *arguments])}"
+        with unbreakable_output():
+            return stoppable(lambda: pull.main(options.url, options.to), words)
 
     return recipe
 
@@ -247,6 +282,8 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], Recipe]] = {
     "init": _init,
     "inspect": _inspect,
     "merge": _merge,
+    "push": _push,
+    "pull": _pull,
     "compare": _compare,
     "export": _export,
     "quantize": _quantize,

@@ -26,7 +26,7 @@ FLOORS = (
     {"plugins"},
     {"targets"},
     {"losses", "cache", "corpus"},
-    {"training", "evaluation", "export", "report", "generation"},
+    {"training", "evaluation", "export", "report", "generation", "transfer"},
     {"experiment", "forecast"},
     {"recipes"},
     {"folder_commands", "api"},

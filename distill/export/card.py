@@ -43,22 +43,28 @@ print(tokenizer.decode(logits[0, -1].argmax()))
     "gguf": """\
 Open the `.gguf` file with llama.cpp, or whatever is made from it.
 """,
+    "own": """\
+Its class is not here: `distill pull URL --to {name}`, then `distill chat {name} --class_path my_file.py:MyStudent`.
+""",
 }
 
 
 def write_card(source: Path, folder: Path, name: str, format: str, checked: str) -> None:
     """Write `README.md`, unless the format itself wrote one. `checked` says what was compared."""
     card = folder / FILE
-    if card.exists():
-        return
+    if not card.exists():
+        card.write_bytes(card_of(source, folder, name, format, checked))
+
+
+def card_of(source: Path, folder: Path, name: str, format: str, checked: str | None = None) -> bytes:
+    """Return the card of a student of ours in `source`, as it is in `folder`: its run's report, or the facts."""
     report = source.parent / REPORT
     if source.name == "student" and report.is_file() and is_inside(report, source.parent):
-        card.write_bytes(read_bounded(report))
-    else:
-        card.write_text(short_card(source, folder, name, format, checked), encoding="utf-8")
+        return read_bounded(report)
+    return short_card(source, folder, name, format, checked).encode()
 
 
-def short_card(source: Path, folder: Path, name: str, format: str, checked: str) -> str:
+def short_card(source: Path, folder: Path, name: str, format: str, checked: str | None) -> str:
     """Return a card of the facts in the folders. It contains no path of this machine."""
     settings = read_object(source / "settings.json")
     student, cache = settings.get("student", {}), settings.get("cache", {})

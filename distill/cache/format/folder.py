@@ -20,14 +20,23 @@ TOKEN_ORDER = "token_order"
 """The order of the tokens in which records write their ids."""
 TOKENIZER = "tokenizer"
 """Folder of the teacher's tokenizer."""
+CARD = "README.md"
+"""Card of a cache or a student that was pushed."""
+SUMS = "SHA256SUMS"
+"""List of the files that were pushed, with their hashes, in coreutils' form."""
+PUSHED = (CARD, SUMS)
+"""Files that `distill push` puts beside those of a cache."""
 
 __all__ = [
+    "CARD",
     "FORMAT",
     "JOURNAL",
     "MANIFEST",
     "PART",
+    "PUSHED",
     "SHARDS",
     "SPLITS",
+    "SUMS",
     "TOKENIZER",
     "TOKEN_ORDER",
     "VERSION",

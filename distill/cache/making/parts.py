@@ -12,6 +12,7 @@ from distill.cache.format.folder import (
     JOURNAL,
     MANIFEST,
     PART,
+    PUSHED,
     SHARDS,
     JournalEntry,
     Manifest,
@@ -128,8 +129,8 @@ def _content(part: Storage, shard: int, entry: JournalEntry) -> bytes:
 
 
 def _beside_shards(folder: Path) -> list[Path]:
-    """Return the files that merging copies: all beside the shards, except those that it makes itself."""
-    made = {MANIFEST, JOURNAL, PART}
+    """Return the files that merging copies: all beside the shards, but those that it makes, and those of a push."""
+    made = {MANIFEST, JOURNAL, PART, *PUSHED}
     found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in found:
         if path.is_symlink() and not is_inside(path, folder):

@@ -30,8 +30,8 @@ from distill.cache.format.folder import (
 )
 from distill.cache.format.head import HEAD
 from distill.errors import UserError
-from distill.system import failures
 from distill.system.files import TEMPORARY, is_inside, read_bounded, sha256_of, write_durably
+from distill.system.urls import explained
 
 LOCAL_COPY_BYTES = 100 * 10**9
 """Default room for the local copies of a URL's shards."""
@@ -244,20 +244,8 @@ class UrlStorage:
                             raise UserError(f"{self.name}: a file in it is called {relative}: not a cache")
                         yield file, relative, filesystem.size(file)
 
-    @contextlib.contextmanager
-    def _explained(self, file: str = "") -> Iterator[None]:
-        """Return the error of a file system in one line."""
-        what = f"{self.name}: {file}" if file else self.name
-        try:
-            yield
-        except UserError:
-            raise
-        except FileNotFoundError:
-            message = "is missing" if file else f"no cache here ({MANIFEST} is missing)"
-            raise UserError(f"{what}: {message}") from None
-        except ImportError as error:
-            raise UserError(f"{what}: {error}") from None
-        except Exception as error:  # every file system has exceptions of its own
-            if (line := failures.explain(error)) is not None:  # the disk of the copies
-                raise UserError(line) from None
-            raise UserError(f"{what}: cannot be read ({type(error).__name__}: {error})") from None
+    def _explained(self, file: str = "") -> contextlib.AbstractContextManager[None]:
+        """Explain the errors of the file system, about a file of the cache or the cache itself."""
+        if file:
+            return explained(f"{self.name}: {file}")
+        return explained(self.name, f"no cache here ({MANIFEST} is missing)")

@@ -12,6 +12,7 @@ from distill.cache.format.folder import (
     JOURNAL,
     MANIFEST,
     PART,
+    PUSHED,
     SHARDS,
     TOKEN_ORDER,
     TOKENIZER,
@@ -132,8 +133,8 @@ def side_problems(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _strangers(folder: Path, manifest: Manifest, shards: set[int]) -> Iterator[str]:
-    """Return files that no writer of caches made, or that one left half written."""
-    known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER}
+    """Return files that neither a writer of caches nor a push made, or that one left half written."""
+    known = {MANIFEST, JOURNAL, PART, SHARDS, TOKENIZER, *PUSHED}
     known |= {HEAD} if manifest.scheme == "hidden" else set()
     known |= {TOKEN_ORDER} if FINGERPRINT in manifest.fingerprints else set()
     for path in sorted(folder.iterdir()):

@@ -10,10 +10,11 @@ from dataclasses import replace
 from distill.cache.format.folder import Manifest, differences, read_journal, read_manifest
 from distill.cache.format.part import Part
 from distill.cache.making.writer import CacheWriter
+from distill.cache.reading.reader import CacheReader
 from distill.cache.reading.storage import is_url
 from distill.cache.reading.verify import shards_of
 from distill.errors import UserError
-from distill.experiment.cache import as_packed, begun_in
+from distill.experiment.cache import as_packed, begun_in, check_cache_settings, open_cache, packing_of
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
 from distill.experiment.place import Place
@@ -41,7 +42,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     deadline = time.monotonic() + limit
     check_budget_options(experiment)
     if cache.dir and is_url(cache.dir):
-        raise UserError(f"cache.dir: {cache.dir}: a cache is made in a local folder; copy it there when it is finished")
+        return _accept_at_url(experiment, cache.dir)
     part = Part.parse(cache.part) if cache.part else None
     experiment = with_types_of_machine(experiment, "teacher.compute_dtype")
     folders = Folders.of(experiment)
@@ -131,6 +132,18 @@ def _check_ahead(experiment: Experiment, following: tuple[str, ...]) -> None:
     here = devices.pick_device(experiment.train.accelerator).type
     elsewhere = "cuda" if experiment.train.accelerator == "auto" else here
     check_last_steps(experiment, None if "train-student" in following else elsewhere)
+
+
+def _accept_at_url(experiment: Experiment, url: str) -> int:
+    """Accept a finished cache at a URL. Raises UserError for any other: a cache is made in a folder."""
+    made_here = "a cache is made in a local folder, and `distill push CACHE --to URL` brings it there"
+    try:
+        reader = CacheReader(open_cache(experiment), "train")
+    except UserError as error:
+        raise UserError(f"cache.dir: {error}: {made_here}") from None
+    check_cache_settings(as_packed(experiment, packing_of(reader.manifest)), reader.manifest, url)
+    say(f"cache: {url} is complete, {len(reader):,} training samples; it is read from there")
+    return 0
 
 
 def _accept_version_1(folders: Folders, manifest: Manifest) -> int:
