@@ -26,6 +26,7 @@ from paired import Row, Setup
 BENCHES = (
     "head_loss",
     "train_step",
+    "memory_levers",
     "cache_throughput",
     "generate",
     "cache_size",

@@ -5,6 +5,7 @@ the training does: body, fused loss, backward, clip, step. For each lever are pr
 exist at one time, from the first parameter to the end of the second step, and the median time of a step. On a CPU the
 bytes are torch's own allocations, added up from the profiler's record of its allocator; on a CUDA device they are its
 counter's (`torch.cuda.max_memory_allocated`). Levers that need a CUDA device say so where there is none.
+`python tests/benchmarks/bench.py --only memory_levers` has those alone, which only a card can measure.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from paired import allocator_peak
+from paired import Row, Setup, allocator_peak, not_measured, number_row
 from torch import Tensor
 
 from distill.losses.chunks import SparseChunk
@@ -33,6 +34,8 @@ from students.compact import CompactDecoder
 
 ENTRIES = 40
 """Tokens of a sparse target."""
+SIZES = {"layers": 8, "hidden": 384, "vocabulary": 4096, "samples": 8, "length": 64}
+"""Sizes of the student and of a step."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,26 @@ def step_seconds(levers: Levers, sizes: argparse.Namespace, device: torch.device
     return statistics.median(training.step_times[1:])
 
 
+def rows(setup: Setup) -> Iterator[Row]:
+    """Yield time and memory of levers that need a CUDA device, in shares of none; in the sizes of a test of all."""
+    sizes = SIZES | ({"layers": 2, "hidden": 32, "vocabulary": 128, "samples": 4, "length": 16} if setup.tiny else {})
+    setting, device = argparse.Namespace(**sizes, steps=setup.repeats), torch.device(setup.device)
+    case = f"{sizes['layers']} layers of {sizes['hidden']}, {sizes['samples']} x {sizes['length']}"
+    none: list[float] = []
+    for name, levers in ROWS.items():
+        if levers.needs_cuda and device.type == "cpu":
+            yield not_measured("memory_levers", case, name, "needs a CUDA device")
+        elif levers.needs_cuda or setup.tiny or (device.type != "cpu" and not none):
+            found = [step_seconds(levers, setting, device), _peak(levers, setting, device) / 1e6]
+            none = none or found
+            yield number_row("memory_levers", case, f"{name}: time of none", found[0], none[0], "{:.3g} s")
+            yield number_row("memory_levers", case, f"{name}: peak memory of none", found[1], none[1], "{:,.1f} MB")
+
+
+def _peak(levers: Levers, sizes: argparse.Namespace, device: torch.device) -> int:
+    return allocator_peak(lambda: partial(_two_steps, levers, sizes, device), device.type)
+
+
 def table(sizes: argparse.Namespace, device: torch.device) -> Iterator[str]:
     """The lines of a Markdown table."""
     yield f"| levers | peak MB | of none | s a step (median of {sizes.steps}) | of none |"
@@ -171,14 +194,14 @@ def table(sizes: argparse.Namespace, device: torch.device) -> Iterator[str]:
             yield f"| {name} | needs a CUDA device | | | |"
             continue
         seconds = step_seconds(levers, sizes, device)
-        peak = allocator_peak(lambda levers=levers: partial(_two_steps, levers, sizes, device), device.type)
+        peak = _peak(levers, sizes, device)
         baseline = baseline or (peak, seconds)
         yield f"| {name} | {peak / 1e6:,.1f} | {peak / baseline[0]:.0%} | {seconds:.2f} | {seconds / baseline[1]:.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name, default in (("layers", 8), ("hidden", 384), ("vocabulary", 4096), ("samples", 8), ("length", 64)):
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
