@@ -37,7 +37,7 @@ def pick_prompts(
         ids = _long_document(samples[index], prompt_tokens + text_tokens)
         if ids is None:
             continue
-        before, behind = _split(tokenizer, ids, prompt_tokens)
+        before, behind = split_text(tokenizer, ids, prompt_tokens)
         if before.strip() and behind.strip():
             prompts.append(before)
             truth.append(behind)
@@ -57,7 +57,7 @@ def _long_document(sample: dict[str, Tensor], tokens: int) -> list[int] | None:
     return None
 
 
-def _split(tokenizer: Any, ids: Sequence[int], prompt_tokens: int) -> tuple[str, str]:
+def split_text(tokenizer: Any, ids: Sequence[int], prompt_tokens: int) -> tuple[str, str]:
     """Return the text of the first tokens, and the text that the others add to it."""
     whole = decode_text(tokenizer, ids)
     # A character that lies across the border belongs to the continuation.
@@ -70,21 +70,32 @@ def _split(tokenizer: Any, ids: Sequence[int], prompt_tokens: int) -> tuple[str,
 def continue_text(model: LanguageModel, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int = 48) -> list[str]:
     """Return the greedy continuation of each prompt, without the prompt, up to the end of the model's text or answer.
 
-    The prompts are encoded by `tokenizer`, which is the model's own. Prompts of the same number of tokens are continued
-    together. The model must be in evaluation mode. Raises UserError for a prompt longer than its context.
+    The prompts are encoded by `tokenizer`, which is the model's own. The model must be in evaluation mode. Raises
+    UserError for a prompt longer than its context.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    stop_ids, size = ending_tokens(model, tokenizer), vocab_size(tokenizer)
+    written = continue_tokens(model, encoded, new_tokens, vocab_size(tokenizer), ending_tokens(model, tokenizer))
+    return [split_text(tokenizer, [*ids, *new], len(ids))[1] for ids, new in zip(encoded, written, strict=True)]
+
+
+def continue_tokens(
+    model: LanguageModel, prompts: Sequence[list[int]], new_tokens: int, size: int, stop_ids: frozenset[int]
+) -> list[list[int]]:
+    """Return the greedy continuation of each prompt in tokens below `size`, without the stopping one.
+
+    Prompts of one length are continued together. The model must be in evaluation mode. Raises UserError for a prompt
+    longer than its context.
+    """
     same_length: dict[int, list[int]] = defaultdict(list)
-    for index, ids in enumerate(encoded):
+    for index, ids in enumerate(prompts):
         same_length[len(ids)].append(index)
-    texts = [""] * len(encoded)
+    found: list[list[int]] = [[] for _ in prompts]
     for indices in same_length.values():
-        some = [encoded[index] for index in indices]
+        some = [prompts[index] for index in indices]
         written = in_halves(some, lambda few: _greedy(model, few, new_tokens, size, stop_ids))
         for index, ids in zip(indices, written, strict=True):
-            texts[index] = _split(tokenizer, [*encoded[index], *ids], len(encoded[index]))[1]
-    return texts
+            found[index] = ids
+    return found
 
 
 @torch.no_grad()

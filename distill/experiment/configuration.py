@@ -140,6 +140,9 @@ class TrainConfig:
     """Optimiser steps between two log lines."""
     validate_every_steps: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between two measurements of the held-out KL."""
+    texts_every_steps: Annotated[int, Between(1, 10**9)] | None = None
+    """Optimiser steps between two looks at texts: `evaluate.texts` held-out prompts, the likeliest `text_tokens` tokens
+    after each, in the log, the loggers and the report; default: none."""
     checkpoint_every_steps: Annotated[int, Between(1, 10**9)] = 200
     """Optimiser steps between two checkpoints. A killed training repeats at most these."""
     keep_checkpoints: Annotated[int, Between(1, 10**6)] = 2

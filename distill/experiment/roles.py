@@ -68,7 +68,7 @@ def rounding_of(experiment: Experiment) -> Rounding:
 # Settings that may change when a training is resumed: they change its speed, its memory or its logs, not its result.
 _MAY_CHANGE = {
     *("resume", "caches", "begin_from", "dir", "num_workers", "log_every_steps", "loggers", "callbacks"),
-    *("max_time", "checkpoint_every_steps", "keep_checkpoints"),
+    *("max_time", "checkpoint_every_steps", "keep_checkpoints", "texts_every_steps"),
     *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
     *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
 }

@@ -43,6 +43,9 @@ def check_training(experiment: Experiment, scheme: str, held_out: int, device: s
     check_features(loss.feature_weight, scheme)
     if train.early_stopping is not None and not held_out:
         raise UserError("train.early_stopping: the cache holds no held-out samples to watch (cache.held_out_samples)")
+    if train.texts_every_steps is not None and not (held_out and experiment.evaluate.texts):
+        lacking = "cache.held_out_samples" if not held_out else "evaluate.texts"
+        raise UserError(f"train.texts_every_steps: {lacking} is 0, so there are no prompts to write on from: give some")
     check_optimizer(
         train.optimizer,
         rounding=rounding_of(experiment),

@@ -20,7 +20,7 @@ from distill.forecast.room import free_bytes, needs, shortages
 from distill.forecast.rounds import RoundsForecast, rounds_of
 from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes, corpus_work, moment_bytes
 from distill.forecast.steps import Training, searched, step_samples, steps
-from distill.forecast.writing import is_asked, seconds_of, writing_of
+from distill.forecast.writing import is_asked, looks_seconds, seconds_of, writing_of
 from distill.system.units import duration, size
 
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -183,6 +183,8 @@ class Forecaster:
     def _phase(self, experiment: Experiment, phase: Phase, pieces: list[Piece], amount: Amount) -> PhaseForecast:
         peak = max((piece.simulation for piece in pieces), key=lambda simulation: simulation.peak_bytes)
         seconds, each, count = _time(experiment, phase, pieces, amount)
+        if phase == "train-student" and seconds is not None and count is not None:
+            seconds += looks_seconds(experiment, count, self.card, pieces[0].sizes)
         needed = peak.peak_bytes + round(FRAGMENTATION * peak.peak_bytes) + self._context_bytes()
         return PhaseForecast(
             phase=phase,

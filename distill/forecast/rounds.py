@@ -12,7 +12,7 @@ from distill.forecast.machine.cards import Card
 from distill.forecast.phases.simulator import Phase, Piece
 from distill.forecast.sizes import Amount, cache_bytes
 from distill.forecast.steps import step_samples, steps
-from distill.forecast.writing import PROMPT_TOKENS, Writing, seconds_of, writing_of
+from distill.forecast.writing import PROMPT_TOKENS, Writing, looks_seconds, seconds_of, writing_of
 from distill.system.units import duration
 
 
@@ -82,7 +82,9 @@ def rounds_of(
         tokens=writing.tokens,
         writing_seconds=left * seconds_of(writing, asking, card, student.sizes),
         scoring_seconds=left * batches * teacher.seconds,
-        training_seconds=sum(trainings) * student.seconds,
+        training_seconds=sum(
+            count * student.seconds + looks_seconds(experiment, count, card, student.sizes) for count in trainings
+        ),
         bytes=total,
     )
 

@@ -100,6 +100,18 @@ def seconds_of(writing: Writing, experiment: Experiment, card: Card, sizes: Mapp
     return writing.passes * max(sizes["bytes"] / pace.bytes, products)
 
 
+def looks_seconds(experiment: Experiment, steps: float, card: Card, sizes: Mapping[str, int]) -> float:
+    """Return the time of the texts that a student of these sizes writes in a training of so many steps.
+
+    Each token of each text is a pass of its own that reads all weights.
+    """
+    if experiment.train.texts_every_steps is None:
+        return 0.0
+    looks = steps // experiment.train.texts_every_steps + 1
+    tokens = looks * experiment.evaluate.texts * experiment.evaluate.text_tokens
+    return tokens * sizes["bytes"] / speed(card).bytes
+
+
 def written_tokens(experiment: Experiment, path: str) -> int | None:
     """Return the tokens of a source that a model wrote, or is to write at most; None for any other source."""
     folder = Path(path).expanduser()

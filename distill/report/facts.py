@@ -11,6 +11,7 @@ from typing import Any
 from distill.errors import UserError
 from distill.report.curves import Curves, read_curves
 from distill.report.schema import COST_LINE, EVALUATION, FORECAST, SEARCH, checked
+from distill.report.training_texts import Line, read_texts
 from distill.system import ledger
 from distill.system.files import names_only, read_bounded
 
@@ -27,6 +28,8 @@ class RunFacts:
     """Content of evaluation.json: shares 0 to 1, nats, bytes, tokens a second."""
     curves: Mapping[str, Curves]
     """Curves of `student` and `control`."""
+    texts: Mapping[str, list[Line]]
+    """Texts that `student` and `control` wrote while they were trained."""
     costs: tuple[Mapping[str, Any], ...]
     """Content of costs.jsonl: one object for each invocation of a phase."""
     forecast: tuple[Mapping[str, Any], ...]
@@ -46,6 +49,7 @@ class RunFacts:
             run,
             evaluation,
             {role: curves for role in ("student", "control") if (curves := read_curves(run / "logs" / role))},
+            {role: lines for role in ("student", "control") if (lines := read_texts(run / "logs" / role))},
             _read_costs(run / ledger.FILE),
             tuple(_read_object(run / "forecast.json", FORECAST).get("rows", [])),
             _read_object(run / "search.json", SEARCH),

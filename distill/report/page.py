@@ -11,7 +11,7 @@ import jinja2
 from distill import __version__
 from distill.errors import UserError
 from distill.losses.plausibility import implausible
-from distill.report import benchmarks, fidelity, own_texts, provenance, speed
+from distill.report import benchmarks, fidelity, own_texts, provenance, speed, training_texts
 from distill.report.contents import Continuation, Page, Prompt, Section
 from distill.report.corpus import corpus_section
 from distill.report.facts import LIMIT, RunFacts
@@ -75,6 +75,7 @@ def run_page(facts: RunFacts) -> Page:
         *own_texts.rounds_section(facts),
         *own_texts.section(facts),
         *_text_section(facts),
+        *training_texts.section(facts.texts),
         *corpus_section(facts),
         *provenance.search_section(facts),
         *provenance.cost_section(facts),

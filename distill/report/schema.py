@@ -98,6 +98,7 @@ COST_LINE = {
     **dict.fromkeys(("phase", "began", "ended", "energy_source"), TEXT),
     **dict.fromkeys(("seconds", "peak_memory_bytes", "peak_device_bytes", "joules"), NUMBER),
 }
+TEXTS_LINE = {"step": NUMBER, "prompts": [TEXT], "texts": [TEXT]}
 FORECAST = {"rows": [{"what": TEXT, "unit": TEXT, "forecast": NUMBER, "measured": NUMBER}]}
 SEARCH = {"candidates": [{"options": OBJECT, "parameters": NUMBER, "kl": {"*": NUMBER}}], "chosen": OBJECT}
 REQUIRED = {
@@ -108,6 +109,7 @@ REQUIRED = {
 }
 REQUIRED |= {id(COST_LINE): ("phase", "seconds"), id(EVALUATION["texts"]): ("prompts",)}
 REQUIRED |= {id(SEARCH["candidates"][0]): ("options", "parameters", "kl")}
+REQUIRED |= {id(TEXTS_LINE): ("step", "prompts", "texts")}
 REQUIRED |= {id(_ROUND): ("round", "held_out_kl")}
 REQUIRED |= {id(_OWN): ("texts", "tokens"), id(_OWN_BIN): ("from", "positions", "kl")}
 REQUIRED |= {id(FORECAST["rows"][0]): ("what", "unit"), id(_SEEDS["*"]): ("mean", "values")}

@@ -7,7 +7,7 @@ import importlib
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,22 @@ def _trackio(folder: Path, run_name: str) -> Logger:
     return TrackioLogger(PROJECT, run_name)
 
 
+def log_texts(logger: Logger, step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Give texts that a model wrote after prompts to a logger that shows texts; the CSV logger does not."""
+    pairs = [[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
+    if isinstance(logger, TensorBoardLogger):
+        for number, (prompt, text) in enumerate(pairs, 1):
+            shown = f"{prompt} ▸ {text}".replace("\n", "\n    ")  # indented, which is Markdown for text as it is
+            logger.experiment.add_text(f"text {number}", f"    {shown}", step)
+    elif isinstance(logger, WandbLogger):
+        logger.log_text("texts", columns=["prompt", "text"], data=pairs, step=step)
+    elif isinstance(logger, MLFlowLogger):
+        content = "\n\n".join(f"{prompt} ▸ {text}" for prompt, text in pairs)
+        logger.experiment.log_text(logger.run_id, content, f"texts/step-{step:08}.txt")
+    elif isinstance(logger, TrackioLogger):
+        logger.log_texts(pairs, step)
+
+
 class TrackioLogger(Logger):
     """Trackio (https://github.com/gradio-app/trackio), for which Lightning has no logger."""
 
@@ -187,6 +203,16 @@ class TrackioLogger(Logger):
         if not self._is_open:
             self._begin()
         self._trackio.log(dict(metrics), step=step)
+
+    @rank_zero_only
+    def log_texts(self, pairs: list[list[str]], step: int) -> None:
+        """Log a table of prompts and texts."""
+        import pandas as pd  # Trackio's own requirement
+
+        if not self._is_open:
+            self._begin()
+        table = self._trackio.Table(dataframe=pd.DataFrame(pairs, columns=["prompt", "text"]))
+        self._trackio.log({"texts": table}, step=step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill import plugins
 from distill.corpus import open_corpus
 from distill.evaluation import texts as evaluation_texts
-from distill.evaluation.texts import HALF, _split, continue_text, pick_prompts
+from distill.evaluation.texts import HALF, continue_text, pick_prompts, split_text
 from distill.models.generation import decoder, generate
 from distill.models.huggingface import HuggingFaceLanguageModel
 
@@ -75,10 +75,10 @@ def test_no_half_characters_wherever_the_border_is(tokenizer: Any) -> None:
     text = "naïve 日本語 😀 end"
     ids = tokenizer.encode(text)
     for border in range(len(ids) + 1):
-        before, behind = _split(tokenizer, ids, border)
+        before, behind = split_text(tokenizer, ids, border)
         assert before + behind == text
         assert HALF not in before + behind
-    cut = _split(tokenizer, ids[: len(tokenizer.encode("naïve 日")) - 1], 3)
+    cut = split_text(tokenizer, ids[: len(tokenizer.encode("naïve 日")) - 1], 3)
     assert "".join(cut) == "naïve "
 
 

@@ -27,6 +27,7 @@ from distill.models.saving import save_language_model
 from distill.models.tokenizer_trimming import needed_tokens, trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.models.vocabulary import Vocabulary
+from distill.recipes.train_student.texts import make_texts
 from distill.system import interrupt, ledger
 from distill.system.blame import blamed
 from distill.system.processes import leave_if_not_first, together
@@ -39,6 +40,7 @@ from distill.training.data import CacheDataModule
 from distill.training.held_out import MeasureHeldOut
 from distill.training.loggers import make_loggers
 from distill.training.parallel import is_sharded
+from distill.training.texts import WriteTexts
 from distill.training.trainer import make_trainer
 from distill.training.user_callbacks import make_callbacks
 from distill.training.vocabulary import count_tokens, trim_batch
@@ -195,6 +197,7 @@ class Training:
                 *self._watch(),
                 *make_callbacks(config.callbacks),  # before the one that writes checkpoints, which hold their states
                 self.held_out,
+                *self._texts(),
                 KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
             ],
         )
@@ -209,6 +212,12 @@ class Training:
             damaged = f"{self.best} is damaged or was never written"
             say(f"{name}: {damaged}: these are the weights of the last step, not the best")
         return self._with_weights_of(newest(self.checkpoints)) if is_sharded(student) else student
+
+    def _texts(self) -> list[WriteTexts]:
+        """Return the callback that writes sample texts, if they are asked for."""
+        if self.data.held_out is None:
+            return []
+        return make_texts(self.experiment, self.data.held_out, self.data.vocabulary, self.folders.logs(self.role.name))
 
     def _watch(self) -> list[pl.Callback]:
         """Return the looks that are taken once, before anything is measured or kept."""
