@@ -85,9 +85,8 @@ def shard(module: nn.Module, mesh: Any) -> None:
     for block in blocks(module) or []:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
-    for name in ("body", "read"):  # `read` is a Hugging Face model's way with a key-value cache
-        if hasattr(module, name):
-            register_fsdp_forward_method(module, name)
+    if hasattr(module, "body"):
+        register_fsdp_forward_method(module, "body")
 
 
 def make_strategy(name: str, devices: int) -> Any:

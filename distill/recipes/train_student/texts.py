@@ -14,10 +14,12 @@ from distill.cache.reading.reader import CacheReader
 from distill.evaluation.own_texts import pick_questions
 from distill.evaluation.texts import continue_tokens, split_text
 from distill.experiment.configuration import Experiment
-from distill.models.generation import ending_tokens
+from distill.models.generation import context_length, ending_tokens
+from distill.models.language_model import Head
 from distill.models.tokenizer_trimming import trim_tokenizer
 from distill.models.tokenizers import load_folder_tokenizer, vocab_size
 from distill.models.vocabulary import Vocabulary
+from distill.training.parallel import is_sharded
 from distill.training.texts import FILE, WriteTexts
 
 _DOCUMENTS = 2**24
@@ -45,11 +47,27 @@ def make_texts(
     size = vocab_size(tokenizer)
 
     def write(student: Any) -> list[str]:
-        written = continue_tokens(student, prompts, new_tokens, size, ending_tokens(student, tokenizer))
+        model = _Uncached(student) if is_sharded(student) else student
+        written = continue_tokens(model, prompts, new_tokens, size, ending_tokens(student, tokenizer))
         return [split_text(tokenizer, [*ids, *new], len(ids))[1] for ids, new in zip(prompts, written, strict=True)]
 
     shown = [split_text(tokenizer, ids, len(ids))[0] for ids in prompts]
     return [WriteTexts(shown, write, logs / FILE, every)]
+
+
+class _Uncached:
+    """A student without its key-value cache: under fsdp its `body` alone gathers the weights of all devices."""
+
+    def __init__(self, student: Any) -> None:
+        self._student = student
+        self.max_position_embeddings = context_length(student)
+
+    def body(self, input_ids_BL: Tensor, position_ids_BL: Tensor) -> Any:
+        return self._student.body(input_ids_BL, position_ids_BL)
+
+    @property
+    def head(self) -> Head:
+        return self._student.head
 
 
 class _HeldOut(Dataset):
