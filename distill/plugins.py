@@ -24,7 +24,7 @@ from distill.system.values import fits, is_plain, type_hints
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["student", "teacher", "callback", "divergence", "metric"]
+Kind = Literal["student", "teacher", "callback", "divergence", "metric", "reader"]
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "teacher": {
@@ -40,6 +40,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "callback": {},
     "divergence": {},
     "metric": {},
+    "reader": {},
 }
 SETTING = {
     "student": "student.class_path",
@@ -47,6 +48,7 @@ SETTING = {
     "callback": "train.callbacks",
     "divergence": "loss.divergence",
     "metric": "evaluate.metric",
+    "reader": "corpus.reader",
 }
 """Key of the experiment file that names a plug-in, for messages."""
 OPTIONS = {"student": "student.options", "teacher": "teacher.options", "callback": "train.callbacks: init_args"}

@@ -67,8 +67,9 @@ def open_corpus(
     sources = [TextSource(corpus)] if isinstance(corpus, str) else list(corpus)
     path, weights = ", ".join(source.path for source in sources), check_weights(sources)
     sampling = Sampling(tokenizer, sequence_length, pack, long, begun, held_out)
-    if len(sources) == 1 and (is_stream(path, sources[0].split) if is_streamed is None else is_streamed):
-        streaming = Streaming(sources[0], learning, bad_rows, sampling, seed, revision or sources[0].revision)
+    first = sources[0]
+    if len(sources) == 1 and (is_stream(path, first.split, first.reader) if is_streamed is None else is_streamed):
+        streaming = Streaming(first, learning, bad_rows, sampling, seed, revision or first.revision)
         return streaming.gathered(most, most_held_out)
     if revision is not None:
         raise UserError(f"corpus.revision: {revision}: only a hub data set has revisions")

@@ -24,6 +24,7 @@ import pyarrow.parquet
 
 from distill.corpus.faults import BadRow
 from distill.corpus.folders import documents_in, files_of_split
+from distill.corpus.own_reader import OwnReader
 from distill.corpus.shapes import BY_NAME, Columns, columns_to_read
 from distill.corpus.text_files import COMPRESSIONS, LONGEST_LINE, lines, open_text
 from distill.corpus.written import is_written
@@ -53,6 +54,7 @@ class CorpusFile:
     """Number of the corpus's source that it belongs to."""
     limit: int | None = None
     """Largest number of rows that are read of that source."""
+    reader: OwnReader | None = None
 
     @property
     def label(self) -> str:
@@ -60,8 +62,12 @@ class CorpusFile:
         return str(self.path)
 
     def content_key(self) -> str:
-        """Return a hash of the file's bytes and format, never of its date, so that an edited file is noticed."""
-        digest = hashlib.sha256(f"{kind_of(self.path)} {self.path.suffix} {self.columns.text_column}\n".encode())
+        """Return a hash of the file's bytes and format, never of its date, so that an edited file is noticed.
+
+        The code of a reader of the user's own is a format.
+        """
+        kind = kind_of(self.path) if self.reader is None else f"reader {self.reader.source}"
+        digest = hashlib.sha256(f"{kind} {self.path.suffix} {self.columns.text_column}\n".encode())
         with open(self.path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
@@ -72,6 +78,9 @@ class CorpusFile:
 
         Text is UTF-8 (a byte order mark is dropped) and its line ends arrive as "\\n".
         """
+        if self.reader is not None:
+            yield from self.reader.rows(self.path)
+            return
         kind = kind_of(self.path)
         try:
             if kind in TABLES:
@@ -118,34 +127,42 @@ class HubDataset:
 Source = CorpusFile | HubDataset | WrittenPart
 
 
-def find_sources(path: str, name: str | None, split: str, columns: Columns = BY_NAME) -> list[Source]:
+def find_sources(
+    path: str, name: str | None, split: str, columns: Columns = BY_NAME, reader: OwnReader | None = None
+) -> list[Source]:
     """Return the files at `path` (a folder's files recursively, sorted by name), or the hub data set of that name.
 
     The hub is asked only if nothing on this machine has the name. In a folder whose files are named after splits, only
     those of `split` are read. Files of other formats, and those that only tell about a data set, are left out with one
-    logged line. Hidden files and folders are left out. A folder that a model wrote is its parts.
+    logged line. Hidden files and folders are left out. A folder that a model wrote is its parts. With a `reader` files
+    are of any format.
     """
     if is_written(path):
+        if reader is not None:
+            raise UserError(f"corpus.reader: {path} was written by `distill generate`, which needs none: take it out")
         return list(written_parts(path))
-    files = local_files(path, split)
+    files = local_files(path, split, reader)
     if files is None:
         return [HubDataset(path, _load_from_hub(path, name, split), columns)]
-    return [CorpusFile(file, columns) for file in files]
+    return [CorpusFile(file, columns, reader=reader) for file in files]
 
 
-def local_files(path: str, split: str = "train") -> list[Path] | None:
+def local_files(path: str, split: str = "train", reader: OwnReader | str | None = None) -> list[Path] | None:
     """Return the corpus's files on this machine in order, or None if nothing here has the name and the hub may know it.
 
-    Raises UserError if a file cannot be read, or if the path is neither here nor a name that the hub could know.
+    With a `reader`, itself or its name, they are of any format, and here. Raises UserError if a file cannot be read, or
+    if the path is neither here nor a name that the hub could know.
     """
     if not path.strip():
         raise UserError("corpus.path: is empty: give a file, a folder, or a hub data set's name")
     local = Path(path).expanduser()
     if local.is_dir():
-        return _files_in(local, path, split)
+        return _files_in(local, path, split, reads_all=reader is not None)
     if local.exists():
-        if kind_of(local) is None:
-            raise UserError(f"{path}: not a format that can be read (known: {KNOWN_KINDS})")
+        if kind_of(local) is None and reader is None:
+            raise UserError(
+                f"{path}: not a format that can be read (known: {KNOWN_KINDS}; a reader of your own: corpus.reader)"
+            )
         _check_plain(local)
         if split != "train":
             raise UserError(
@@ -154,7 +171,7 @@ def local_files(path: str, split: str = "train") -> list[Path] | None:
             )
         return [local]
     looks_like_path = not HUB_NAME.fullmatch(path) or kind_of(local) is not None or Path(local.parts[0]).exists()
-    if looks_like_path:
+    if looks_like_path or reader is not None:
         near = nearest_path(local, cutoff=0.5)
         raise UserError(f"{path}: no such file or folder{near} (and not a hub data set's name, owner/name)")
     return None
@@ -169,7 +186,7 @@ def kind_of(path: Path) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _files_in(folder: Path, path: str, split: str) -> list[Path]:
+def _files_in(folder: Path, path: str, split: str, *, reads_all: bool) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}): allow it, or remove the folder")
 
@@ -184,7 +201,7 @@ def _files_in(folder: Path, path: str, split: str) -> list[Path]:
             raise UserError(f"{file}: is a link out of {path} and is not followed: copy it here, or remove the link")
         if not file.exists():
             raise UserError(f"{file}: is a link to nothing: remove it")
-    readable = [file for file in documents_in(visible) if kind_of(file)]
+    readable = [file for file in documents_in(visible) if kind_of(file) or (reads_all and not file.is_dir())]
     for file in readable:
         _check_plain(file)
     if not readable:

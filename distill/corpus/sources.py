@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distill.corpus.own_reader import OwnReader
 from distill.corpus.reading import Source, find_sources, local_files
 from distill.corpus.shapes import BY_NAME, Columns
 from distill.corpus.streams import HubFile, open_hub
@@ -30,6 +31,8 @@ class TextSource:
     """Largest number of rows that are read."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
+    reader: OwnReader | None = None
+    """Reader of its files, which may then be of any format."""
 
     @property
     def label(self) -> str:
@@ -43,12 +46,12 @@ class TextSource:
         Of a hub data set beside other sources, only as many files are opened, in an order by `seed`, as hold the rows
         that its limit allows. Raises UserError if it has none.
         """
-        if is_alone or local_files(self.path, self.split) is not None:
+        if is_alone or local_files(self.path, self.split, self.reader) is not None:
             if self.revision is not None:
                 raise UserError(
                     f"corpus.sources: {self.path}: only a hub data set has revisions: take {self.revision} out"
                 )
-            files = find_sources(self.path, self.name, self.split, self.columns)
+            files = find_sources(self.path, self.name, self.split, self.columns, self.reader)
             return [replace(file, owner=owner, limit=self.limit) for file in files]
         if self.limit is None:
             raise UserError(

@@ -40,7 +40,9 @@ class Streaming:
         revision: str | None,
     ) -> None:
         self._source, self._path = source, source.path
-        self._stream = open_stream(source.path, source.name, source.split, source.columns, seed, revision)
+        self._stream = open_stream(
+            source.path, source.name, source.split, source.columns, seed, revision, source.reader
+        )
         self._windows = Windows(self._stream, source.columns, source.limit)
         self._learning, self._bad_rows, self._sampling, self._seed = learning, bad_rows, sampling, seed
         self._labels = [file.label for file in self._stream.files]

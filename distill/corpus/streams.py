@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 
 from distill.corpus.documents import Rows
+from distill.corpus.own_reader import OwnReader
 from distill.corpus.reading import CorpusFile, Row, local_files
 from distill.corpus.shapes import Columns, columns_to_read
 from distill.corpus.text_files import COMPRESSIONS
@@ -83,34 +84,40 @@ def text_bytes(file: Path) -> int:
     return file.stat().st_size * (GROWTH if file.suffix.lower() in (*COMPRESSIONS, ".parquet") else 1)
 
 
-def is_stream(path: str, split: str) -> bool:
+def is_stream(path: str, split: str, reader: OwnReader | None = None) -> bool:
     """Tell whether a corpus is read as a stream: any hub data set, and large files but those that a model wrote."""
     if is_written(path):
         return False
-    files = local_files(path, split)
+    files = local_files(path, split, reader)
     return files is None or is_large(files)
 
 
 def open_stream(
-    path: str, name: str | None, split: str, columns: Columns, seed: int, revision: str | None = None
+    path: str,
+    name: str | None,
+    split: str,
+    columns: Columns,
+    seed: int,
+    revision: str | None = None,
+    reader: OwnReader | None = None,
 ) -> Stream[Rows]:
     """Open a corpus as a stream of files, shuffled with `seed`. No file's content is read but for a sample of it."""
-    files = local_files(path, split)
+    files = local_files(path, split, reader)
     if files is None:
         return open_hub(path, name, split, columns, seed, revision)
     if revision is not None:
         raise UserError(f"corpus.revision: {revision}: {path} is on this machine, and has no revisions")
-    return _local(Path(path).expanduser(), files, columns, seed)
+    return _local(Path(path).expanduser(), files, columns, seed, reader)
 
 
-def _local(root: Path, files: list[Path], columns: Columns, seed: int) -> Stream[Rows]:
+def _local(root: Path, files: list[Path], columns: Columns, seed: int, reader: OwnReader | None) -> Stream[Rows]:
     order = np.random.default_rng(seed).permutation(len(files)).tolist()
     files = [files[number] for number in order]
     names = [file.relative_to(root).as_posix() if file != root else file.name for file in files]
     known = [[name, file.stat().st_size, _sample(file)] for name, file in zip(names, files, strict=True)]
-    fingerprint = _sha256(["files", known])
+    fingerprint = _sha256(["files", known, *([] if reader is None else [reader.source])])
     here = [[str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_ctime_ns] for file in files]
-    sources = [CorpusFile(file, columns) for file in files]
+    sources = [CorpusFile(file, columns, reader=reader) for file in files]
     return Stream(sources, fingerprint, _sha256([fingerprint, here]), names, [text_bytes(file) for file in files])
 
 

@@ -8,9 +8,15 @@ from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
 from distill.models.contract import checked_head, not_finite, try_model
+from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.isolation import LENGTH, Fault, Rows, find_fault
 from distill.models.language_model import ONE_DOCUMENT_A_ROW
 from distill.system.progress import say
+
+_REMEDY = (
+    "attention keeps them apart by a mask made of position_ids, as document_mask of students/compact.py is; a "
+    "recurrent state cannot"
+)
 
 
 def offered_options(experiment: Experiment, device: str, vocab_size: int, first_samples: Any = None) -> dict[str, Any]:
@@ -60,7 +66,11 @@ def check_model(
     if fault is not None:
         raise UserError(f"{name}: {fault.value}")
     if apart and tells:
-        say(f"{name}: documents that share a row would see one another in this model: each is read in a row of its own")
+        remedy = "" if isinstance(model, HuggingFaceLanguageModel) else f" ({_REMEDY})"
+        say(
+            f"{name}: documents that share a row would see one another in this model: each is read in a row of its own"
+            f"{remedy}"
+        )
     return apart
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from distill.corpus.own_reader import load_reader
 from distill.corpus.reading import local_files
 from distill.corpus.shapes import Columns
 from distill.corpus.sources import TextSource
@@ -59,11 +60,12 @@ def prompt_sources(experiment: Experiment) -> list[TextSource]:
     for path in (source.path for source in sources):
         if is_written(path) or Path(path).expanduser().resolve() == folder_of(experiment).resolve():
             raise UserError(f"generate.prompts: {path} is a folder of written texts: name the prompts to start from")
+    is_here = {source.path: local_files(source.path, source.split, source.reader) is not None for source in sources}
     for source in sources:
         if source.revision is not None:
             raise UserError(f"generate.prompts: {source.path}: is read at its newest revision: leave the revision out")
         # Of a data set on the hub, no more is fetched than is written on.
-        if local_files(source.path, source.split) is None and not (source.limit or generate.max_prompts):
+        if not is_here[source.path] and not (source.limit or generate.max_prompts):
             raise UserError(
                 f"generate.max_prompts: {source.path} is a hub data set, which would be read whole: give the number of "
                 "prompts, or a file"
@@ -74,7 +76,8 @@ def prompt_sources(experiment: Experiment) -> list[TextSource]:
             source.name,
             source.split,
             Columns.of(source.columns, prompts=True),
-            limit=source.limit or (generate.max_prompts if local_files(source.path, source.split) is None else None),
+            limit=source.limit or (None if is_here[source.path] else generate.max_prompts),
+            reader=load_reader(source.reader),
         )
         for source in sources
     ]

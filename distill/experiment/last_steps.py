@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distill import plugins
+from distill.corpus.own_reader import load_reader
 from distill.errors import UserError
 from distill.evaluation import benchmarks
 from distill.experiment.checks import offered_options
@@ -20,11 +21,13 @@ def check_last_steps(experiment: Experiment, device_type: str | None = None) -> 
     """Check before the first step of a run the needs of the last ones, such as installed packages.
 
     `device_type`: kind of device that the student trains on elsewhere; default: this machine's, with its number of
-    devices. Raises UserError for a logger or lm-eval that is not installed, for callbacks that cannot be made, for
-    unknown benchmarks, for options that the student's class lacks or needs, and for settings of the training that
-    exclude one another.
+    devices. Raises UserError for a reader that is not there, for a logger or lm-eval that is not installed, for
+    callbacks that cannot be made, for unknown benchmarks, for options that the student's class lacks or needs, and for
+    settings of the training that exclude one another.
     """
     config = experiment.train
+    for source in experiment.corpus.all_sources:
+        load_reader(source.reader)
     check_loggers(config.loggers)
     make_callbacks(config.callbacks)
     if device_type is None:

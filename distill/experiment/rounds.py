@@ -129,6 +129,7 @@ class Rounds:
             revision=None,
             split="train",
             columns={},
+            reader=None,
             sources=[],
         )
         cache = replace(

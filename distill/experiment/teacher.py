@@ -12,6 +12,7 @@ from typing import Any
 
 from distill import plugins
 from distill.corpus import SampleSets, open_corpus
+from distill.corpus.own_reader import load_reader
 from distill.corpus.packing import Packing
 from distill.corpus.shapes import Columns
 from distill.corpus.sources import TextSource
@@ -150,6 +151,7 @@ def open_samples(
                 source.weight,
                 source.limit,
                 source.revision,
+                load_reader(source.reader),
             )
             for source in corpus.all_sources
         ],

@@ -35,6 +35,8 @@ class SourceConfig:
     """Share of the training tokens, relative to the other sources' weights; default: all tokens of all sources."""
     limit: Annotated[int, Between(1, 2**40)] | None = None
     """Rows that are read at most; a hub data set needs it."""
+    reader: str | None = None
+    """`file.py:function` that yields a file's rows, for formats of your own."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class CorpusConfig:
     """Split of a hub data set, or of a folder whose files are named after splits; several as `train+test`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns by their meaning, such as `{text: body}` or `{prompt: question, completion: answer}`."""
+    reader: str | None = None
+    """`file.py:function` that yields the rows of each file of `path`, for formats of your own."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Several sources instead of `path`, each with path, name, split, columns, weight and limit."""
+    """Several sources instead of `path`, each with path, name, split, columns, weight, limit and reader."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Turns of a conversation that are learned: the assistant's, the assistant's last one, or all text."""
     thoughts: Literal["keep", "drop"] = "keep"
@@ -86,7 +90,7 @@ class CorpusConfig:
         """The sources; `path` with its keys is one."""
         if self.path is None:
             return self.sources
-        return [SourceConfig(self.path, self.name, self.revision, self.split, self.columns)]
+        return [SourceConfig(self.path, self.name, self.revision, self.split, self.columns, reader=self.reader)]
 
     @property
     def named(self) -> str:

@@ -87,6 +87,7 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
         "revision": corpus.revision is not None,
         "split": corpus.split != "train",
         "columns": bool(corpus.columns),
+        "reader": corpus.reader is not None,
     }
     for key in (key for key, is_given in own.items() if is_given and corpus.sources):
         yield f"corpus.{key}: stands beside corpus.sources: give it to each source that it is meant for"

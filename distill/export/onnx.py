@@ -9,7 +9,9 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.errors import UserError, first_line
+from distill.errors import UserError
 from distill.export import onnx_tracing, probe
 from distill.export.hf import save_tokenizer
 from distill.models.huggingface import HuggingFaceLanguageModel
@@ -35,6 +37,8 @@ TRACED = (2, 8)
 """Rows and tokens of the traced input. The check takes others."""
 ONE_FILE = 1_900_000_000
 """Largest weights in bytes that lie in the graph's own file, which can have 2 GiB."""
+_LONGEST_REASON = 600
+"""Largest number of characters of torch's reason for a refusal: two sentences take 300."""
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -152,8 +156,15 @@ def _traced(forward: torch.nn.Module, vocabulary: int, sizes: list[tuple[int, in
     except onnx_tracing.Undecided as error:
         raise UserError(f"{name}: an ONNX graph is the same for all texts, and this model is not: {error}") from error
     except Exception as error:  # the tracer runs the model's code, which may raise anything
-        reason = first_line(error).partition(" For more information")[0]
-        raise UserError(f"{name}: torch.export cannot trace this model for ONNX: {reason}") from error
+        raise UserError(f"{name}: torch.export cannot trace this model for ONNX: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the exporter's reason on one line: all of it up to the user's code, without hints about its own logs."""
+    text = re.sub(r"For (more|extended) [^,]*, [^\n]*", "", str(error))
+    text = re.split(r"\n\s*(?:User [Ss]tack|User code|The following call|Suggested fixes|from user code)", text)[0]
+    words = " ".join(text.split()) or type(error).__name__
+    return textwrap.shorten(words, _LONGEST_REASON, placeholder=" …")
 
 
 def _forget_the_way(model: Any) -> None:
@@ -186,4 +197,4 @@ def _translated(program: Any) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(f"torch's exporter has no ONNX for this model: {first_line(cause)}") from error
+        raise UserError(f"torch's exporter has no ONNX for this model: {_reason(cause)}") from error

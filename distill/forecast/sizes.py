@@ -84,6 +84,8 @@ def corpus_work(experiment: Experiment, amount: Amount) -> CorpusWork | None:
     corpus = experiment.corpus
     if (Folders.of(experiment).cache / MANIFEST).is_file() or amount.train is None:
         return None
+    if any(source.reader for source in corpus.all_sources):
+        return None
     samples = amount.train / (1 - corpus.held_out)
     files = [
         local_files(source.path, source.split) if written_tokens(experiment, source.path) is None else []
@@ -142,8 +144,8 @@ def _samples_in_files(experiment: Experiment) -> int | None:
         if written is not None:
             tokens += written
             continue
-        files = local_files(source.path, source.split)
-        if files is None:
+        files = local_files(source.path, source.split, source.reader)
+        if files is None or source.reader is not None:  # nobody knows how much text a format of the user's own holds
             return None
         tokens += bytes_of_text(files) / BYTES_A_TOKEN_OF_TEXT
     return max(1, math.ceil(tokens / experiment.corpus.sequence_length))

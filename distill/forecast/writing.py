@@ -70,6 +70,8 @@ def writing_of(experiment: Experiment) -> Writing | None:
 def _prompts(experiment: Experiment) -> int | None:
     most, prompts = experiment.generate.max_prompts, experiment.generate.prompts
     paths = [source.path for source in experiment.corpus.all_sources] if prompts is None else [prompts]
+    if prompts is None and any(source.reader for source in experiment.corpus.all_sources):
+        return most
     try:
         found = [local_files(path) for path in paths]
     except UserError:

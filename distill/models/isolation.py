@@ -46,8 +46,8 @@ class Fault(Enum):
         "a causal mask, a convolution padded on both sides, a shift the wrong way, a norm over positions?)"
     )
     DOCUMENTS = (
-        "packed documents see one another in this model (its state runs across position_ids that restart at 0): "
-        "cache and train with --corpus.pack false"
+        "packed documents see one another in this model (attention without a mask made of position_ids, or a state "
+        "that runs across their restarts at 0): cache and train with --corpus.pack false"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 from torch import nn
@@ -24,12 +25,27 @@ def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
     return len(recomputed)
 
 
-def blocks(model: nn.Module) -> nn.ModuleList | None:
-    """Return the longest `nn.ModuleList` whose elements are of one class, except lists inside other lists' elements.
+def blocks(model: nn.Module) -> list[nn.Module] | None:
+    """Return the blocks: the longest `nn.ModuleList` whose elements are of one class, except lists inside elements.
 
-    In most models these are the layers. A layer's experts are not, though they may be more.
+    In most models these are the layers. A layer's experts are not, though they may be more. An element may be None. An
+    element without a forward, such as a list of attention and MLP, is never run: its parts that have matrices are.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    inside = {module for outer in lists for block in outer for module in block.modules()}
-    equal = [blocks for blocks in lists if blocks not in inside and len({type(block) for block in blocks}) == 1]
-    return max(equal, key=len) if equal else None
+    elements = {found: [each for each in found._modules.values() if each is not None] for found in lists}
+    inside = {module for found in lists for each in elements[found] for module in each.modules()}
+    equal = [
+        elements[found] for found in lists if found not in inside and len({type(each) for each in elements[found]}) == 1
+    ]
+    longest = max(equal, key=len, default=[])
+    return [part for each in longest for part in _run(each)] or None
+
+
+def _run(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the module, or if it has no forward, those of its parts that have one and a matrix."""
+    if type(module).forward is not nn.Module.forward:
+        yield module
+        return
+    for part in module.children():
+        if any(parameter.dim() > 1 for parameter in part.parameters()):
+            yield from _run(part)

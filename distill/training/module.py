@@ -26,6 +26,7 @@ from distill.system.memory import is_out_of_memory
 from distill.system.progress import say
 from distill.training.chunk_target import chunk_target
 from distill.training.guards import NonFinite, too_large
+from distill.training.optimizers.adamw import mark, marked
 from distill.training.optimizers.schedule import Schedule
 from distill.training.optimizers.step_in_backward import StepInBackward, gradient_norm, whole
 from distill.training.parallel import is_sharded, shard, sum_gradients
@@ -80,6 +81,7 @@ class DistillationModule(pl.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen parameters are not in a checkpoint; `on_load_checkpoint` is strict
         self.student: Any = student
+        self.undecayed = marked(student)
         self.vocab_size, self.objective, self.chunk_size = vocab_size, objective, chunk_size
         self.micro_batch = micro_batch
         self.make_optimizer, self.make_schedule = make_optimizer, make_schedule
@@ -288,6 +290,7 @@ class DistillationModule(pl.LightningModule):
                 shard(self.projection, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
+        mark(self.student, self.undecayed)
         optimizer = self.make_optimizer(self)
         schedule = self.make_schedule(int(self.trainer.estimated_stepping_batches))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

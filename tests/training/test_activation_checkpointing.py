@@ -89,14 +89,34 @@ def test_a_model_without_blocks_is_refused() -> None:
 def test_lists_inside_blocks_are_not_the_blocks() -> None:
     """A layer's experts are more than the layers, and parts of them."""
 
-    def layer() -> nn.Module:
-        return nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(9))})
+    class Layer(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.ModuleList(nn.Linear(2, 2) for _ in range(9)))
 
-    layers = nn.ModuleList(layer() for _ in range(3))
+    layers = nn.ModuleList(Layer() for _ in range(3))
     model = nn.ModuleDict({"layers": layers, "shorter": nn.ModuleList([nn.Linear(2, 2)])})
-    assert blocks(model) is layers
-    mixed = nn.ModuleList([layer(), nn.Linear(2, 2)])
+    assert blocks(model) == list(layers)
+    mixed = nn.ModuleList([Layer(), nn.Linear(2, 2)])
     assert blocks(nn.ModuleDict({"layers": mixed})) is None
+
+
+def test_layers_that_are_lists_are_recomputed_part_by_part(make_student: Callable[[], Any]) -> None:
+    """As x-transformers and others keep them: norm, attention, MLP and a dropout that may be None."""
+
+    def made(recomputed: bool) -> Any:
+        student = make_student()
+        parts = [nn.ModuleList([nn.LayerNorm(block.linear.in_features), block, None]) for block in student.blocks]
+        student.listed = nn.ModuleList([*parts, None])
+        del student.blocks
+        student.blocks = [part[1] for part in parts]
+        if recomputed:
+            assert checkpoint_blocks(student) == 3
+        return student
+
+    expected, found = gradients(plain := made(False)), gradients(recomputed := made(True))
+    pairs = zip(expected, found, strict=True)
+    assert all(theirs is None is ours or torch.equal(theirs, ours) for theirs, ours in pairs)
+    assert [[block.runs for block in student.blocks] for student in (plain, recomputed)] == [[1] * 3, [2] * 3]
 
 
 @pytest.mark.parametrize(("every_k", "runs"), [(1, [2, 2, 2]), (2, [2, 1, 2]), (3, [2, 1, 1]), (9, [2, 1, 1])])

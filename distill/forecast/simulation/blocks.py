@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from distill.forecast.simulation.repetition import first_two_alike
 from distill.forecast.simulation.tracker import Storage, Tracker
@@ -121,8 +121,10 @@ class AlikeBlocks:
         while self._unsettled:
             known = self._unsettled.pop()
             known.keeps_input = known.input in living
-        given = tree_map(_describe, (args, kwargs))
-        hidden = tensors_in(args, kwargs.values())[0]
+        tensors = tensors_in(args, kwargs.values())
+        if not tensors:
+            return forward(*args, **kwargs)
+        given, hidden = tree_map(_describe, (args, kwargs)), tensors[0]
         seen = self._forward.get(place)
         if index in self._between and seen is not None and seen.given == given:
             return self._repeat(seen, place, hidden, self.blocks[index])
@@ -133,6 +135,8 @@ class AlikeBlocks:
         before, work = set(tracker.living()), Counter(tracker.work)
         made = run()
         results = tensors_in([made])
+        if not results or not all(_is_described(leaf) for leaf in tree_leaves(made)):  # such as a function
+            return made
         out = {tracker.storage_of(tensor) for tensor in results}
         left = [storage for storage in tracker.living() if storage not in before and storage not in out]
         described = tree_map_only(Tensor, _describe, made)
@@ -208,7 +212,12 @@ def _describe(leaf: Any) -> Any:
     """Describe a tensor by its properties, a plain value by itself, all else by its class."""
     if isinstance(leaf, Tensor):
         return _Described(leaf.shape, leaf.dtype, leaf.requires_grad)
-    return leaf if isinstance(leaf, (int, float, str, bool, type(None))) else type(leaf)
+    return leaf if _is_described(leaf) else type(leaf)
+
+
+def _is_described(leaf: Any) -> bool:
+    """Tell whether a leaf's description makes another leaf like it."""
+    return isinstance(leaf, (Tensor, int, float, str, bool, type(None)))
 
 
 def _kind(block: nn.Module) -> Any:

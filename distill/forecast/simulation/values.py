@@ -124,6 +124,7 @@ def has_own_dispatch(kind: Any) -> bool:
 class Methods(TorchFunctionMode):
     """Methods of fake tensors: `numpy()` gives the values if known, else zeros; a deep copy is a clone.
 
+    `torch.tensor` of a list of tensors reads their memory past torch's dispatcher, so it gets a list of numbers.
     `requires_grad_` is the last call before `nn.Module.to` swaps a parameter for a new one. torch refuses that if the
     fake mode's memo has weak references to them, so the memo is emptied.
     """
@@ -137,11 +138,25 @@ class Methods(TorchFunctionMode):
             self._memo.clear()
         if func is Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             return args[0].clone()
+        if func in (torch.tensor, torch.as_tensor) and args and not isinstance(args[0], Tensor):
+            args, kwargs = _as_numbers(args, kwargs or {})
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
             value = _value(args[0])
             with unset_fake_temporarily():
                 return (torch.zeros(args[0].shape, dtype=args[0].dtype) if value is None else value).numpy()
         return func(*args, **(kwargs or {}))
+
+
+def _as_numbers(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments of `torch.tensor` with numbers in place of fake tensors, and the type that these make."""
+    content, *others = args
+    if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(content)):
+        return args, kwargs
+    if kwargs.get("dtype") is None:
+        with unset_fake_temporarily():
+            zeros = tree_map_only(FakeTensor, lambda tensor: torch.zeros((), dtype=tensor.dtype), content)
+            kwargs = {**kwargs, "dtype": torch.tensor(zeros).dtype}
+    return (tree_map_only(FakeTensor, Tensor.item, content), *others), kwargs
 
 
 def _is_determined(given: list[Tensor], results: Any) -> bool:

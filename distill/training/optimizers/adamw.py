@@ -15,6 +15,9 @@ from distill.training.optimizers.rounding import Rounding
 MOMENT_BITS = {"adamw": None, "adamw_8bit": 8, "adamw_4bit": 4, "paged_adamw_8bit": 8}
 """Bits of a value of AdamW's moments, by the optimiser's name. None means the weights' type."""
 
+NO_DECAY = "_no_weight_decay"
+"""Attribute of a parameter that is not to decay, as Mamba's own code and its followers set it."""
+
 
 def make_optimizer(
     module: nn.Module,
@@ -29,12 +32,12 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make AdamW over the trainable parameters of `module`, on their device (a forecast takes it to be `device_type`).
 
-    Matrices decay, vectors (norms, biases) do not. `adamw` has moments in the weights' type. `adamw_8bit` and
-    `adamw_4bit` have moments of so many bits, with one scale for a group of values, and `paged_adamw_8bit` has them in
-    memory that a CUDA driver moves to the host. With mixed precision the weights are float32 (the master weights), and
-    rounding does not matter. bfloat16 weights lose updates smaller than half their last digit, 0.2 to 0.4 percent,
-    unless these are rounded at random (`stochastic`, from torch's global generator) or kept beside the weight (`kahan`,
-    two bytes a weight).
+    Matrices decay; vectors (norms, biases) and parameters marked `_no_weight_decay` do not. `adamw` has moments in the
+    weights' type. `adamw_8bit` and `adamw_4bit` have moments of so many bits, with one scale for a group of values, and
+    `paged_adamw_8bit` has them in memory that a CUDA driver moves to the host. With mixed precision the weights are
+    float32 (the master weights), and rounding does not matter. bfloat16 weights lose updates smaller than half their
+    last digit, 0.2 to 0.4 percent, unless these are rounded at random (`stochastic`, from torch's global generator) or
+    kept beside the weight (`kahan`, two bytes a weight).
 
     `adamw` updates all weights in one kernel on a CPU and on CUDA. Not so where gradients are scaled (`is_scaled`, by
     the scaler of float16): that kernel would undo the scale by itself, after callbacks have looked at the gradients.
@@ -98,8 +101,23 @@ def check_optimizer(name: str, *, rounding: str, precision: str, device_type: st
 
 def _groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decay, keep = ([p for p in parameters if _decays(p) is wanted] for wanted in (True, False))
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def marked(module: nn.Module) -> frozenset[str]:
+    """Return the names of the parameters that are marked not to decay."""
+    return frozenset(name for name, parameter in module.named_parameters() if getattr(parameter, NO_DECAY, False))
+
+
+def mark(module: nn.Module, names: frozenset[str]) -> None:
+    """Mark the parameters of these names. One that was sharded or moved is another object, without its marks."""
+    for name, parameter in module.named_parameters():
+        if name in names:
+            setattr(parameter, NO_DECAY, True)
+
+
+def _decays(parameter: nn.Parameter) -> bool:
+    """Tell whether a parameter is a matrix, without the mark by which state-space models except some of theirs."""
+    return parameter.ndim >= 2 and not getattr(parameter, NO_DECAY, False)

@@ -75,6 +75,37 @@ class Mixed(nn.Module):
         return hidden
 
 
+class Listed(nn.Module):
+    """Layers that are lists of parts; one of them gives a function beside its tensor, and one may be None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(V, 32)
+        self.layers = nn.ModuleList(nn.ModuleList([_Branch(), _Block(False), None]) for _ in range(LAYERS))
+
+    @property
+    def head(self) -> Head:
+        return Head(self.tokens.weight)
+
+    def body(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.tokens(input_ids)
+        for branch, block, nothing in self.layers:  # type: ignore[misc]
+            assert nothing is None
+            part, add = branch(hidden)
+            hidden = add(block(part))
+        return hidden
+
+
+class _Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.gate = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        gate = self.gate(hidden).sigmoid()
+        return self.mix(hidden), lambda made: made + gate
+
+
 class _Block(nn.Module):
     def __init__(self, tuples: bool) -> None:
         super().__init__()
@@ -118,6 +149,8 @@ DIVIDED = {"micro_batch": 2}
         (two_kinds, 2, "bf16-mixed", {"checkpointing": True, **DIVIDED}),
         (lora, 4, "bf16-mixed", DIVIDED),
         (lambda: Mixed(range(LAYERS), tuples=True), 4, "bf16-mixed", DIVIDED),
+        (Listed, 4, "bf16-mixed", {}),
+        (Listed, 4, "32-true", {"checkpointing": True}),
     ],
 )
 def test_a_step(

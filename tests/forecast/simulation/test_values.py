@@ -42,6 +42,18 @@ def test_what_is_changed_by_the_unknown_is_unknown() -> None:
         assert int(total) == 7
 
 
+def test_a_tensor_of_tensors_has_their_type_and_values() -> None:
+    wide, whole = torch.ones((), dtype=torch.float64), torch.tensor([4, 7], dtype=torch.int32)
+    with without_memory("cpu") as values:
+        known = values.known(whole)
+        assert torch.tensor([[known[0], 2], [3, known[1]]]).tolist() == [[4, 2], [3, 7]]
+        for content in ([known[0]], [known[0], 5], [values.known(wide), 2.0], [torch.randn(()), 1]):
+            real = [torch.ones((), dtype=each.dtype) if isinstance(each, torch.Tensor) else each for each in content]
+            made = torch.as_tensor(content)
+            assert made.shape == (len(content),) and made.dtype == torch.as_tensor(real).dtype
+        assert torch.tensor([torch.randn(())], dtype=torch.float16).dtype == torch.float16
+
+
 def test_nothing_of_the_unknown_is_out_of_its_place() -> None:
     """As `torch.nn.init.trunc_normal_` asks, again and again."""
     with without_memory("cpu"):

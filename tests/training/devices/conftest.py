@@ -27,6 +27,7 @@ from distill.models.language_model import Head
 from distill.targets import schemes
 from distill.training.guards import NonFinite
 from distill.training.module import DistillationModule
+from distill.training.optimizers.adamw import NO_DECAY, make_optimizer
 from distill.training.optimizers.schedule import Schedule
 from distill.training.order import NOTHING, share
 from distill.training.parallel import make_strategy
@@ -171,7 +172,9 @@ def flat(tensors: Any) -> Tensor:
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda module: torch.optim.SGD(module.parameters(), lr=0.1),
-    "adamw": lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1),
+    "adamw": lambda module: make_optimizer(
+        module, name="adamw", learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.999)
+    ),
 }
 STUDENTS: dict[str, Any] = {
     "compact": lambda: CompactDecoder(V + 5, hidden_size=D, layers=2, heads=2, intermediate_size=16),
@@ -186,8 +189,10 @@ def make_module(case: Case) -> DistillationModule:
         settings["non_finite"] = NonFinite(settings["non_finite"])
     if case.scheme == "hidden":
         settings["teacher_head"] = Head(torch.randn(V, D) * 2)
+    student = STUDENTS[case.student]()
+    setattr(next(student.parameters()), NO_DECAY, True)  # on every device
     return DistillationModule(
-        STUDENTS[case.student](),
+        student,
         vocab_size=V,
         objective=Mixture(0.3),
         chunk_size=3,

@@ -70,6 +70,14 @@ def test_only_matrices_decay() -> None:
     assert all(group["lr"] == 0.3 and group["betas"] == (0.8, 0.9) for group in groups.values())
 
 
+def test_a_marked_matrix_does_not_decay() -> None:
+    """As Mamba marks its states' matrix."""
+    module = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 4, bias=False))
+    module[1].weight._no_weight_decay = True
+    groups = {group["weight_decay"]: group["params"] for group in make(module, weight_decay=0.7).param_groups}
+    assert groups[0.7][0] is module[0].weight and groups[0.0][0] is module[1].weight
+
+
 def test_a_module_of_matrices_alone() -> None:
     assert len(make(nn.Linear(2, 2, bias=False)).param_groups) == 1
 
