@@ -18,13 +18,16 @@ from distill.experiment.file import load_experiment
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = sorted(path for path in ROOT.glob("*/**/README.md") if ".venv" not in path.parts and "build" not in path.parts)
 
 
 def commands() -> list[list[str]]:
-    """Every `distill …` line of the README's blocks as the words a shell makes of it, continuation lines joined."""
-    joined = re.sub(r"\\\n\s*", " ", README)
+    """Every `distill …` line of the READMEs' blocks as the words a shell makes of it, continuation lines joined."""
+    texts = [README, *(path.read_text(encoding="utf-8") for path in ROOMS)]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(texts))
     lines = re.findall(r"^(?: {4}|\$ )?(?:\.venv/bin/)?distill (.*)$", joined, flags=re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines]
+    parts = [part.removeprefix("distill ") for line in lines for part in line.split(" && ") if "[--" not in line]
+    return [shlex.split(part, comments=True) for part in parts]
 
 
 def students_source() -> str:
@@ -139,7 +142,18 @@ def test_every_command_is_in_the_table() -> None:
     assert set(re.findall(r"^\| `distill ([\w-]+) ", README, flags=re.MULTILINE)) == set(cli.COMMANDS)
 
 
-def test_every_link_leads_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(targets) >= 4
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+def places(text: str) -> set[str]:
+    """Return the names by which a hub's pages link to a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *ROOMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target, place in re.findall(r"\]\(([^)#\s]*)(#[^)\s]+)?\)", text):
+        if "://" in target:
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not place or place[1:] in places(file.read_text(encoding="utf-8")), f"{target}{place}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -56,15 +57,23 @@ def test_the_file_fits_has_comments_and_is_what_was_said(init: Any) -> None:
     assert Path("my.yaml").read_bytes() == before
 
 
-def test_from_data_to_a_file_for_llama_cpp_in_three_commands(init: Any, distill: Any, tmp_path: Path) -> None:
-    init("--student", "90k").done()
+def test_from_chats_to_an_answer_by_llama_cpp_in_five_commands(
+    init: Any, distill: Any, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp", reason="the extra gguf is not installed")
+    ask = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}, as far as I know."} for n in range(40)]
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ask))
+    init("--data", "chats.jsonl", "--card", "rtx-3060", "--student", "90k").done()
     small = ["--cache.max_samples", 8, "--cache.held_out_samples", 4, "--train.max_steps", 2, "--preflight", "false"]
     quick = ["--evaluate.max_samples", 4, "--evaluate.cost", "false", "--evaluate.texts", 0]
     quick += ["--student.search", "{parameters: 90k, candidates: 2, steps: 1}", "--evaluate.control", "false"]
+    assert "pairs of prompt and completion" in distill("preview", "my.yaml").done().out
     distill("run", "my.yaml", *small, *quick).done()
-    pytest.importorskip("gguf")
-    distill("export", "runs/my", "--to", "gguf", "--format", "gguf", "--type", "f16").done()
-    assert list((tmp_path / "gguf").glob("*.gguf"))
+    exported = distill("export", "runs/my", "--to", "gguf", "--format", "gguf", "--type", "f16").done()
+    assert len(list(Path("gguf").glob("*.gguf"))) == 1 and "llama.cpp" in exported.out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 3 and 3?\n"))
+    said = distill("chat", "gguf", "--temperature", 0, "--max_new_tokens", 8).done().out
+    assert "by llama.cpp" in said and "answers;" in said, "it has its chat template, and is no mere continuation"
 
 
 def test_the_hours_are_used_whatever_the_passes_of_a_step() -> None:
@@ -176,7 +185,13 @@ def test_students_grow_smaller_and_end_with_a_published_one() -> None:
     found = list(choices.students(None, "meta-llama/Llama-3.1-70B", 70_000_000_000, find_card("24GiB"), "text"))
     sizes = [student.search["parameters"] for student in found if student.search]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] <= choices.largest_student(find_card("24GiB"))
-    assert found[-1].options == {"model": "meta-llama/Llama-3.2-1B"}
+    models = [student.options["model"] for student in found if "model" in student.options]
+    assert models[-1] == "meta-llama/Llama-3.2-1B"
+    assert found[-1].options["config"]["model_type"] == "llama", "if nothing else fits, one that begins from nothing"
+    few = next(choices.students(None, "Qwen/Qwen3-8B", 8_000_000_000, find_card("12GiB"), "chat", 20_000))
+    assert few.options == {"model": "Qwen/Qwen3-0.6B"}, "so little text teaches only a student that can speak"
+    much = next(choices.students(None, "Qwen/Qwen3-8B", 8_000_000_000, find_card("12GiB"), "chat", 2_000_000_000))
+    assert much.class_path == "pruned"
     (own,) = choices.students("my/model", "teacher", 10**9, find_card("24GiB"), "text")
     assert own.options == {"model": "my/model"}
 

@@ -244,12 +244,20 @@ def _trained(models: Models) -> Any:
 def _relevant(experiment: Experiment, phase: Phase) -> str:
     """Describe the settings that a phase's simulations depend on, and few others."""
     same = {"max_samples": None, "held_out_samples": 0, "overwrite": False}
-    cache, evaluate = replace(experiment.cache, **same), None  # type: ignore[arg-type]
-    train, loss, student = experiment.train, experiment.loss, experiment.student
+    cache = replace(experiment.cache, **same)  # type: ignore[arg-type]
+    loss, student, evaluate = experiment.loss, experiment.student, experiment.evaluate
     if phase == "cache-teacher":
         return repr((experiment.corpus, experiment.teacher, cache))
     cache = replace(cache, batch_size=1, chunk_size=1)
     if phase == "evaluate":
-        evaluate, train, cache = experiment.evaluate, None, replace(cache, scheme="varopt")  # type: ignore[assignment]
-        return repr((experiment.corpus, experiment.teacher, cache, student, loss.chunk_size, evaluate))
+        cache, own = replace(cache, scheme="varopt", threshold=0.02), (evaluate.batch_size, evaluate.student_dtype)
+        return repr((experiment.corpus, experiment.teacher, cache, student, loss.chunk_size, own))
+    train = replace(experiment.train, **_AMOUNTS)
     return repr((experiment.corpus, experiment.teacher, cache, student, loss, train))
+
+
+_AMOUNTS: dict[str, Any] = {
+    **dict.fromkeys(("epochs", "validate_every_steps", "checkpoint_every_steps", "log_every_steps"), 1),
+    "num_workers": 0,
+}
+"""Settings of a training that change its length, and no step of it."""

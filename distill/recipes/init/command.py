@@ -9,7 +9,7 @@ from pathlib import Path
 from distill.errors import UserError, did_you_mean
 from distill.forecast.machine.cards import find_card, this_machine
 from distill.models.devices import pick_device
-from distill.recipes.init.choices import GOALS, Goal
+from distill.recipes.init.choices import GOALS, Goal, described
 from distill.recipes.init.data import Data
 from distill.recipes.init.proposal import Frame, Proposal, free_run_dir, propose
 from distill.recipes.init.writing import experiment_text, write_new
@@ -115,12 +115,7 @@ def _ask(question: str, default: str) -> str:
 def _describe(proposal: Proposal) -> None:
     """Print the proposal: models, amounts, time and place."""
     experiment, forecast = proposal.experiment, proposal.forecast
-    student = experiment.student
-    if student.class_path == "pruned":
-        most = student.search["parameters"]
-        who = f"cut out of it, at most {most / 1e6:,.0f} M parameters ({most / proposal.teacher_parameters:.0%})"
-    else:
-        who = f"{student.options['model']}, pretrained"
+    who = described(experiment.student, proposal.teacher_parameters)
     millions = f"{proposal.teacher_parameters / 1e6:,.0f} M parameters"
     say(f"\nteacher: {experiment.teacher.model}, {millions}, {experiment.teacher.quantization}")
     say(f"student: {who}{'; a control beside it' if experiment.evaluate.control else ''}")

@@ -112,7 +112,7 @@ def _starts(frame: Frame, teacher: str) -> Iterator[tuple[Experiment, int]]:
             parameters = parameters_of(models.checkpoint)
             context = context_of(load_config(models.checkpoint))
     length = choices.sequence_length(card, data.is_conversation, data.tokens, context)
-    for student in choices.students(frame.student, teacher, parameters, card, frame.goal):
+    for student in choices.students(frame.student, teacher, parameters, card, frame.goal, data.tokens):
         yield _start(frame, teacher, student, length), parameters
 
 
@@ -263,8 +263,10 @@ def _with_control(frame: Frame, forecaster: Forecaster, proposal: Proposal) -> P
 
 
 def _size(experiment: Experiment) -> str:
-    parameters = experiment.student.search.get("parameters")
-    return f"{parameters / 1e6:,.0f} M parameters" if parameters else str(experiment.student.options.get("model"))
+    student = experiment.student
+    if student.search:
+        return f"{student.search['parameters'] / 1e6:,.0f} M parameters"
+    return str(student.options.get("model", "fresh weights"))
 
 
 def free_run_dir(file: Path) -> str:

@@ -113,6 +113,9 @@ def _comments(proposal: Proposal, data: Data) -> dict[str, str]:
         share = student.search["parameters"] / proposal.teacher_parameters
         found["student.options"] = "training samples that tell which parts of the teacher matter"
         found["student.search"] = f"at most so many parameters, {share:.0%} of the teacher's; shapes are tried out"
+    elif "config" in student.options:
+        found["student.class_path"] = "begins from nothing: nothing so small can be cut out of this teacher"
+        found["student.options"] = "any architecture of transformers, by its config"
     else:
         found["student.class_path"] = "a pretrained model of the same tokens"
         found["student.options"] = "hub name or folder"
