@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,6 @@ MODELS = ("rounds/0/student", "rounds/1/student", "student", "control")
 TEXTS = ("rounds/1/written", "rounds/2/written", "cache/shards", "rounds/1/cache/shards", "rounds/2/cache/shards")
 
 
-class Killed(BaseException):
-    """End of a process."""
-
-
 @pytest.fixture(scope="module")
 def undisturbed(world: Any, distill: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of two rounds that nobody disturbed."""
@@ -53,20 +51,25 @@ def undisturbed(world: Any, distill: Any, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def kill_each_phase_once(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
-    """Kill the program at the second step of a phase, and once in each folder; return the folders as they come."""
-    seen: dict[Path, int] = {}
-    killed: set[Path] = set()
+def kill_each_phase_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[str]]:
+    """Have processes killed at the second step of a phase, one in each folder; return the folders so far.
 
-    def deadly(owner: type, name: str, folder_of: Callable[[Any], Path], step: int = 2) -> None:
+    The processes are forks of this one, and note on the disk where they died.
+    """
+    seen: dict[Path, int] = {}
+    notes = tmp_path / "killed.txt"
+    notes.touch()
+
+    def deadly(owner: type, name: str, folder_of: Callable[[Any], Path]) -> None:
         original: Any = getattr(owner, name)
 
         def method(self: Any, *arguments: Any, **options: Any) -> Any:
             folder = folder_of(self)
             seen[folder] = seen.get(folder, 0) + 1
-            if seen[folder] == step and folder not in killed:
-                killed.add(folder)
-                raise Killed
+            if seen[folder] == 2 and str(folder) not in notes.read_text().splitlines():
+                with notes.open("a") as file:
+                    file.write(f"{folder}\n")
+                os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments, **options)
 
         monkeypatch.setattr(owner, name, method)
@@ -75,21 +78,22 @@ def kill_each_phase_once(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     deadly(CacheWriter, "add", lambda self: self.folder)
     deadly(KeepCheckpoints, "_save", lambda self: self.folder)
     deadly(Results, "put", lambda self: Path("evaluation"))
-    return killed
+    return lambda: notes.read_text().splitlines()
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="forks, which CUDA does not survive")
 def test_killed_once_in_each_phase_it_goes_on_to_the_same_run(
-    undisturbed: Path, world: Any, distill: Any, kill_each_phase_once: set[Path], contents: Any, tmp_path: Path
+    undisturbed: Path, world: Any, program: Any, kill_each_phase_once: Any, contents: Any, tmp_path: Path
 ) -> None:
-    file, starts = world.write(tmp_path / "experiment.yaml", **SECTIONS), 0
-    while True:
+    """Real processes and SIGKILL: in each write, score, train and evaluate."""
+    file, starts, status = world.write(tmp_path / "experiment.yaml", **SECTIONS), 0, None
+    while status != 0:
         starts += 1
-        try:
-            distill("run", file).done()
-            break
-        except Killed:
-            assert starts == len(kill_each_phase_once), "each start gets further than the one before"
-    assert len(kill_each_phase_once) == 3 + 4 + 2 + 1 == starts - 1, "caches, trainings, texts, evaluation"
+        with open(tmp_path / "said.txt", "wb") as said:
+            status = program(["run", file], said.fileno(), said.fileno()).wait()
+        assert status in (0, -signal.SIGKILL), (tmp_path / "said.txt").read_text()
+        assert len(kill_each_phase_once()) == starts - (status == 0), "each start gets further than the one before"
+    assert starts - 1 == 3 + 4 + 2 + 1, "caches, trainings of the student and the control, texts, evaluation"
     run = tmp_path / "run"
     for folder in TEXTS:
         assert contents(run / folder) == contents(undisturbed / folder), folder
