@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +24,7 @@ from distill.experiment.folders import Folders
 from distill.experiment.roles import roles
 from distill.experiment.subjects import Loaded, Subject, fresh_subject, teacher_subject, trained_subject
 from distill.experiment.teacher import Teacher, day_of
-from distill.experiment.teacher_sections import SourceConfig
+from distill.experiment.teacher_sections import GenerateConfig, SourceConfig
 from distill.generation.authors import LocalAuthor
 from distill.generation.prompts import Asking, Prompts, read_prompts
 from distill.generation.sampling import Sampling
@@ -156,7 +159,7 @@ class Writer:
             return None
         if generate.by != "teacher":
             raise UserError(f"generate.server: writes as the teacher; with generate.by {generate.by} leave it out")
-        if not generate.server.startswith(("http://", "https://")):
+        if not _is_address(generate.server):
             raise UserError(f"generate.server: {generate.server} is no address, such as http://127.0.0.1:8080/v1")
         return ServerAuthor(
             generate.server,
@@ -195,6 +198,15 @@ class Writer:
         )
 
 
+def _is_address(server: str) -> bool:
+    """Tell whether a text is the address of a server: http or https, a host, and a port if any."""
+    try:
+        parts = urllib.parse.urlsplit(server)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
+
+
 def open_prompts(experiment: Experiment, writer: Writer) -> tuple[Prompts, Manifest]:
     """Read the prompts, and return them with the manifest of their folder. Raises UserError as `prompts_of`."""
     generate = experiment.generate
@@ -217,17 +229,28 @@ def prompts_of(experiment: Experiment, writer: Writer) -> tuple[Prompts, str | N
     That is the day on which their folder was begun. Raises UserError for prompts that cannot be written on.
     """
     generate, corpus = experiment.generate, experiment.corpus
-    sources, folder = prompt_sources(experiment), folder_of(experiment)
-    date = None
+    folder, date = folder_of(experiment), None
     if prints_the_date(writer.tokenizer):
         begun = read_manifest(folder).settings.get("date") if (folder / MANIFEST).exists() else None
         date = day_of(corpus.date or begun)
-    prompts = read_prompts(
-        sources,
-        writer.tokenizer,
-        Asking(generate.prompt_tokens, generate.system, generate.thinking, date),
-        bad_rows=corpus.bad_rows,
-        limit=writer.limit,
-        most=generate.max_prompts,
-    )
+    with _named_as_given(generate):
+        prompts = read_prompts(
+            prompt_sources(experiment),
+            writer.tokenizer,
+            Asking(generate.prompt_tokens, generate.system, generate.thinking, date),
+            bad_rows=corpus.bad_rows,
+            limit=writer.limit,
+            most=generate.max_prompts,
+        )
     return prompts, date
+
+
+@contextlib.contextmanager
+def _named_as_given(generate: GenerateConfig) -> Iterator[None]:
+    """Have the messages about columns name the key that describes these prompts."""
+    try:
+        yield
+    except UserError as error:
+        if generate.prompts is None or "corpus.columns" not in str(error):
+            raise
+        raise UserError(str(error).replace("corpus.columns", "generate.columns")) from error

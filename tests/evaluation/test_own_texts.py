@@ -120,4 +120,6 @@ def test_a_student_that_is_its_teacher_is_never_led_astray(world: Any, distill: 
     refused = distill("evaluate", file, "--evaluate.metric", f"{tmp_path / 'own.py'}:shorter")
     refused.refused("evaluate.metric", "longer")
     (tmp_path / "own.py").write_text("def longer(answer, reference):\n    return answer / 2\n")
-    distill("evaluate", file).refused("evaluate.metric", "own.py")
+    failed = distill("evaluate", file)
+    failed.refused("evaluate.metric", "own.py")
+    assert "own texts:" not in failed.out, "before a text is written"

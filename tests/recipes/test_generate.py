@@ -108,7 +108,7 @@ def test_a_folder_of_other_settings_prompts_or_things_is_refused(generate: Any, 
         ({"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}, ["role system"]),
         ({"prompt": "peace and war " * 300}, ["tokens, and the writer reads 256"]),
         ({"question": " "}, ["no prompt in it"]),
-        ({"completion": "Peace."}, ["row 1"]),
+        ({"completion": "Peace."}, ["row 1", "generate.columns"]),
     ],
     ids=["no user", "ends with system", "too long", "empty", "no prompt"],
 )
@@ -125,6 +125,8 @@ def test_settings_without_a_place_are_refused(generate: Any, world: Any, tmp_pat
     generate("--generate.thinking", "true").refused("generate.thinking", "enable_thinking")
     generate("--generate.by", "student").refused("no trained student here", "train-student")
     generate("--generate.by", "control").refused("--evaluate.control true")
+    for address in ("127.0.0.1:8080", "http://", "http://127.0.0.1:port/v1"):
+        generate("--generate.server", address).refused(f"generate.server: {address} is no address")
     (tmp_path / "empty.jsonl").write_text("")
     generate("--generate.prompts", tmp_path / "empty.jsonl").refused("empty.jsonl")
     base = tmp_path / "base"

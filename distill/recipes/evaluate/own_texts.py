@@ -50,6 +50,7 @@ class OwnTexts(Measurement):
         questions = own_texts.pick_questions(samples.held_out, config.own_texts, experiment.generate.prompt_tokens)
         self.questions = [each for each in questions if self._can_be_asked(each)]
         self.metric = None if config.metric is None else load_metric(config.metric)
+        self._try_metric()
         self._own: dict[str, _Own] = {}
         self._read: dict[str, TeacherStates] = {}
 
@@ -57,6 +58,13 @@ class OwnTexts(Measurement):
         import torch
 
         return self.vocabulary is None or self.vocabulary.covers(torch.tensor(question.ids))
+
+    def _try_metric(self) -> None:
+        """Give the user's metric a reference as its own answer: it had better fail now than after hours of writing."""
+        asked = next((question for question in self.questions if question.is_answer), None)
+        if self.metric is not None and asked is not None:
+            reference = decode_text(self.teacher.tokenizer, asked.reference)
+            self.metric(reference, reference)
 
     @property
     def inputs(self) -> dict[str, Any]:
