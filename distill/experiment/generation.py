@@ -247,7 +247,7 @@ def prompts_of(experiment: Experiment, writer: Writer) -> tuple[Prompts, str | N
 
 @contextlib.contextmanager
 def _named_as_given(generate: GenerateConfig) -> Iterator[None]:
-    """Have the messages about columns name the key that describes these prompts."""
+    """Rename the key in messages about columns to the one that describes these prompts."""
     try:
         yield
     except UserError as error:
