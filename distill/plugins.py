@@ -202,18 +202,29 @@ def load_language_model(
 ) -> Any:
     """Return the language model that `save_language_model` wrote, or any Hugging Face folder's, in evaluation mode.
 
-    `dtype` defaults to float32. A model with a `student.json` is built again by its plug-in and given its weights. A
-    folder may come from anyone, so a class that is no built-in must be the `class_path` that the user named. `options`
-    say in full where a path is of which the folder has the name alone.
+    `dtype` defaults to float32, and is that where the model's own code fails in 16 bits. A model with a `student.json`
+    is built again by its plug-in and given its weights. A folder may come from anyone, so a class that is no built-in
+    must be the `class_path` that the user named. `options` say in full where a path is of which the folder has the name
+    alone.
     """
     import torch
 
-    from distill.models import saving
-    from distill.models.tokenizers import load_folder_tokenizer, vocab_size
+    from distill.models.contract import in_type
     from distill.system.staging import recover
 
     folder, dtype = Path(folder), dtype or torch.float32
     recover(folder)
+
+    def make(kind: torch.dtype) -> Any:
+        return _loaded(folder, kind, class_path, options or {}).to(device=device, dtype=kind).eval()
+
+    return in_type(make, dtype, str(folder))
+
+
+def _loaded(folder: Path, dtype: torch.dtype, class_path: str | None, options: dict[str, Any]) -> Any:
+    from distill.models import saving
+    from distill.models.tokenizers import load_folder_tokenizer, vocab_size
+
     description = saving.read_description(folder)
     model: Any
     if description is None:
@@ -221,7 +232,7 @@ def load_language_model(
     else:
         description["class_path"] = named_class(folder, description["class_path"], class_path)
         offered = {"vocab_size": vocab_size(load_folder_tokenizer(folder))}
-        known = {**description["options"], **_in_full(description["options"], options or {})}
+        known = {**description["options"], **_in_full(description["options"], options)}
         try:
             model = build(description["class_path"], "student", known, offered)
         except UserError as error:
@@ -234,7 +245,7 @@ def load_language_model(
         saving.load_weights(model, folder, description)
         if description.get("source") not in (None, source_of(description["class_path"], "student")):
             say(f"{folder}: the code of {description['class_path']} has changed since this model was trained")
-    return model.to(device=device, dtype=dtype).eval()
+    return model
 
 
 def _in_full(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from distill.errors import UserError, did_you_mean
 from distill.experiment import configuration, teacher_sections
 from distill.experiment.configuration import Experiment
+from distill.experiment.plugin_files import with_files_beside
 from distill.experiment.stages import with_first_texts
 from distill.experiment.values import NO_VALUE, check_values, limits_of
 from distill.experiment.yaml_text import load_yaml
@@ -57,10 +58,13 @@ def read_content(path: str) -> dict[str, Any]:
 
 
 def experiment_of(path: str, content: Mapping[str, Any], overrides: list[str]) -> Experiment:
-    """Return the experiment of a file's content. `path` is its name in messages. Raises UserError as above."""
+    """Return the experiment of a file's content. `path` is its name in messages. Raises UserError as above.
+
+    Files with the user's code that the content names are looked for here, then beside the file.
+    """
     _check_keys(content, Experiment, path, prefix="")
     _check_overrides(overrides)
-    experiment = _parse(path, content, overrides)
+    experiment = _parse(path, with_files_beside(content, Path(path).parent), overrides)
     check_values(experiment)
     return with_first_texts(experiment)
 

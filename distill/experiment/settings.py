@@ -9,6 +9,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.experiment.folders import write_json
+from distill.experiment.plugin_files import without_place
 from distill.system.files import names_only, read_bounded
 
 FILE = "settings.json"
@@ -55,7 +56,7 @@ def differences(folder: Path, settings: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {there.get(key)} there, {here.get(key)} here"
         for key in sorted(there.keys() | here.keys())
-        if there.get(key) != names_only(here.get(key)) and not key.startswith(f"{NOT_COMPARED}.")
+        if without_place(there.get(key)) != without_place(here.get(key)) and not key.startswith(f"{NOT_COMPARED}.")
     ]
 
 

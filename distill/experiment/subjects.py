@@ -18,11 +18,13 @@ from distill.experiment.cache import packing_fingerprint
 from distill.experiment.checks import check_model, offered_options, run_apart
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders
+from distill.experiment.plugin_files import without_place
 from distill.experiment.roles import Role, own_settings, roles
 from distill.experiment.stages import round_folder
 from distill.experiment.student import FirstSamples, make_student
 from distill.experiment.teacher import Teacher
 from distill.models.checkpoints import weight_files
+from distill.models.contract import in_type
 from distill.models.tokenizers import load_folder_tokenizer
 from distill.models.vocabulary import Vocabulary
 from distill.plugins import load_language_model
@@ -118,7 +120,7 @@ def earlier_rounds(experiment: Experiment) -> dict[str, Path]:
 
 def teacher_subject(experiment: Experiment, teacher: Teacher) -> Subject:
     """Return the teacher."""
-    plugin = {"class_path": experiment.teacher.class_path, "options": experiment.teacher.options}
+    plugin = {"class_path": without_place(experiment.teacher.class_path), "options": experiment.teacher.options}
 
     def load() -> Loaded:
         return Loaded(teacher.load(), teacher.tokenizer, teacher.vocab_size)
@@ -146,8 +148,11 @@ def _untrained(
     vocabulary: Vocabulary | None,
 ) -> Subject:
     def load() -> Loaded:
-        model = make_student(experiment, teacher.place, teacher.vocab_size, first, vocabulary)[0]
-        model = model.to(device=teacher.device, dtype=_dtype(experiment)).eval()
+        def make(dtype: torch.dtype) -> Any:
+            model = make_student(experiment, teacher.place, teacher.vocab_size, first, vocabulary)[0]
+            return model.to(device=teacher.device, dtype=dtype).eval()
+
+        model = in_type(make, _dtype(experiment), f"student {experiment.student.class_path}")
         return Loaded(model, teacher.tokenizer, _tokens(teacher, vocabulary))
 
     identity = {

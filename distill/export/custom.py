@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import json
 import re
@@ -27,6 +28,7 @@ CONTRACT = "distill.models.language_model"
 CARRIED = {"language_model": language_model, "documents_apart": documents_apart}
 """Modules of distill that go along with a student's code: the contract, and what it imports."""
 WRAPPER = "modeling_student"
+REQUIREMENTS = "requirements.txt"
 OURS = "# SPDX-License-Identifier: Apache-2.0\n"
 THEIRS = "# The student's own code: its licence is its author's to give.\n"
 
@@ -62,6 +64,7 @@ def write(
     options = plugins.arguments(class_path, "student", description["options"], {"vocab_size": vocab_size(tokenizer)})
     model = load_language_model(source, class_path=class_path)
     _write_code(class_path, folder)
+    _write_requirements(folder)
     _write_weights(source, folder, dtype, shard_size)
     configuration = _configuration(model, source, options, dtype, tokenizer)
     (folder / "config.json").write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
@@ -138,6 +141,24 @@ def _write_code(class_path: str, folder: Path) -> None:
     for module, (licence, source) in sources.items():
         origin = f"# Copied by distill {__version__} from {file.name if module == 'student' else 'its own sources'}.\n"
         (folder / f"{module}.py").write_text(licence + origin + source, encoding="utf-8")
+
+
+def _write_requirements(folder: Path) -> None:
+    """Write the packages that the folder's code imports, with their versions here, by which it will be checked."""
+    known = importlib.metadata.packages_distributions()
+    files = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.py"))]
+    names = {module.split(".")[0] for tree in files for module in _imported(tree)} - {""} - sys.stdlib_module_names
+    lines = {f"# {name}: of no installed package" for name in names - known.keys()}
+    for package in (package for name in names for package in known.get(name, [])):
+        lines.add(f"{package}=={importlib.metadata.version(package).partition('+')[0]}")  # of torch, without its build
+    told = "# What this folder's code imports, in the versions that it was checked with.\n"
+    (folder / REQUIREMENTS).write_text(told + "".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
+
+
+def requirements(folder: Path) -> list[str]:
+    """Return the packages that an exported folder's code imports, as `torch==2.13.0`."""
+    lines = (folder / REQUIREMENTS).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
 
 
 def _relative(source: str) -> str:

@@ -85,6 +85,8 @@ class HuggingFaceFormat:
         )
         if not difference.largest <= EXACT:
             raise UserError(f"the exported model answers otherwise: {said}")
+        if custom.is_custom(folder):
+            said += f"; its code needs {', '.join(custom.requirements(folder))} (requirements.txt)"
         return said if stored == torch.float32 else f"{said}; {self._rounded(source, stored, rows, theirs)}"
 
     def _rounded(self, source: Path, stored: torch.dtype, rows: list[list[int]], theirs: dict[str, Tensor]) -> str:

@@ -5,17 +5,20 @@ Shapes: B batch, L sequence length, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
-from distill.models.language_model import Head, check_rows
+from distill.models.language_model import Head, check_rows, hidden_states
 from distill.system.blame import blame, failed
+from distill.system.memory import is_out_of_memory
+from distill.system.progress import say
 
 
 def check_members(model: Any, name: str) -> None:
@@ -72,6 +75,36 @@ def try_model(
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def in_type(make: Callable[[torch.dtype], Any], dtype: torch.dtype, name: str) -> Any:
+    """Return the model that `make` makes in a type, or in float32 if its own code fails in 16 bits, which is said.
+
+    Code that mixes types runs in a training, where autocast mends them, and not with weights of 16 bits.
+    """
+    model = make(dtype)
+    if dtype == torch.float32 or (reason := _failure(model)) is None:
+        return model
+    _say_once(f"{name}: computes in float32, for its code fails in {str(dtype).removeprefix('torch.')}: {reason}")
+    return make(torch.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(line: str) -> None:
+    say(line)
+
+
+def _failure(model: Any) -> str | None:
+    """Return the error of a model's code on a few tokens, or None."""
+    ids_BL = torch.zeros(1, 4, dtype=torch.long, device=model.head.weight_VD.device)
+    try:
+        with torch.no_grad():
+            model.head(hidden_states(model, ids_BL, torch.arange(4, device=ids_BL.device)[None]))
+    except BaseException as error:
+        if not failed(error) or is_out_of_memory(error):
+            raise
+        return blame(error, model.body)
+    return None
 
 
 def _hidden_states(model: Any, name: str, ids_BL: Tensor, positions_BL: Tensor) -> Tensor:

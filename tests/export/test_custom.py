@@ -119,7 +119,9 @@ def test_what_a_constructor_computed_is_there_again(own: Path, read: Any, tmp_pa
     folder.mkdir()
     form = HuggingFaceFormat("bfloat16", with_code=True, class_path=f"{tmp_path}/my-student.py:Own")
     form.write(own, folder)
-    assert "largest difference" in form.check(own, folder)
+    said, needed = form.check(own, folder), (folder / "requirements.txt").read_text().splitlines()[1:]
+    assert "largest difference" in said and all(line in said for line in needed)
+    assert [line.partition("==")[0] for line in needed] == ["torch", "transformers"] and "+" not in "".join(needed)
     configuration = read(folder / "config.json")
     assert configuration["student_options"]["size"] == 12 and configuration["tie_word_embeddings"]
     assert configuration["isolates_documents"] is False
