@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError, first_line, nearest, nearest_path
+from distill.models.gguf_header import reading_gguf
 from distill.models.quantized_manifest import is_copy, read_manifest
 from distill.models.safety import check_folder, check_gguf, check_weights
 from distill.models.shapes import finder
@@ -285,9 +286,10 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     else:
         check_weights(checkpoint.path, checkpoint.name)
     try:
-        return transformers.AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code, **options
-        )
+        with reading_gguf(checkpoint.gguf_file):
+            return transformers.AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code, **options
+            )
     except Exception as error:  # every family checks its own values, with whatever comes of it
         if checkpoint.gguf_file is not None:
             check_gguf(checkpoint.path, checkpoint.name)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.models.checkpoints import Checkpoint, load_config, weight_files
+from distill.models.gguf_header import plain_reader, reading_gguf
 from distill.models.huggingface import quiet_transformers
 from distill.models.streaming import without_weights
 
@@ -21,19 +22,18 @@ class GGUFTensors:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Look up what each tensor is made of. Raises UserError for an architecture that is not read this way."""
-        import gguf
         from transformers import modeling_gguf_pytorch_utils as legacy
         from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
         weight_files(checkpoint)  # refuses a damaged file
-        reader = gguf.GGUFReader(checkpoint.path)
+        reader = plain_reader()(checkpoint.path)
         architecture = legacy.read_field(reader, "general.architecture")[0]
         if is_gguf_arch_supported(architecture):  # by tables of another form
             raise UserError(
                 f"{checkpoint.name}: a GGUF file of architecture {architecture} is dequantised as a whole only: name "
                 "the folder of safetensors that it was made of"
             )
-        with quiet_transformers():
+        with quiet_transformers(), reading_gguf(str(checkpoint.path)):
             self._parsed = legacy.load_gguf_checkpoint(str(checkpoint.path))
             model = without_weights(load_config(checkpoint), torch.float32, False)
             self._processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)(

@@ -18,6 +18,7 @@ from distill.errors import UserError, first_line
 from distill.models.checkpoints import Checkpoint, adapter_files, load_config, stored_names, text_renaming, weight_files
 from distill.models.contract import not_finite
 from distill.models.embedding_trimming import keep_tokens
+from distill.models.gguf_header import reading_gguf
 from distill.models.language_model import Head
 from distill.models.packed_attention import by_documents, register
 from distill.models.shapes import finder
@@ -219,13 +220,14 @@ def load_pretrained(
             if finder() is not None:
                 return shape_of(load_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
             family = model_class(options["config"])
-            loaded: Any = family.from_pretrained(
-                checkpoint.folder,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that the report tells of them, and not transformers' log
-                trust_remote_code=trust_remote_code,
-                **options,
-            )
+            with reading_gguf(checkpoint.gguf_file):
+                loaded: Any = family.from_pretrained(
+                    checkpoint.folder,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # so that the report tells of them, and not transformers' log
+                    trust_remote_code=trust_remote_code,
+                    **options,
+                )
         except UserError:
             raise
         except Exception as error:  # odd values of a config fail anywhere in a family's code

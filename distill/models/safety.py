@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from distill.errors import UserError, first_line
+from distill.models.gguf_header import plain_reader
 from distill.system.files import is_inside, open_regular, read_bounded
 
 OPENED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "vocab.*")
@@ -61,10 +62,8 @@ def check_weights(path: Path, name: str) -> None:
 def check_gguf(path: Path, name: str) -> None:
     """Raise UserError for a GGUF file that is cut off or damaged. This reads its vocabulary, which may take seconds."""
     check_weights(path, name)
-    from gguf import GGUFReader
-
     try:
-        GGUFReader(path)
+        plain_reader()(path)
     except Exception as error:  # it relies on what the file says
         raise UserError(f"{name}: {path.name} is cut off or damaged ({first_line(error)}): fetch it anew") from None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.errors import UserError, did_you_mean, first_line
+from distill.models.gguf_header import reading_gguf
 from distill.models.safety import check_folder, check_gguf, check_weights, spoilt
 from distill.system.files import read_bounded
 
@@ -108,7 +109,10 @@ def _read(folder: Path, gguf_file: str | None, name: str, trust_remote_code: boo
     if gguf_file is not None:
         check_weights(folder / gguf_file, name)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        with reading_gguf(gguf_file):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, **options
+            )
         tokenizer.encode("a")  # some odd settings fail at the first text alone
         return tokenizer
     except Exception as error:  # odd content fails anywhere in the libraries' code
