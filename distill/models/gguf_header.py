@@ -38,9 +38,11 @@ def reading_gguf(file: str | None) -> Iterator[None]:
         yield
         return
     import gguf
-    from transformers import modeling_gguf_pytorch_utils as theirs
+    from transformers import modeling_gguf_pytorch_utils
 
-    load, reader = theirs.load_gguf_checkpoint, gguf.GGUFReader
+    library: Any = gguf
+    theirs: Any = modeling_gguf_pytorch_utils
+    load, reader = theirs.load_gguf_checkpoint, library.GGUFReader
 
     def load_once(path: str, return_tensors: bool = False, *args: Any, **options: Any) -> Any:
         if return_tensors:
@@ -53,8 +55,8 @@ def reading_gguf(file: str | None) -> Iterator[None]:
             _kept[key] = header
         return copy.deepcopy(_kept[key])  # whoever reads it may change it
 
-    theirs.load_gguf_checkpoint, gguf.GGUFReader = load_once, plain_reader()  # type: ignore[misc]
+    theirs.load_gguf_checkpoint, library.GGUFReader = load_once, plain_reader()
     try:
         yield
     finally:
-        theirs.load_gguf_checkpoint, gguf.GGUFReader = load, reader  # type: ignore[misc]
+        theirs.load_gguf_checkpoint, library.GGUFReader = load, reader
