@@ -14,6 +14,7 @@ from distill.errors import UserError
 from distill.experiment import file
 from distill.experiment.stages import Stage, stages
 from distill.system import interrupt
+from distill.system.memory import free_memory
 from distill.system.progress import say
 from distill.system.quiet import quiet_command
 
@@ -169,6 +170,7 @@ def _run(experiment: Experiment, made: Callable[[Experiment], Iterator[Stage]]) 
                 say(f"\n{stage.title}")
             recipe = importlib.import_module(f"distill.recipes.{stage.command.replace('-', '_')}")
             recipe.main(stage.experiment, stage.following)
+            free_memory()  # the next stage's model is alone
 
 
 def _resuming(experiment: Experiment) -> Experiment:

@@ -231,6 +231,7 @@ def _run_steps(command: str, path: str, overrides: list[str], again: str | None 
     from distill.experiment.file import load_experiment
     from distill.experiment.stages import Stage, as_overrides, stages
     from distill.system import slurm
+    from distill.system.memory import free_memory
 
     experiment = loaded = load_experiment(path, overrides)
     global _run_folder
@@ -259,6 +260,7 @@ def _run_steps(command: str, path: str, overrides: list[str], again: str | None 
                 with interrupt.held_back():
                     recipe = _recipe_of(stage.command)
                 recipe.main(stage.experiment, stage.following)
+                free_memory()  # the next stage's model is alone
         return 0
     except interrupt.Interrupted:
         if _PART_OF_A_RUN in os.environ:

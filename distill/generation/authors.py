@@ -16,9 +16,9 @@ from distill.generation.sampling import Sampling, choose, uniforms
 from distill.models.generation import context_length, has_cache
 from distill.models.huggingface import HuggingFaceLanguageModel
 from distill.models.language_model import LanguageModel
-from distill.models.micro_batches import free_memory, no_room
+from distill.models.micro_batches import no_room
 from distill.system import interrupt
-from distill.system.memory import is_out_of_memory
+from distill.system.memory import free_memory, is_out_of_memory
 from distill.system.progress import say
 
 KEPT = 0.75

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.models.language_model import LanguageModel, hidden_states
-from distill.system.memory import is_out_of_memory
+from distill.system.memory import free_memory, is_out_of_memory
 from distill.system.progress import say
 
 Row = TypeVar("Row")
@@ -57,13 +56,6 @@ def in_halves(rows: list[Row], work: Callable[[list[Row]], list[Answer]]) -> lis
     middle = len(rows) // 2
     say(f"out of memory with {len(rows)} texts at once: {middle} and {len(rows) - middle} come one after the other")
     return [*in_halves(rows[:middle], work), *in_halves(rows[middle:], work)]
-
-
-def free_memory() -> None:
-    """Give back the memory that a failed pass held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def no_room(length: int) -> UserError:

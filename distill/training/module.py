@@ -5,7 +5,6 @@ Shapes: B batch, L sequence length, N positions with loss, D hidden size.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -22,7 +21,7 @@ from distill.losses.features import feature_distance
 from distill.losses.fused import Walk, fused_loss
 from distill.losses.objective import Mixture
 from distill.models.language_model import Head, hidden_states, run_body, split_output
-from distill.system.memory import is_out_of_memory
+from distill.system.memory import free_memory, is_out_of_memory
 from distill.system.progress import say
 from distill.training.chunk_target import chunk_target
 from distill.training.guards import NonFinite, too_large
@@ -193,9 +192,7 @@ class DistillationModule(pl.LightningModule):
 
     def _halve_micro_batch(self) -> None:
         """Free memory, and make passes of half the size from here on."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         self.micro_batch = -(-self.micro_batch // 2)
         where = f" on device {self.global_rank}" if self.trainer.world_size > 1 else ""
         what = f"out of memory{where}; from here on {self.micro_batch} samples a forward pass"

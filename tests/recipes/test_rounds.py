@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill import cli
 from distill.cache.making.writer import CacheWriter
 from distill.errors import UserError
 from distill.experiment.file import load_experiment
@@ -79,6 +81,28 @@ def kill_each_phase_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cal
     deadly(KeepCheckpoints, "_save", lambda self: self.folder)
     deadly(Results, "put", lambda self: Path("evaluation"))
     return lambda: notes.read_text().splitlines()
+
+
+def test_each_stage_begins_without_the_models_of_the_one_before(
+    world: Any, distill: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A trainer and its model refer to each other: until the collector comes by, they would lie beside the teacher."""
+    recipe_of, found = cli._recipe_of, []
+
+    def counting(step: str) -> Any:
+        found.append(sum(issubclass(type(each), torch.nn.Module) for each in gc.get_objects()))
+        return recipe_of(step)
+
+    sections = {"cache": {"max_samples": 4}, "train": {"max_steps": 1}, "evaluate": {"max_samples": 2}}
+    file = world.write(tmp_path / "experiment.yaml", **sections)
+    monkeypatch.setattr(cli, "_recipe_of", counting)
+    gc.collect()
+    gc.disable()
+    try:
+        distill("run", file).done()
+    finally:
+        gc.enable()
+    assert len(found) == 4 and max(found) <= found[0], "the command, then teacher, training, evaluation"
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"), reason="forks, which CUDA does not survive")

@@ -20,10 +20,10 @@ from distill.cache.format.records import Documents, Record
 from distill.cache.making.background import BackgroundWriter
 from distill.cache.making.extract import Scratch, extract
 from distill.models.language_model import Head, LanguageModel, hidden_states_of
-from distill.models.micro_batches import free_memory, no_room
+from distill.models.micro_batches import no_room
 from distill.models.together import Together, most_samples
 from distill.system import interrupt
-from distill.system.memory import is_out_of_memory
+from distill.system.memory import free_memory, is_out_of_memory
 from distill.system.progress import Progress, say
 from distill.targets.schemes import AnyScheme
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from distill.errors import UserError
 from distill.evaluation.statistics import mean_and_deviation, speculative
@@ -26,6 +23,7 @@ from distill.report.steadiness import unsteady
 from distill.report.terminal import print_tables
 from distill.system import interrupt, ledger
 from distill.system.files import names_only, sole_writer
+from distill.system.memory import free_memory
 from distill.system.progress import say
 
 
@@ -86,7 +84,7 @@ def _measure(subject: Subject, results: Results) -> None:
         interrupt.stop_if_asked()
         results.put(subject, measurement, measurement.measure(subject, loaded))
     del loaded
-    _free_memory()
+    free_memory()
 
 
 def _measure_in_turn(measurement: Measurement, subjects: list[Subject], results: Results) -> None:
@@ -98,16 +96,9 @@ def _measure_in_turn(measurement: Measurement, subjects: list[Subject], results:
         for subject in [each for each in lacking if measurement.takes_part(each, number)]:
             interrupt.stop_if_asked()
             entries[subject.name].append(measurement.measure(subject, subject.load()))
-            _free_memory()
+            free_memory()
     for subject in lacking:
         results.put(subject, measurement, measurement.join(entries[subject.name]))
-
-
-def _free_memory() -> None:
-    """Free the memory of models that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _derived(result: dict[str, Any]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from distill.experiment.student import candidates, first_samples, make_student_t
 from distill.experiment.training import make_data, make_module, teacher_head
 from distill.forecast.sizes import Amount
 from distill.forecast.steps import steps as steps_of
-from distill.models.micro_batches import free_memory
 from distill.models.vocabulary import Vocabulary
 from distill.system import interrupt
 from distill.system.blame import blamed
+from distill.system.memory import free_memory
 from distill.system.progress import Progress, say
 from distill.system.rank import is_first_process
 from distill.system.units import three_or_four_digits
