@@ -177,7 +177,15 @@ class ServerAuthor:
         return str(self._tokenizer.decode(asked.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _answer(self, asked: Asked, found: Any) -> Answer:
-        """Return the answer in tokens. Raises _Lost for half an answer, UserError if the prompt was read otherwise."""
+        """Return the answer in tokens.
+
+        Raises _Lost for half an answer, UserError for another API's and if the prompt was read otherwise.
+        """
+        if isinstance(found, dict) and not found.keys() & {"choices", "error"}:
+            raise UserError(
+                f"generate.server: {self._url}: answers in another form than OpenAI's completions: is /v1 missing at "
+                "the end of the address?"
+            )
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
             text, reason = str(choice["text"]), choice["finish_reason"]

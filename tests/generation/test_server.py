@@ -145,6 +145,10 @@ def test_a_server_that_takes_no_ids_gets_the_text_and_must_read_it_alike(
 
 
 def test_what_never_passes_is_one_message(author: Any, server: Server) -> None:
+    server.answer = lambda request: reply({"content": "yes", "stop": True})  # llama.cpp's own form, beside /v1
+    with pytest.raises(UserError, match="another form than OpenAI's completions: is /v1 missing"):
+        author().write(ASKED, lambda _: None)
+    assert len(server.asked) <= len(ASKED), "not asked again"
     server.answer = lambda request: reply({"error": {"message": "prompt too long"}}, 400)
     with pytest.raises(UserError, match=r"refuses a request .status 400: prompt too long"):
         author().write(ASKED, lambda _: None)
