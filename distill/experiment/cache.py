@@ -117,6 +117,7 @@ def make_manifest(experiment: Experiment, teacher: Teacher, samples: SampleSets,
             **mixture_of(experiment),
         },
         made_with={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}
+        | {"batch_size": f"{cache.micro_batch}"}
         | ({"rows left out": left_out_in_words(left_out)} if (left_out := together(samples.counts).left_out) else {})
         | ({"bytes_per_token": f"{cache.bytes_per_token:g}"} if cache.bytes_per_token is not None else {})
         | ({"long_documents": samples.long_documents} if samples.long_documents else {}),

@@ -77,10 +77,14 @@ class TrainConfig:
     """Optimiser steps at most, in each round; default: all of the epochs."""
     max_time: str | None = None
     """Stop with a checkpoint after this long, such as `90m` or `11h30m`; the same command with --resume continues."""
-    batch_size: Annotated[int, Between(1, 2**16)] = 8
-    """The micro-batch: samples of one forward pass on each device; halved when the device runs out of memory."""
+    batch_size: Annotated[int, Between(1, 2**16)] | Literal["auto"] = 8
+    """The micro-batch: samples of one forward pass on each device; halved when the device runs out of memory. auto: the
+    largest divisor of step_samples that fits a card (a few on a processor), by the forecast; kept by later starts."""
     accumulate_grad_batches: Annotated[int, Between(1, 2**16)] = 1
     """Passes (micro-batches) of an optimiser step."""
+    step_samples: Annotated[int, Between(1, 2**16)] | None = None
+    """batch_size auto: samples of an optimiser step on each device, however many passes they take. Default: batch_size
+    times accumulate_grad_batches."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto"
     """Lightning's precision: mixed keeps float32 (master) weights, bf16-true has bfloat16 weights alone; auto: 32-true
     or mixed, the fastest one of the device, kept by later starts."""
@@ -149,6 +153,20 @@ class TrainConfig:
     """Newest checkpoints that are kept, beside that of the best held-out KL."""
     resume: bool = False
     """Continue from the last checkpoint of this run (`--resume`)."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples a forward pass, where `auto` has been replaced."""
+        assert self.batch_size != "auto", "`distill.experiment.micro_batch` replaces it before a phase begins"
+        return self.batch_size
+
+    @property
+    def samples_of_step(self) -> int:
+        """Samples of an optimiser step on each device."""
+        if self.batch_size == "auto":
+            assert self.step_samples is not None, "the checks of values ask for it"
+            return self.step_samples
+        return self.batch_size * self.accumulate_grad_batches
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def _check_keys(content: Mapping[Any, Any], kind: type, path: str, prefix: str) 
 def _check_text(key: str, value: str, field: dataclasses.Field) -> None:
     """Raise UserError for a text of several words for a number or a truth value: "3 # of them" would be taken for 3."""
     kind = re.sub(_ANNOTATED, r"\1", str(field.type)).removesuffix(" | None")
+    kind = kind.removesuffix(" | Literal['auto']")
     if kind in ("int", "float", "bool") and len(value.split()) > 1:
         raise UserError(f"{key}: expected {kind}. Got value: {value!r}")
 
@@ -264,6 +265,7 @@ def _as_text(content: dict[str, Any]) -> str:
 
 _UNION = r"Does not validate against any of the Union subtypes Subtypes: \[(\w+), NoneType\] .*? Given value:"
 _BOOL_OR_NAME = r"Does not validate against any of the Union subtypes Subtypes: \[bool, (one of .*?)\] .*? Given value:"
+_INT_OR_NAME = r"Does not validate against any of the Union subtypes Subtypes: \[int, one of (.*?)\] .* Given value:"
 _ANNOTATED = r"(?:typing\.)?Annotated\[(\w+), [^\]]*\]"
 
 
@@ -276,5 +278,6 @@ def _plain(message: str) -> str:
     line = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", line)
     line = re.sub(_ANNOTATED, r"\1", re.sub(r"<class '(\w+)'>", r"\1", line))
     line = re.sub(_BOOL_OR_NAME, r"expected \1, true or false. Got value:", line)
+    line = re.sub(_INT_OR_NAME, r"expected int or \1. Got value:", line)
     line = re.sub(_UNION, r"Expected a \1. Got value:", line)
     return line.replace("Expected a one of", "expected one of").replace("Expected a", "expected")

@@ -100,7 +100,7 @@ def _recorded_dtype(experiment: Experiment) -> str | None:
     counts = not is_first_process() or not (experiment.cache.overwrite or is_unused(folder))
     if counts and (folder / MANIFEST).is_file():
         return _dtype_of(read_manifest(folder).fingerprints)
-    return next((_dtype_of(found["cache"]["fingerprints"]) for found in _trainings(experiment)), None)
+    return next((_dtype_of(found["cache"]["fingerprints"]) for found in trainings(experiment)), None)
 
 
 def _dtype_of(fingerprints: dict[str, str]) -> str | None:
@@ -111,10 +111,10 @@ def _dtype_of(fingerprints: dict[str, str]) -> str | None:
 
 def _recorded_precision(experiment: Experiment) -> str | None:
     """Return the precision of the run's trainings, finished or begun, or None."""
-    return next((found["train"]["precision"] for found in _trainings(experiment)), None)
+    return next((found["train"]["precision"] for found in trainings(experiment)), None)
 
 
-def _trainings(experiment: Experiment) -> Iterator[dict[str, Any]]:
+def trainings(experiment: Experiment) -> Iterator[dict[str, Any]]:
     """Yield the settings of the run's trainings. A damaged file is the business of those that need it."""
     folders, before = Folders.of(experiment), experiment.train.begin_from
     begun = [] if before is None else [Folders.of_training(before).model("student")]

@@ -69,7 +69,7 @@ def rounding_of(experiment: Experiment) -> Rounding:
 _MAY_CHANGE = {
     *("resume", "caches", "begin_from", "dir", "num_workers", "log_every_steps", "loggers", "callbacks"),
     *("max_time", "checkpoint_every_steps", "keep_checkpoints", "texts_every_steps"),
-    *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches"),
+    *("accelerator", "devices", "num_nodes", "strategy", "batch_size", "accumulate_grad_batches", "step_samples"),
     *("activation_checkpointing", "checkpoint_every_k", "offload_activations", "step_in_backward", "non_finite"),
 }
 
@@ -81,8 +81,8 @@ def training_settings(experiment: Experiment, role: Role, samples: CacheReader |
     train, cache = experiment.train, samples.used
     found = {
         **own_settings(experiment, role),
-        settings.NOT_COMPARED: {"callbacks": train.callbacks},
-        "samples_a_step": train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes,
+        settings.NOT_COMPARED: {"callbacks": train.callbacks, "batch_size": train.batch_size},
+        "samples_a_step": train.samples_of_step * train.devices * train.num_nodes,
         "cache": {key: value for key, value in asdict(cache).items() if key not in ("made_with", "shard_samples")},
     }
     if train.begin_from is not None:  # wherever it lies

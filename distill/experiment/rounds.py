@@ -18,6 +18,7 @@ from distill.experiment.configuration import Experiment, RoundsConfig
 from distill.experiment.folders import Folders
 from distill.experiment.generation import Writer, prompt_sources, prompts_of
 from distill.experiment.last_steps import check_held_out, check_last_steps
+from distill.experiment.micro_batch import with_recorded
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.search import with_found_sizes
@@ -121,6 +122,7 @@ class Rounds:
 
     def scoring(self, number: int) -> Experiment:
         """Return the experiment in which the teacher scores a round's texts, as it did those of the first cache."""
+        known = with_recorded(with_types_of_machine(self.experiment))  # `auto` takes what the first cache says
         experiment, folder = with_budgeted_threshold(self.experiment, read_manifest(self.cache)), self.folder(number)
         corpus = replace(
             experiment.corpus,
@@ -140,11 +142,13 @@ class Rounds:
             max_size=None,
             held_out_samples=0,  # those of the first cache are measured on in every round
             overwrite=False,
+            batch_size=known.cache.batch_size,
         )
-        teacher = with_types_of_machine(self.experiment).teacher  # `auto` takes what the first cache says
         train = replace(experiment.train, early_stopping=None)
         student = with_found_sizes(self.experiment).student  # its search needs held-out samples, and is done
-        return _plain(replace(experiment, corpus=corpus, teacher=teacher, cache=cache, train=train, student=student))
+        return _plain(
+            replace(experiment, corpus=corpus, teacher=known.teacher, cache=cache, train=train, student=student)
+        )
 
     def training(self, number: int) -> Experiment:
         """Return the experiment in which the student learns on. The last one trains the control too."""

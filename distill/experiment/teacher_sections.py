@@ -197,8 +197,9 @@ class CacheConfig:
     """Temperature of the teacher's distribution."""
     seed: Annotated[int, Between(0, 2**63)] = 0
     """Seed of the sampling."""
-    batch_size: Annotated[int, Between(1, 2**16)] = 8
-    """Samples a forward pass of the teacher (the micro-batch); halved when the device runs out of memory."""
+    batch_size: Annotated[int, Between(1, 2**16)] | Literal["auto"] = 8
+    """Samples a forward pass of the teacher (the micro-batch); halved when the device runs out of memory. auto: the
+    largest that fits a card (a few on a processor), by the forecast; kept by later starts."""
     shard_samples: Annotated[int, Between(1, 2**20)] = 64
     """Samples a shard file."""
     chunk_size: Annotated[int, Between(1, 2**20)] = 512
@@ -212,3 +213,9 @@ class CacheConfig:
     """Largest number of held-out samples, from all held-out documents, cached too, to watch the training student."""
     overwrite: bool = False
     """Delete a cache that was made with other settings, and begin anew."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples a forward pass, where `auto` has been replaced."""
+        assert self.batch_size != "auto", "`distill.experiment.micro_batch` replaces it before a phase begins"
+        return self.batch_size

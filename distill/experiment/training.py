@@ -83,7 +83,7 @@ def make_module(
         vocab_size=vocab_size,
         objective=Mixture(role.alpha, experiment.cache.temperature, divergence),
         chunk_size=loss.chunk_size,
-        micro_batch=train.batch_size,
+        micro_batch=train.micro_batch,
         make_optimizer=partial(_optimizer, experiment, place.device_type),
         make_schedule=lambda total: Schedule(
             train.schedule, total, train.warmup_fraction, train.decay_fraction, train.final_learning_rate
@@ -111,8 +111,8 @@ def make_data(
     return CacheDataModule(
         train,
         held_out if len(held_out) else None,
-        step_samples=config.batch_size * config.accumulate_grad_batches,
-        batch_size=config.batch_size,
+        step_samples=config.samples_of_step,
+        batch_size=config.micro_batch,
         seed=seed,
         num_workers=config.num_workers,
         vocabulary=vocabulary,

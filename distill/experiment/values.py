@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from distill.errors import UserError, did_you_mean
-from distill.experiment.configuration import DIVERGENCES, Experiment
+from distill.experiment.configuration import DIVERGENCES, Experiment, TrainConfig
 from distill.experiment.teacher_sections import Between
 from distill.system.units import parse_duration, parse_size
 
@@ -25,7 +25,12 @@ def check_values(experiment: Experiment) -> None:
             wrong += _wrong(section, values, kind)
             continue
         wrong += _wrong_in(section, values)
-    wrong = wrong or [*_misspelt(experiment), *_contradictions(experiment), *_of_rounds(experiment)]
+    wrong = wrong or [
+        *_misspelt(experiment),
+        *_contradictions(experiment),
+        *_of_steps(experiment.train),
+        *_of_rounds(experiment),
+    ]
     if wrong:
         raise UserError("; ".join(wrong))
 
@@ -57,7 +62,7 @@ def _wrong(key: str, value: Any, hint: Any) -> list[str]:
             faults.append(f"{key}: {each!r} has control characters: remove them")
         elif isinstance(value, list) and isinstance(each, str) and each.startswith(("[", "{")):
             faults.append(f"{key}: {each!r} is a list as text: give names")  # of an override that is no list of names
-        elif limits is not None and not limits.low <= each <= limits.high:
+        elif limits is not None and not isinstance(each, str) and not limits.low <= each <= limits.high:
             faults.append(f"{key}: {each} is not {limits}")
     return faults
 
@@ -91,6 +96,24 @@ def _contradictions(experiment: Experiment) -> Iterator[str]:
     }
     for key in (key for key, is_given in own.items() if is_given and corpus.sources):
         yield f"corpus.{key}: stands beside corpus.sources: give it to each source that it is meant for"
+
+
+def _of_steps(train: TrainConfig) -> Iterator[str]:
+    """Yield the faults of the two ways to give the samples of an optimiser step: as passes, or as a whole."""
+    if train.batch_size != "auto":
+        if train.step_samples is not None:
+            yield (
+                "train.step_samples: goes with train.batch_size auto; a step of numbers has batch_size × "
+                "accumulate_grad_batches samples: leave it out"
+            )
+        return
+    if train.step_samples is None:
+        yield "train.batch_size: auto needs the samples of an optimiser step, which it divides: --train.step_samples 16"
+    if train.accumulate_grad_batches != 1:
+        yield (
+            "train.accumulate_grad_batches: follows from train.step_samples where batch_size is auto: leave it out, "
+            "or give 1"
+        )
 
 
 def _of_rounds(experiment: Experiment) -> Iterator[str]:

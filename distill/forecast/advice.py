@@ -154,8 +154,8 @@ def _seconds(forecaster: Forecasts, experiment: Experiment, phase: Phase) -> flo
     pieces: list[Piece] = forecaster.simulator.pieces(experiment, phase, [])
     train = experiment.train
     samples = {
-        "cache-teacher": experiment.cache.batch_size,
-        "train-student": train.batch_size * train.accumulate_grad_batches,
+        "cache-teacher": experiment.cache.micro_batch,
+        "train-student": train.samples_of_step,
         "evaluate": experiment.evaluate.batch_size,
     }[phase]
     return sum(piece.seconds for piece in pieces) / (samples * experiment.corpus.sequence_length)
@@ -183,8 +183,8 @@ def _micro_batch(experiment: Experiment) -> list[Keys]:
     train = experiment.train
     if train.step_in_backward:  # which updates after one pass
         return []
-    samples = train.batch_size * train.accumulate_grad_batches
-    sizes = [size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0]
+    samples = train.samples_of_step
+    sizes = [size for size in range(train.micro_batch // 2, 0, -1) if train.micro_batch % size == 0]
     return [{"train.batch_size": size, "train.accumulate_grad_batches": samples // size} for size in sizes]
 
 
@@ -221,7 +221,7 @@ def _less_of_streamed(name: str, least: int) -> Lever:
     def lever(experiment: Experiment) -> list[Keys]:
         teacher = experiment.teacher
         offers = name in plugins.defaults(teacher.class_path, "teacher")
-        value = teacher.options.get(name) or (experiment.cache.batch_size if name == "micro_batch" else 0)
+        value = teacher.options.get(name) or (experiment.cache.micro_batch if name == "micro_batch" else 0)
         key = f"teacher.options.{name}"
         values = [value >> times for times in range(1, value.bit_length() + 1)] if isinstance(value, int) else []
         return [{key: value} for value in values if value >= least] if offers else []

@@ -288,7 +288,7 @@ def _time(
     train = experiment.train
     if phase == "cache-teacher":
         processes = experiment.cache.devices * experiment.cache.num_nodes
-        count = None if amount.cached is None else -(-amount.cached // (experiment.cache.batch_size * processes))
+        count = None if amount.cached is None else -(-amount.cached // (experiment.cache.micro_batch * processes))
         each = pieces[0].seconds
     elif phase == "evaluate":
         batches = None if amount.evaluated is None else -(-amount.evaluated // experiment.evaluate.batch_size)

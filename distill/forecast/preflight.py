@@ -13,9 +13,11 @@ from distill.cache.format.folder import read_journal
 from distill.errors import UserError
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, write_json
+from distill.experiment.micro_batch import Key
 from distill.forecast.advice import advise, as_options
 from distill.forecast.forecast import CONTEXT_BYTES, DRIVER_BYTES, Forecast, Forecaster
 from distill.forecast.machine.cards import Card, this_machine
+from distill.forecast.micro_batch import begin, with_micro_batches
 from distill.forecast.phases.simulator import Phase, Simulator
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import pick_device
@@ -27,6 +29,19 @@ from distill.system.rank import is_first_process
 from distill.system.units import duration, size
 
 FILE = "forecast.json"
+
+
+def with_micro_batch(experiment: Experiment, key: Key) -> Experiment:
+    """Return the experiment of a phase that begins here with a number in place of the `auto` of its batches.
+
+    Raises UserError for a device or a model of which there is no forecast, and where several machines must agree.
+    """
+    device = pick_device(experiment.train.accelerator)
+    if device.type == "mps":
+        raise UserError(f"{key}: auto needs a forecast, and there is none for Apple's GPUs: give a number")
+    card = this_machine(device.type)
+    with _simulator(card) as simulator:
+        return begin(Forecaster(card, memory_limit(experiment), held_memory(), simulator), experiment, key)
 
 
 class Preflight:
@@ -57,11 +72,12 @@ class Preflight:
         card = this_machine(self.device.type)
         with _simulator(card) as simulator:
             forecaster = Forecaster(card, self.limit, held_memory(), simulator)
-            self.expected = forecaster.forecast(self.experiment, self.phases)
+            experiment = with_micro_batches(forecaster, self.experiment, self.phases)
+            self.expected = forecaster.forecast(experiment, self.phases)
             for failure in self.expected.failures:
                 say(f"{failure}; going on without one")
             if not self.expected.fits:
-                raise UserError(_refusal(self.experiment, self.expected, forecaster))
+                raise UserError(_refusal(experiment, self.expected, forecaster))
         if self.expected.shortages:
             raise UserError(
                 f"{'; '.join(self.expected.shortages)}: make room there, or point --run_dir or --cache.dir to another "

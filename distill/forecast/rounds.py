@@ -69,7 +69,7 @@ def rounds_of(
         return None
     samples, models = _samples(experiment, writing), len(roles(experiment))
     teacher, student = found["cache-teacher"][0], found["train-student"][0]
-    batches = -(-samples // (experiment.cache.batch_size * experiment.cache.devices))
+    batches = -(-samples // (experiment.cache.micro_batch * experiment.cache.devices))
     trainings = [_steps(experiment, amount, samples * number) for number in range(1, left + 1)]
     if experiment.evaluate.control:
         trainings += [_steps(experiment, amount, 0)] * experiment.rounds.count

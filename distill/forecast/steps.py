@@ -112,7 +112,7 @@ class Training:
 def step_samples(experiment: Experiment) -> int:
     """Return the samples of an optimiser step on all devices."""
     train = experiment.train
-    return train.batch_size * train.accumulate_grad_batches * train.devices * train.num_nodes
+    return train.samples_of_step * train.devices * train.num_nodes
 
 
 def steps(experiment: Experiment, amount: Amount) -> int | None:

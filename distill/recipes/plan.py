@@ -21,7 +21,8 @@ from distill.forecast.ahead import check_student_ahead
 from distill.forecast.forecast import Forecast, Forecaster
 from distill.forecast.machine.calibration import find, kind_of
 from distill.forecast.machine.cards import Card, find_card, this_machine
-from distill.forecast.phases.simulator import Phase, Simulator
+from distill.forecast.micro_batch import with_micro_batches
+from distill.forecast.phases.simulator import PHASES, Phase, Simulator
 from distill.forecast.sizes import memory_limit
 from distill.models.devices import check_number, pick_device
 from distill.system.units import duration, size
@@ -64,7 +65,7 @@ class Plan:
     """The forecast of an experiment on a card, and what would make it fit."""
 
     experiment: Experiment
-    """The experiment with the types that its `auto` takes there."""
+    """The experiment with the types and micro-batches that its `auto` takes there."""
     forecast: Forecast
     advice: Advice | None
     """Changes that make it fit, or the strongest there are; None if it fits as it is."""
@@ -82,6 +83,7 @@ def planned(experiment: Experiment, card: str | None = None) -> Plan:
     untried = check_student_ahead(experiment, found, with_weights=False)
     with _shown() as show, Simulator(found, show) as simulator:
         forecaster = Forecaster(found, memory_limit(experiment), simulator=simulator)
+        experiment = with_micro_batches(forecaster, experiment, PHASES)
         forecast = forecaster.forecast(experiment)
         forecast.notes[:0] = [*_choices(asked, experiment), *([] if untried is None else [untried])]
         advice = None if forecast.fits else advise(forecaster, experiment, tuple(forecast.phases))
@@ -113,12 +115,20 @@ def _with_types(experiment: Experiment, card: Card | None) -> Experiment:
 
 
 def _choices(asked: Experiment, experiment: Experiment) -> list[str]:
-    """Return a note for each type that was chosen."""
+    """Return a note for each type and micro-batch that was chosen."""
     found = []
     if asked.teacher.compute_dtype == "auto":
         found.append(f"teacher.compute_dtype: auto takes {experiment.teacher.compute_dtype}")
     if asked.train.precision == "auto":
         found.append(f"train.precision: auto takes {experiment.train.precision}")
+    if asked.cache.batch_size == "auto":
+        found.append(f"cache.batch_size: auto takes {experiment.cache.micro_batch}")
+    if asked.train.batch_size == "auto":
+        train = experiment.train
+        found.append(
+            f"train.batch_size: auto takes {train.micro_batch}, with accumulate_grad_batches "
+            f"{train.accumulate_grad_batches}"
+        )
     return found
 
 

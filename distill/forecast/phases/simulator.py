@@ -127,7 +127,7 @@ class _Pace:
         make, sizes = _measured(models.teacher)
         simulation = simulate_teacher(
             make,
-            batch_size=cache.batch_size,
+            batch_size=cache.micro_batch,
             vocab_size=models.vocab_size,
             scheme=make_scheme(models.experiment, models.hidden_size),
             chunk_size=cache.chunk_size,
@@ -145,10 +145,10 @@ class _Pace:
         itemsize = getattr(torch, models.compute_dtype).itemsize
         samples = min(most_samples(length, models.hidden_size, itemsize), cache.shard_samples)
         computing, reading = self.speed.seconds(piece.simulation.work), piece.sizes["bytes_read"] / self.reading
-        batches = batches_for(computing, reading, samples // cache.batch_size)
+        batches = batches_for(computing, reading, samples // cache.micro_batch)
         if batches > 1:
-            models.note(f"cache-teacher: {batches} batches, {batches * cache.batch_size} samples, share one reading")
-        more = max(samples - cache.batch_size, 0) * sample_bytes(length, models.hidden_size, itemsize)
+            models.note(f"cache-teacher: {batches} batches, {batches * cache.micro_batch} samples, share one reading")
+        more = max(samples - cache.micro_batch, 0) * sample_bytes(length, models.hidden_size, itemsize)
         parts = piece.simulation.parts
         simulation = replace(
             piece.simulation,
@@ -183,7 +183,7 @@ class _Pace:
         check_training(experiment, scheme.name, experiment.cache.held_out_samples, self.device)
         passes = min(train.accumulate_grad_batches, PASSES)
         shape = StepShape(
-            samples=train.batch_size * passes,
+            samples=train.micro_batch * passes,
             length=self._text(models)["length"],
             entries=max(scheme.most_entries, 1),
             hidden_size=models.hidden_size if isinstance(scheme, Hidden) else None,

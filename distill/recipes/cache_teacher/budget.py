@@ -50,7 +50,7 @@ def within_budget(
 
     manifest = make_manifest(experiment, teacher, samples, order)
     module = TeacherModule.of_cache(teacher.load(), manifest, cache.chunk_size)
-    probe = SizeProbe(module, order, samples.train, manifest.splits["train"], cache.batch_size, teacher.device)
+    probe = SizeProbe(module, order, samples.train, manifest.splits["train"], cache.micro_batch, teacher.device)
     scheme = manifest.make_scheme()
     if cache.bytes_per_token is not None:
         assert isinstance(scheme, VarOpt)

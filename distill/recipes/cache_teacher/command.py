@@ -17,6 +17,7 @@ from distill.errors import UserError
 from distill.experiment.cache import as_packed, begun_in, check_cache_settings, open_cache, packing_of
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.micro_batch import is_auto, with_recorded
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.teacher import Teacher
@@ -44,7 +45,12 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     if cache.dir and is_url(cache.dir):
         return _accept_at_url(experiment, cache.dir)
     part = Part.parse(cache.part) if cache.part else None
-    experiment = with_types_of_machine(experiment, "teacher.compute_dtype")
+    experiment = with_recorded(with_types_of_machine(experiment, "teacher.compute_dtype"))
+    if is_auto(experiment, "cache.batch_size"):
+        # Imported here, because it takes seconds that a finished cache does not need.
+        from distill.forecast.preflight import with_micro_batch
+
+        experiment = with_micro_batch(experiment, "cache.batch_size")
     folders = Folders.of(experiment)
     work = None
     if is_begun(experiment, folders):

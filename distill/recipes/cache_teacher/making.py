@@ -41,7 +41,7 @@ def predict_missing(work: Work, trainer: pl.Trainer, deadline: float) -> None:
     with work.samples.ahead(), Progress(title, total=0, unit="tokens") as progress, interrupt.deferred():
 
         def open_writer() -> CacheWriter:
-            return CacheWriter(folders.cache, manifest, batch_size=work.experiment.cache.batch_size)
+            return CacheWriter(folders.cache, manifest, batch_size=work.experiment.cache.micro_batch)
 
         predict(trainer, module, ShardShares(numbered, open_writer, work.shards, progress, deadline))
 
@@ -58,6 +58,6 @@ def _check_begin_token(work: Work, model: Any) -> None:
         tokenizer.bos_token_id,
         f"teacher {work.experiment.teacher.model}",
         vocab_size=work.manifest.vocab_size,
-        batch_tokens=cache.batch_size * work.manifest.sequence_length,
+        batch_tokens=cache.micro_batch * work.manifest.sequence_length,
         remedy=f"{where} that begins with {tokenizer.bos_token}",
     )

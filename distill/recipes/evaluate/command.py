@@ -10,6 +10,7 @@ from distill.evaluation.statistics import mean_and_deviation, speculative
 from distill.experiment.cache import as_packed, begun_for_run
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.micro_batch import with_recorded
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.search import with_found_sizes
@@ -32,7 +33,7 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
 
     `following`: phases that run next, and that must fit too.
     """
-    experiment = with_found_sizes(with_types_of_machine(experiment))
+    experiment = with_found_sizes(with_recorded(with_types_of_machine(experiment)))
     folders = Folders.of(experiment)
     make_run_folder(folders)
     begun = begun_for_run(folders)

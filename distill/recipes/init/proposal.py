@@ -192,7 +192,7 @@ def _within_hours(frame: Frame, forecaster: Forecaster, experiment: Experiment, 
         return samples, epochs
     found = forecaster.forecast(apply(experiment, {"cache.max_samples": samples}))
     teacher, train = (found.phases[phase].seconds_each for phase in ("cache-teacher", "train-student"))
-    teacher /= experiment.cache.batch_size
+    teacher /= experiment.cache.micro_batch
     train *= 1.5 / step_samples(experiment)  # the search takes about half as long as the training
     while epochs > 1 and samples * (teacher + epochs * train) > frame.hours * 3600:
         epochs -= 1
@@ -212,7 +212,7 @@ def _with_amounts(frame: Frame, experiment: Experiment, samples: int, epochs: in
     held_out = experiment.corpus.held_out
     train_samples = max(1, min(samples, int(all_samples * (1 - held_out))))
     wanted = min(most, max(least, train_samples * epochs // STEPS))
-    micro_batch = min(experiment.train.batch_size, wanted)
+    micro_batch = min(experiment.train.micro_batch, wanted)
     passes = max(1, round(wanted / micro_batch))
     steps = max(1, train_samples * epochs // (micro_batch * passes))
     watched = max(1, min(128, round(all_samples * held_out)))

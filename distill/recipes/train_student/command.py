@@ -17,6 +17,7 @@ from distill.experiment import settings
 from distill.experiment.cache import as_packed, check_cache_settings, open_training, packing_of
 from distill.experiment.configuration import Experiment
 from distill.experiment.folders import Folders, make_run_folder
+from distill.experiment.micro_batch import is_auto, with_recorded
 from distill.experiment.place import Place
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.roles import Role, roles, training_settings
@@ -87,7 +88,7 @@ def _train(
 ) -> None:
     # Imported here, because these take seconds that a finished training does not need.
     from distill.experiment.training import check_training
-    from distill.forecast.preflight import Preflight
+    from distill.forecast.preflight import Preflight, with_micro_batch
     from distill.recipes.train_student.fit import Training, kept_vocabulary
     from distill.recipes.train_student.search import found_sizes
     from distill.training.loggers import check_installed
@@ -99,6 +100,9 @@ def _train(
     check_number(experiment.train.devices, device_type, "train.devices")
     check_training(experiment, train.manifest.scheme, len(held_out), device_type)
     check_tokens(experiment, Place.of(experiment), load_folder_tokenizer(checked_tokenizer(storage.folder)))
+    experiment = with_recorded(experiment)
+    if is_auto(experiment, "train.batch_size"):
+        experiment = with_micro_batch(experiment, "train.batch_size")
     with Preflight(experiment, "train-student", following):
         vocabulary = kept_vocabulary(experiment, storage, train, held_out)
         experiment = found_sizes(experiment, train, held_out, vocabulary)
