@@ -12,6 +12,7 @@ from distill.evaluation import benchmarks, cost, texts
 from distill.experiment.configuration import Experiment
 from distill.experiment.subjects import Loaded, Subject
 from distill.experiment.teacher import Teacher
+from distill.models.contract import in_type
 from distill.models.vocabulary import Vocabulary
 from distill.recipes.evaluate.measurement import Measurement
 from distill.recipes.evaluate.overlaps import Overlap, OverlapSearch
@@ -104,7 +105,7 @@ class Cost(Measurement):
 
     def measure(self, subject: Subject, loaded: Loaded) -> dict[str, Any]:
         if subject.name != "teacher":
-            loaded.model.to(self.dtype)
+            in_type(loaded.model.to, self.dtype, f"cost of {subject.name}")
         is_first = subject.name not in self._weighed
         self._weighed.add(subject.name)
         return cost.measure_cost(
