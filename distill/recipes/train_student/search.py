@@ -148,6 +148,7 @@ class _MeasureAtEnd(pl.Callback):
 
 
 def _text(candidate: dict[str, Any]) -> str:
-    """Return a candidate's sizes in words."""
+    """Return a candidate's sizes in words; its parameters are known once it was tried."""
     options = ", ".join(f"{name} {value}" for name, value in candidate["options"].items())
-    return f"{options} ({three_or_four_digits(candidate['parameters'] / 1e6)} M)"
+    size = f" ({three_or_four_digits(candidate['parameters'] / 1e6)} M)" if candidate["parameters"] else ""
+    return options + size
