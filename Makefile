@@ -3,6 +3,7 @@
 #   make test    lint and tests
 #   make bench   speed and size as ratios measured side by side, into build/bench.md (ARGS="--only head_loss" for one row)
 #   make bench-peers   the same against other libraries, which go into an environment of their own
+#   make third-party   students of packages that others wrote, through every command (ARGS="--only xlstm"), likewise
 
 PYTHON ?= python3
 ARGS ?=
@@ -13,8 +14,9 @@ THREADS ?= 1
 BIN := .venv/bin
 STAMP := .venv/.installed
 PEERS := build/peers
+THIRD_PARTY := build/third-party
 
-.PHONY: install demo test lint bench bench-peers clean
+.PHONY: install demo test lint bench bench-peers third-party clean
 
 install: $(STAMP)
 
@@ -44,6 +46,15 @@ $(PEERS)/.installed: pyproject.toml constraints.txt tests/benchmarks/requirement
 
 bench-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python tests/benchmarks/bench.py --peers --json build/bench-peers.json --markdown build/bench-peers.md $(ARGS)
+
+$(THIRD_PARTY)/.installed: pyproject.toml constraints.txt tests/benchmarks/requirements-third-party.txt
+	$(PYTHON) -m venv $(THIRD_PARTY)
+	$(THIRD_PARTY)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -r tests/benchmarks/requirements-third-party.txt -e '.[dev]'
+	$(THIRD_PARTY)/bin/python -m pip install --disable-pip-version-check --no-deps litgpt==0.5.13
+	touch $@
+
+third-party: $(THIRD_PARTY)/.installed
+	$(THIRD_PARTY)/bin/python tests/benchmarks/third_party.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
