@@ -50,7 +50,6 @@ CONSTRUCTORS: dict[str, dict[str, str]] = {
     "exit with text": {"last": "sys.exit('bye')"},
     "own exception": {"module": "class Strange(Exception): pass", "last": "raise Strange()"},
     "argument without a value": {"arguments": ", depth=None, *, width: int"},
-    "None among blocks": {"last": "self.blocks.append(None)"},
     "body is None": {"last": "self.body = None"},
     "all frozen": {"last": "self.requires_grad_(False)"},
     "nan weights": {"last": "self.tokens.weight.data.fill_(float('nan'))"},
