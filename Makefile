@@ -3,7 +3,7 @@
 #   make test    lint and tests
 #   make bench   speed and size as ratios measured side by side, into build/bench.md (ARGS="--only head_loss" for one row)
 #   make bench-peers   the same against other libraries, which go into an environment of their own
-#   make third-party   students of packages that others wrote, through every command (ARGS="--only xlstm"), likewise
+#   make third-party   students of packages that others wrote, through every command (ARGS="--only litgpt"), likewise
 
 PYTHON ?= python3
 ARGS ?=

@@ -103,7 +103,9 @@ def _tied(model: Any, source: Path) -> dict[str, str]:
         names.setdefault(id(parameter), []).append(f"student.{name}")
     tied = {}
     for group in names.values():
-        kept = next(name for name in group if name.removeprefix("student.") in saved)
+        kept = next((name for name in group if name.removeprefix("student.") in saved), None)
+        if kept is None:  # without an element: such ones share their place, and no file holds them
+            continue
         tied.update({name: kept for name in group if name != kept})
     return tied
 
