@@ -27,6 +27,7 @@ BENCHES = (
     "head_loss",
     "train_step",
     "memory_levers",
+    "compiled_body",
     "cache_throughput",
     "generate",
     "cache_size",
