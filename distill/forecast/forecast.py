@@ -22,6 +22,7 @@ from distill.forecast.sizes import Amount, amount_of, bytes_a_token, cache_bytes
 from distill.forecast.steps import Training, searched, step_samples, steps
 from distill.forecast.writing import is_asked, looks_seconds, seconds_of, writing_of
 from distill.system.units import duration, size
+from distill.training.learning_curve import SAMPLES, measured_steps
 
 CONTEXT_BYTES = int(0.6 * GIB)
 """Memory of a card that a process takes beside torch's allocator: the CUDA context and the kernels of torch, cuBLAS
@@ -300,7 +301,9 @@ def _time(
         if count is None:
             return None, each, None
         # A held-out sample needs only a forward pass, about a third of a training sample's work.
-        held_out = (count // train.validate_every_steps + 1) * amount.held_out / step_samples(experiment) / 3
+        looks = (count // train.validate_every_steps + 1) * amount.held_out
+        looks += len(measured_steps(count)) * min(SAMPLES, amount.held_out)
+        held_out = looks / step_samples(experiment) / 3
         trainings = len(roles(experiment))
         tries = searched(with_found_sizes(experiment), amount, count)
         return (trainings * (count + held_out) + tries) * each, each, trainings * count

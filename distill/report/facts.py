@@ -10,7 +10,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.report.curves import Curves, read_curves
-from distill.report.schema import COST_LINE, EVALUATION, FORECAST, SEARCH, checked
+from distill.report.schema import COST_LINE, EVALUATION, FORECAST, PREDICTION, SEARCH, checked
 from distill.report.training_texts import Line, read_texts
 from distill.system import ledger
 from distill.system.files import names_only, read_bounded
@@ -36,6 +36,8 @@ class RunFacts:
     """Rows of forecast.json: what, unit, forecast, measured."""
     search: Mapping[str, Any]
     """Content of search.json: the candidates with their sizes and held-out KL, and the chosen sizes."""
+    predictions: Mapping[str, Mapping[str, Any]]
+    """Content of prediction.json of `student` and `control`: the held-out KL that was predicted, and the end."""
 
     @classmethod
     def read(cls, run: Path) -> RunFacts:
@@ -53,6 +55,11 @@ class RunFacts:
             _read_costs(run / ledger.FILE),
             tuple(_read_object(run / "forecast.json", FORECAST).get("rows", [])),
             _read_object(run / "search.json", SEARCH),
+            {
+                role: predicted
+                for role in ("student", "control")
+                if (predicted := _read_object(run / "logs" / role / "prediction.json", PREDICTION))
+            },
         )
         if not (facts.evaluation or facts.curves or facts.costs):
             raise UserError(f"{run}: nothing was measured here yet: run distill evaluate, or give another run_dir")

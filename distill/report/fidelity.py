@@ -127,7 +127,33 @@ def curve_section(facts: RunFacts) -> Iterator[Section]:
                     ]
                 )
     contents.append(Table([Cell("nats/token"), Cell("first"), Cell("lowest"), Cell("last")], rows))
+    contents += _predictions(facts)
     yield Section("training", "Training", contents)
+
+
+def _predictions(facts: RunFacts) -> Iterator[Table]:
+    """Yield what was predicted of the held-out KL while training, beside what came."""
+    rows = []
+    for role, found in facts.predictions.items():
+        for when, ends in found["predicted"].items():
+            came = found.get("end")
+            rows.append(
+                [
+                    Cell(f"{role}, after {float(when):.0%} of the steps".replace("%", f"{SPACE}%"), role=role),
+                    *(_predicted(ends.get(factor)) for factor in ("1", "3", "10")),
+                    Cell("–") if came is None else Cell(nats(came), came),
+                ]
+            )
+    if rows:
+        head = [Cell("nats/token"), Cell("predicted"), *(Cell(f"{n} × the tokens") for n in (3, 10)), Cell("came")]
+        yield Table(head, rows, caption="Held-out KL that the training will end at, as its learning curve had it early")
+
+
+def _predicted(found: Mapping[str, float] | None) -> Cell:
+    if found is None:
+        return Cell("–")
+    ends = found["low"], found["high"]
+    return Cell(nats(found["kl"]), found["kl"], interval(ends, nats), ends)
 
 
 def _at_step(step: float, value: float) -> Cell:

@@ -101,6 +101,8 @@ COST_LINE = {
 TEXTS_LINE = {"step": NUMBER, "prompts": [TEXT], "texts": [TEXT]}
 FORECAST = {"rows": [{"what": TEXT, "unit": TEXT, "forecast": NUMBER, "measured": NUMBER}]}
 SEARCH = {"candidates": [{"options": OBJECT, "parameters": NUMBER, "kl": {"*": NUMBER}}], "chosen": OBJECT}
+_PREDICTED = dict.fromkeys(("kl", "low", "high"), NUMBER)
+PREDICTION = {"end": NUMBER, "predicted": {"*": {"*": _PREDICTED}}}
 REQUIRED = {
     id(_BIN): ("from", "positions"),
     id(_OF_SOURCE): ("source", "positions"),
@@ -110,6 +112,7 @@ REQUIRED = {
 REQUIRED |= {id(COST_LINE): ("phase", "seconds"), id(EVALUATION["texts"]): ("prompts",)}
 REQUIRED |= {id(SEARCH["candidates"][0]): ("options", "parameters", "kl")}
 REQUIRED |= {id(TEXTS_LINE): ("step", "prompts", "texts")}
+REQUIRED |= {id(_PREDICTED): ("kl", "low", "high"), id(PREDICTION): ("predicted",)}
 REQUIRED |= {id(_ROUND): ("round", "held_out_kl")}
 REQUIRED |= {id(_OWN): ("texts", "tokens"), id(_OWN_BIN): ("from", "positions", "kl")}
 REQUIRED |= {id(FORECAST["rows"][0]): ("what", "unit"), id(_SEEDS["*"]): ("mean", "values")}

@@ -15,6 +15,7 @@ from distill.cache.format.records import Record
 from distill.cache.reading.batches import Batch
 from distill.cache.reading.mixture import MixedReader
 from distill.cache.reading.reader import CacheReader
+from distill.corpus.splitting import spread
 from distill.models.vocabulary import Vocabulary
 from distill.training.order import NOTHING, batches_of, permuted, share
 from distill.training.vocabulary import trim_batch
@@ -154,20 +155,33 @@ class CacheDataModule(pl.LightningDataModule):
             mixture=self.train if isinstance(self.train, MixedReader) else None,
         )
         self._order = order
-        return self._loader(self.train, order, self.num_workers)
+        return self._loader(self.train, order, self.step_samples, self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.held_out is None:
             return []
-        rank, world = self._process()
-        order = EpochPermutation(len(self.held_out), None, batch_size=self.batch_size, rank=rank, world=world)
-        return self._loader(self.held_out, order, num_workers=0)
+        return self._loader(self.held_out, self._in_order(len(self.held_out)), self.batch_size)
 
-    def _loader(self, reader: CacheReader | MixedReader, order: EpochPermutation, num_workers: int) -> DataLoader:
+    def some_held_out(self, count: int) -> DataLoader | list:
+        """Return a loader of at most `count` held-out samples, spread over all of them."""
+        if self.held_out is None:
+            return []
+        chosen = sorted(spread(len(self.held_out))[:count].tolist())
+        numbers = [number if number == NOTHING else chosen[number] for number in self._in_order(len(chosen))]
+        return self._loader(self.held_out, numbers, self.batch_size)
+
+    def _in_order(self, size: int) -> EpochPermutation:
+        """Return this process's share of the numbers 0 to `size` - 1, for measuring."""
+        rank, world = self._process()
+        return EpochPermutation(size, None, batch_size=self.batch_size, rank=rank, world=world)
+
+    def _loader(
+        self, reader: CacheReader | MixedReader, order: Sampler[int] | list[int], batch_size: int, num_workers: int = 0
+    ) -> DataLoader:
         samples = Samples(reader, self.vocabulary)
         return (DataLoader if num_workers else ReadAhead)(
             samples,
-            batch_size=order.batch_size,
+            batch_size=batch_size,
             sampler=order,
             collate_fn=samples.collate,
             num_workers=num_workers,

@@ -64,6 +64,8 @@ def test_a_signal_stops_a_real_process_which_says_how_to_go_on(
         assert untouched(run) == before
     assert "student: continuing from" in distill(*suggested).done().out
     assert_same_weights(run, undisturbed)
+    predicted = [(each / "logs/student/prediction.json").read_text() for each in (run, undisturbed)]
+    assert predicted[0] == predicted[1]
 
 
 def test_a_student_whose_code_changed_is_another(

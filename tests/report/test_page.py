@@ -119,6 +119,20 @@ def test_only_logs(fake_run: Callable[..., Path]) -> None:
     assert "Not measured yet" in page.read_text(encoding="utf-8")
 
 
+def test_what_was_predicted_stands_beside_what_came(fake_run: Callable[..., Path]) -> None:
+    run = fake_run()
+    ends = {"1": {"kl": 1.25, "low": 1.125, "high": 1.5}, "10": {"kl": 0.75, "low": 0.5, "high": 1.0}}
+    file = run / "logs/student/prediction.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"steps": 10, "points": [[0, 3.0]], "predicted": {"0.1": ends}, "end": 1.3125}))
+    found = next(section for section in run_page(RunFacts.read(run)).sections if section.id == "training").contents[-1]
+    assert [cell.value for cell in found.rows[0]] == [None, 1.25, None, 0.75, 1.3125]  # type: ignore[union-attr]
+    assert found.rows[0][1].small_values == (1.125, 1.5)  # type: ignore[union-attr]
+    file.write_text('{"predicted": {"0.1": {"1": {"kl": 1}}}}')
+    with pytest.raises(UserError, match=r"prediction\.json"):
+        write_report(run)
+
+
 def test_the_students_that_were_tried_stand_best_first_and_strange_sizes_are_text(
     fake_run: Callable[..., Path],
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,6 +40,7 @@ from distill.training.data import CacheDataModule
 from distill.training.held_out import MeasureHeldOut
 from distill.training.loggers import make_loggers
 from distill.training.parallel import is_sharded
+from distill.training.prediction import PredictEnd
 from distill.training.texts import WriteTexts
 from distill.training.trainer import make_trainer
 from distill.training.user_callbacks import make_callbacks
@@ -196,10 +197,19 @@ class Training:
                 ShowProgress(progress),
                 *self._watch(),
                 *make_callbacks(config.callbacks),  # before the one that writes checkpoints, which hold their states
+                self._prediction(),
                 self.held_out,
                 *self._texts(),
                 KeepCheckpoints(self.checkpoints, config.checkpoint_every_steps, config.keep_checkpoints, deadline),
             ],
+        )
+
+    def _prediction(self) -> PredictEnd:
+        """Return the callback that predicts the end of this training."""
+        name = self.role.name
+        student = str(PurePath(name).with_name("student")) if self.role.is_control else None
+        return PredictEnd(
+            self.data, name, self.folders.logs(name), None if student is None else self.folders.logs(student)
         )
 
     def _handed_over(self, student: Any) -> Any:
