@@ -2,7 +2,7 @@
 
     python tests/benchmarks/predictions.py --work build/predictions
 
-Ten trainings from one cache of the demo's teacher and corpus (352 samples of 256 tokens), 3 to 8 minutes on a core each.
+Ten trainings from one cache of the demo's teacher and corpus (352 samples of 256 tokens), a few minutes each.
 A training that is finished in `--work` is not made again. `--only demo wsd` takes some of them.
 """
 
