@@ -66,7 +66,7 @@ class LearningCurve:
     """The most probable curve through points of held-out KL."""
 
     def __init__(self, points: Mapping[Place, float]) -> None:
-        """Fit. `points` has the KL at each place, in nats a token; those that are not positive are left out."""
+        """Find the curve. `points` has the KL at each place, in nats a token; those that are not positive are left out."""
         seen = {place: kl for place, kl in points.items() if kl > 0 and math.isfinite(kl)}
         assert seen, "a curve needs a point"
         self._work = np.array([place.work for place in seen])
@@ -76,7 +76,7 @@ class LearningCurve:
         self._fit()
 
     def at(self, place: Place) -> Prediction:
-        """Predict the KL at a place."""
+        """Return the KL that is predicted at a place."""
         value, gradient = self._curve(self._parameters, np.array([place.work]), np.array([place.decay]))
         spread = 1.96 * math.sqrt(float(gradient[0] @ self._covariance @ gradient[0]) + NOISE**2)
         return Prediction(*(math.exp(float(value[0]) + sign * spread) for sign in (0, -1, 1)))
