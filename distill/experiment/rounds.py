@@ -144,7 +144,7 @@ class Rounds:
             overwrite=False,
             batch_size=known.cache.batch_size,
         )
-        train = replace(experiment.train, early_stopping=None)
+        train = replace(experiment.train, early_stopping=None, texts_every_steps=None)
         student = with_found_sizes(self.experiment).student  # its search needs held-out samples, and is done
         return _plain(
             replace(experiment, corpus=corpus, teacher=known.teacher, cache=cache, train=train, student=student)
