@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,15 @@ def test_a_text_is_held_out_where_its_document_is(texts: Path, world: Any) -> No
     )
     beginnings = [{tuple(each["input_ids"][:8].tolist()) for each in samples} for samples in (fixed, written)]
     assert len(beginnings[1]) == fixed.documents and beginnings[1] <= beginnings[0]
+
+
+def test_that_no_prompt_is_held_out_ends_no_round(texts: Path, world: Any) -> None:
+    """By chance none of a few prompts is; a round reads no held-out text of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(world.folder / "teacher")
+    opened = partial(open_corpus, str(texts), tokenizer, sequence_length=16, pack=False, held_out=1e-9)
+    assert not len(opened().held_out) and len(opened().train) == 40
+    with pytest.raises(UserError, match="none of the 40 documents falls into the held-out share"):
+        opened(most_held_out=1)
 
 
 def test_a_student_of_fewer_tokens_writes_in_the_teachers_ids(

@@ -19,6 +19,7 @@ from distill import cli
 from distill.cache.making.writer import CacheWriter
 from distill.errors import UserError
 from distill.experiment.file import load_experiment
+from distill.experiment.last_steps import check_last_steps
 from distill.experiment.precision import with_types_of_machine
 from distill.experiment.rounds import Rounds
 from distill.experiment.stages import as_overrides, stages
@@ -165,6 +166,13 @@ def test_a_stage_is_a_command_of_its_own(undisturbed: Path, untouched: Any, dist
         assert "nothing to do" in said
     assert untouched(undisturbed / "rounds") == before
     distill("train-student", file).refused("distill run", "--rounds.count 0")
+
+
+def test_what_held_out_samples_serve_is_not_asked_of_a_rounds_own_cache(undisturbed: Path) -> None:
+    asked = ["--train.early_stopping", "3", "--train.texts_every_steps", "2", "--evaluate.texts", "1"]
+    rounds = Rounds(load_experiment(str(undisturbed.parent / "experiment.yaml"), asked))
+    check_last_steps(rounds.scoring(1))
+    assert rounds.training(1).train.texts_every_steps == 2
 
 
 def test_auto_takes_the_types_of_the_first_round(undisturbed: Path) -> None:

@@ -42,7 +42,9 @@ def main(experiment: Experiment, following: tuple[str, ...] = ()) -> int:
     samples = open_samples(experiment, teacher, begun, experiment.evaluate.max_samples)
     trained_roles(experiment, folders, samples.fingerprint)
     if not len(samples.held_out):
-        raise UserError(f"nothing to evaluate on: no document falls into corpus.held_out, {experiment.corpus.held_out}: raise it")
+        raise UserError(
+            f"nothing to evaluate on: no document falls into corpus.held_out, {experiment.corpus.held_out}: raise it"
+        )
     vocabulary = kept_vocabulary(experiment, folders)
     subjects = all_subjects(experiment, folders, teacher, samples, vocabulary)
     measurements = all_measurements(experiment, teacher, samples, vocabulary, len(subjects))
