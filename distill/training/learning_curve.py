@@ -66,7 +66,7 @@ class LearningCurve:
     """The most probable curve through points of held-out KL."""
 
     def __init__(self, points: Mapping[Place, float]) -> None:
-        """Find the curve. `points` has the KL at each place, in nats a token; those that are not positive are left out."""
+        """Find the curve. `points` has the KL at each place, in nats a token; one that is not positive is left out."""
         seen = {place: kl for place, kl in points.items() if kl > 0 and math.isfinite(kl)}
         assert seen, "a curve needs a point"
         self._work = np.array([place.work for place in seen])
