@@ -124,7 +124,7 @@ def test_of_a_hub_data_set_no_more_is_read_than_its_limit(
     hub = str(path.parents[1])
     for module in (sources_module, streams):
         monkeypatch.setattr(
-            module, "local_files", lambda path, split: None if path == hub else reading.local_files(path, split)
+            module, "local_files", lambda path, *rest: None if path == hub else reading.local_files(path, *rest)
         )
     used: list[str] = []
     rows_of = streams.HubFile.rows

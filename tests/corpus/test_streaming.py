@@ -34,7 +34,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stream(hub: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SampleSets]:
     """`stream(most)`: open the data set as one of the hub, with windows of 40 rows."""
-    monkeypatch.setattr(streams, "local_files", lambda path, split: None)
+    monkeypatch.setattr(streams, "local_files", lambda path, *rest: None)
     monkeypatch.setattr(windows, "ROWS", 40)
     options = {"sequence_length": 32, "held_out": 0.1, "most_held_out": 4}
     return lambda most, **more: open_corpus(str(hub), tokenizer, **{**options, "most": most, **more})

@@ -27,7 +27,7 @@ def cache(world: Any, distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path.parent.mkdir(exist_ok=True)
         pa.parquet.write_table(pa.table({"text": texts}), path)
     for module in (streams, sizes):
-        monkeypatch.setattr(module, "local_files", lambda path, split: None)
+        monkeypatch.setattr(module, "local_files", lambda path, *rest: None)
     monkeypatch.setattr(windows, "ROWS", 30)
     file = world.write(tmp_path / "experiment.yaml", corpus={"path": str(tmp_path / "set"), "held_out": 0.2})
 
