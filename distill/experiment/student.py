@@ -24,6 +24,7 @@ from distill.models.huggingface import HuggingFaceLanguageModel, parameters_of
 from distill.models.vocabulary import Vocabulary
 from distill.system.progress import say
 from distill.system.quiet import quiet_transformers
+from distill.system.seeds import seed_all
 from distill.training.activation_checkpointing import checkpoint_blocks
 
 FirstSamples = Callable[[int], tuple[Tensor, Tensor, Tensor]]
@@ -58,7 +59,7 @@ def make_student(
     with place.making():
         offered = offered_options(experiment, str(place.device), tokens, samples)
         options = plugins.arguments(student.class_path, "student", student.options, offered)
-        torch.manual_seed(experiment.train.seed)
+        seed_all(experiment.train.seed)
         model = plugins.build(student.class_path, "student", options, {})
     if vocabulary is not None:
         _trim(model, name, vocabulary)

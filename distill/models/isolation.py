@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.models.language_model import LanguageModel, hidden_states
 from distill.models.packed_attention import masks_alone
 from distill.models.perturbation import perturbed
+from distill.system.seeds import seed_all
 
 LENGTH = 12
 """Tokens of a row when nothing else is asked for."""
@@ -230,9 +231,7 @@ class _Passes:
         if self.in_training:
             self._put_back_modes()
             self._put_back_buffers()  # such as BatchNorm's running means, which each pass moves
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
+            seed_all(0)
         elif isinstance(self.model, nn.Module):
             self.model.eval()
         own_BL = self.positions_BL[: len(ids_BL)]

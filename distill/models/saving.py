@@ -63,14 +63,20 @@ def save_language_model(
 
 
 def _save_custom(model: torch.nn.Module, folder: Path, description: dict[str, Any]) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import _remove_duplicate_names, save_file
 
     kept = {name: value for name, value in description["options"].items() if name not in NOT_KEPT}
     try:
         text = json.dumps(names_only({**description, "options": kept}), indent=2)
     except TypeError as error:
         raise UserError(f"student.options of {description['class_path']} cannot be written as JSON: {error}") from error
-    save_model(model, str(folder / WEIGHTS))  # writes a tensor that several names share (a tied head) once
+    # A tensor that several names share (a tied head) is written once, as `save_model` would; but that notes the other
+    # names in an order that no two runs share, so that equal weights would have other bytes.
+    tensors = model.state_dict()
+    for others in _remove_duplicate_names(tensors).values():
+        for name in others:
+            del tensors[name]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / WEIGHTS))
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 

@@ -23,6 +23,7 @@ from distill.losses.objective import Mixture
 from distill.models.language_model import Head, hidden_states, run_body, split_output
 from distill.system.memory import free_memory, is_out_of_memory
 from distill.system.progress import say
+from distill.system.seeds import seed_all
 from distill.training.chunk_target import chunk_target
 from distill.training.guards import NonFinite, too_large
 from distill.training.optimizers.adamw import mark, marked
@@ -167,7 +168,7 @@ class DistillationModule(pl.LightningModule):
 
     def _seed(self, purpose: int) -> None:
         """Make all random draws from here on a function of seed, step and purpose."""
-        torch.manual_seed((self.seed * 1_000_003 + self.steps_begun) * 4_099 + purpose)
+        seed_all((self.seed * 1_000_003 + self.steps_begun) * 4_099 + purpose)
 
     def _objective(self) -> Mixture:
         """Return the objective at this step."""

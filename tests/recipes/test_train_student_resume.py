@@ -278,3 +278,44 @@ def test_less_memory_a_step_goes_on_with_the_same_training(
     ours, theirs = weights(tmp_path / "run"), weights(two_epochs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4 * float(tensor.norm()))
+
+
+RANDOM = """
+import random
+import numpy as np
+import torch
+from torch import nn
+from distill.models.language_model import Head
+
+
+class Draws(nn.Module):
+    # Some packages draw from Python's or numpy's own random numbers, when a layer is made and in its passes.
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, 16)
+        self.scale = nn.Parameter(torch.tensor([random.random(), np.random.rand()], dtype=torch.float32))
+        self.same = nn.ParameterList([self.scale] * 6)
+
+    @property
+    def head(self):
+        return Head(self.tokens.weight)
+
+    def body(self, input_ids, position_ids):
+        x = self.tokens(input_ids) * self.scale.sum()
+        return x * (0.5 + random.random() + np.random.rand()) if self.training else x
+"""
+
+
+def test_draws_of_python_and_numpy_follow_from_the_seed_too(train: Any, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(RANDOM)
+    chosen = ["--student.class_path", f"{tmp_path}/own.py:Draws", "--student.options", "{}", "--train.max_steps", 4]
+    chosen += ["--train.checkpoint_every_steps", 1]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train(*chosen, "--run_dir", whole).done()
+    stopped = train(*chosen, "--run_dir", resumed, "--train.max_time", "0s")
+    assert stopped.status == 130, stopped
+    train(*chosen, "--run_dir", resumed, "--resume").done()
+    files = [(run / "student/model.safetensors").read_bytes() for run in (whole, resumed)]
+    assert files[0] == files[1], "its six names for one tensor are written alike too"
+    train(*chosen, "--run_dir", tmp_path / "other", "--train.seed", 7).done()
+    assert (tmp_path / "other/student/model.safetensors").read_bytes() != files[0]
