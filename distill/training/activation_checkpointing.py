@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
+import numpy as np
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
     """Make every k-th block of `model`, from the first on, keep only its inputs. Returns the number of such blocks.
 
-    A recomputed block draws the same random numbers (dropout). Raises ValueError if there are no `blocks`.
+    A recomputed block draws the same random numbers (dropout), numpy's and Python's too. Raises ValueError if there
+    are no `blocks`.
     """
     if every_k < 1:
         raise ValueError(f"every {every_k}-th block: must be 1 or more")
@@ -21,8 +26,29 @@ def checkpoint_blocks(model: nn.Module, every_k: int = 1) -> int:
         raise ValueError("no nn.ModuleList of equal blocks found, so there is nothing to checkpoint")
     recomputed = [block for number, block in enumerate(found) if number % every_k == 0]
     for block in recomputed:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_same_draws)
     return len(recomputed)
+
+
+def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a block's forward and of its recomputation, in which numpy and Python draw alike.
+
+    `checkpoint` itself does so for torch alone.
+    """
+    python, arrays = random.getstate(), np.random.get_state()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        after = random.getstate(), np.random.get_state()
+        random.setstate(python)
+        np.random.set_state(arrays)
+        try:
+            yield
+        finally:
+            random.setstate(after[0])
+            np.random.set_state(after[1])
+
+    return contextlib.nullcontext(), again()
 
 
 def blocks(model: nn.Module) -> list[nn.Module] | None:

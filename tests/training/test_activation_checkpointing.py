@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from distill.system.seeds import seed_all
 from distill.training.activation_checkpointing import blocks, checkpoint_blocks
 
 
@@ -67,6 +70,34 @@ def test_dropout_repeats_itself() -> None:
         return [parameter.grad for parameter in model.parameters()]  # type: ignore[misc]
 
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(grads(True), grads(False), strict=True))
+
+
+class Scaled(nn.Module):
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.linear, self.draw = nn.Linear(4, 4), draw
+
+    def forward(self, hidden_BD: Tensor) -> Tensor:
+        return torch.tanh(self.linear(hidden_BD) * self.draw())
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_draws_of_python_and_numpy_repeat_themselves(draw: Callable[[], float]) -> None:
+    gradients, after = [], []
+    for recomputed in (False, True):
+        seed_all(1)
+        model = nn.ModuleDict({"blocks": nn.ModuleList([Scaled(draw) for _ in range(3)])})
+        if recomputed:
+            assert checkpoint_blocks(model) == 3
+        seed_all(2)
+        hidden_BD = torch.ones(2, 4)
+        for block in model["blocks"].children():
+            hidden_BD = block(hidden_BD)
+        hidden_BD.sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        after.append(draw())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+    assert after[0] == after[1], "what is drawn afterwards is the same too"
 
 
 def test_a_copy_uses_its_own_weights(make_student: Callable[[], Any]) -> None:
