@@ -28,8 +28,8 @@ RECORD = "batch_size"
 MOST = 2**16
 PROCESSOR_TOKENS = 2048
 """Tokens of a micro-batch up to which `auto` goes on a processor, where more of them cost memory and save little: with
-micro-batches of 512, 1,024 and 2,048 tokens a sample of 256 takes 0.96, 0.93 and 0.90 of its time alone
-(`tests/benchmarks/micro_batches.py`, which ran beside other programs)."""
+micro-batches of 512, 1,024 and 2,048 tokens a sample of 256 takes 0.97, 0.97 and 0.95 to 1.00 of its time
+alone (`tests/benchmarks/micro_batches.py`, two turns)."""
 
 
 def is_auto(experiment: Experiment, key: Key) -> bool:
