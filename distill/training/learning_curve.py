@@ -6,8 +6,8 @@ with a term for the learning rate's decay, after Tissue et al. 2024 ("Scaling La
 2408.11029, equation 1). Theirs has an irreducible loss in place of S0; a KL to the teacher has none that an early
 point could tell.
 
-Few early points say little of α and γ, so these begin from what our own trainings had (`PRIOR`): the fit is the most
-probable curve, and its interval follows from the curvature there (Laplace).
+Few early points say little of α and γ, so these begin from a guess (`PRIOR`): the fit is the most probable curve, and
+its interval follows from the curvature there (Laplace).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 PRIOR = {"log_alpha": (math.log(0.25), 0.4), "log_s0": (math.log(5.0), 1.0), "gamma": (0.15, 0.07)}
-"""Mean and standard deviation of each parameter before a point is seen, from `tests/benchmarks/predictions.py`."""
+"""Mean and standard deviation of each parameter before a point is seen: set by hand, not fitted to trainings."""
 NOISE = 0.02
 """Standard deviation of log KL around the curve."""
 SHARES = (0, 0.005, 0.01, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15, 0.22, 0.35, 0.5, 1)
