@@ -22,6 +22,9 @@ TOLD = (0.1, 0.5)
 """Shares of a training after which its end is predicted."""
 FURTHER = (3, 10)
 """Multiples of the tokens for which the end is predicted too."""
+STEEP = 0.5
+"""Share of the first KL below which an early point tells no end: a student that knew nothing (or was cut so far) falls
+steeply first, on another curve than later. One such prediction was wrong by half."""
 LITTLE = 0.05
 """Share of the first KL below which a predicted gain is little."""
 
@@ -72,6 +75,13 @@ class PredictEnd(pl.Callback):
         return values
 
     def _predict(self, share: float, rate: Callable[[int], float]) -> None:
+        first, now = self.points.get(0, 0.0), self.points[round(share * self.total)]
+        if share == TOLD[0] and now < STEEP * first:
+            say(
+                f"{self.name}: after {share:.0%} of the steps: the held-out KL fell from {first:.3f} to {now:.3f}, too "
+                "steeply to tell where it will end"
+            )
+            return
         after = places(rate, self.total)
         curve = LearningCurve({after[step]: kl for step, kl in self.points.items()})
         end = after[-1]

@@ -76,6 +76,9 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     for name, one in found.items():
         end, cells = one["end"], ""
         for share, aim in AIMS.items():
+            if share not in one["predicted"]:  # it fell too steeply
+                cells += " none | |"
+                continue
             told = one["predicted"][share]["1"]
             error = told["kl"] / end - 1
             within[share] += abs(error) <= aim
@@ -83,8 +86,9 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
             cells += f" {told['kl']:.3f} ({told['low']:.3f} to {told['high']:.3f}) | {error:+.1%} |"
         lines.append(f"| {name} | {one['points'][0][1]:.3f} | {end:.3f} |{cells}")
     for share, aim in AIMS.items():
+        made = sum(share in one["predicted"] for one in found.values())
         lines.append(
-            f"at {float(share):.0%} of the steps: {within[share]} of {len(found)} within {aim:.0%}, "
+            f"at {float(share):.0%} of the steps: {within[share]} of {made} within {aim:.0%}, "
             f"{inside[share]} inside their interval"
         )
     return lines

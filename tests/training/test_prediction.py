@@ -61,6 +61,12 @@ def test_a_training_says_where_it_begins_and_where_it_will_end(trained: Trained,
         assert at["1"]["low"] < at["1"]["kl"] < at["1"]["high"] and at["10"]["kl"] < at["3"]["kl"] < at["1"]["kl"]
 
 
+def test_a_steep_beginning_tells_no_end_yet(trained: Trained, tmp_path: Path) -> None:
+    said = trained(lambda step: 8.0 / (1 + step / 10) ** 0.8)
+    assert "after 10% of the steps: the held-out KL fell from 8.000 to" in said and "too steeply" in said
+    assert [*file_of(tmp_path / "student")["predicted"]] == ["0.5"]
+
+
 def test_a_student_that_hardly_moves_is_told_of(trained: Trained) -> None:
     assert "there is little to gain from this teacher on this text" in trained(lambda step: 0.2 - 1e-5 * step)
 
